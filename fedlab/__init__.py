@@ -1,0 +1,14 @@
+"""fedlab: private federated fine-tuning of language models.
+
+``fedlab.simulate(config)`` runs a simulation; the command line does the same (``fedlab simulate CONFIG.toml``).
+"""
+
+from __future__ import annotations
+
+from fedlab.config import RunConfig
+from fedlab.errors import ConfigError, FedlabError, Interrupted, PrivacyError, RunFailed
+from fedlab.run.launch import Run, resume, simulate
+
+__version__ = "0.1.0"
+
+__all__ = ["ConfigError", "FedlabError", "Interrupted", "PrivacyError", "Run", "RunConfig", "RunFailed", "resume", "simulate"]

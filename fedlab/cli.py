@@ -1,0 +1,101 @@
+"""The ``fedlab`` command: thin over the library. Exit codes: 0 done, 2 wrong usage, 3 privacy, 4 run failed, 130 interrupted."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedlab.errors import FedlabError, Interrupted
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Private federated fine-tuning of language models.")
+
+ConfigArgument = Annotated[Path, typer.Argument(help="TOML file, for example simulations/quickstart.toml", metavar="CONFIG.toml")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="override one key: section.key=value (the value is TOML)", metavar="KEY=VALUE")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="run directory (default: runs/<name>-<time>)", metavar="RUN_DIR")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="print errors only")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="show a traceback with an error")]
+
+
+@app.command()
+def simulate(config: ConfigArgument, set_: SetOption = None, out: OutOption = None, quiet: QuietOption = False, debug: DebugOption = False) -> None:
+    """Fine-tune one model with simulated clients."""
+
+    def run() -> None:
+        from fedlab.config import RunConfig
+        from fedlab.run.launch import simulate as start
+
+        start(RunConfig.load(config, set_ or []), out, quiet)
+
+    _guarded(run, debug)
+
+
+@app.command()
+def resume(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], quiet: QuietOption = False, debug: DebugOption = False) -> None:
+    """Continue an interrupted or killed run from its last complete round."""
+
+    def run() -> None:
+        from fedlab.run.launch import resume as start
+
+        start(run_dir, quiet)
+
+    _guarded(run, debug)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], debug: DebugOption = False) -> None:
+    """Write report.html of a run again."""
+
+    def run() -> None:
+        from fedlab.report.html import write_report
+        from fedlab.run.directory import RunDirectory
+
+        print(write_report(RunDirectory.open(run_dir).path))
+
+    _guarded(run, debug)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what is missing, what this machine can run. Exit code 4 if the quickstart could not run here."""
+
+    def run() -> None:
+        from fedlab.doctor import examine
+
+        raise SystemExit(0 if examine() else 4)
+
+    _guarded(run, debug=False)
+
+
+def _guarded(action: Callable[[], None], debug: bool) -> None:
+    """Run a command; end with the error's message and its exit code."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        action()
+    except FedlabError as error:
+        _fail(error, debug, str(error), error.exit_code)
+    except KeyboardInterrupt as error:
+        _fail(error, debug, "interrupted before the run began", Interrupted.exit_code)
+    except Exception as error:
+        _fail(error, debug, f"{type(error).__name__}: {error} (this is a bug in fedlab; --debug shows where)", 4)
+
+
+def _fail(error: BaseException, debug: bool, message: str, code: int) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"fedlab: {message}" if code == Interrupted.exit_code else f"fedlab: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _as_interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    app()

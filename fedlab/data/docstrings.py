@@ -1,0 +1,125 @@
+"""The embedded default: first sentences of the docstrings of installed libraries; the label is the library.
+
+The sources are read with ``ast`` and never imported. A library's own name is masked in its sentences, for it would give the label
+away. The corpus depends on the installed versions and on nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from fedlab.data.cache import cached_arrays
+from fedlab.data.corpus import Corpus, encode_labels
+from fedlab.errors import ConfigError
+
+# distribution → words that name it
+LIBRARIES = {
+    "matplotlib": ("matplotlib", "pyplot"),
+    "networkx": ("networkx", "nx"),
+    "numpy": ("numpy", "np"),
+    "pandas": ("pandas", "pd"),
+    "ray": ("ray", "rllib"),
+    "scipy": ("scipy",),
+    "sqlalchemy": ("sqlalchemy",),
+    "sympy": ("sympy",),
+    "torch": ("torch", "pytorch"),
+    "transformers": ("transformers", "huggingface"),
+}
+PER_LIBRARY = 1000
+MINIMUM_LIBRARIES = 8
+_FIRST_SENTENCE = re.compile(r"(.+?[.!?])(?:\s+(?=[A-Z`'\"(:*])|$)")
+
+
+def installed() -> dict[str, str]:
+    """library → version, of those that are installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def check() -> None:
+    """Raise ConfigError unless enough libraries are installed."""
+    if len(found := installed()) < MINIMUM_LIBRARIES:
+        missing = sorted(set(LIBRARIES) - set(found))
+        raise ConfigError(f'data.source = "docstrings" needs {MINIMUM_LIBRARIES} of its libraries; install {", ".join(missing)}')
+
+
+def load() -> Corpus:
+    """About 10 × 1,000 distinct sentences; read once for a set of installed versions, then from the cache."""
+    check()
+    key = {"versions": installed(), "per_library": PER_LIBRARY, "rules": 1}
+    arrays = cached_arrays("docstrings", key, lambda: _as_arrays(*_collect()))
+    lines = arrays["lines"].tobytes().decode("utf-8", "surrogatepass").split("\n")
+    encoded, names = encode_labels([line.partition("\t")[0] for line in lines])
+    return Corpus("docstrings", [line.partition("\t")[2] for line in lines], encoded, names)
+
+
+def _as_arrays(texts: list[str], labels: list[str]) -> dict[str, np.ndarray]:
+    lines = "\n".join(f"{label}\t{text}" for label, text in zip(labels, texts, strict=True))
+    return {"lines": np.frombuffer(lines.encode("utf-8", "surrogatepass"), dtype=np.uint8)}
+
+
+def _collect() -> tuple[list[str], list[str]]:
+    """Sentences and their libraries."""
+    sentences = {name: _sentences(name) for name in installed()}
+    owners: dict[str, int] = {}
+    for found in sentences.values():
+        for sentence in found:
+            owners[sentence] = owners.get(sentence, 0) + 1
+    texts, labels = [], []
+    for name, found in sentences.items():
+        own = [s for s in found if owners[s] == 1]  # a sentence of two libraries has no label
+        texts += own
+        labels += [name] * len(own)
+    return texts, labels
+
+
+def _sentences(library: str) -> list[str]:
+    """Up to PER_LIBRARY distinct masked sentences; files are visited in the order of a hash of their path, so no folder dominates."""
+    mask = re.compile(r"\b(" + "|".join(map(re.escape, LIBRARIES[library])) + r")\b", re.IGNORECASE)
+    files = [f for f in metadata.distribution(library).files or [] if f.suffix == ".py" and not _is_test(f.parts)]
+    files.sort(key=lambda f: hashlib.sha256(f.as_posix().encode()).digest())
+    found: dict[str, None] = {}  # a set that keeps its order
+    for file in files:
+        for sentence in _docstrings(Path(str(file.locate()))):
+            found.setdefault(mask.sub("library", sentence))
+            if len(found) == PER_LIBRARY:
+                return list(found)
+    return list(found)
+
+
+def _is_test(parts: tuple[str, ...]) -> bool:
+    return any(part.startswith(("test", "_test", "conftest")) or part == "_vendor" for part in parts)
+
+
+def _docstrings(path: Path) -> list[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError, RecursionError):
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    return [sentence for text in found if text and (sentence := first_sentence(text))]
+
+
+def first_sentence(docstring: str) -> str | None:
+    """The first sentence on one line, if it says something: 4 to 60 words, 20 to 300 characters."""
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    match = _FIRST_SENTENCE.match(paragraph)
+    sentence = match.group(1) if match else paragraph
+    if "===" in sentence or "---" in sentence:  # a heading and its underline
+        return None
+    return sentence if 20 <= len(sentence) <= 300 and 4 <= len(sentence.split()) <= 60 else None

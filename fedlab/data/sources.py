@@ -1,0 +1,45 @@
+"""Where text comes from: one line per source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from fedlab.config import DataSection
+from fedlab.data import docstrings, tables, wordnet
+from fedlab.data.corpus import Corpus
+from fedlab.errors import ConfigError
+from fedlab.seeds import stream
+
+SOURCES: dict[str, Callable[[DataSection], Corpus]] = {
+    "docstrings": lambda data: docstrings.load(),
+    "wordnet": lambda data: wordnet.load(data.path, data.subset),
+    "files": tables.load_files,
+    "hub": tables.load_hub,
+}
+
+
+def check_source(data: DataSection) -> None:
+    """Raise ConfigError if the data cannot be there. Cheap: looks at names and files, reads nothing, imports nothing heavy."""
+    if data.source == "docstrings":
+        docstrings.check()
+    elif data.source == "wordnet":
+        wordnet.find(data.path)
+        wordnet.parts_of(data.subset)
+    elif data.source == "files":
+        tables.check_files(data)
+    elif data.path is None:
+        raise ConfigError('data.source = "hub" needs data.path: the id of a data set, for example "nyu-mll/glue"')
+
+
+def load_corpus(data: DataSection, seed: int) -> Corpus:
+    """The corpus of a configuration; ``data.limit`` keeps a seeded choice of the training examples and the whole test split."""
+    corpus = SOURCES[data.source](data)
+    if len(corpus.label_names) < 2:
+        raise ConfigError(f"data: {corpus.name} has {len(corpus.label_names)} label(s); a classifier needs at least 2")
+    trainable = len(corpus) - corpus.test
+    if data.limit is None or data.limit >= trainable:
+        return corpus
+    kept = np.sort(stream(seed, "limit").choice(trainable, data.limit, replace=False))
+    return corpus.take(np.concatenate([kept, np.arange(trainable, len(corpus))]), corpus.test)

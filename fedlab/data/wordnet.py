@@ -1,0 +1,60 @@
+"""WordNet: from a gloss to its lexicographer file (45 classes, 26 of them nouns). Debian's ``wordnet-base`` has the files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedlab.data.corpus import Corpus, encode_labels
+from fedlab.errors import ConfigError
+
+# lexnames(5WN): the number of a lexicographer file is its position
+LEXICOGRAPHER_FILES = (
+    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition noun.communication "
+    "noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person noun.phenomenon noun.plant "
+    "noun.possession noun.process noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change "
+    "verb.cognition verb.communication verb.competition verb.consumption verb.contact verb.creation verb.emotion verb.motion "
+    "verb.perception verb.possession verb.social verb.stative verb.weather adj.ppl"
+).split()
+PARTS = ("noun", "verb", "adj", "adv")
+PLACES = ("/usr/share/wordnet", "/usr/share/wordnet-3.0", "/usr/local/share/wordnet", "/usr/local/WordNet-3.0/dict")
+
+
+def find(path: str | None) -> Path:
+    """The directory that holds ``data.noun`` and its siblings, or ConfigError."""
+    places = [path] if path is not None else list(PLACES)
+    for place in places:
+        if (Path(place) / "data.noun").is_file():
+            return Path(place)
+    raise ConfigError(
+        f'data.source = "wordnet": no data.noun in {", ".join(places)}; run make data (Debian, Ubuntu: apt-get install wordnet-base), '
+        "or set data.path to a WordNet dict directory"
+    )
+
+
+def parts_of(subset: str | None) -> tuple[str, ...]:
+    """``data.subset`` → the data files to read: noun (default), verb, adj, adv, or all."""
+    if subset == "all":
+        return PARTS
+    if subset is not None and subset not in PARTS:
+        raise ConfigError(f'data.subset = {subset!r} must be one of {", ".join(PARTS)} or all for data.source = "wordnet"')
+    return (subset or "noun",)
+
+
+def load(path: str | None, subset: str | None) -> Corpus:
+    """All glosses of the subset, one example per synset."""
+    directory, texts, labels = find(path), [], []
+    for part in parts_of(subset):
+        for line in (directory / f"data.{part}").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line[:1].isdigit():  # the licence's lines start with blanks
+                text, label = parse(line)
+                texts.append(text)
+                labels.append(label)
+    encoded, names = encode_labels(labels)
+    return Corpus("wordnet", texts, encoded, names)
+
+
+def parse(line: str) -> tuple[str, str]:
+    """One synset of a data file (wndb(5WN)) → (definition without its usage examples, lexicographer file)."""
+    fields, _, gloss = line.partition(" | ")
+    definition = gloss.strip().partition('; "')[0].strip()
+    return definition or gloss.strip(), LEXICOGRAPHER_FILES[int(fields.split(" ", 2)[1])]

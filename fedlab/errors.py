@@ -1,0 +1,37 @@
+"""Errors that fedlab raises on purpose, each with the exit code its command ends with.
+
+A message is one or two lines: the argument, its value, the limit, the likely cause, the fix.
+The command line prints the message alone; a traceback is shown only with ``--debug``.
+"""
+
+from __future__ import annotations
+
+
+class FedlabError(Exception):
+    """Base of every error that fedlab raises on purpose."""
+
+    exit_code = 4
+
+
+class ConfigError(FedlabError):
+    """Wrong usage or configuration: nothing was started, nothing was written."""
+
+    exit_code = 2
+
+
+class PrivacyError(FedlabError):
+    """A privacy promise would be broken, or cannot be proven."""
+
+    exit_code = 3
+
+
+class RunFailed(FedlabError):
+    """The run started and could not be finished."""
+
+    exit_code = 4
+
+
+class Interrupted(FedlabError):
+    """The user stopped the run; the run directory is valid."""
+
+    exit_code = 130

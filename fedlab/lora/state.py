@@ -1,0 +1,103 @@
+"""The tensors that travel: LoRA factors and head, flat and named, and how they cross the wire.
+
+``<module>.lora_A`` [r, n], ``<module>.lora_B`` [m, r], ``head.<name>``; float32 on the CPU everywhere but on the wire.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+PARTS = ("lora_A", "lora_B", "head")
+
+
+def part_of(name: str) -> str:
+    """``lora_A``, ``lora_B`` or ``head``; ValueError for a name that is none of them."""
+    if name.startswith("head."):
+        return "head"
+    part = name.rpartition(".")[2]
+    if part not in PARTS[:2]:
+        raise ValueError(f"{name!r} is no state name: want <module>.lora_A, <module>.lora_B or head.<name>")
+    return part
+
+
+def modules(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Sorted names of the modules that have a LoRA pair. Raises ValueError where one factor lacks the other."""
+    found = {part: {n.rpartition(".")[0] for n in state if part_of(n) == part} for part in PARTS[:2]}
+    if odd := found["lora_A"] ^ found["lora_B"]:
+        raise ValueError(f"{sorted(odd)[0]!r} has only one of lora_A and lora_B")
+    return tuple(sorted(found["lora_A"]))
+
+
+def select(state: Mapping[str, Tensor], parts: Collection[str]) -> State:
+    """The tensors of the given parts (``lora_A``, ``lora_B``, ``head``), not copied."""
+    return {name: value for name, value in state.items() if part_of(name) in parts}
+
+
+def check_update(update: Mapping[str, Tensor], like: Mapping[str, Tensor], names: Iterable[str]) -> str | None:
+    """Why an update cannot be used, or None. It must hold exactly ``names``, with the shapes of ``like`` and finite float32 values."""
+    wanted = set(names)
+    if missing := wanted - update.keys():
+        return f"{sorted(missing)[0]} is missing"
+    if unknown := update.keys() - wanted:
+        return f"{sorted(unknown)[0]!r} was not asked for"
+    for name, value in update.items():
+        if value.shape != like[name].shape:
+            return f"{name} has shape {tuple(value.shape)}, want {tuple(like[name].shape)}"
+        if value.dtype != torch.float32:
+            return f"{name} has dtype {value.dtype}, want torch.float32"
+        if not bool(torch.isfinite(value).all()):
+            return f"{name} holds NaN or infinite values"
+    return None
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of names."""
+    result = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        array = value.detach().cpu().contiguous().numpy()
+        result.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        result.update(array.tobytes())
+    return result.hexdigest()
+
+
+def nbytes(state: Mapping[str, Tensor], wire_dtype: str = "float32") -> int:
+    """Bytes of the values on the wire."""
+    return sum(value.numel() for value in state.values()) * _width(wire_dtype)
+
+
+def to_wire(state: Mapping[str, Tensor], wire_dtype: str = "float32") -> dict[str, np.ndarray]:
+    """numpy arrays to send. bfloat16, which numpy lacks, travels as its bits in uint16."""
+    if _width(wire_dtype) == 4:
+        return {name: value.detach().cpu().float().numpy() for name, value in state.items()}
+    return {name: value.detach().cpu().bfloat16().view(torch.uint16).numpy() for name, value in state.items()}
+
+
+def from_wire(arrays: Mapping[str, np.ndarray], wire_dtype: str = "float32") -> State:
+    """Inverse of ``to_wire``: float32 tensors of their own memory. Raises ValueError for an array of another dtype."""
+    expected = np.dtype(np.float32 if _width(wire_dtype) == 4 else np.uint16)
+    state: State = {}
+    for name, array in arrays.items():
+        if array.dtype != expected:
+            raise ValueError(f"{name} came as {array.dtype}, want {expected} (wire dtype {wire_dtype})")
+        tensor = torch.from_numpy(array.copy())
+        state[name] = tensor if wire_dtype == "float32" else tensor.view(torch.bfloat16).float()
+    return state
+
+
+def effective_delta(state: Mapping[str, Tensor], module: str, scale: float) -> Tensor:
+    """scale·B·A [m, n]: what the adapter adds to the module's weight (scale = α/r, or α/√r with rsLoRA)."""
+    return scale * state[f"{module}.lora_B"] @ state[f"{module}.lora_A"]
+
+
+def _width(wire_dtype: str) -> int:
+    widths = {"float32": 4, "bfloat16": 2}
+    if wire_dtype not in widths:
+        raise ValueError(f"wire_dtype must be float32 or bfloat16, got {wire_dtype!r}")
+    return widths[wire_dtype]

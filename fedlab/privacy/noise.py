@@ -1,0 +1,71 @@
+"""Where Gaussian noise comes from.
+
+Always drawn in float64: PyTorch's float32 normal on the CPU never exceeds 5.77 σ, which alone breaks δ = 1e-5. ``SeededNoise`` makes a
+simulation repeatable and is therefore no protection; ``SecureNoise`` is keyed by the operating system and no seed reaches it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn, Protocol
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Tensor
+
+from fedlab._validate import non_negative
+
+
+class GaussianNoise(Protocol):
+    """A source of independent N(0, std²) samples."""
+
+    name: str
+
+    def draw(self, shape: tuple[int, ...], std: float) -> Tensor:
+        """float64 tensor of the given shape; std >= 0, and std = 0 gives zeros."""
+
+
+class SeededNoise:
+    """Reproducible noise from a named stream (numpy, float64, full tails)."""
+
+    name = "seeded"
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+
+    def draw(self, shape: tuple[int, ...], std: float) -> Tensor:
+        """See ``GaussianNoise.draw``."""
+        non_negative(std=std)
+        return torch.from_numpy(self._rng.standard_normal(shape) * std)
+
+
+class SecureNoise:
+    """Noise from an AES-256-CTR key stream under a fresh key of the operating system, shaped by Box–Muller in float64.
+
+    The uniform that sets the radius lies in (0, 1] with 53 bits, so tails reach 8.5 σ. Cannot be copied or pickled: two copies would
+    give the same noise twice, and the difference of two releases would be without any.
+    """
+
+    name = "secure"
+
+    def __init__(self) -> None:
+        self._stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
+
+    def draw(self, shape: tuple[int, ...], std: float) -> Tensor:
+        """See ``GaussianNoise.draw``."""
+        non_negative(std=std)
+        count = int(np.prod(shape, dtype=np.int64))
+        pairs = (count + 1) // 2
+        bits = np.frombuffer(self._stream.update(bytes(16 * pairs)), dtype=np.uint64) >> np.uint64(11)  # 53 bits each
+        uniform = (bits.astype(np.float64) + 1.0) * 2.0**-53  # (0, 1]
+        return torch.from_numpy(box_muller(uniform[:pairs], uniform[pairs:])[:count].reshape(shape) * std)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("secure noise cannot be copied or pickled: the copy would repeat it")
+
+
+def box_muller(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """2N standard normals from uniforms u in (0, 1] and v in (0, 1] of length N each (Box and Muller, 1958)."""
+    radius, angle = np.sqrt(-2.0 * np.log(u)), 2.0 * np.pi * v
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])

@@ -1,0 +1,107 @@
+"""The one privacy object of a client: it draws the batches, adds the noise, **and** states the DP event that they amount to.
+
+Accounting cannot describe another mechanism than the one that runs, because both come from here. The mechanism is DP-SGD (Abadi et
+al., arXiv 1607.00133): Poisson batches, per-example gradients clipped to C by one joint norm, N(0, (σC)²) on their sum, divided by the
+*expected* batch size. Neighbours: add or remove one example of this client.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from torch import Tensor
+
+from fedlab._validate import positive
+from fedlab.config import PrivacySection, TrainSection
+from fedlab.errors import ConfigError, PrivacyError
+from fedlab.privacy.accounting import Event, calibrate_sigma, epsilon
+from fedlab.privacy.noise import GaussianNoise, SecureNoise, SeededNoise
+from fedlab.privacy.sampling import poisson_batch
+
+
+@dataclass(frozen=True)
+class DPPlan:
+    """What one client does in every round it takes part in, and how often it may."""
+
+    n: int  # examples of the client (public)
+    batch_size: int  # expected examples per step
+    steps: int  # per round
+    sigma: float  # noise multiplier: noise std / clip
+    clip: float  # joint L2 norm C of one example's gradient
+    delta: float
+    participations: int  # rounds at most
+    noise: str  # "seeded" | "secure"
+
+    def __post_init__(self) -> None:
+        for name in ("n", "batch_size", "steps", "sigma", "clip", "delta", "participations"):
+            positive(**{name: getattr(self, name)})
+        if self.noise not in ("seeded", "secure"):
+            raise ValueError(f"noise must be 'seeded' or 'secure', got {self.noise!r}")
+
+    @property
+    def q(self) -> float:
+        """Probability with which an example enters a batch."""
+        return min(1.0, self.batch_size / self.n)
+
+    @property
+    def normaliser(self) -> float:
+        """Expected batch size q·n. Never the realised one: dividing by that would double the sensitivity."""
+        return self.q * self.n
+
+    def event(self, rounds: int = 1) -> Event:
+        """The DP event of so many rounds."""
+        return Event("poisson", self.q, self.sigma, self.steps * rounds)
+
+    def batch(self, rng: np.random.Generator) -> np.ndarray:
+        """Positions of one step's examples, 0 to n − 1; possibly none, which is a step like any other."""
+        return poisson_batch(self.n, self.q, rng)
+
+    def noise_source(self, rng: np.random.Generator) -> GaussianNoise:
+        """The noise of one round: ``rng`` when seeded; when secure, the operating system's, and ``rng`` is not touched."""
+        return SeededNoise(rng) if self.noise == "seeded" else SecureNoise()
+
+    def privatise(self, clipped_sum: Mapping[str, Tensor], noise: GaussianNoise) -> dict[str, Tensor]:
+        """(Σ clipped gradients + N(0, (σC)²)) / (q·n) for every tensor, in float64. Tensors are noised in the order of their names."""
+        return {
+            name: (total.double() + noise.draw(tuple(total.shape), self.sigma * self.clip).to(total.device)) / self.normaliser
+            for name, total in sorted(clipped_sum.items())
+        }
+
+    def epsilon(self, rounds: int) -> float:
+        """ε of so many rounds at this plan's δ (PLD, upper bound)."""
+        return epsilon([self.event(rounds)], self.delta)
+
+
+def default_delta(n: int) -> float:
+    """min(1e-5, 1/(10·n)) for a client of n examples."""
+    return min(1e-5, 1 / (10 * n))
+
+
+@lru_cache(maxsize=4096)
+def make_plan(privacy: PrivacySection, train: TrainSection, n: int, participations: int) -> DPPlan:
+    """The plan of a client of n examples; σ is given, or calibrated so that ``participations`` whole rounds spend at most ε.
+
+    Raises ConfigError for a unit that is not available, PrivacyError for a δ that promises nothing (δ·n >= 1); warns above 0.1.
+    """
+    if privacy.unit != "example":
+        raise ConfigError(f'privacy.unit = "{privacy.unit}" has no client plan; use "example"')
+    if privacy.budget is not None:
+        raise ConfigError("privacy.budget is not enforced yet; use privacy.epsilon and privacy.participations")
+    assert privacy.clip is not None
+    delta = privacy.delta if privacy.delta is not None else default_delta(n)
+    if delta * n >= 1:
+        raise PrivacyError(f"privacy.delta = {delta:g} with {n} examples: δ·n >= 1 allows publishing a record outright; use at most {1 / (10 * n):.1g}")
+    if delta * n > 0.1:
+        warnings.warn(f"privacy.delta = {delta:g} with {n} examples: δ·n = {delta * n:.2g} is above 0.1", stacklevel=2)
+    steps = train.steps if train.steps is not None else math.ceil((train.epochs or 0) * n / train.batch_size)
+    q = min(1.0, train.batch_size / n)
+    sigma = privacy.sigma
+    if sigma is None:
+        assert privacy.epsilon is not None
+        sigma = calibrate_sigma(q, steps * participations, privacy.epsilon, delta)
+    return DPPlan(n, train.batch_size, steps, sigma, privacy.clip, delta, participations, privacy.noise)

@@ -1,0 +1,108 @@
+"""Make ``report.html`` from ``result.json``, ``metrics.jsonl``, ``run.toml`` and ``environment.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from fedlab.errors import ConfigError
+from fedlab.run.directory import RunDirectory
+
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ name }} – fedlab</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse } th, td { padding: .2rem .8rem .2rem 0; text-align: right } th:first-child, td:first-child { text-align: left }
+th { border-bottom: 1px solid #999 } .figures { display: flex; flex-wrap: wrap; gap: 1rem } .figures svg { max-width: 100%; height: auto }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem } .facts div { border-left: 3px solid #2563eb; padding-left: .6rem }
+.facts b { display: block; font-size: 1.3rem } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto } .warn { color: #9a3412 }
+</style></head><body>
+<h1>{{ name }}: {{ config.strategy.name }} on {{ config.data.source }}</h1>
+<p>Status <b>{{ result.status }}</b>{% if result.reason %} – {{ result.reason }}{% endif %}</p>
+<div class="facts">{% for label, value in facts %}<div>{{ label }}<b>{{ value }}</b></div>{% endfor %}</div>
+<h2>Privacy</h2><p>{{ privacy }}</p>
+<h2>Curves</h2><div class="figures">{% for figure in figures %}{{ figure | safe }}{% endfor %}</div>
+<h2>Clients</h2><table><tr><th>client</th><th>examples</th><th>rounds</th><th>accuracy</th><th>ε</th><th>δ</th></tr>
+{% for id, c in result.clients.items() %}<tr><td>{{ id }}</td><td>{{ c.examples }}</td><td>{{ c.participations }}</td><td>{{ number(c.accuracy) }}</td>
+<td>{{ number(c.epsilon) }}</td><td>{{ "%.2g" | format(c.delta) if c.delta else "–" }}</td></tr>{% endfor %}</table>
+{% if notable %}<h2>Notable events</h2><ul>{% for event in notable %}<li class="warn">round {{ event.round }}: {{ event.message }}</li>{% endfor %}</ul>{% endif %}
+<h2>Configuration</h2><pre>{{ toml }}</pre><h2>Environment</h2><pre>{{ environment }}</pre>
+</body></html>
+"""
+
+
+def write_report(path: Path) -> Path:
+    """Write ``report.html`` into the run directory and return its path. Raises ConfigError if the run has no result yet."""
+    from fedlab.report.plots import bar_chart, line_chart
+
+    directory = RunDirectory.open(path)
+    result = directory.result
+    if result is None or "clients" not in result:
+        raise ConfigError(f"{str(path)!r} has no finished result to report on")
+    config = directory.config
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scored, trained = _phase(lines, "evaluate"), _phase(lines, "train")
+    figures = []
+    if scored:
+        rounds = [line["round"] for line in scored]
+        curves = {key: (rounds, [line[key] for line in scored]) for key in ("accuracy", "macro_f1")}
+        figures.append(line_chart("Held-out accuracy", curves, "share"))
+        figures.append(line_chart("Held-out loss", {"loss": (rounds, [line["loss"] for line in scored])}, "nats"))
+    if trained and isinstance(trained[-1]["epsilon"], float):
+        figures.append(line_chart("Privacy spent", {"ε": ([t["round"] for t in trained], [t["epsilon"] for t in trained])}, "ε of the worst client"))
+    accuracies = {c: info["accuracy"] for c, info in result["clients"].items() if info["accuracy"] is not None}
+    if accuracies:
+        figures.append(bar_chart("Accuracy per client", list(accuracies), list(accuracies.values()), "share"))
+    page = Environment(autoescape=True).from_string(TEMPLATE).render(
+        name=config.run.name,
+        config=config,
+        result=result,
+        facts=_facts(result),
+        privacy=_privacy(result, config.privacy.unit),
+        figures=figures,
+        notable=[line for line in lines if line["phase"] == "event"],
+        number=_number,
+        toml=config.to_toml(),
+        environment=(path / "environment.json").read_text(encoding="utf-8"),
+    )
+    directory.write_text("report.html", page)
+    return path / "report.html"
+
+
+def _phase(lines: list[dict[str, Any]], phase: str) -> list[dict[str, Any]]:
+    return [line for line in lines if line["phase"] == phase]
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else value if isinstance(value, str) else f"{value:.4f}"
+
+
+def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    spread = result["client_accuracy"]
+    return [
+        ("accuracy", _number(result["accuracy"])),
+        ("macro-F1", _number(result["macro_f1"])),
+        ("ε (maximum)", _number(result["epsilon"])),
+        ("worst client", _number(spread["worst"])),
+        ("rounds", str(result["rounds"])),
+        ("MB up / down", f"{result['bytes_up'] / 1e6:.2f} / {result['bytes_down'] / 1e6:.2f}"),
+        ("seconds", f"{result['seconds']:.0f}"),
+        ("overhead per round", f"{result['overhead_seconds_per_round']} s"),
+    ]
+
+
+def _privacy(result: dict[str, Any], unit: str) -> str:
+    if unit == "none":
+        return "no DP: this run gives no privacy guarantee."
+    text = (
+        f"Each client's records are protected at the level of one example (add or remove one) against everyone who sees every update: "
+        f"at most ε = {result['epsilon']:.3f} over clients, each at its own δ (table below). Accountant: {result['accountant']}. "
+        "Client sizes and participation are public."
+    )
+    if result["noise"] == "seeded":
+        text += " The noise was seeded, so that the simulation can be repeated: whoever knows the seed can subtract it. Not for real data."
+    return text

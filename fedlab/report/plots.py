@@ -1,0 +1,51 @@
+"""The report's figures, as inline SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, and none is touched
+
+from matplotlib.figure import Figure
+
+INK, LINE, SECOND = "#333333", "#2563eb", "#c2410c"
+
+
+def line_chart(title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> str:
+    """SVG of one or two curves over rounds; ``series`` maps a label to (rounds, values)."""
+    figure, axes = _figure()
+    for (label, (x, y)), color in zip(series.items(), (LINE, SECOND, INK), strict=False):
+        axes.plot(x, y, marker="o", markersize=3, linewidth=1.4, color=color, label=label)
+    axes.set(title=title, xlabel="round", ylabel=ylabel)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def bar_chart(title: str, names: Sequence[str], values: Sequence[float], ylabel: str) -> str:
+    """SVG of one bar per client."""
+    figure, axes = _figure()
+    axes.bar(range(len(values)), values, color=LINE)
+    axes.set(title=title, ylabel=ylabel)
+    if len(names) <= 16:
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    else:
+        axes.set_xlabel("client")
+    return _svg(figure)
+
+
+def _figure() -> tuple[Figure, matplotlib.axes.Axes]:
+    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]

@@ -1,0 +1,138 @@
+"""``RUN_DIR``: the files of a run, each written whole or not at all.
+
+See ``docs/run-directory.md`` for every file. ``result.json`` is written last; a directory without one belongs to a run that is
+still going or was killed, and ``fedlab resume`` continues it from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fedlab.config import RunConfig
+from fedlab.errors import ConfigError
+
+PACKAGES = ("flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "flwr-datasets", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and writers of one run directory."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: RunConfig, out: Path | None) -> RunDirectory:
+        """Make the directory (default ``runs/<name>-<time>``) with ``run.toml`` and ``environment.json`` in it."""
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        path = (out or Path("runs") / f"{config.run.name}-{stamp}").absolute()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(f"--out {str(path)!r} exists and is not empty; a run never overwrites another, choose a new directory")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {str(path)!r} cannot be created: {error.strerror}") from None
+        directory = cls(path)
+        directory.write_text("run.toml", config.to_toml())
+        directory.write_json("environment.json", environment())
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """An existing run directory, or ConfigError."""
+        if not (path / "run.toml").is_file():
+            raise ConfigError(f"{str(path)!r} is no run directory: it has no run.toml")
+        return cls(path.absolute())
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved configuration the run was started with."""
+        return RunConfig.load(self.path / "run.toml")
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """``result.json``, or None while there is none."""
+        file = self.path / "result.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a file atomically: readers see the old one or the new one, also after a crash."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write strict JSON; a float that is not a number becomes null."""
+        self.write_text(name, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def jsonable(value: Any) -> Any:
+    """The value with NaN as null, infinities as strings, and tuples as lists."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    return value
+
+
+def environment() -> dict[str, Any]:
+    """Versions, source commit and hardware: what else could change a result."""
+    import torch
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "fedlab": version("fedlab"),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source tree that fedlab runs from, with ``-dirty`` if it differs; None for an installed wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], cwd=root, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,129 @@
+"""Start a run: the server's and the clients' apps, by reference, on Ray or in this process.
+
+The only part of ``fedlab`` that knows Flower and Ray. Everything private of Flower's that is used sits in this package; flwr is
+pinned to the version it was written for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from fedlab.config import RunConfig, unknown_key
+from fedlab.errors import ConfigError, FedlabError, RunFailed
+from fedlab.run.directory import RunDirectory
+
+SERVER_APP, CLIENT_APP, STRATEGIES = "strategies.app:app", "clients.app:app", "strategies:STRATEGIES"
+
+# Set before flwr or ray is imported: no telemetry, no update check, no installing at run time, Ray on loopback only.
+QUIET_ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: where it lies, and its ``result.json``."""
+
+    path: Path
+    result: dict[str, Any]
+
+
+def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = False) -> Run:
+    """Run a simulation to its end and return it.
+
+    ``out`` is the run directory (default ``runs/<name>-<time>``); it must not hold anything yet. Raises ConfigError before anything
+    is started if the configuration, the model or the data cannot work, RunFailed if the run could not be finished (``result.json``
+    then says why), Interrupted on Ctrl-C.
+    """
+    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_ENVIRONMENT.items()})
+    check(config)
+    return _launch(RunDirectory.create(config, Path(out) if out is not None else None), quiet)
+
+
+def resume(path: str | Path, quiet: bool = False) -> Run:
+    """Continue a run that was interrupted or killed, from its last complete round. The bits are those of an unbroken run."""
+    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_ENVIRONMENT.items()})
+    directory = RunDirectory.open(Path(path))
+    if (result := directory.result) is not None and result["status"] in ("completed", "budget-exhausted"):
+        raise ConfigError(f"{str(path)!r} is {result['status']}; there is nothing to resume")
+    check(directory.config)
+    return _launch(directory, quiet)
+
+
+def check(config: RunConfig) -> None:
+    """Everything that can be known to be wrong before a process is started: names and files first, then keys, then the data."""
+    from fedlab.data import corpus_and_shards
+    from fedlab.data.sources import check_source
+
+    if config.privacy.unit == "client":
+        raise ConfigError('privacy.unit = "client" is not available yet; use "example" or "none"')
+    if config.privacy.budget is not None:
+        raise ConfigError("privacy.budget is not enforced yet; set privacy.epsilon and privacy.participations, which are")
+    check_source(config.data)
+    from fedlab.hub import check_model
+
+    check_model(config.model)
+    check_strategy(config)
+    corpus_and_shards(config)
+
+
+def check_strategy(config: RunConfig) -> None:
+    """The strategy exists and its own keys are its own. Raises ConfigError that names the nearest ones."""
+    known = load_reference(STRATEGIES)
+    name = config.strategy.name
+    if name not in known:
+        raise ConfigError(unknown_key(f"strategy.name = {name}", name, sorted(known)).replace("unknown key", "unknown").replace("did you mean strategy.name = ", "did you mean "))
+    try:
+        known[name].Options(**config.strategy.options)
+    except pydantic.ValidationError as error:
+        detail = error.errors()[0]
+        key = str(detail["loc"][-1])
+        if detail["type"] == "extra_forbidden":
+            fields = ["name", "weights", *known[name].Options.model_fields]
+            raise ConfigError(f'{unknown_key(f"strategy.{key}", key, fields)} (strategy "{name}")') from None
+        raise ConfigError(f"strategy.{key}: {detail['msg'].replace('Input should', 'must')}, got {detail['input']!r}") from None
+
+
+def load_reference(reference: str) -> Any:
+    """``"module:attribute"`` → the object, as Flower itself names apps."""
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _launch(directory: RunDirectory, quiet: bool) -> Run:
+    from fedlab.run.launch.local import run_local
+    from fedlab.run.launch.ray import run_ray
+
+    config = directory.config
+    backend = {"ray": run_ray, "local": run_local}[config.run.backend]
+    try:
+        backend(load_reference(SERVER_APP), load_reference(CLIENT_APP), config, {"run-dir": str(directory.path), "quiet": quiet})
+    except (FedlabError, KeyboardInterrupt):
+        _ensure_result(directory)
+        raise
+    except Exception as error:
+        _ensure_result(directory, f"{type(error).__name__}: {error}")
+        raise RunFailed(f"the run failed: {type(error).__name__}: {error}\nsee {directory.path / 'log.txt'}") from error
+    result = directory.result
+    if result is None:
+        raise RunFailed(f"the server app ended without a result; see {directory.path / 'log.txt'}")
+    return Run(directory.path, result)
+
+
+def _ensure_result(directory: RunDirectory, reason: str = "ended before the first round") -> None:
+    if directory.result is None:
+        directory.write_json("result.json", {"status": "failed", "reason": reason})

@@ -1,0 +1,169 @@
+"""The Ray backend: Flower's simulation runtime, with what it lacks.
+
+Flower's own ``run_simulation`` is deprecated, hides a server app's exception, and never replaces an actor that died: the dead one
+stays on top of its pool and swallows the work. Here the server app runs in the calling thread (so Ctrl-C and exceptions arrive
+where they should), nodes are registered before it starts, and a lost actor is replaced and its message tried once more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from typing import Any
+
+import ray
+from flwr.app import Context, Message, RecordDict
+from flwr.common.constant import RUN_ID_NUM_BYTES, SUPERLINK_NODE_ID, TASK_ID_NUM_BYTES
+from flwr.proto.task_pb2 import Task
+from flwr.server.superlink.fleet.vce import vce_api
+from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
+from flwr.server.superlink.fleet.vce.metrics import VceMetrics
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState, RunRecord
+from flwr.server.superlink.linkstate.utils import generate_rand_int_from_bytes
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run as FlowerRun
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.federation import NoOpFederationManager
+from flwr.superlink.grid import InMemoryGrid
+from ray.exceptions import RayError, RayTaskError
+
+from fedlab.config import RunConfig
+from fedlab.errors import ConfigError, RunFailed
+
+logger = logging.getLogger("fedlab")
+
+
+class NodeLost(RuntimeError):
+    """The process that served a node died (killed, out of memory)."""
+
+
+class ResilientRayBackend(RayBackend):
+    """Flower's Ray backend with as many actors as nodes can use, and dead ones replaced."""
+
+    def __init__(self, backend_config: dict[str, Any], max_actors: int, retry: bool) -> None:
+        super().__init__(backend_config)
+        self._max_actors, self._retry = max_actors, retry
+        self._lock = threading.Lock()
+        self._stopping = False
+
+    def build(self, app_fn: Any) -> None:
+        super().build(app_fn)
+        assert self.pool is not None
+        while self.pool.num_actors > self._max_actors:
+            ray.kill(self.pool.pool.pop())
+            self.pool.num_actors -= 1
+
+    def process_message(self, message: Message, context: Context) -> tuple[Message, Context]:
+        """Run one message on an idle actor. A lost actor is replaced; the message is retried once, unless noise is secret.
+
+        With seeded noise a retry repeats the same bits, so it releases nothing new; with secure noise it would be another release.
+        """
+        assert self.pool is not None
+        for attempt in (1, 2):
+            with self._lock:
+                actor: Any = self.pool.pool.pop()
+            try:
+                _, reply, updated = ray.get(actor.run.remote(self.app_fn, message, str(message.metadata.dst_node_id), context))
+                return reply, updated
+            except RayTaskError:
+                raise  # the app itself raised: the node is fine
+            except RayError as error:
+                if self._stopping:
+                    raise
+                logger.warning("a node process died (%s); it is replaced", type(error).__name__)
+                actor = self.pool.create_actor_fn()
+                if attempt == 2 or not self._retry:
+                    raise NodeLost("its process died" + (" twice" if attempt == 2 else "")) from error
+            finally:
+                with self._lock:
+                    self.pool.pool.append(actor)
+        raise AssertionError("unreachable")
+
+    def stop(self) -> None:
+        """Kill every actor, also those at work, so that nothing waits for them."""
+        self._stopping = True
+        if self.pool is not None:
+            with self._lock:
+                for actor in [*self.pool.pool]:
+                    ray.kill(actor)
+        ray.shutdown()
+
+    def terminate(self) -> None:
+        """Called by Flower when its loop ends."""
+        self.stop()
+
+
+def run_ray(server_app: Any, client_app: Any, config: RunConfig, run_config: dict[str, Any]) -> None:
+    """Run the server app in this thread over Ray-simulated nodes; its exceptions pass through, and no process is left behind."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    state_factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
+    run = _register_run(state_factory)
+    grid = InMemoryGrid(state_factory=state_factory, pull_interval=0.02)
+    grid.set_run(run)
+    mapping = vce_api._register_nodes(config.run.nodes, state_factory)
+    stores = vce_api._register_node_info_stores(mapping, run)
+    backend = _start_ray(config)
+    stop, crash = threading.Event(), list[BaseException]()
+
+    def fleet() -> None:
+        try:
+            vce_api.run_api(lambda: client_app, lambda: backend, mapping, state_factory, stores, stop, VceMetrics())
+        except BaseException as error:
+            crash.append(error)
+
+    thread = threading.Thread(target=fleet, name="fleet", daemon=True)
+    thread.start()
+    try:
+        server_app(grid, Context(run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), run_config))
+    except BaseException as error:
+        if crash and not isinstance(error, KeyboardInterrupt):
+            raise RunFailed(f"Flower's simulation runtime crashed: {crash[0]}") from crash[0]
+        raise
+    finally:
+        stop.set()
+        backend.stop()
+        thread.join(timeout=30)
+
+
+def _start_ray(config: RunConfig) -> ResilientRayBackend:
+    run = config.run
+    join = {"address": run.ray_address} if run.ray_address else {"address": "local", "_node_ip_address": "127.0.0.1"}
+    init = {**join, "logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
+    if run.ray_address:
+        del init["include_dashboard"]
+    gpus = run.gpus_per_node
+    resources = {"num_cpus": run.cpus_per_node, "num_gpus": gpus}
+    try:
+        backend = ResilientRayBackend(
+            json.loads(json.dumps({"init_args": init, "client_resources": resources})),
+            max_actors=run.nodes,
+            retry=not config.private or config.privacy.noise == "seeded",
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(f"run.ray_address = {run.ray_address!r}: no Ray cluster could be joined or started ({error})") from None
+    total = ray.cluster_resources()
+    if total.get("CPU", 0) < run.cpus_per_node or total.get("GPU", 0) < gpus:
+        ray.shutdown()
+        raise ConfigError(
+            f"run.cpus_per_node = {run.cpus_per_node:g}, run.gpus_per_node = {gpus:g}: Ray has only "
+            f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs; lower them"
+        )
+    return backend
+
+
+def _register_run(state_factory: LinkStateFactory) -> FlowerRun:
+    """Announce one run and its primary task to Flower's in-memory state, as its simulation runtime does."""
+    run = FlowerRun.create_empty(run_id=generate_rand_int_from_bytes(RUN_ID_NUM_BYTES))
+    run.primary_task_id = generate_rand_int_from_bytes(TASK_ID_NUM_BYTES)
+    run.federation_id = NOOP_FEDERATION_ID
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run.run_id, SUPERLINK_NODE_ID
+    state = state_factory.state()
+    assert isinstance(state, InMemoryLinkState)
+    state.run_ids[run.run_id] = RunRecord(run=run)
+    state.task_store[run.primary_task_id] = Task(task_id=run.primary_task_id, run_id=run.run_id)
+    return run

@@ -1,0 +1,188 @@
+"""What a run shows while it runs: a live table on a terminal, one plain line per round when piped, nothing with ``--quiet``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from fedlab.config import RunConfig
+from fedlab.evaluate.classification import Scores
+
+SHOWN_ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class RoundLine:
+    """One finished round. ``scores`` is None in rounds without evaluation; ``loss`` is nan where it is not shared."""
+
+    number: int
+    scores: Scores | None
+    train_loss: float
+    epsilon: float | str
+    worst_client: float | None
+    clients: int
+    seconds: float
+    overhead: float
+
+
+class Progress:
+    """Says nothing. The base of the other two, and what ``--quiet`` uses."""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop showing."""
+
+    def note(self, text: str) -> None:
+        """What is being done right now."""
+
+    def round_started(self, number: int, clients: int) -> None:
+        """A round's messages are out."""
+
+    def node_done(self) -> None:
+        """One node replied."""
+
+    def round_done(self, line: RoundLine) -> None:
+        """A round is over."""
+
+    def finished(self, result: dict[str, Any]) -> None:
+        """The run is over."""
+
+
+class PlainProgress(Progress):
+    """One line per round on standard output."""
+
+    def __init__(self, config: RunConfig, path: Path) -> None:
+        self._config, self._path = config, path
+
+    def __enter__(self) -> Progress:
+        print(headline(self._config, self._path), flush=True)
+        return self
+
+    def round_done(self, line: RoundLine) -> None:
+        cells = dict(zip(COLUMNS, _cells(line), strict=True))
+        shown = "  ".join(f"{name} {value}" for name, value in cells.items() if value not in ("", "–"))
+        print(shown.replace("round ", f"round {'' if line.number > 9 else ' '}", 1), flush=True)
+
+    def finished(self, result: dict[str, Any]) -> None:
+        print(closing(result, self._path), flush=True)
+
+
+class LiveProgress(Progress):
+    """A table of the last rounds over a progress bar."""
+
+    def __init__(self, config: RunConfig, path: Path) -> None:
+        self._config, self._path, self._console = config, path, Console()
+        self._lines: list[RoundLine] = []
+        self._bar = Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        )
+        self._task = self._bar.add_task("starting", total=config.run.rounds)
+        self._live = Live(self._render(), console=self._console, refresh_per_second=4)
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        self._console.print(headline(self._config, self._path), highlight=False)
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.update(self._render())
+        self._live.__exit__(kind, error, trace)
+
+    def note(self, text: str) -> None:
+        self._bar.update(self._task, description=text)
+
+    def round_started(self, number: int, clients: int) -> None:
+        self.note(f"round {number}: {clients} clients training")
+
+    def node_done(self) -> None:
+        self.note(f"{self._bar.tasks[0].description.removesuffix(' ·')} ·")
+
+    def round_done(self, line: RoundLine) -> None:
+        self._lines.append(line)
+        self._bar.update(self._task, completed=line.number)
+        self._live.update(self._render())
+
+    def finished(self, result: dict[str, Any]) -> None:
+        self.note(result["status"])
+        self._live.update(self._render())
+        self._live.stop()
+        self._console.print(closing(result, self._path), highlight=False)
+
+    def _render(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        for name in COLUMNS:
+            table.add_column(name, justify="right")
+        for line in self._lines[-SHOWN_ROUNDS:]:
+            table.add_row(*_cells(line))
+        return Group(table, self._bar) if self._lines else Group(self._bar)
+
+
+COLUMNS = ("round", "accuracy", "macro-F1", "loss", "worst client", "ε (worst client)", "clients", "seconds", "overhead")
+
+
+def _cells(line: RoundLine) -> list[str]:
+    scores = line.scores
+    return [
+        str(line.number),
+        f"{scores.accuracy:.4f}" if scores else "",
+        f"{scores.macro_f1:.4f}" if scores else "",
+        f"{scores.loss:.4f}" if scores else "",
+        "–" if line.worst_client is None else f"{line.worst_client:.4f}",
+        line.epsilon if isinstance(line.epsilon, str) else f"{line.epsilon:.3f}",
+        str(line.clients),
+        f"{line.seconds:.1f}",
+        f"{line.overhead:.2f}",
+    ]
+
+
+def headline(config: RunConfig, path: Path) -> str:
+    """What is about to run, in two lines."""
+    privacy = config.privacy
+    if not config.private:
+        promise = "no DP"
+    elif privacy.epsilon is not None:
+        promise = f"ε = {privacy.epsilon:g} per client, example-level DP-SGD"
+    else:
+        promise = f"σ = {privacy.sigma:g}, example-level DP-SGD"
+    if config.private and privacy.noise == "seeded":
+        promise += " (seeded noise: reproducible, so not for real data)"
+    return (
+        f"fedlab: {config.strategy.name} on {config.data.source}, {config.data.clients} clients, {config.run.rounds} rounds, "
+        f"{config.model.name}, LoRA rank {config.lora.rank}, {promise}\n{path}"
+    )
+
+
+def closing(result: dict[str, Any], path: Path) -> str:
+    """What came out, in a few lines."""
+    epsilon = result["epsilon"]
+    spent = epsilon if isinstance(epsilon, str) else f"ε = {epsilon:.3f} (maximum over clients)"
+    spread = result["client_accuracy"]
+    clients = "" if spread["mean"] is None else f"clients: mean {spread['mean']:.4f}, worst {spread['worst']:.4f}, std {spread['std']:.4f}\n"
+    accuracy = "not evaluated" if result["accuracy"] is None else f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
+    per_round = result["seconds_per_round"]
+    overhead = "" if per_round is None else f", {result['overhead_seconds_per_round']:.2f} s of {per_round:.2f} s per round outside training and evaluation"
+    return (
+        f"{result['status']}: {accuracy}, {spent}\n{clients}"
+        f"{result['bytes_up'] / 1e6:.2f} MB up, {result['bytes_down'] / 1e6:.2f} MB down, {result['seconds']:.1f} s{overhead}\n"
+        f"adapter: {path / 'adapter'}\nreport:  {path / 'report.html'}"
+    )
+
+
+def make_progress(config: RunConfig, path: Path, quiet: bool) -> Progress:
+    """Live on a terminal, plain lines when piped, silent when asked."""
+    if quiet:
+        return Progress()
+    return LiveProgress(config, path) if sys.stdout.isatty() else PlainProgress(config, path)

@@ -1,0 +1,50 @@
+"""What one process holds for a run: its configuration, its one model, its data. Opened once, then shared by every message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fedlab.config import RunConfig
+from fedlab.data import FederatedData, corpus_and_shards, open_data
+from fedlab.models import LoadedModel, build
+from fedlab.privacy.plan import DPPlan, make_plan
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run as one process sees it."""
+
+    config: RunConfig
+    model: LoadedModel
+    data: FederatedData
+
+    def plan(self, client: str) -> DPPlan | None:
+        """The client's privacy plan, made from its own size; None when the run is not private."""
+        if not self.config.private:
+            return None
+        return make_plan(self.config.privacy, self.config.train, self.data.size(client), self.config.participations)
+
+
+@lru_cache(maxsize=1)
+def open_session(config_toml: str) -> Session:
+    """The process's session for this resolved configuration; the base model is loaded at the first call only."""
+    config = RunConfig.parse(config_toml)
+    corpus, _ = corpus_and_shards(config)
+    model = build(config, len(corpus.label_names))
+    return Session(config, model, open_data(config, model.tokenizer))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run with ``count`` torch threads. The count decides how sums are split, so it is part of what fixes the bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,88 @@
+"""The ServerApp: opens the run directory, runs the rounds, and leaves a result whatever happens.
+
+``fedlab simulate`` passes the run directory; under ``flwr run .`` the run configuration names a preset and a directory is made.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlab.config import RunConfig
+from fedlab.data import corpus_and_shards
+from fedlab.data.partition import describe
+from fedlab.errors import FedlabError, Interrupted
+from fedlab.run.directory import RunDirectory
+from fedlab.run.events import Events
+from fedlab.run.progress import make_progress
+from fedlab.session import open_session
+from strategies.loop import Rounds
+
+app = ServerApp()
+logger = logging.getLogger("fedlab")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run to the end, to the budget, or to an exception; ``result.json`` says which."""
+    directory = _directory(context)
+    config = directory.config
+    progress = make_progress(config, directory.path, quiet=bool(context.run_config.get("quiet", False)))
+    events = Events(directory, config.run.tensorboard)
+    started = time.time()
+    rounds: Rounds | None = None
+    try:
+        with progress:
+            progress.note("preparing model and data")
+            corpus, shards = corpus_and_shards(config)
+            directory.write_text("partition.json", describe(shards, corpus))
+            rounds = Rounds(grid, open_session(config.to_toml()), directory, events, progress)
+            status = rounds.run()
+            result = _finish(directory, rounds, status, started)
+            progress.finished(result)
+    except BaseException as error:
+        _leave(directory, rounds, error, started)
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; continue with: fedlab resume {directory.path}") from None
+        raise
+    finally:
+        events.close()
+
+
+def _directory(context: Context) -> RunDirectory:
+    if run_dir := context.run_config.get("run-dir"):
+        return RunDirectory.open(Path(str(run_dir)))
+    preset = Path(str(context.run_config["config"]))
+    if not preset.is_absolute():
+        preset = Path(__file__).resolve().parents[1] / preset
+    return RunDirectory.create(RunConfig.load(preset), None)
+
+
+def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float) -> dict[str, Any]:
+    from fedlab.models import save_adapter
+    from fedlab.report.html import write_report
+
+    save_adapter(rounds.session.model, rounds.state, directory.path / "adapter")
+    result = {"status": status, **rounds.result(), "seconds": round(time.time() - started, 2)}
+    directory.write_json("result.json", result)
+    write_report(directory.path)
+    return result
+
+
+def _leave(directory: RunDirectory, rounds: Rounds | None, error: BaseException, started: float) -> None:
+    """Record why the run ended early. Never raises: the first error is the one to show."""
+    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    reason = str(error) if isinstance(error, FedlabError) else f"{type(error).__name__}: {error}"
+    logger.error("run %s: %s", status, reason, exc_info=None if isinstance(error, FedlabError | KeyboardInterrupt) else error)
+    try:
+        known = rounds.result() if rounds is not None else {}
+    except Exception as second:  # the result itself may be what broke
+        known = {"result_error": str(second)}
+    directory.write_json("result.json", {"status": status, "reason": reason, **known, "seconds": round(time.time() - started, 2)})
+
+

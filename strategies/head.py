@@ -1,0 +1,16 @@
+"""Head only: the adapter stays at zero and only the task head is trained and averaged.
+
+The floor that every adapter has to beat, at the same privacy.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from strategies.base import LoraStrategy
+
+
+class HeadOnly(LoraStrategy):
+    """head_t+1 = Σ p_k head_k."""
+
+    trains: ClassVar[frozenset[str]] = frozenset()

@@ -1,0 +1,239 @@
+"""The round loop: configure → train → aggregate → evaluate, with everything that Flower's ``Strategy.start()`` lacks.
+
+It resumes from a checkpoint, ends early when nobody may take part any more, survives clients that fail, and measures itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+
+from fedlab.errors import RunFailed
+from fedlab.evaluate.classification import Scores, classify
+from fedlab.lora.state import State, digest
+from fedlab.models import initial_state
+from fedlab.privacy.spent import Spent, summary
+from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
+from fedlab.run.directory import RunDirectory
+from fedlab.run.events import Events
+from fedlab.run.progress import Progress, RoundLine
+from fedlab.session import Session, torch_threads
+from strategies import STRATEGIES
+from strategies.base import TrainOutcome, from_record, to_record
+from strategies.exchange import exchange
+from strategies.federation import Federation
+
+logger = logging.getLogger("fedlab")
+NO_DP = "no DP"
+
+
+class Rounds:
+    """State of one run on the server: adapter, strategy, what was spent, totals."""
+
+    def __init__(self, grid: Grid, session: Session, directory: RunDirectory, events: Events, progress: Progress) -> None:
+        self.grid, self.session, self.config = grid, session, session.config
+        self.directory, self.events, self.progress = directory, events, progress
+        self.federation = Federation.discover(grid, self.config, self.config.run.timeout)
+        self.strategy = STRATEGIES[self.config.strategy.name](self.config, self.federation)
+        self.spent = Spent({c: info.delta for c, info in self.federation.clients.items()} if self.config.private else {})
+        self.state: State = initial_state(session.model, self.config.lora, self.config.run.seed)
+        self.done, self.adapter_moved = 0, False
+        self.scores: Scores | None = None
+        self.client_accuracy: dict[str, float] = {}
+        self.totals = {"bytes_up": 0, "bytes_down": 0, "excluded": 0, "round_seconds": 0.0, "overhead_seconds": 0.0}
+        self._restore()
+
+    def run(self) -> str:
+        """Run the remaining rounds. Returns the status, ``completed`` or ``budget-exhausted``; raises RunFailed."""
+        self.strategy.summary()
+        if self.done == 0:
+            self._evaluate_server(0)
+        for round_number in range(self.done + 1, self.config.run.rounds + 1):
+            if not self._round(round_number):
+                return "budget-exhausted"
+        return "completed"
+
+    def _round(self, number: int) -> bool:
+        """One round; False if too few clients may still take part."""
+        started = time.perf_counter()
+        before = self.federation.participations.copy()
+        messages = list(self.strategy.configure_train(number, to_record(self.state, "float32"), ConfigRecord(), self.grid))
+        drawn = sorted((self.federation.participations - before).keys())
+        if len(drawn) < self.config.run.min_clients:
+            self.federation.participations = before
+            logger.warning("round %d: %d clients below their cap, %d needed; ending the run", number, len(drawn), self.config.run.min_clients)
+            return False
+        self.progress.round_started(number, len(drawn))
+        replies = exchange(self.grid, messages, self.config.run.timeout, lambda reply: self.progress.node_done())
+        arrays, _ = self.strategy.aggregate_train(number, replies)
+        outcome = self.strategy.train_outcome
+        for client, event in outcome.charges.items():
+            self.spent.charge(client, event)
+        for client, reason in outcome.excluded.items():
+            logger.warning("%s is excluded from round %d: %s", client, number, reason, extra={"round": number})
+        if arrays is None or len(outcome.updates) < self.config.run.min_clients:
+            reasons = "; ".join(f"{c}: {r}" for c, r in list(outcome.excluded.items())[:3])
+            raise RunFailed(f"round {number}: {len(outcome.updates)} usable updates, {self.config.run.min_clients} needed ({reasons})")
+        self._check_moved(outcome)
+        self.state = from_record(arrays, "float32")
+        train_seconds, aggregated = busy_seconds(outcome.busy), time.perf_counter()
+
+        last = number == self.config.run.rounds
+        evaluate = last or number % self.config.evaluate.every == 0
+        evaluate_seconds = (self._evaluate_server(number) + self._evaluate_clients(number)) if evaluate else 0.0
+        self.done = number
+        self._account(number, outcome, started, train_seconds, evaluate_seconds, aggregated, evaluate)
+        return True
+
+    def _account(
+        self,
+        number: int,
+        outcome: TrainOutcome,
+        started: float,
+        train_seconds: float,
+        evaluate_seconds: float,
+        aggregated: float,
+        evaluated: bool,
+    ) -> None:
+        """Totals, checkpoint, the train line of metrics.jsonl, and the line on the terminal."""
+        epsilon = self.spent.worst() if self.config.private else NO_DP
+        self.totals["bytes_up"] += outcome.bytes_up
+        self.totals["bytes_down"] += outcome.bytes_down
+        self.totals["excluded"] += len(outcome.excluded)
+        self._checkpoint()
+        seconds = time.perf_counter() - started
+        overhead = max(0.0, seconds - train_seconds - evaluate_seconds)
+        self.totals["round_seconds"] += seconds
+        self.totals["overhead_seconds"] += overhead
+        metrics = outcome.metrics.values()
+        examples = sum(m["examples"] for m in metrics)
+        loss = sum(m["loss"] * m["examples"] for m in metrics) / examples if examples else float("nan")
+        self.events.write(
+            "train",
+            number,
+            clients=sorted(outcome.updates),
+            excluded=outcome.excluded,
+            loss=loss,
+            epsilon=epsilon,
+            bytes_up=outcome.bytes_up,
+            bytes_down=outcome.bytes_down,
+            seconds=round(seconds, 4),
+            train_seconds=round(train_seconds, 4),
+            evaluate_seconds=round(evaluate_seconds, 4),
+            overhead_seconds=round(overhead, 4),
+            per_client=outcome.metrics,
+        )
+        scores = self.scores if evaluated else None
+        worst_client = min(self.client_accuracy.values()) if evaluated and self.client_accuracy else None
+        self.progress.round_done(RoundLine(number, scores, loss, epsilon, worst_client, len(outcome.updates), seconds, overhead))
+
+    def _evaluate_server(self, number: int) -> float:
+        """Score the global model on the held-out test split, with all cores. Returns the seconds it took."""
+        started = time.perf_counter()
+        self.progress.note("evaluating")
+        with torch_threads(os.cpu_count() or 1):
+            self.session.model.load(self.state)
+            data = self.session.data
+            self.scores = classify(self.session.model, data, data.test, self.config.evaluate.batch_size)
+        self.events.write("evaluate", number, **vars(self.scores))
+        return time.perf_counter() - started
+
+    def _evaluate_clients(self, number: int) -> float:
+        """Ask the clients for their accuracies. Returns the seconds in which at least one node was at it."""
+        messages = list(self.strategy.configure_evaluate(number, to_record(self.state, "float32"), ConfigRecord(), self.grid))
+        if not messages:
+            return 0.0
+        self.strategy.aggregate_evaluate(number, exchange(self.grid, messages, self.config.run.timeout))
+        outcome = self.strategy.evaluate_outcome
+        for client, reason in outcome.excluded.items():
+            logger.warning("%s has no local accuracy in round %d: %s", client, number, reason, extra={"round": number})
+        self.client_accuracy = outcome.accuracy
+        self.events.write("evaluate_clients", number, **spread(outcome.accuracy.values()), per_client=outcome.accuracy)
+        return busy_seconds(outcome.busy)
+
+    def _check_moved(self, outcome: TrainOutcome) -> None:
+        """A first round whose every update is zero means that nothing is being trained, whatever the loss says."""
+        if self.adapter_moved:
+            return
+        watched = [n for n in self.strategy.trained_names(self.state) if self.strategy.trains == frozenset() or ".lora_" in n]
+        if not any(bool(update[name].any()) for update in outcome.updates.values() for name in watched):
+            raise RunFailed("no client changed the adapter in the first round; check train.lr and lora.target_modules")
+        self.adapter_moved = True
+
+    def _checkpoint(self) -> None:
+        extra = {
+            "participations": dict(self.federation.participations),
+            "spent": self.spent.state(),
+            "totals": self.totals,
+            "scores": vars(self.scores) if self.scores else None,
+            "client_accuracy": self.client_accuracy,
+        }
+        save_checkpoint(self.directory, self.done, self.state, extra)
+
+    def _restore(self) -> None:
+        if (found := load_checkpoint(self.directory)) is None:
+            return
+        self.done, self.state, extra = found
+        self.adapter_moved = True
+        self.federation.participations.update(extra["participations"])
+        self.spent.restore(extra["spent"])
+        self.totals = extra["totals"]
+        self.scores = Scores(**extra["scores"]) if extra["scores"] else None
+        self.client_accuracy = extra["client_accuracy"]
+
+    def result(self) -> dict[str, Any]:
+        """What ``result.json`` says, apart from the status and the wall time."""
+        epsilons = self.spent.epsilons() if self.config.private else {}
+        scores = self.scores
+        clients = {}
+        for client, info in self.federation.clients.items():
+            private = {"epsilon": epsilons[client], "delta": info.delta} if self.config.private else {"epsilon": NO_DP}
+            clients[client] = {
+                "examples": info.examples,
+                "participations": self.federation.participations[client],
+                "accuracy": self.client_accuracy.get(client),
+                **private,
+            }
+        return {
+            "strategy": self.config.strategy.name,
+            "rounds": self.done,
+            "accuracy": scores.accuracy if scores else None,
+            "macro_f1": scores.macro_f1 if scores else None,
+            "loss": scores.loss if scores else None,
+            "client_accuracy": spread(self.client_accuracy.values()),
+            "epsilon": summary(epsilons)["max"] if epsilons else NO_DP,
+            "epsilon_median": summary(epsilons)["median"] if epsilons else NO_DP,
+            "accountant": "dp-accounting PLD, add/remove one example, Poisson sampling within a client" if epsilons else NO_DP,
+            "noise": self.config.privacy.noise if self.config.private else NO_DP,
+            "bytes_up": self.totals["bytes_up"],
+            "bytes_down": self.totals["bytes_down"],
+            "excluded": self.totals["excluded"],
+            "overhead_seconds_per_round": round(self.totals["overhead_seconds"] / self.done, 4) if self.done else None,
+            "seconds_per_round": round(self.totals["round_seconds"] / self.done, 4) if self.done else None,
+            "adapter_digest": digest(self.state),
+            "clients": clients,
+        }
+
+
+def busy_seconds(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of (start, end) intervals: the time in which at least one node was working."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def spread(accuracies: Iterable[float]) -> dict[str, float | None]:
+    """Mean, worst and population standard deviation over clients; None without any."""
+    values = [a for a in accuracies if a == a]
+    if not values:
+        return {"mean": None, "worst": None, "std": None}
+    return {"mean": statistics.fmean(values), "worst": min(values), "std": statistics.pstdev(values)}

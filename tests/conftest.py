@@ -1,0 +1,147 @@
+"""What the tests share: tiny real models and data sets on disk, made once per session, and a cache directory of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TOPICS = {
+    "fruit": "apple pear plum cherry grape lemon ripe sweet juicy peel".split(),
+    "metal": "iron copper zinc steel alloy rust forge molten ore weld".split(),
+    "ocean": "wave tide reef salt coral harbour sail storm deep current".split(),
+}
+FILLER = "the a of and with under near some very old new small large thing".split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every test caches below one temporary directory, never in the user's home."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["FEDLAB_CACHE"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file of 360 short sentences on three topics."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "topics.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(360):
+            topic = list(TOPICS)[i % 3]
+            words = [*rng.choice(TOPICS[topic], 3), *rng.choice(FILLER, int(rng.integers(2, 8)))]
+            rng.shuffle(words)
+            file.write(json.dumps({"text": " ".join(words), "topic": topic, "site": f"site{i % 5}"}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A word-level tokenizer over the words of ``tiny_data``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLER, *(w for t in TOPICS.values() for w in t)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    path = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(path)
+    return path
+
+
+def _save(model: object, tokenizer_files: Path, path: Path) -> Path:
+    from transformers import AutoTokenizer
+
+    model.save_pretrained(path)  # type: ignore[attr-defined]
+    AutoTokenizer.from_pretrained(tokenizer_files).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: Path) -> Path:
+    """A two-layer BERT encoder with random weights, saved as a local model directory."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=32
+    )
+    return _save(BertModel(config), tokenizer_files, tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: Path) -> Path:
+    """A two-layer GPT-2 (Conv1D layers), saved as a local model directory."""
+    import torch
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=2, eos_token_id=3)
+    return _save(GPT2Model(config), tokenizer_files, tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sentence_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    """``tiny_bert`` with sentence-transformers' files for mean pooling beside it."""
+    import shutil
+
+    path = tmp_path_factory.mktemp("encoder") / "model"
+    shutil.copytree(tiny_bert, path)
+    (path / "modules.json").write_text(json.dumps([{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}]))
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}))
+    return path
+
+
+@pytest.fixture
+def tiny_toml(tiny_bert: Path, tiny_data: Path) -> str:
+    """A whole configuration that runs in seconds: three clients, three rounds, FedSVD, DP with a given σ, local backend."""
+    return f"""
+[run]
+name = "tiny"
+rounds = 3
+nodes = 1
+seed = 3
+backend = "local"
+[model]
+name = "{tiny_bert}"
+[lora]
+rank = 4
+alpha = 8
+target_modules = ["query", "value"]
+[data]
+source = "files"
+path = "{tiny_data}"
+text = "text"
+label = "topic"
+clients = 3
+max_length = 16
+test_fraction = 0.2
+[strategy]
+name = "fedsvd"
+[train]
+steps = 3
+batch_size = 16
+physical_batch = 8
+lr = 0.5
+momentum = 0.5
+[privacy]
+unit = "example"
+sigma = 1.0
+clip = 1.0
+[evaluate]
+every = 1
+"""

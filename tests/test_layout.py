@@ -1,0 +1,61 @@
+"""The import rules of the design, read from the source with ``ast``."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("fedlab", "strategies", "clients")
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+def tops(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(path)}
+
+
+def where(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=where)
+def test_import_rules(path: Path):
+    place, names = where(path), tops(path)
+    if place.startswith("fedlab/"):
+        assert not names & {"strategies", "clients"}, "the library imports neither strategies nor clients"
+    if place.startswith("strategies/"):
+        assert "clients" not in names
+    if place.startswith("clients/"):
+        assert "strategies" not in names
+    if place.startswith(("fedlab/lora", "fedlab/privacy", "fedlab/continual")):
+        assert not names & {"flwr", "ray", "transformers"}
+    if not place.startswith(("strategies/", "clients/", "fedlab/run/launch")):
+        assert "flwr" not in names, "only strategies, clients and fedlab.run.launch know Flower"
+    if not place.startswith("fedlab/run/launch"):
+        assert "ray" not in names, "only fedlab.run.launch knows Ray"
+
+
+def test_no_file_is_longer_than_400_lines():
+    long = {where(path): n for path in FILES if (n := len(path.read_text(encoding="utf-8").splitlines())) > 400}
+    assert not long
+
+
+def test_every_package_is_typed():
+    assert all((ROOT / package / "py.typed").is_file() for package in PACKAGES)
+
+
+def test_simulations_is_no_package():
+    assert not list((ROOT / "simulations").rglob("__init__.py"))
