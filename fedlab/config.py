@@ -180,7 +180,7 @@ class EvaluateSection(_Section):
 
     evaluators: tuple[Literal["classification"], ...] = ("classification",)
     every: int = Field(default=1, gt=0, description="rounds; the last round is always evaluated")
-    clients: bool = Field(default=True, description="accuracy of the global adapter on every client's held-out examples")
+    clients: Literal["last", "always", "never"] = Field(default="last", description="score every client's held-out examples, in which rounds")
     batch_size: int = Field(default=128, gt=0)
 
 

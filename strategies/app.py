@@ -20,7 +20,6 @@ from fedlab.errors import FedlabError, Interrupted
 from fedlab.run.directory import RunDirectory
 from fedlab.run.events import Events
 from fedlab.run.progress import make_progress
-from fedlab.session import open_session
 from strategies.loop import Rounds
 
 app = ServerApp()
@@ -41,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
             progress.note("preparing model and data")
             corpus, shards = corpus_and_shards(config)
             directory.write_text("partition.json", describe(shards, corpus))
-            rounds = Rounds(grid, open_session(config.to_toml()), directory, events, progress)
+            rounds = Rounds(grid, config, directory, events, progress)
             status = rounds.run()
             result = _finish(directory, rounds, status, started)
             progress.finished(result)

@@ -7,6 +7,7 @@ named, and a client's weight is the size that it declared before the first round
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
@@ -15,7 +16,6 @@ import pydantic
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from flwr.supercore import log
 from pydantic import ConfigDict
 
 from fedlab.config import RunConfig
@@ -25,7 +25,7 @@ from fedlab.privacy.accounting import Event
 from fedlab.seeds import client_order
 from strategies.federation import Federation
 
-INFO = 20
+logger = logging.getLogger("fedlab")
 
 
 class NoOptions(pydantic.BaseModel):
@@ -111,8 +111,6 @@ class LoraStrategy(Strategy):
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """One message per node: every client scores the global model on its own held-out examples."""
-        if not self.config.evaluate.clients:
-            return []
         self._state = from_record(arrays, "float32")
         self.evaluate_outcome = EvaluateOutcome()
         return self._messages(MessageType.EVALUATE, self.federation.cohorts(list(self.federation.clients)), {"round": server_round})
@@ -133,7 +131,7 @@ class LoraStrategy(Strategy):
 
     def summary(self) -> None:
         """Log the strategy and its options."""
-        log(INFO, "%s: %s", type(self).__name__, self.options.model_dump())
+        logger.info("%s: %s", type(self).__name__, self.options.model_dump())
 
     def _messages(self, kind: str, cohorts: dict[int, list[str]], values: dict[str, int | list[str]]) -> list[Message]:
         self._sent = cohorts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -40,8 +41,11 @@ class Federation:
     participations: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def discover(cls, grid: Grid, config: RunConfig, timeout: float) -> Federation:
-        """Ask every node which clients it hosts, and let the clients declare sizes and privacy plans."""
+    def discover(cls, grid: Grid, config: RunConfig, timeout: float, meanwhile: Callable[[], object] = lambda: None) -> Federation:
+        """Ask every node which clients it hosts, and let the clients declare sizes and privacy plans.
+
+        ``meanwhile`` runs between asking and collecting. Raises RunFailed if a node fails or does not answer.
+        """
         nodes = sorted(grid.get_node_ids())
         everyone = [f"client-{i}" for i in range(config.data.clients)]
         messages = []
@@ -51,7 +55,7 @@ class Federation:
         clients: dict[str, ClientInfo] = {}
         hosts: dict[str, int] = {}
         answered = 0
-        for reply in exchange(grid, messages, timeout):
+        for reply in exchange(grid, messages, timeout, meanwhile=meanwhile):
             if reply.has_error():
                 raise RunFailed(f"a node could not prepare the run: {reply.error.reason}")
             answer = reply.content.config_records["clients"]

@@ -15,6 +15,7 @@ from typing import Any
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
+from fedlab.config import RunConfig
 from fedlab.errors import RunFailed
 from fedlab.evaluate.classification import Scores, classify
 from fedlab.lora.state import State, digest
@@ -24,7 +25,7 @@ from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
 from fedlab.run.events import Events
 from fedlab.run.progress import Progress, RoundLine
-from fedlab.session import Session, torch_threads
+from fedlab.session import open_session, torch_threads
 from strategies import STRATEGIES
 from strategies.base import TrainOutcome, from_record, to_record
 from strategies.exchange import exchange
@@ -37,10 +38,12 @@ NO_DP = "no DP"
 class Rounds:
     """State of one run on the server: adapter, strategy, what was spent, totals."""
 
-    def __init__(self, grid: Grid, session: Session, directory: RunDirectory, events: Events, progress: Progress) -> None:
-        self.grid, self.session, self.config = grid, session, session.config
+    def __init__(self, grid: Grid, config: RunConfig, directory: RunDirectory, events: Events, progress: Progress) -> None:
+        self.grid, self.config = grid, config
         self.directory, self.events, self.progress = directory, events, progress
-        self.federation = Federation.discover(grid, self.config, self.config.run.timeout)
+        # Nodes load their model while the server loads its own.
+        self.federation = Federation.discover(grid, config, config.run.timeout, meanwhile=lambda: open_session(config.to_toml()))
+        self.session = session = open_session(config.to_toml())
         self.strategy = STRATEGIES[self.config.strategy.name](self.config, self.federation)
         self.spent = Spent({c: info.delta for c, info in self.federation.clients.items()} if self.config.private else {})
         self.state: State = initial_state(session.model, self.config.lora, self.config.run.seed)
@@ -87,7 +90,9 @@ class Rounds:
 
         last = number == self.config.run.rounds
         evaluate = last or number % self.config.evaluate.every == 0
-        evaluate_seconds = (self._evaluate_server(number) + self._evaluate_clients(number)) if evaluate else 0.0
+        evaluate_seconds = self._evaluate_server(number) if evaluate else 0.0
+        if self.config.evaluate.clients == "always" and evaluate or self.config.evaluate.clients == "last" and last:
+            evaluate_seconds += self._evaluate_clients(number)
         self.done = number
         self._account(number, outcome, started, train_seconds, evaluate_seconds, aggregated, evaluate)
         return True
@@ -148,8 +153,6 @@ class Rounds:
     def _evaluate_clients(self, number: int) -> float:
         """Ask the clients for their accuracies. Returns the seconds in which at least one node was at it."""
         messages = list(self.strategy.configure_evaluate(number, to_record(self.state, "float32"), ConfigRecord(), self.grid))
-        if not messages:
-            return 0.0
         self.strategy.aggregate_evaluate(number, exchange(self.grid, messages, self.config.run.timeout))
         outcome = self.strategy.evaluate_outcome
         for client, reason in outcome.excluded.items():

@@ -107,6 +107,13 @@ def tiny_sentence_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: P
 
 
 @pytest.fixture
+def learnable_toml(tiny_toml: str, tiny_bert: Path, tiny_sentence_encoder: Path) -> str:
+    """``tiny_toml`` without DP, on the mean-pooling encoder, whose random features are worth learning from."""
+    head, _, rest = tiny_toml.partition("[privacy]")
+    return head.replace(str(tiny_bert), str(tiny_sentence_encoder)) + "[evaluate]" + rest.partition("[evaluate]")[2]
+
+
+@pytest.fixture
 def tiny_toml(tiny_bert: Path, tiny_data: Path) -> str:
     """A whole configuration that runs in seconds: three clients, three rounds, FedSVD, DP with a given σ, local backend."""
     return f"""

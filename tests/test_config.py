@@ -72,7 +72,7 @@ def test_malformed_overrides(override: str):
 
 def test_overrides_are_toml_and_bare_words_are_strings():
     config = RunConfig.parse(MINIMAL, ["run.name=abc", "train.lr=0.5", "lora.target_modules=['q', 'v']", "run.tensorboard=true"])
-    assert (config.run.name, config.train.lr, config.lora.target_modules, config.run.tensorboard) == ("abc", 0.5, ["q", "v"], True)
+    assert (config.run.name, config.train.lr, config.lora.target_modules, config.run.tensorboard) == ("abc", 0.5, ("q", "v"), True)
 
 
 def test_a_missing_file_and_bad_toml_are_configuration_errors(tmp_path):

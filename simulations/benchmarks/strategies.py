@@ -25,7 +25,7 @@ METHODS = {
     "ffa (orthonormal)": ["strategy.name=ffa", "lora.init_a=orthonormal"],
     "fedsvd": ["strategy.name=fedsvd", "lora.init_a=orthonormal"],
 }
-NO_DP = ["privacy={unit='none'}"]
+PRIVACY: dict[str, list[str]] = {"no DP": ["privacy={unit='none'}"], "ε = 6": []}
 TUNING_SEED = 1000
 
 
@@ -41,8 +41,10 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "simulations" / "wordnet.toml")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--tuning-rounds", type=int, help="rounds of a tuning run (default: as many as the others)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.5, 4.5])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--privacy", nargs="+", default=list(PRIVACY), choices=list(PRIVACY))
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmark-strategies")
     args = parser.parse_args()
@@ -50,12 +52,14 @@ def main() -> None:
 
     print("| method | privacy | lr (of " + ", ".join(f"{r:g}" for r in args.rates) + ") | accuracy % | macro-F1 % | worst client % | ε | MB up | s |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    for privacy, extra in {"no DP": NO_DP, "ε = 6": []}.items():
+    tuning = [f"run.rounds={args.tuning_rounds}"] if args.tuning_rounds else []
+    for privacy in args.privacy:
         for method in args.methods:
-            overrides = [*common, *METHODS[method], *extra]
+            overrides = [*common, *METHODS[method], *PRIVACY[privacy]]
             folder = args.out / f"{method}-{privacy}".replace(" ", "").replace("(", "-").replace(")", "").replace("=", "").replace("ε", "eps")
             tuned = {
-                rate: run(args.config, [*overrides, f"train.lr={rate}", f"run.seed={TUNING_SEED}"], folder / f"tune-{rate:g}") for rate in args.rates
+                rate: run(args.config, [*overrides, f"train.lr={rate}", f"run.seed={TUNING_SEED}", *tuning], folder / f"tune-{rate:g}")
+                for rate in args.rates
             }
             rate = max(tuned, key=lambda r: float(str(tuned[r]["accuracy"])))
             results = [

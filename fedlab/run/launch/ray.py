@@ -50,6 +50,7 @@ class ResilientRayBackend(RayBackend):
         self._max_actors, self._retry = max_actors, retry
         self._lock = threading.Lock()
         self._stopping = False
+        self._actors: list[Any] = []
 
     def build(self, app_fn: Any) -> None:
         super().build(app_fn)
@@ -57,6 +58,7 @@ class ResilientRayBackend(RayBackend):
         while self.pool.num_actors > self._max_actors:
             ray.kill(self.pool.pool.pop())
             self.pool.num_actors -= 1
+        self._actors = list(self.pool.pool)
 
     def process_message(self, message: Message, context: Context) -> tuple[Message, Context]:
         """Run one message on an idle actor. A lost actor is replaced; the message is retried once, unless noise is secret.
@@ -66,17 +68,23 @@ class ResilientRayBackend(RayBackend):
         assert self.pool is not None
         for attempt in (1, 2):
             with self._lock:
+                if self._stopping:
+                    raise NodeLost("the run is over")
                 actor: Any = self.pool.pool.pop()
+                result = actor.run.remote(self.app_fn, message, str(message.metadata.dst_node_id), context)
             try:
-                _, reply, updated = ray.get(actor.run.remote(self.app_fn, message, str(message.metadata.dst_node_id), context))
+                _, reply, updated = ray.get(result)
                 return reply, updated
             except RayTaskError:
                 raise  # the app itself raised: the node is fine
             except RayError as error:
                 if self._stopping:
-                    raise
+                    raise NodeLost("the run is over") from None
                 logger.warning("a node process died (%s); it is replaced", type(error).__name__)
-                actor = self.pool.create_actor_fn()
+                with self._lock:
+                    self._actors.remove(actor)
+                    actor = self.pool.create_actor_fn()
+                    self._actors.append(actor)
                 if attempt == 2 or not self._retry:
                     raise NodeLost("its process died" + (" twice" if attempt == 2 else "")) from error
             finally:
@@ -86,12 +94,13 @@ class ResilientRayBackend(RayBackend):
 
     def stop(self) -> None:
         """Kill every actor, also those at work, so that nothing waits for them."""
-        self._stopping = True
-        if self.pool is not None:
-            with self._lock:
-                for actor in [*self.pool.pool]:
-                    ray.kill(actor)
-        ray.shutdown()
+        with self._lock:
+            if self._stopping:
+                return
+            self._stopping = True
+            for actor in self._actors:
+                ray.kill(actor)
+            ray.shutdown()
 
     def terminate(self) -> None:
         """Called by Flower when its loop ends."""
@@ -100,7 +109,7 @@ class ResilientRayBackend(RayBackend):
 
 def run_ray(server_app: Any, client_app: Any, config: RunConfig, run_config: dict[str, Any]) -> None:
     """Run the server app in this thread over Ray-simulated nodes; its exceptions pass through, and no process is left behind."""
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what goes wrong reaches the run's own log, with the round it belongs to
     state_factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
     run = _register_run(state_factory)
     grid = InMemoryGrid(state_factory=state_factory, pull_interval=0.02)
