@@ -21,7 +21,7 @@ data: ## install WordNet's text (Debian, Ubuntu) for simulations/wordnet.toml
 	@test -f /usr/share/wordnet/data.noun || (apt-get update && apt-get install -y wordnet-base) || (sudo apt-get update && sudo apt-get install -y wordnet-base)
 
 bench: setup ## accuracy table on WordNet: strategies × (no DP, ε = 6), three seeds
-	$(BIN)/python simulations/benchmarks/strategies.py
+	$(BIN)/python simulations/benchmarks/wordnet_table.py
 
 setup: $(VENV)/.ready
 

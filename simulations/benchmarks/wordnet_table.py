@@ -1,7 +1,7 @@
 """Accuracy of the strategies on WordNet: {head, fedavg, ffa, fedsvd} × {no DP, ε = 6}, several seeds, learning rates tuned per method.
 
-    python simulations/benchmarks/strategies.py                       # everything, about an hour and a half on two cores
-    python simulations/benchmarks/strategies.py --rounds 4 --seeds 1  # a quick look
+    python simulations/benchmarks/wordnet_table.py                       # everything, about an hour and a half on two cores
+    python simulations/benchmarks/wordnet_table.py --rounds 4 --seeds 1  # a quick look
 
 Protocol: for each (method, privacy) every learning rate of the grid is tried with one tuning seed (not among the reported seeds); the
 best by held-out accuracy is then run with each reported seed. The number of rates tried is the same for all. Runs go one after the other
