@@ -96,25 +96,27 @@ def calibrate_sigma(q: float, steps: int, epsilon: float, delta: float, accounta
 def _calibrate(q: float, steps: int, target: float, delta: float, accountant: Accountant) -> float:
     from scipy.optimize import brentq
 
-    grid = COARSE if target >= 1 else FINE  # the coarse grid's surplus, about 2e-4, would matter below
+    # The coarse grid's surplus grows with the number of steps and matters more for a small ε.
+    grid = COARSE if target >= 1 and steps <= 2000 else FINE
 
-    def excess(log_sigma: float) -> float:
-        spent = epsilon([Event("poisson", q, math.exp(log_sigma), steps)], delta, accountant, interval=grid)
+    def excess(log_sigma: float, by: Accountant) -> float:
+        spent = epsilon([Event("poisson", q, math.exp(log_sigma), steps)], delta, by, interval=grid)
         return math.log(max(spent, 1e-9) / target)
 
-    low, high = 0.0, 0.0
-    while excess(high) > 0:
-        low, high = high, high + 1.0
-        if high > math.log(1e4):
-            raise PrivacyError(f"epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q = {q:g}")
-    if high == 0.0:
-        low = -1.0
-        while excess(low) <= 0 and low > math.log(1e-2):
-            low, high = low - 1.0, low
-        if excess(low) <= 0:
-            return math.exp(low)
-    found = float(brentq(excess, low, high, xtol=2e-4))
-    while excess(found) > 0:
+    # RDP is cheap and never below PLD, so its σ bounds the search from above and keeps PLD away from absurdly small σ.
+    lowest, highest = math.log(1e-2), math.log(1e4)
+    if excess(highest, "rdp") > 0:
+        raise PrivacyError(f"epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q = {q:g}")
+    high = float(brentq(excess, lowest, highest, args=("rdp",), xtol=2e-4)) + 4e-4 if excess(lowest, "rdp") > 0 else lowest
+    while excess(high, accountant) > 0:  # only a rounding away: PLD <= RDP, and PRV's error is 0.01
+        high += 0.02
+    low = high - 0.1
+    while excess(low, accountant) <= 0:
+        low, high = low - 0.2, low
+        if low < lowest:
+            return math.exp(high)
+    found = float(brentq(excess, low, high, args=(accountant,), xtol=2e-4))
+    while excess(found, accountant) > 0:
         found += 2e-4
     return math.exp(found)
 

@@ -37,7 +37,7 @@ class SeededNoise:
     def draw(self, shape: tuple[int, ...], std: float) -> Tensor:
         """See ``GaussianNoise.draw``."""
         non_negative(std=std)
-        return torch.from_numpy(self._rng.standard_normal(shape) * std)
+        return torch.from_numpy(np.asarray(self._rng.standard_normal(shape) * std))
 
 
 class SecureNoise:
@@ -59,7 +59,7 @@ class SecureNoise:
         pairs = (count + 1) // 2
         bits = np.frombuffer(self._stream.update(bytes(16 * pairs)), dtype=np.uint64) >> np.uint64(11)  # 53 bits each
         uniform = (bits.astype(np.float64) + 1.0) * 2.0**-53  # (0, 1]
-        return torch.from_numpy(box_muller(uniform[:pairs], uniform[pairs:])[:count].reshape(shape) * std)
+        return torch.from_numpy(np.asarray(box_muller(uniform[:pairs], uniform[pairs:])[:count].reshape(shape) * std))
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("secure noise cannot be copied or pickled: the copy would repeat it")

@@ -1,0 +1,104 @@
+"""The plan: one object from which both the noise and the event come."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fedlab.config import PrivacySection, TrainSection
+from fedlab.errors import ConfigError, PrivacyError
+from fedlab.privacy.accounting import Event, epsilon
+from fedlab.privacy.plan import DPPlan, default_delta, make_plan
+from fedlab.privacy.spent import Spent, summary
+from fedlab.seeds import stream
+
+PLAN = DPPlan(n=200, batch_size=20, steps=5, sigma=1.5, clip=0.5, delta=1e-5, participations=4, noise="seeded")
+TRAIN = TrainSection(lr=1.0, steps=5, batch_size=20)
+
+
+def section(**values) -> PrivacySection:
+    return PrivacySection(**{"unit": "example", "clip": 0.5, **values})
+
+
+def test_event_noise_and_normaliser_belong_together():
+    assert PLAN.event() == Event("poisson", 0.1, 1.5, 5)
+    assert PLAN.event(rounds=4).steps == 20
+    assert PLAN.normaliser == 20.0
+    zeros = {"b": torch.zeros(300, 200), "a": torch.zeros(100)}
+    noised = PLAN.privatise(zeros, PLAN.noise_source(stream(0, "noise")))
+    for value in noised.values():
+        assert float(value.std()) == pytest.approx(1.5 * 0.5 / 20, rel=0.25 if value.ndim == 1 else 0.02)
+    assert noised["a"].dtype == torch.float64
+
+
+def test_an_empty_batch_is_noise_and_nothing_else():
+    total = {"b": torch.zeros(4, 2, dtype=torch.float64)}
+    found = PLAN.privatise(total, PLAN.noise_source(stream(3, "noise")))
+    drawn = PLAN.noise_source(stream(3, "noise")).draw((4, 2), 1.5 * 0.5) / 20
+    assert torch.equal(found["b"], drawn)
+
+
+def test_the_signal_is_divided_by_the_expected_batch_size():
+    quiet = DPPlan(n=200, batch_size=20, steps=1, sigma=1e-12, clip=1.0, delta=1e-5, participations=1, noise="seeded")
+    found = quiet.privatise({"b": torch.full((3,), 60.0)}, quiet.noise_source(stream(0, "noise")))
+    assert torch.allclose(found["b"], torch.full((3,), 3.0, dtype=torch.float64))
+
+
+def test_a_batch_larger_than_the_client_is_everybody():
+    plan = DPPlan(n=8, batch_size=20, steps=1, sigma=1.0, clip=1.0, delta=1e-3, participations=1, noise="seeded")
+    assert (plan.q, plan.normaliser) == (1.0, 8.0)
+    assert len(plan.batch(stream(0, "b"))) == 8
+
+
+@pytest.mark.parametrize("field", ["n", "batch_size", "steps", "sigma", "clip", "delta", "participations"])
+def test_nonsense_is_refused_by_name(field: str):
+    with pytest.raises(ValueError, match=field):
+        DPPlan(**{**vars(PLAN), field: 0})
+
+
+def test_calibrated_plans_spend_at_most_epsilon_over_all_participations():
+    plan = make_plan(section(epsilon=3.0), TRAIN, 200, 4)
+    assert 2.97 < plan.epsilon(4) <= 3.0
+    assert plan.epsilon(1) < plan.epsilon(4)
+    assert make_plan(section(epsilon=3.0), TRAIN, 200, 8).sigma > plan.sigma
+
+
+def test_delta_policy():
+    assert default_delta(100) == 1e-5
+    assert default_delta(10**6) == pytest.approx(1e-7)
+    assert make_plan(section(sigma=1.0), TRAIN, 50_000, 1).delta == pytest.approx(2e-6)
+    with pytest.warns(UserWarning, match=r"above 0\.1"):
+        make_plan(section(sigma=1.0, delta=1e-3), TRAIN, 200, 1)
+    with pytest.raises(PrivacyError, match="publishing a record outright"):
+        make_plan(section(sigma=1.0, delta=1e-2), TRAIN, 200, 1)
+
+
+def test_epochs_become_steps():
+    assert make_plan(section(sigma=1.0), TrainSection(lr=1.0, epochs=1.5, batch_size=32), 100, 1).steps == math.ceil(1.5 * 100 / 32)
+
+
+def test_what_is_not_there_yet_is_refused():
+    with pytest.raises(ConfigError, match="no client plan"):
+        make_plan(PrivacySection(unit="client", sigma=1.0, clip=1.0), TRAIN, 100, 1)
+    with pytest.raises(ConfigError, match="not enforced yet"):
+        make_plan(section(sigma=1.0, budget={"epsilon": 1.0, "delta": 1e-5}), TRAIN, 100, 1)
+
+
+def test_spent_composes_actual_rounds_and_the_run_is_the_maximum():
+    spent = Spent({"client-0": 1e-5, "client-1": 1e-5})
+    for _ in range(3):
+        spent.charge("client-0", PLAN.event())
+    spent.charge("client-1", PLAN.event())
+    found = spent.epsilons()
+    assert found["client-0"] == epsilon([PLAN.event(rounds=3)], 1e-5)
+    assert found["client-1"] == epsilon([PLAN.event()], 1e-5)
+    assert summary(found)["max"] == found["client-0"]
+    assert spent.worst() == pytest.approx(found["client-0"], abs=1e-3)
+    restored = Spent({"client-0": 1e-5, "client-1": 1e-5})
+    restored.restore(spent.state())
+    assert restored.epsilons() == found
+    assert Spent({"client-9": 1e-5}).epsilons() == {"client-9": 0.0}
+    with pytest.raises(KeyError):
+        spent.charge("stranger", PLAN.event())
