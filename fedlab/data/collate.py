@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,5 +89,9 @@ def _fingerprint(corpus: Corpus) -> str:
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """What a tokenizer does, not where it lies: its class and, for fast ones, its whole serialised form."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    whole = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        whole = json.dumps({k: v for k, v in rules.items() if k not in ("truncation", "padding")})  # left behind by the last call
+    else:
+        whole = repr(sorted(tokenizer.get_vocab().items()))
     return type(tokenizer).__name__ + hashlib.sha256(whole.encode()).hexdigest()

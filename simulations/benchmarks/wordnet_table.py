@@ -5,7 +5,7 @@
 
 Protocol: for each (method, privacy) every learning rate of the grid is tried with one tuning seed (not among the reported seeds); the
 best by held-out accuracy is then run with each reported seed. The number of rates tried is the same for all. Runs go one after the other
-through ``fedlab.simulate``; finished ones are found again in ``--out`` and not repeated.
+through ``fedlab.simulate``; finished ones are found again in ``--out``, those that were cut off are resumed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ TUNING_SEED = 1000
 
 
 def run(config: Path, overrides: list[str], out: Path) -> dict[str, object]:
-    """Result of one run, from disk if it is there."""
-    if (out / "result.json").is_file() and (found := RunDirectory(out).result) and found["status"] == "completed":
-        return found
+    """Result of one run: from disk if it is there, resumed if it was cut off."""
+    if (out / "run.toml").is_file():
+        found = RunDirectory(out).result
+        return found if found and found["status"] == "completed" else fedlab.resume(out, quiet=True).result
     return fedlab.simulate(fedlab.RunConfig.load(config, overrides), out, quiet=True).result
 
 

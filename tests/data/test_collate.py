@@ -1,0 +1,72 @@
+"""Tokens: padding, masks, the cache and its accidents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from fedlab.data.cache import cached_arrays
+from fedlab.data.collate import tokenise
+from fedlab.data.corpus import Corpus
+
+CORPUS = Corpus("c", ["apple pear", "iron", "wave tide reef salt coral", "plum"], np.array([0, 1, 2, 0]), ("f", "m", "o"))
+
+
+@pytest.fixture
+def tokenizer(tokenizer_files: Path):
+    return AutoTokenizer.from_pretrained(tokenizer_files)
+
+
+def test_batches_are_what_the_tokenizer_pads(tokenizer):
+    tokens = tokenise(CORPUS, tokenizer, 6)
+    indices = np.array([2, 0, 1])
+    batch = tokens.batch(indices, tokenizer.pad_token_id)
+    wanted = tokenizer([CORPUS.texts[i] for i in indices], truncation=True, max_length=6, padding=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], wanted["input_ids"])
+    assert torch.equal(batch["attention_mask"], wanted["attention_mask"])
+    assert batch["labels"].tolist() == [2, 0, 1]
+    assert tokens.lengths(indices).tolist() == [6, 4, 3]
+
+
+def test_pairs_carry_token_types(tokenizer_files: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_files, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    corpus = Corpus("c", CORPUS.texts, CORPUS.labels, CORPUS.label_names, pairs=["gold", "zinc ore", "a", "b"])
+    batch = tokenise(corpus, tokenizer, 16).batch(np.arange(4), tokenizer.pad_token_id)
+    wanted = tokenizer(corpus.texts, corpus.pairs, padding=True, return_tensors="pt")
+    assert torch.equal(batch["token_type_ids"], wanted["token_type_ids"])
+    assert batch["token_type_ids"].max() == 1
+
+
+def test_the_cache_is_used_mapped_and_keyed_by_what_matters(tokenizer, monkeypatch: pytest.MonkeyPatch):
+    first = tokenise(CORPUS, tokenizer, 8)
+    assert isinstance(first.ids, np.memmap)
+    import fedlab.data.collate as collate
+
+    monkeypatch.setattr(collate, "_tokenise", lambda *_: pytest.fail("tokenised again"))
+    assert np.array_equal(tokenise(CORPUS, tokenizer, 8).ids, first.ids)
+    with pytest.raises(pytest.fail.Exception, match="tokenised again"):
+        tokenise(CORPUS, tokenizer, 7)
+
+
+def test_a_damaged_entry_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FEDLAB_CACHE", str(tmp_path))
+    made = []
+
+    def make() -> dict[str, np.ndarray]:
+        made.append(1)
+        return {"a": np.arange(1000)}
+
+    assert cached_arrays("k", {"x": 1}, make)["a"][7] == 7
+    cached_arrays("k", {"x": 1}, make)
+    assert len(made) == 1
+    (file,) = tmp_path.rglob("a.npy")
+    file.write_bytes(file.read_bytes()[:500])
+    assert cached_arrays("k", {"x": 1}, make)["a"][999] == 999
+    assert len(made) == 2
+    assert cached_arrays("k", {"x": 1}, make)["a"][999] == 999
+    assert len(made) == 2
+    assert not [p for p in (tmp_path / "k").iterdir() if p.name.startswith(".")], "no temporary folder is left"

@@ -1,0 +1,176 @@
+"""Sources: parsers on files made here, errors that say what to do, and the embedded default as it is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedlab.config import DataSection
+from fedlab.data import docstrings, wordnet
+from fedlab.data.sources import check_source, load_corpus
+from fedlab.errors import ConfigError
+
+SYNSETS = """\
+  1 This software and database is being provided to you, the LICENSEE
+00001740 03 n 01 entity 0 003 ~ 00001930 n 0000 | that which is perceived; "an example; with a semicolon"
+00015388 05 n 02 animal 0 beast 0 001 @ 00004475 n 0000 | a living organism characterized by voluntary movement
+00017222 20 n 01 plant 0 001 @ 00004475 n 0000 | (botany) a living organism lacking the power of locomotion; an alga
+"""
+
+
+@pytest.fixture
+def tiny_wordnet(tmp_path: Path) -> Path:
+    (tmp_path / "data.noun").write_text(SYNSETS)
+    return tmp_path
+
+
+def test_wordnet_glosses_lose_their_examples_and_get_their_lexicographer_file(tiny_wordnet: Path):
+    corpus = load_corpus(DataSection(source="wordnet", path=str(tiny_wordnet)), 0)
+    assert [corpus.label_names[i] for i in corpus.labels] == ["noun.Tops", "noun.animal", "noun.plant"]
+    assert corpus.texts[0] == "that which is perceived"
+    assert corpus.texts[2].endswith("; an alga"), "a semicolon inside a definition is kept"
+    assert len(wordnet.LEXICOGRAPHER_FILES) == 45
+
+
+def test_a_missing_wordnet_names_the_fix(tmp_path: Path):
+    with pytest.raises(ConfigError, match="make data"):
+        check_source(DataSection(source="wordnet", path=str(tmp_path)))
+    (tmp_path / "data.noun").write_text(SYNSETS)
+    with pytest.raises(ConfigError, match="must be one of noun"):
+        check_source(DataSection(source="wordnet", path=str(tmp_path), subset="nouns"))
+
+
+@pytest.mark.skipif(not any((Path(p) / "data.noun").is_file() for p in wordnet.PLACES), reason="wordnet-base is not installed")
+def test_installed_wordnet_has_its_82115_nouns_in_26_classes():
+    corpus = load_corpus(DataSection(source="wordnet"), 0)
+    assert (len(corpus), len(corpus.label_names)) == (82115, 26)
+
+
+def test_docstrings_are_many_balanced_and_do_not_name_their_label():
+    corpus = docstrings.load()
+    assert len(corpus.label_names) >= 8
+    assert len(corpus) >= 8000
+    assert len(set(corpus.texts)) == len(corpus)
+    assert np.bincount(corpus.labels).min() >= 500
+    for text, label in zip(corpus.texts, corpus.labels, strict=True):
+        words = text.lower().replace(".", " ").split()
+        assert not set(words) & set(docstrings.LIBRARIES[corpus.label_names[label]]), text
+    assert docstrings.load().texts == corpus.texts
+
+
+def test_docstrings_are_read_and_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FEDLAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(docstrings, "PER_LIBRARY", 5)
+    before = set(sys.modules)
+    docstrings.load()
+    assert not {name.partition(".")[0] for name in set(sys.modules) - before} & {"sqlalchemy", "sympy", "networkx"}
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("Return the sum of all elements.\n\nMore text.", "Return the sum of all elements."),
+        ("Compute a thing over\n    two lines. And more.", "Compute a thing over two lines."),
+        ("Values, e.g. of an array, are kept as they are.", "Values, e.g. of an array, are kept as they are."),
+        ("Short.", None),
+        ("A title of words\n=================", None),
+    ],
+)
+def test_first_sentences(docstring: str, expected: str | None):
+    assert docstrings.first_sentence(docstring) == expected
+
+
+def test_too_few_libraries_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(docstrings, "LIBRARIES", {f"no-such-library-{i}": () for i in range(9)})
+    with pytest.raises(ConfigError, match="install no-such-library-0"):
+        check_source(DataSection())
+
+
+@pytest.fixture
+def rows() -> list[dict[str, object]]:
+    return [{"a": f"text {i}", "b": f"pair {i}", "y": ["no", "yes"][i % 2], "who": f"site{i % 3}"} for i in range(12)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_files_of_every_kind(kind: str, rows: list[dict[str, object]], tmp_path: Path):
+    path = tmp_path / f"data.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        import datasets
+
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    for place in (path, tmp_path):
+        corpus = load_corpus(DataSection(source="files", path=str(place), text=("a", "b"), label="y"), 0)
+        assert corpus.texts == [row["a"] for row in rows]
+        assert corpus.pairs == [row["b"] for row in rows]
+        assert [corpus.label_names[i] for i in corpus.labels] == [row["y"] for row in rows]
+
+
+def test_a_test_file_is_the_official_test_split(rows: list[dict[str, object]], tmp_path: Path):
+    for name, part in (("train.jsonl", rows[:8]), ("test.jsonl", rows[8:])):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, part)))
+    data = DataSection(source="files", path=str(tmp_path / "train.jsonl"), test_path=str(tmp_path / "test.jsonl"), text="a", label="y", limit=4)
+    corpus = load_corpus(data, 0)
+    assert (len(corpus), corpus.test) == (8, 4)
+    assert corpus.texts[4:] == [row["a"] for row in rows[8:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"path": None}, "needs data.path"),
+        ({"path": "/nowhere/x.csv"}, "no such file"),
+        ({"label": None}, "needs data.text and data.label"),
+        ({"label": "nope"}, "column 'nope' is not in"),
+    ],
+)
+def test_file_errors(change: dict[str, object], expected: str, rows: list[dict[str, object]], tmp_path: Path):
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = DataSection(**{"source": "files", "path": str(tmp_path / "d.jsonl"), "text": "a", "label": "y", **change})
+    with pytest.raises(ConfigError, match=expected):
+        check_source(data)
+        load_corpus(data, 0)
+
+
+@pytest.fixture
+def local_glue(tmp_path: Path) -> Path:
+    """A data-set directory as the hub lays one out: split files that ``datasets`` finds by name."""
+    for split, count in (("train", 20), ("validation", 6)):
+        lines = [{"premise": f"p {i}", "hypothesis": f"h {i}", "label": (i % 3) - (i == 3)} for i in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def test_hub_code_on_a_local_directory(local_glue: Path):
+    data = DataSection(source="hub", path=str(local_glue), text=("premise", "hypothesis"))
+    corpus = load_corpus(data, 0)
+    assert (len(corpus), corpus.test) == (24, 5), "the row with label -1 is dropped from both splits"
+    assert corpus.pairs is not None and corpus.pairs[0] == "h 0"
+
+
+def test_hub_errors(local_glue: Path):
+    with pytest.raises(ConfigError, match="needs data.path"):
+        check_source(DataSection(source="hub"))
+    with pytest.raises(ConfigError, match="set data.text"):
+        load_corpus(DataSection(source="hub", path=str(local_glue)), 0)
+    with pytest.raises(ConfigError, match="it has train, validation"):
+        load_corpus(DataSection(source="hub", path=str(local_glue), text="premise", split="dev"), 0)
+    with pytest.raises(ConfigError, match="cannot be loaded from the hub"):
+        load_corpus(DataSection(source="hub", path="no-such-user/no-such-set", text="x"), 0)
+
+
+def test_one_label_is_not_a_task(tmp_path: Path):
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"a": "x", "y": "same"}) for _ in range(5)))
+    with pytest.raises(ConfigError, match="at least 2"):
+        load_corpus(DataSection(source="files", path=str(tmp_path / "d.jsonl"), text="a", label="y"), 0)
