@@ -52,7 +52,8 @@ class SentenceClassifier(nn.Module):
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         known = {k: v for k, v in inputs.items() if k in ("token_type_ids", "position_ids", "inputs_embeds")}
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **known).last_hidden_state.float()
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **known).last_hidden_state
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         else:
