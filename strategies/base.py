@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import pydantic
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from pydantic import ConfigDict
 
 from fedlab.config import RunConfig
+from fedlab.errors import FedlabError
 from fedlab.lora.average import client_weights, weighted_mean
 from fedlab.lora.state import State, check_update, from_wire, nbytes, select, to_wire
 from fedlab.privacy.accounting import Event
@@ -98,9 +99,9 @@ class LoraStrategy(Strategy):
         for node, reply in self._by_node(replies, outcome.excluded).items():
             self._collect_train(node, reply, trained, outcome)
         for cohort in self._sent.values():
-            for client in cohort:
+            for client in cohort:  # whoever was asked is charged in full what it declared, whatever came back
                 if (event := self.federation.clients[client].event) is not None:
-                    outcome.charges.setdefault(client, event)  # a client that broke after it was asked is charged in full
+                    outcome.charges[client] = event
         if not outcome.updates:
             return None, None
         outcome.updates = dict(sorted(outcome.updates.items(), key=lambda item: client_order(item[0])))
@@ -167,12 +168,9 @@ class LoraStrategy(Strategy):
             for client, reason in zip(*(cast(list[str], content.config_records["failures"][k]) for k in ("ids", "reasons")), strict=True):
                 if client in cohort:
                     outcome.excluded[client] = reason
-            charges = content.config_records["charges"]
-            for i, client in enumerate(cast(list[str], charges["ids"])):
-                if client in cohort:
-                    columns = (cast(list[float], charges[k])[i] for k in ("q", "sigma"))
-                    sampler = cast(list[str], charges["sampler"])[i]
-                    outcome.charges[client] = Event(cast(object, sampler), *columns, cast(list[int], charges["steps"])[i])  # type: ignore[arg-type]
+            for client, event in _charges(content.config_records["charges"]).items():
+                if client in cohort and event != self.federation.clients[client].event:
+                    outcome.excluded[client] = f"charged {event}, which is not what it declared"
             metrics = content.metric_records["metrics"]
             outcome.busy.append((cast(float, metrics["started"]), cast(float, metrics["ended"])))
             ids = cast(list[str], content.config_records["clients"]["ids"])
@@ -185,7 +183,7 @@ class LoraStrategy(Strategy):
                 client, _, name = key.partition("/")
                 if client in received:
                     received[client][name] = array
-        except (KeyError, IndexError, ValueError, TypeError) as error:
+        except (KeyError, IndexError, ValueError, TypeError, FedlabError) as error:
             for client in cohort:
                 outcome.excluded.setdefault(client, f"malformed reply: {type(error).__name__}: {error}")
             return
@@ -202,6 +200,12 @@ class LoraStrategy(Strategy):
             else:
                 outcome.updates[client] = update
                 outcome.bytes_up += nbytes(update, self.config.run.wire_dtype)
+
+
+def _charges(record: ConfigRecord) -> dict[str, Event]:
+    """client → the event that its node says it charged."""
+    columns = (cast(list[Any], record[key]) for key in ("ids", "sampler", "q", "sigma", "steps"))
+    return {client: Event(sampler, q, sigma, steps) for client, sampler, q, sigma, steps in zip(*columns, strict=True)}
 
 
 def to_record(state: State, wire_dtype: str) -> ArrayRecord:

@@ -87,10 +87,10 @@ class Federation:
 
     def cohorts(self, clients: list[str]) -> dict[int, list[str]]:
         """Deal clients to nodes, largest first to the node with the least work, each cohort in client order."""
-        load = dict.fromkeys(self.nodes, 0)
+        load: Counter[int] = Counter()
         cohorts: dict[int, list[str]] = {}
         for client in sorted(clients, key=lambda c: (-self.clients[c].examples, client_order(c))):
-            node = self.hosts.get(client, min(self.nodes, key=lambda n: (load[n], n)))
+            node = self.hosts[client] if client in self.hosts else min(self.nodes, key=lambda n: (load[n], n))
             load[node] += self._work(client)
             cohorts.setdefault(node, []).append(client)
         return {node: sorted(cohort, key=client_order) for node, cohort in cohorts.items()}

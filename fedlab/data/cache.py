@@ -5,6 +5,7 @@ They lie in ``$FEDLAB_CACHE``, or ``~/.cache/fedlab``. Deleting them costs time,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from fedlab.errors import ConfigError
+
 FORMAT = 1  # raise when the meaning of a cached array changes
+ATTEMPTS = 10  # at replacing a damaged entry while other processes do the same; after that the arrays are used as they are
 
 
 def cache_directory() -> Path:
@@ -31,26 +35,43 @@ def cached_arrays(kind: str, key: Mapping[str, Any], make: Callable[[], dict[str
     if (found := _load(target)) is not None:
         return found
     arrays = make()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}."))
-    for array_name, array in arrays.items():
-        np.save(temporary / f"{array_name}.npy", array, allow_pickle=False)
-    (temporary / "whole.json").write_text(json.dumps({a: v.nbytes for a, v in arrays.items()}))
     try:
-        temporary.rename(target)
-    except OSError:  # another process was first, or what lies there is damaged
-        if (found := _load(target)) is None:
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-        else:
-            shutil.rmtree(temporary)
-            return found
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}."))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {target.parent}: {error.strerror}; set FEDLAB_CACHE to a directory that can be written"
+        ) from None
+    try:
+        for array_name, array in arrays.items():
+            np.save(temporary / f"{array_name}.npy", array, allow_pickle=False)
+        (temporary / "whole.json").write_text(json.dumps({a: v.nbytes for a, v in arrays.items()}))
+        _publish(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return _load(target) or arrays
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Give a whole entry its name, unless another process was first. A damaged one is moved aside, which only one process can do."""
+    for _ in range(ATTEMPTS):
+        try:
+            temporary.rename(target)
+            return
+        except OSError:
+            if _load(target) is not None:
+                return
+        aside = temporary.with_name(f"{temporary.name}.damaged")
+        with contextlib.suppress(OSError):  # another process was first at that, too
+            target.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:
     try:
-        sizes: dict[str, int] = json.loads((path / "whole.json").read_text())
+        sizes = json.loads((path / "whole.json").read_text())
+        if not isinstance(sizes, dict) or not sizes:
+            return None
         arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in sizes}
     except (OSError, ValueError, EOFError):
         return None

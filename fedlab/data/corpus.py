@@ -34,7 +34,9 @@ class Corpus:
 
 
 def encode_labels(values: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Label strings → positions in their sorted names."""
-    names = tuple(sorted(set(values)))
+    """Label strings → positions in their sorted names; integers sort as numbers, so that 0…K−1 keep their positions."""
+    distinct = set(values)
+    numeric = all(value.removeprefix("-").isdecimal() for value in distinct)
+    names = tuple(sorted(distinct, key=(lambda value: (int(value), value)) if numeric else None))
     position = {name: i for i, name in enumerate(names)}
     return np.array([position[v] for v in values], dtype=np.int64), names

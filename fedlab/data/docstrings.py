@@ -10,6 +10,8 @@ import ast
 import hashlib
 import re
 import warnings
+from collections import deque
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -58,7 +60,7 @@ def check() -> None:
 def load() -> Corpus:
     """About 10 × 1,000 distinct sentences; read once for a set of installed versions, then from the cache."""
     check()
-    key = {"versions": installed(), "per_library": PER_LIBRARY, "rules": 1}
+    key = {"versions": installed(), "per_library": PER_LIBRARY, "rules": 2}
     arrays = cached_arrays("docstrings", key, lambda: _as_arrays(*_collect()))
     lines = arrays["lines"].tobytes().decode("utf-8", "surrogatepass").split("\n")
     encoded, names = encode_labels([line.partition("\t")[0] for line in lines])
@@ -87,7 +89,7 @@ def _collect() -> tuple[list[str], list[str]]:
 
 def _sentences(library: str) -> list[str]:
     """Up to PER_LIBRARY distinct masked sentences; files are visited in the order of a hash of their path, so no folder dominates."""
-    mask = re.compile(r"\b(" + "|".join(map(re.escape, LIBRARIES[library])) + r")\b", re.IGNORECASE)
+    mask = mask_of(library)
     files = [f for f in metadata.distribution(library).files or [] if f.suffix == ".py" and not _is_test(f.parts)]
     files.sort(key=lambda f: hashlib.sha256(f.as_posix().encode()).digest())
     found: dict[str, None] = {}  # a set that keeps its order
@@ -97,6 +99,13 @@ def _sentences(library: str) -> list[str]:
             if len(found) == PER_LIBRARY:
                 return list(found)
     return list(found)
+
+
+def mask_of(library: str) -> re.Pattern[str]:
+    """What is replaced in a library's sentences: its names, also inside identifiers. Short ones (np, pd, nx, ray) only where no letter
+    touches them, for they occur inside other words (array)."""
+    names = (re.escape(n) if len(n) > 4 else rf"(?<![a-z]){re.escape(n)}(?![a-z])" for n in LIBRARIES[library])
+    return re.compile("|".join(names), re.IGNORECASE)
 
 
 def _is_test(parts: tuple[str, ...]) -> bool:
@@ -111,8 +120,20 @@ def _docstrings(path: Path) -> list[str]:
     except (OSError, ValueError, SyntaxError, RecursionError):
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+    found = (ast.get_docstring(node) for node in _blocks(tree) if isinstance(node, kinds))
     return [sentence for text in found if text and (sentence := first_sentence(text))]
+
+
+def _blocks(tree: ast.Module) -> Iterator[ast.AST]:
+    """The nodes of ``ast.walk`` in its order (breadth first), less expressions: they are most of a tree and hold no docstring."""
+    nodes: deque[ast.AST] = deque([tree])
+    while nodes:
+        node = nodes.popleft()
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+            children = getattr(node, field, None)
+            if isinstance(children, list):  # the body of a lambda or a conditional expression is none
+                nodes.extend(children)
+        yield node
 
 
 def first_sentence(docstring: str) -> str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,17 +36,24 @@ class Shards:
         clients = arrays["sizes"].shape[1]
         parts = np.split(np.asarray(arrays["positions"]), np.cumsum(arrays["sizes"].reshape(-1))[:-1])
         names = [f"client-{i}" for i in range(clients)]
-        pairs = (dict(zip(names, half, strict=True)) for half in (parts[:clients], parts[clients:]))
-        return cls(*pairs, np.asarray(arrays["test"]))
+        train, local_test = (dict(zip(names, half, strict=True)) for half in (parts[:clients], parts[clients:]))
+        return cls(train, local_test, np.asarray(arrays["test"]))
 
 
 def _dirichlet(data: DataSection, seed: int) -> Any:
     from flwr_datasets.partitioner import DirichletPartitioner
 
     assert data.partition.alpha is not None
+    smallest = data.min_client_size  # what a client must be dealt, so that min_client_size are left to train on after the hold-out
+    while smallest - _held_out(smallest, data) < data.min_client_size:
+        smallest += 1
     return DirichletPartitioner(
-        data.clients, partition_by="label", alpha=data.partition.alpha, min_partition_size=data.min_client_size, self_balancing=False, seed=seed
+        data.clients, partition_by="label", alpha=data.partition.alpha, min_partition_size=smallest, self_balancing=False, seed=seed
     )
+
+
+def _held_out(dealt: int, data: DataSection) -> int:
+    return round(data.test_fraction * dealt)
 
 
 def _other(name: str, *keys: str, seeded: bool = False, by_label: bool = False) -> Callable[[DataSection, int], Any]:
@@ -83,6 +91,20 @@ PARTITIONERS: dict[str, Callable[[DataSection, int], Any]] = {
 }
 
 
+@contextmanager
+def _no_fingerprints() -> Iterator[None]:
+    """Keep ``datasets`` from pickling every list of positions to name a cache file that is never written: most of the time of a deal."""
+    import datasets
+
+    before = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if before:
+            datasets.enable_caching()
+
+
 def deal(corpus: Corpus, data: DataSection, seed: int) -> Shards:
     """Shuffle, deal, hold out. Deterministic in ``seed``; raises ConfigError that names a client that ends up too small."""
     import datasets
@@ -93,10 +115,13 @@ def deal(corpus: Corpus, data: DataSection, seed: int) -> Shards:
     order = stream(seed, "deal").permutation(trainable)
     columns: dict[str, Any] = {"position": order, "label": corpus.labels[order]}
     if data.partition.kind == "natural":
-        assert corpus.natural is not None
+        if corpus.natural is None:
+            raise ConfigError(f"data.partition = natural needs a column that names the client; {corpus.name} has none, use another kind")
         columns["natural"] = [corpus.natural[i] for i in order]
         if (ids := len(set(columns["natural"]))) != data.clients:
-            raise ConfigError(f"data.clients = {data.clients}, but column {data.partition.column!r} names {ids} clients; set data.clients = {ids}")
+            raise ConfigError(
+                f"data.clients = {data.clients}, but column {data.partition.column!r} names {ids} clients; set data.clients = {ids}"
+            )
     partitioner = PARTITIONERS[data.partition.kind](data, stream_seed(seed, "partition") % 2**31)
     partitioner.dataset = datasets.Dataset.from_dict(columns)
     train: dict[str, np.ndarray] = {}
@@ -104,11 +129,14 @@ def deal(corpus: Corpus, data: DataSection, seed: int) -> Shards:
     for i in range(data.clients):
         client = f"client-{i}"
         try:
-            held = np.array(partitioner.load_partition(i)["position"], dtype=np.int64)
+            with _no_fingerprints():
+                held = np.asarray(partitioner.load_partition(i).with_format("numpy")["position"][:], dtype=np.int64)
         except ValueError as error:
-            raise ConfigError(f"data.partition = {data.partition.kind}: {str(error).splitlines()[0]}; use fewer clients or less skew") from None
+            raise ConfigError(
+                f"data.partition = {data.partition.kind}: {str(error).splitlines()[0]}; use fewer clients or less skew"
+            ) from None
         shuffled = np.sort(held)[stream(seed, "hold-out", client).permutation(len(held))]
-        out = round(data.test_fraction * len(held))
+        out = _held_out(len(held), data)
         train[client], local_test[client] = np.sort(shuffled[out:]), np.sort(shuffled[:out])
         if len(train[client]) < data.min_client_size:
             raise ConfigError(
@@ -133,4 +161,6 @@ def describe(shards: Shards, corpus: Corpus) -> str:
             "train": positions.tolist(),
             "test": shards.local_test[client].tolist(),
         }
-    return json.dumps({"corpus": corpus.name, "examples": len(corpus), "labels": list(corpus.label_names), "test": len(shards.test), "clients": clients})
+    return json.dumps(
+        {"corpus": corpus.name, "examples": len(corpus), "labels": list(corpus.label_names), "test": len(shards.test), "clients": clients}
+    )

@@ -22,11 +22,12 @@ SOURCES: dict[str, Callable[[DataSection], Corpus]] = {
 
 def check_source(data: DataSection) -> None:
     """Raise ConfigError if the data cannot be there. Cheap: looks at names and files, reads nothing, imports nothing heavy."""
+    if data.partition.kind == "natural" and data.source in ("docstrings", "wordnet"):
+        raise ConfigError(f'data.partition = natural needs a column that names the client; data.source = "{data.source}" has no columns')
     if data.source == "docstrings":
         docstrings.check()
     elif data.source == "wordnet":
-        wordnet.find(data.path)
-        wordnet.parts_of(data.subset)
+        wordnet.find(data.path, wordnet.parts_of(data.subset))
     elif data.source == "files":
         tables.check_files(data)
     elif data.path is None:

@@ -1,7 +1,8 @@
-"""Tables: local csv, jsonl and parquet files, and data sets of the Hugging Face hub, both read by ``datasets``."""
+"""Tables: local csv, jsonl and parquet files (read by pyarrow), and data sets of the Hugging Face hub (read by ``datasets``)."""
 
 from __future__ import annotations
 
+import json as json_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fedlab.config import DataSection
 from fedlab.data.corpus import Corpus, encode_labels
 from fedlab.errors import ConfigError
 
+Columns = dict[str, list[Any]]
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # hub: subset or data set → text columns; the label column is "label"
 TEXT_COLUMNS: dict[str, list[str]] = {
@@ -55,9 +57,9 @@ def load_files(data: DataSection) -> Corpus:
     """Rows of local files; ``data.test_path``, if given, is the official test split."""
     check_files(data)
     assert data.path is not None and data.text is not None and data.label is not None
-    parts = [_read(path) for path in (data.path, data.test_path) if path is not None]
+    parts = {path: _read(path) for path in (data.path, data.test_path) if path is not None}
     texts = [data.text] if isinstance(data.text, str) else list(data.text)
-    return _corpus(Path(data.path).name, parts, texts, data.label, data.partition.column)
+    return _corpus(Path(data.path).name, parts, texts, data.label, data.partition.column, (None, ""))
 
 
 def load_hub(data: DataSection) -> Corpus:
@@ -79,39 +81,67 @@ def load_hub(data: DataSection) -> Corpus:
         raise ConfigError(f"data.split = {data.split!r} is not in {data.path}; it has {', '.join(found)}")
     if data.test_split is not None and data.test_split not in found:
         raise ConfigError(f"data.test_split = {data.test_split!r} is not in {data.path}; it has {', '.join(found)}")
-    parts = [found[split] for split in (data.split, test_split) if split in found]
-    return _corpus(data.path, parts, texts, data.label or "label", data.partition.column)
+    label = data.label or "label"
+    wanted = {*texts, label, data.partition.column}
+    splits = {f"{data.path}, split {split}": found[split] for split in (data.split, test_split) if split in found}
+    # Columns that are not needed are named, for the error message, and not read.
+    parts = {n: {c: list(part[c]) if c in wanted else [] for c in part.column_names} for n, part in splits.items()}
+    names = getattr(found[data.split].features.get(label), "names", None)
+    return _corpus(data.path, parts, texts, label, data.partition.column, (None, "", -1), tuple(names) if names else None)
 
 
-def _read(path: str) -> Any:
-    import datasets
+def _read(path: str) -> Columns:
+    """Columns of local files by pyarrow: no cache that could be stale, nothing but the files themselves."""
+    import pyarrow as pa
+    from pyarrow import csv, json, parquet
 
-    found = files_at(path)
-    options: dict[str, Any] = {"delimiter": "\t"} if found[0].suffix == ".tsv" else {}
-    try:
-        return datasets.load_dataset(READERS[found[0].suffix], data_files=[str(p) for p in found], split="train", **options)
-    except Exception as error:
-        raise ConfigError(f"{path!r} cannot be read: {str(error.__cause__ or error).splitlines()[0]}") from None
+    columns: Columns = {}
+    for file in files_at(path):
+        kind = READERS[file.suffix]
+        try:
+            if kind == "csv":
+                options = csv.ParseOptions(delimiter="\t" if file.suffix == ".tsv" else ",", newlines_in_values=True)
+                table = csv.read_csv(file, parse_options=options)
+            elif kind == "json":  # one object per line, or one array of objects
+                if file.read_text(encoding="utf-8").lstrip().startswith("["):
+                    table = pa.Table.from_pylist(json_module.loads(file.read_text(encoding="utf-8")))
+                else:
+                    table = json.read_json(file, parse_options=json.ParseOptions(newlines_in_values=True))
+            else:
+                table = parquet.read_table(file)
+        except (pa.ArrowException, OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{str(file)!r} cannot be read: {str(error).splitlines()[0]}") from None
+        if columns and list(columns) != table.column_names:
+            raise ConfigError(f"{str(file)!r} has columns {', '.join(table.column_names)}; the files before it have {', '.join(columns)}")
+        for name in table.column_names:
+            columns.setdefault(name, []).extend(table.column(name).to_pylist())
+    return columns
 
 
-def _corpus(name: str, parts: list[Any], texts: list[str], label: str, natural: str | None) -> Corpus:
-    """Concatenate the splits (the second is the test split) into one corpus; rows without a label (−1 or empty) are dropped."""
+def _corpus(
+    name: str,
+    parts: dict[str, Columns],
+    texts: list[str],
+    label: str,
+    natural: str | None,
+    unlabelled: tuple[Any, ...],
+    label_names: tuple[str, ...] | None = None,
+) -> Corpus:
+    """Concatenate the splits (the second is the test split) into one corpus; rows whose label is one of ``unlabelled`` are dropped."""
     if not 1 <= len(texts) <= 2:
         raise ConfigError(f"data.text = {texts}: want one text column, or two for sentence pairs")
-    columns: dict[str, list[Any]] = {column: [] for column in [*texts, label, *([natural] if natural else [])]}
+    columns: Columns = {column: [] for column in [*texts, label, *([natural] if natural else [])]}
     sizes = []
-    for part in parts:
+    for part_name, part in parts.items():
         for column in columns:
-            if column not in part.column_names:
-                raise ConfigError(f"column {column!r} is not in {name}; it has {', '.join(part.column_names)}")
-        keep = [i for i, value in enumerate(part[label]) if value is not None and value != -1 and value != ""]
+            if column not in part:
+                raise ConfigError(f"column {column!r} is not in {part_name}; it has {', '.join(part)}")
+        keep = [i for i, value in enumerate(part[label]) if value not in unlabelled]
         sizes.append(len(keep))
         for column, values in columns.items():
-            whole = list(part[column])
-            values += [whole[i] for i in keep]
-    feature = parts[0].features[label]
-    if hasattr(feature, "names"):
-        labels, names = np.array(columns[label], dtype=np.int64), tuple(feature.names)
+            values += [part[column][i] for i in keep]
+    if label_names is not None:
+        labels, names = np.array(columns[label], dtype=np.int64), label_names
     else:
         labels, names = encode_labels([str(v) for v in columns[label]])
     text_columns = [["" if v is None else str(v) for v in columns[column]] for column in texts]

@@ -19,14 +19,16 @@ PARTS = ("noun", "verb", "adj", "adv")
 PLACES = ("/usr/share/wordnet", "/usr/share/wordnet-3.0", "/usr/local/share/wordnet", "/usr/local/WordNet-3.0/dict")
 
 
-def find(path: str | None) -> Path:
-    """The directory that holds ``data.noun`` and its siblings, or ConfigError."""
+def find(path: str | None, parts: tuple[str, ...] = ("noun",)) -> Path:
+    """The directory that holds ``data.<part>`` for all ``parts``, or ConfigError."""
     places = [path] if path is not None else list(PLACES)
     for place in places:
-        if (Path(place) / "data.noun").is_file():
-            return Path(place)
+        directory = Path(place).expanduser()
+        if all((directory / f"data.{part}").is_file() for part in parts):
+            return directory
+    files = ", ".join(f"data.{part}" for part in parts)
     raise ConfigError(
-        f'data.source = "wordnet": no data.noun in {", ".join(places)}; run make data (Debian, Ubuntu: apt-get install wordnet-base), '
+        f'data.source = "wordnet": no {files} in {", ".join(places)}; run make data (Debian, Ubuntu: apt-get install wordnet-base), '
         "or set data.path to a WordNet dict directory"
     )
 
@@ -42,8 +44,9 @@ def parts_of(subset: str | None) -> tuple[str, ...]:
 
 def load(path: str | None, subset: str | None) -> Corpus:
     """All glosses of the subset, one example per synset."""
-    directory, texts, labels = find(path), [], []
-    for part in parts_of(subset):
+    parts = parts_of(subset)
+    directory, texts, labels = find(path, parts), [], []
+    for part in parts:
         for line in (directory / f"data.{part}").read_text(encoding="utf-8", errors="replace").splitlines():
             if line[:1].isdigit():  # the licence's lines start with blanks
                 text, label = parse(line)

@@ -1,0 +1,68 @@
+"""Who takes part: caps, balance, and a deal that depends on nothing but the clients."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlab.config import RunConfig
+from strategies.federation import ClientInfo, Federation
+from strategies.loop import busy_seconds, spread
+
+
+def federation(clients: int, fraction: float, rounds: int, *overrides: str, nodes: int = 3) -> Federation:
+    text = (
+        f"[run]\nrounds={rounds}\nfraction={fraction}\n[data]\nclients={clients}\n[lora]\nrank=1\nalpha=1\n[train]\nlr=1\nsteps=1\n"
+        '[privacy]\nunit="example"\nsigma=1.0\nclip=1.0\n'
+    )
+    infos = {f"client-{i}": ClientInfo(10 * (i + 1)) for i in range(clients)}
+    return Federation(RunConfig.parse(text, overrides), infos, {}, list(range(100, 100 + nodes)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 15), st.floats(0.05, 1.0), st.integers(1, 25), st.integers(0, 99))
+def test_balanced_sampling_never_exceeds_the_cap_and_always_fills_the_round(clients: int, fraction: float, rounds: int, seed: int):
+    fed = federation(clients, fraction, rounds, f"run.seed={seed}")
+    for number in range(1, rounds + 1):
+        assert len(set(fed.draw(number))) == fed.config.clients_per_round
+    counts = [fed.participations[c] for c in fed.clients]
+    assert max(counts) <= fed.config.participations
+    assert max(counts) - min(counts) <= 1
+
+
+def test_uniform_sampling_obeys_the_cap_too():
+    fed = federation(6, 0.5, 40, 'run.sampling="uniform"', "privacy.participations=3")
+    drawn = [fed.draw(r) for r in range(1, 41)]
+    assert max(fed.participations.values()) == 3
+    assert sum(map(len, drawn)) == 18
+    assert drawn[-1] == []
+
+
+def test_draws_depend_on_seed_and_round_only():
+    first, second = federation(9, 0.4, 5), federation(9, 0.4, 5, nodes=7)
+    assert [first.draw(r) for r in range(1, 6)] == [second.draw(r) for r in range(1, 6)]
+    other = federation(9, 0.4, 5, "run.seed=5")
+    assert [other.draw(r) for r in range(1, 6)] != [federation(9, 0.4, 5).draw(r) for r in range(1, 6)]
+
+
+def test_cohorts_share_the_work_and_respect_hosts():
+    fed = federation(7, 1.0, 1)
+    cohorts = fed.cohorts(list(fed.clients))
+    assert sorted(c for cohort in cohorts.values() for c in cohort) == sorted(fed.clients)
+    assert Counter(map(len, cohorts.values())) == Counter({2: 2, 3: 1})
+    fed.hosts = {client: 500 + i for i, client in enumerate(fed.clients)}
+    assert fed.cohorts(list(fed.clients)) == {500 + i: [client] for i, client in enumerate(fed.clients)}
+
+
+def test_busy_seconds_is_the_union_of_intervals():
+    assert busy_seconds([]) == 0
+    assert busy_seconds([(0, 2), (1, 3), (5, 6)]) == pytest.approx(4)
+    assert busy_seconds([(0, 10), (2, 3)]) == pytest.approx(10)
+
+
+def test_spread_ignores_clients_without_examples():
+    assert spread([0.5, 1.0, float("nan")]) == {"mean": 0.75, "worst": 0.5, "std": 0.25}
+    assert spread([]) == {"mean": None, "worst": None, "std": None}
