@@ -23,7 +23,9 @@ def describe(message: Message, context: Context) -> Message:
     """Which clients this node hosts, how large they are, and what one round costs each of them."""
     session, cohort = _open(message, context)
     columns: dict[str, list[float]] = {"q": [], "sigma": [], "delta": []}
-    steps, samplers, examples = [], [], []
+    steps: list[int] = []
+    samplers: list[str] = []
+    examples: list[int] = []
     for client in cohort:
         examples.append(session.data.size(client))
         if (plan := session.plan(client)) is not None:

@@ -12,17 +12,23 @@ import typer
 
 from fedlab.errors import FedlabError, Interrupted
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Private federated fine-tuning of language models.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Private federated fine-tuning of language models."
+)
 
 ConfigArgument = Annotated[Path, typer.Argument(help="TOML file, for example simulations/quickstart.toml", metavar="CONFIG.toml")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="override one key: section.key=value (the value is TOML)", metavar="KEY=VALUE")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="override one key: section.key=value (the value is TOML)", metavar="KEY=VALUE")
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="run directory (default: runs/<name>-<time>)", metavar="RUN_DIR")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="print errors only")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="show a traceback with an error")]
 
 
 @app.command()
-def simulate(config: ConfigArgument, set_: SetOption = None, out: OutOption = None, quiet: QuietOption = False, debug: DebugOption = False) -> None:
+def simulate(
+    config: ConfigArgument, set_: SetOption = None, out: OutOption = None, quiet: QuietOption = False, debug: DebugOption = False
+) -> None:
     """Fine-tune one model with simulated clients."""
 
     def run() -> None:

@@ -166,7 +166,8 @@ class PrivacySection(_Section):
         if self.unit == "none":
             given = [k for k in ("epsilon", "sigma", "clip", "participations", "budget") if getattr(self, k) is not None]
             if given:
-                raise ValueError(f'{", ".join(given)} given, but unit = "none" adds no noise; set unit = "example", or remove them (--set \'privacy={{unit="none"}}\')')
+                off = "remove them, for example with --set 'privacy={unit=\"none\"}'"
+                raise ValueError(f'{", ".join(given)} given, but unit = "none" adds no noise; set unit = "example", or {off}')
             return self
         if (self.epsilon is None) == (self.sigma is None):
             raise ValueError("give exactly one of epsilon and sigma")
@@ -180,7 +181,9 @@ class EvaluateSection(_Section):
 
     evaluators: tuple[Literal["classification"], ...] = ("classification",)
     every: int = Field(default=1, gt=0, description="rounds; the last round is always evaluated")
-    clients: Literal["last", "always", "never"] = Field(default="last", description="score every client's held-out examples, in which rounds")
+    clients: Literal["last", "always", "never"] = Field(
+        default="last", description="score every client's held-out examples, in which rounds"
+    )
     batch_size: int = Field(default=128, gt=0)
 
 

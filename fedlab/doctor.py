@@ -8,6 +8,7 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -70,7 +71,8 @@ def _content() -> list[Row]:
     default = ModelSection()
     there = Path(locate(default)).is_dir()
     rows.append((True, there, f"model {default.name}", locate(default) if there else "not installed; run make setup"))
-    for source, needed in (("docstrings", True), ("wordnet", False)):
+    sources: tuple[tuple[Literal["docstrings", "wordnet"], bool], ...] = (("docstrings", True), ("wordnet", False))
+    for source, needed in sources:
         try:
             check_source(DataSection(source=source))
             rows.append((needed, True, f"data source {source}", "available"))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ PEFT_PREFIX = "base_model.model."
 class SentenceClassifier(nn.Module):
     """A sentence encoder with its own pooling (``1_Pooling/config.json``) and one linear layer: logits [N, labels]."""
 
-    def __init__(self, encoder: nn.Module, pooling: str, num_labels: int) -> None:
+    def __init__(self, encoder: Any, pooling: str, num_labels: int) -> None:
         super().__init__()
         self.encoder, self.pooling = encoder, pooling
         self.config: Any = encoder.config
@@ -65,7 +64,7 @@ class SentenceClassifier(nn.Module):
 
 
 def _pooling(location: str, revision: str | None) -> str | None:
-    """"mean" or "cls" for a sentence encoder, None for a plain transformer (which brings its own classification head)."""
+    """ "mean" or "cls" for a sentence encoder, None for a plain transformer (which brings its own classification head)."""
     from transformers.utils import cached_file
 
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -242,7 +241,7 @@ def _build(model: ModelSection, lora: LoraSection, num_labels: int, dtype: str, 
     device = _device(device_name)
     tokenizer = load_tokenizer(model)
     base, head = load_base(model, num_labels, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    base.config.pad_token_id = tokenizer.pad_token_id
+    cast(Any, base).config.pad_token_id = tokenizer.pad_token_id
     base.to(device)  # before the adapter is made: moving afterwards would detach what optimisers hold
     settings = LoraConfig(
         task_type=TaskType.SEQ_CLS,
@@ -281,7 +280,7 @@ def _check_adapted(loaded: LoadedModel, base: nn.Module, lora: LoraSection) -> N
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     for name in adapted:
-        weight = base.get_submodule(name).base_layer.weight
+        weight = cast(Any, base.get_submodule(name)).base_layer.weight
         if len(shared := owners[id(weight)]) > 1:
             raise ConfigError(f"lora: {name} shares its weight with {len(shared) - 1} other module(s) (tied); adapt other modules")
         if lora.rank > min(weight.shape):
@@ -331,4 +330,4 @@ def save_adapter(loaded: LoadedModel, state: State, path: Path) -> None:
         loaded.module.save_pretrained(str(temporary))
     if path.exists():
         raise FileExistsError(f"{path} exists; a run never overwrites an adapter")
-    os.replace(temporary, path)
+    temporary.replace(path)

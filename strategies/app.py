@@ -83,5 +83,3 @@ def _leave(directory: RunDirectory, rounds: Rounds | None, error: BaseException,
     except Exception as second:  # the result itself may be what broke
         known = {"result_error": str(second)}
     directory.write_json("result.json", {"status": status, "reason": reason, **known, "seconds": round(time.time() - started, 2)})
-
-

@@ -218,6 +218,6 @@ def from_record(record: ArrayRecord, wire_dtype: str) -> State:
     return from_wire({name: array.numpy() for name, array in record.items()}, wire_dtype)
 
 
-def _last_line(reason: str) -> str:
-    lines = [line for line in reason.strip().splitlines() if line.strip()]
+def _last_line(reason: str | None) -> str:
+    lines = [line for line in (reason or "").strip().splitlines() if line.strip()]
     return lines[-1].strip()[:300] if lines else "unknown"

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -58,12 +59,12 @@ class Federation:
         for reply in exchange(grid, messages, timeout, meanwhile=meanwhile):
             if reply.has_error():
                 raise RunFailed(f"a node could not prepare the run: {reply.error.reason}")
-            answer = reply.content.config_records["clients"]
+            answer: Any = reply.content.config_records["clients"]  # per-client lists
             answered += 1
-            for i, client in enumerate(answer["ids"]):  # type: ignore[arg-type]
-                client, q = str(client), answer["q"][i]  # type: ignore[index]
-                event = Event(answer["sampler"][i], q, answer["sigma"][i], answer["steps"][i]) if config.private else None  # type: ignore[index]
-                clients[client] = ClientInfo(answer["examples"][i], event, answer["delta"][i])  # type: ignore[index]
+            for i, client in enumerate(answer["ids"]):
+                client, q = str(client), answer["q"][i]
+                event = Event(answer["sampler"][i], q, answer["sigma"][i], answer["steps"][i]) if config.private else None
+                clients[client] = ClientInfo(answer["examples"][i], event, answer["delta"][i])
                 if answer["pinned"]:
                     hosts[client] = reply.metadata.src_node_id
         if answered < len(nodes):

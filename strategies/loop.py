@@ -71,7 +71,9 @@ class Rounds:
         drawn = sorted((self.federation.participations - before).keys())
         if len(drawn) < self.config.run.min_clients:
             self.federation.participations = before
-            logger.warning("round %d: %d clients below their cap, %d needed; ending the run", number, len(drawn), self.config.run.min_clients)
+            logger.warning(
+                "round %d: %d clients below their cap, %d needed; ending the run", number, len(drawn), self.config.run.min_clients
+            )
             return False
         self.progress.round_started(number, len(drawn))
         replies = exchange(self.grid, messages, self.config.run.timeout, lambda reply: self.progress.node_done())
@@ -91,7 +93,7 @@ class Rounds:
         last = number == self.config.run.rounds
         evaluate = last or number % self.config.evaluate.every == 0
         evaluate_seconds = self._evaluate_server(number) if evaluate else 0.0
-        if self.config.evaluate.clients == "always" and evaluate or self.config.evaluate.clients == "last" and last:
+        if (self.config.evaluate.clients == "always" and evaluate) or (self.config.evaluate.clients == "last" and last):
             evaluate_seconds += self._evaluate_clients(number)
         self.done = number
         self._account(number, outcome, started, train_seconds, evaluate_seconds, aggregated, evaluate)

@@ -13,11 +13,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 TOPICS = {
-    "fruit": "apple pear plum cherry grape lemon ripe sweet juicy peel".split(),
-    "metal": "iron copper zinc steel alloy rust forge molten ore weld".split(),
-    "ocean": "wave tide reef salt coral harbour sail storm deep current".split(),
+    "fruit": ["apple", "pear", "plum", "cherry", "grape", "lemon", "ripe", "sweet", "juicy", "peel"],
+    "metal": ["iron", "copper", "zinc", "steel", "alloy", "rust", "forge", "molten", "ore", "weld"],
+    "ocean": ["wave", "tide", "reef", "salt", "coral", "harbour", "sail", "storm", "deep", "current"],
 }
-FILLER = "the a of and with under near some very old new small large thing".split()
+FILLER = ["the", "a", "of", "and", "with", "under", "near", "some", "very", "old", "new", "small", "large", "thing"]
 
 
 @pytest.fixture(scope="session", autouse=True)

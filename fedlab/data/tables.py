@@ -49,6 +49,10 @@ def check_files(data: DataSection) -> None:
             raise ConfigError(f"data.{key} = {path!r}: no such file, or a directory without {', '.join(READERS)} files")
         if len(kinds := {READERS.get(p.suffix, p.suffix) for p in found}) > 1 or found[0].suffix not in READERS:
             raise ConfigError(f"data.{key} = {path!r}: want files of one kind among {', '.join(READERS)}, found {', '.join(sorted(kinds))}")
+    if data.test_path is not None and Path(data.test_path).expanduser().resolve() == Path(data.path).expanduser().resolve():
+        raise ConfigError(
+            f"data.test_path = {data.test_path!r} is data.path: the test split would be trained on; leave it out, or give another"
+        )
     if data.text is None or data.label is None:
         raise ConfigError('data.source = "files" needs data.text and data.label: the names of the columns')
 
@@ -56,7 +60,9 @@ def check_files(data: DataSection) -> None:
 def load_files(data: DataSection) -> Corpus:
     """Rows of local files; ``data.test_path``, if given, is the official test split."""
     check_files(data)
-    assert data.path is not None and data.text is not None and data.label is not None
+    assert data.path is not None
+    assert data.text is not None
+    assert data.label is not None
     parts = {path: _read(path) for path in (data.path, data.test_path) if path is not None}
     texts = [data.text] if isinstance(data.text, str) else list(data.text)
     return _corpus(Path(data.path).name, parts, texts, data.label, data.partition.column, (None, ""))
@@ -81,6 +87,8 @@ def load_hub(data: DataSection) -> Corpus:
         raise ConfigError(f"data.split = {data.split!r} is not in {data.path}; it has {', '.join(found)}")
     if data.test_split is not None and data.test_split not in found:
         raise ConfigError(f"data.test_split = {data.test_split!r} is not in {data.path}; it has {', '.join(found)}")
+    if data.test_split == data.split:
+        raise ConfigError(f"data.test_split = {data.test_split!r} is data.split: it would be trained on; leave it out, or give another")
     label = data.label or "label"
     wanted = {*texts, label, data.partition.column}
     splits = {f"{data.path}, split {split}": found[split] for split in (data.split, test_split) if split in found}
@@ -92,25 +100,29 @@ def load_hub(data: DataSection) -> Corpus:
 
 def _read(path: str) -> Columns:
     """Columns of local files by pyarrow: no cache that could be stale, nothing but the files themselves."""
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import csv, json, parquet
 
     columns: Columns = {}
     for file in files_at(path):
         kind = READERS[file.suffix]
+        # One block: a row may not straddle two, and the types of a csv's columns are guessed from the first.
+        block = min(max(file.stat().st_size, 1 << 20), (1 << 31) - 1)
         try:
             if kind == "csv":
                 options = csv.ParseOptions(delimiter="\t" if file.suffix == ".tsv" else ",", newlines_in_values=True)
-                table = csv.read_csv(file, parse_options=options)
+                table = csv.read_csv(file, csv.ReadOptions(block_size=block), options)
             elif kind == "json":  # one object per line, or one array of objects
                 if file.read_text(encoding="utf-8").lstrip().startswith("["):
                     table = pa.Table.from_pylist(json_module.loads(file.read_text(encoding="utf-8")))
                 else:
-                    table = json.read_json(file, parse_options=json.ParseOptions(newlines_in_values=True))
+                    table = json.read_json(file, json.ReadOptions(block_size=block), json.ParseOptions(newlines_in_values=True))
             else:
                 table = parquet.read_table(file)
         except (pa.ArrowException, OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"{str(file)!r} cannot be read: {str(error).splitlines()[0]}") from None
+        if binary := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
+            raise ConfigError(f"{str(file)!r}: column {', '.join(binary)} is not UTF-8 text; convert the file, for example with iconv")
         if columns and list(columns) != table.column_names:
             raise ConfigError(f"{str(file)!r} has columns {', '.join(table.column_names)}; the files before it have {', '.join(columns)}")
         for name in table.column_names:
@@ -131,15 +143,16 @@ def _corpus(
     if not 1 <= len(texts) <= 2:
         raise ConfigError(f"data.text = {texts}: want one text column, or two for sentence pairs")
     columns: Columns = {column: [] for column in [*texts, label, *([natural] if natural else [])]}
-    sizes = []
+    sizes: list[int] = []
     for part_name, part in parts.items():
-        for column in columns:
+        wanted = [column for column in columns if not sizes or column in (*texts, label)]  # nobody owns the official test split
+        for column in wanted:
             if column not in part:
                 raise ConfigError(f"column {column!r} is not in {part_name}; it has {', '.join(part)}")
         keep = [i for i, value in enumerate(part[label]) if value not in unlabelled]
         sizes.append(len(keep))
         for column, values in columns.items():
-            values += [part[column][i] for i in keep]
+            values += [part[column][i] for i in keep] if column in wanted else [""] * len(keep)
     if label_names is not None:
         labels, names = np.array(columns[label], dtype=np.int64), label_names
     else:

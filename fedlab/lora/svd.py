@@ -35,7 +35,9 @@ def refactorize(B: Tensor, A: Tensor, rank: int | None = None) -> tuple[Tensor, 
         raise ValueError(f"B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply: want [..., m, r] and [..., r, n]")
     rank = r if rank is None else rank
     if not 1 <= rank <= min(m, n) or r > min(m, n):
-        raise ValueError(f"rank = {max(rank, r)} must be in [1, min(m, n)] = [1, {min(m, n)}]: a {m}×{n} layer has no more directions; lower it")
+        raise ValueError(
+            f"rank = {max(rank, r)} must be in [1, min(m, n)] = [1, {min(m, n)}]: a {m}×{n} layer has no more directions; lower it"
+        )
     for name, value in (("B", B), ("A", A)):
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} holds NaN or infinite entries; exclude the update that brought them")
@@ -62,7 +64,8 @@ def orthonormal_rows(A: Tensor) -> Tensor:
         raise ValueError(f"{r} rows of length {n} cannot be orthonormal; lower the rank to at most {n}")
     Q, R = torch.linalg.qr(A.double().mT)
     signs = torch.where(torch.diagonal(R, dim1=-2, dim2=-1) < 0, -1.0, 1.0).double()
-    return (Q * signs.unsqueeze(-2)).mT.to(torch.float64 if A.dtype == torch.float64 else torch.float32)
+    rows: Tensor = (Q * signs.unsqueeze(-2)).mT.to(torch.float64 if A.dtype == torch.float64 else torch.float32)
+    return rows
 
 
 def rotation(A_new: Tensor, A_old: Tensor) -> Tensor:

@@ -139,7 +139,10 @@ def group_epsilon(event: Event, delta: float, records: int) -> float:
         return epsilon([Event("full", q, sigma / records, steps)], delta)
     counts = list(range(records + 1))
     base = pld.from_mixture_gaussian_mechanism(
-        event.sigma, [float(k) for k in counts], [float(p) for p in binom.pmf(counts, records, event.q)], value_discretization_interval=COARSE
+        event.sigma,
+        [float(k) for k in counts],
+        [float(p) for p in binom.pmf(counts, records, event.q)],
+        value_discretization_interval=COARSE,
     )
     return max(0.0, float(base.self_compose(event.steps).get_epsilon_for_delta(delta)))
 

@@ -95,7 +95,9 @@ def make_plan(privacy: PrivacySection, train: TrainSection, n: int, participatio
     assert privacy.clip is not None
     delta = privacy.delta if privacy.delta is not None else default_delta(n)
     if delta * n >= 1:
-        raise PrivacyError(f"privacy.delta = {delta:g} with {n} examples: δ·n >= 1 allows publishing a record outright; use at most {1 / (10 * n):.1g}")
+        raise PrivacyError(
+            f"privacy.delta = {delta:g} with {n} examples: δ·n >= 1 allows publishing a record outright; use at most {1 / (10 * n):.1g}"
+        )
     if delta * n > 0.1:
         warnings.warn(f"privacy.delta = {delta:g} with {n} examples: δ·n = {delta * n:.2g} is above 0.1", stacklevel=2)
     steps = train.steps if train.steps is not None else math.ceil((train.epochs or 0) * n / train.batch_size)

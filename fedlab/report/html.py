@@ -53,21 +53,27 @@ def write_report(path: Path) -> Path:
         figures.append(line_chart("Held-out accuracy", curves, "share"))
         figures.append(line_chart("Held-out loss", {"loss": (rounds, [line["loss"] for line in scored])}, "nats"))
     if trained and isinstance(trained[-1]["epsilon"], float):
-        figures.append(line_chart("Privacy spent", {"ε": ([t["round"] for t in trained], [t["epsilon"] for t in trained])}, "ε of the worst client"))
+        figures.append(
+            line_chart("Privacy spent", {"ε": ([t["round"] for t in trained], [t["epsilon"] for t in trained])}, "ε of the worst client")
+        )
     accuracies = {c: info["accuracy"] for c, info in result["clients"].items() if info["accuracy"] is not None}
     if accuracies:
         figures.append(bar_chart("Accuracy per client", list(accuracies), list(accuracies.values()), "share"))
-    page = Environment(autoescape=True).from_string(TEMPLATE).render(
-        name=config.run.name,
-        config=config,
-        result=result,
-        facts=_facts(result),
-        privacy=_privacy(result, config.privacy.unit),
-        figures=figures,
-        notable=[line for line in lines if line["phase"] == "event"],
-        number=_number,
-        toml=config.to_toml(),
-        environment=(path / "environment.json").read_text(encoding="utf-8"),
+    page = (
+        Environment(autoescape=True)
+        .from_string(TEMPLATE)
+        .render(
+            name=config.run.name,
+            config=config,
+            result=result,
+            facts=_facts(result),
+            privacy=_privacy(result, config.privacy.unit),
+            figures=figures,
+            notable=[line for line in lines if line["phase"] == "event"],
+            number=_number,
+            toml=config.to_toml(),
+            environment=(path / "environment.json").read_text(encoding="utf-8"),
+        )
     )
     directory.write_text("report.html", page)
     return path / "report.html"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 INK, LINE, SECOND = "#333333", "#2563eb", "#c2410c"
 
 
-def line_chart(title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> str:
+def line_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> str:
     """SVG of one or two curves over rounds; ``series`` maps a label to (rounds, values)."""
     figure, axes = _figure()
     for (label, (x, y)), color in zip(series.items(), (LINE, SECOND, INK), strict=False):

@@ -74,7 +74,7 @@ class RunDirectory:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        temporary.replace(target)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write strict JSON; a float that is not a number becomes null."""

@@ -86,7 +86,12 @@ class LiveProgress(Progress):
         self._config, self._path, self._console = config, path, Console()
         self._lines: list[RoundLine] = []
         self._bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
         )
         self._task = self._bar.add_task("starting", total=config.run.rounds)
         self._live = Live(self._render(), console=self._console, refresh_per_second=4)
@@ -170,10 +175,16 @@ def closing(result: dict[str, Any], path: Path) -> str:
     epsilon = result["epsilon"]
     spent = epsilon if isinstance(epsilon, str) else f"ε = {epsilon:.3f} (maximum over clients)"
     spread = result["client_accuracy"]
-    clients = "" if spread["mean"] is None else f"clients: mean {spread['mean']:.4f}, worst {spread['worst']:.4f}, std {spread['std']:.4f}\n"
+    clients = (
+        "" if spread["mean"] is None else f"clients: mean {spread['mean']:.4f}, worst {spread['worst']:.4f}, std {spread['std']:.4f}\n"
+    )
     accuracy = "not evaluated" if result["accuracy"] is None else f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
     per_round = result["seconds_per_round"]
-    overhead = "" if per_round is None else f", {result['overhead_seconds_per_round']:.2f} s of {per_round:.2f} s per round outside training and evaluation"
+    overhead = (
+        ""
+        if per_round is None
+        else f", {result['overhead_seconds_per_round']:.2f} s of {per_round:.2f} s per round outside training and evaluation"
+    )
     return (
         f"{result['status']}: {accuracy}, {spent}\n{clients}"
         f"{result['bytes_up'] / 1e6:.2f} MB up, {result['bytes_down'] / 1e6:.2f} MB down, {result['seconds']:.1f} s{overhead}\n"

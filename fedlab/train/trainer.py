@@ -83,7 +83,9 @@ def train_client(
     steps = plan.steps if plan else local_steps(config.train, len(indices))
     optimizer = _optimizer(model, names, config, learning_rate_factor(config.train, round_number, config.run.rounds))
     draws = stream(seed, "batches", client, round_number)
-    batches = (plan.batch(draws) for _ in range(steps)) if plan else iter(fixed_batches(len(indices), config.train.batch_size, steps, draws))
+    batches = (
+        (plan.batch(draws) for _ in range(steps)) if plan else iter(fixed_batches(len(indices), config.train.batch_size, steps, draws))
+    )
     noise = plan.noise_source(stream(seed, "noise", client, round_number)) if plan else None
     start = {name: model.parameters[name].detach().clone() for name in names} if config.train.prox else {}
     losses, seen, clipped = 0.0, 0, 0
@@ -109,10 +111,10 @@ def train_client(
     update = {name: new[name] - state[name] for name in names}
     if not all(bool(torch.isfinite(value).all()) for value in update.values()):
         raise RunFailed(f"{client}: local training diverged (NaN or infinite weights); lower train.lr = {config.train.lr}")
-    per_example = (lambda total: total / seen if seen else math.nan)
-    return Trained(
-        update, len(indices), steps, per_example(losses), per_example(clipped) if plan else math.nan, time.perf_counter() - started
-    )
+
+    loss = losses / seen if seen else math.nan
+    clip_fraction = clipped / seen if plan and seen else math.nan
+    return Trained(update, len(indices), steps, loss, clip_fraction, time.perf_counter() - started)
 
 
 def _optimizer(model: LoadedModel, names: list[str], config: RunConfig, factor: float) -> torch.optim.Optimizer:

@@ -53,13 +53,19 @@ def main() -> None:
     args = parser.parse_args()
     common = [*args.overrides, *([f"run.rounds={args.rounds}"] if args.rounds else [])]
 
-    print("| method | privacy | lr (of " + ", ".join(f"{r:g}" for r in args.rates) + ") | accuracy % | macro-F1 % | worst client % | ε | MB up | s |")
+    print(
+        "| method | privacy | lr (of "
+        + ", ".join(f"{r:g}" for r in args.rates)
+        + ") | accuracy % | macro-F1 % | worst client % | ε | MB up | s |"
+    )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     tuning = [f"run.rounds={args.tuning_rounds}"] if args.tuning_rounds else []
     for privacy in args.privacy:
         for method in args.methods:
             overrides = [*common, *METHODS[method], *PRIVACY[privacy]]
-            folder = args.out / f"{method}-{privacy}".replace(" ", "").replace("(", "-").replace(")", "").replace("=", "").replace("ε", "eps")
+            folder = args.out / f"{method}-{privacy}".replace(" ", "").replace("(", "-").replace(")", "").replace("=", "").replace(
+                "ε", "eps"
+            )
 
             def result(rate: float, seed: int, name: str, *more: str) -> dict[str, object]:
                 rates = [f"train.lr={rate * ADAPTER_STEP.get(method, 1.0)}", f"train.head_lr={rate}"]  # noqa: B023

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from transformers import AutoTokenizer
 from fedlab.data.cache import cached_arrays
 from fedlab.data.collate import tokenise
 from fedlab.data.corpus import Corpus
+from fedlab.errors import ConfigError
 
 CORPUS = Corpus("c", ["apple pear", "iron", "wave tide reef salt coral", "plum"], np.array([0, 1, 2, 0]), ("f", "m", "o"))
 
@@ -50,6 +53,39 @@ def test_the_cache_is_used_mapped_and_keyed_by_what_matters(tokenizer, monkeypat
     assert np.array_equal(tokenise(CORPUS, tokenizer, 8).ids, first.ids)
     with pytest.raises(pytest.fail.Exception, match="tokenised again"):
         tokenise(CORPUS, tokenizer, 7)
+
+
+def _read_entry(seed: int) -> int:
+    made = np.arange(20000)
+    return int(cached_arrays("race", {"x": 1}, lambda: (time.sleep(seed % 5 / 500), {"a": made})[1])["a"].sum())
+
+
+def test_many_processes_replace_a_damaged_entry_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FEDLAB_CACHE", str(tmp_path))
+    context = multiprocessing.get_context("fork")
+    with context.Pool(6) as pool:
+        for _ in range(8):
+            _read_entry(0)
+            (file,) = (tmp_path / "race").rglob("a.npy")
+            file.write_bytes(b"damaged")
+            assert pool.map(_read_entry, range(12), chunksize=1) == [199990000] * 12
+    assert [p.name for p in (tmp_path / "race").iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_cache_that_cannot_be_written_names_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FEDLAB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="set FEDLAB_CACHE"):
+        cached_arrays("k", {"x": 1}, lambda: {"a": np.arange(3)})
+
+
+@pytest.mark.parametrize("damage", ["[]", "{}", "not json"])
+def test_a_damaged_index_is_made_again(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FEDLAB_CACHE", str(tmp_path))
+    for _ in range(2):
+        assert cached_arrays("k", {"x": 1}, lambda: {"a": np.arange(3)})["a"].tolist() == [0, 1, 2]
+        (index,) = tmp_path.rglob("whole.json")
+        index.write_text(damage)
 
 
 def test_a_damaged_entry_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

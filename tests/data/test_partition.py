@@ -36,9 +36,12 @@ def test_disjoint_complete_and_deterministic(partition: Partition):
     shards, again = deal(corpus(), data, 1), deal(corpus(), data, 1)
     everything = np.concatenate([*shards.train.values(), *shards.local_test.values()])
     assert len(set(everything.tolist())) == len(everything)
-    # pathological leaves the classes that nobody drew to nobody, shard the remainder of 300 over 8 shards
-    undealt = {"pathological": 300, "shard": 7}.get(partition.kind, 0)
-    assert len(everything) >= 300 - undealt
+    if partition.kind == "pathological":  # leaves the classes that nobody drew to nobody; the others are dealt whole
+        assert set(np.bincount(everything % 5, minlength=5).tolist()) <= {0, 60}
+        assert all(len(set((p % 5).tolist())) <= 2 for p in shards.train.values())
+        assert len(everything) >= 120
+    else:
+        assert len(everything) >= 300 - (7 if partition.kind == "shard" else 0)  # the remainder of 300 over 8 shards
     assert list(shards.train) == [f"client-{i}" for i in range(4)]
     assert sorted(shards.test.tolist()) == sorted(np.concatenate(list(shards.local_test.values())).tolist())
     for client in shards.train:
@@ -62,6 +65,26 @@ def test_dirichlet_is_skewed_and_iid_is_not():
         return float(np.std(shares))
 
     assert skew(Partition(kind="dirichlet", alpha=0.1)) > 5 * skew(Partition(kind="iid"))
+
+
+def test_dirichlet_leaves_enough_to_train_on_after_the_hold_out():
+    data = DataSection(clients=4, partition=Partition(kind="dirichlet", alpha=0.3), min_client_size=30, test_fraction=0.2)
+    for seed in range(12):  # dealing 30 instead of 37 at least, a quarter of the seeds are refused
+        assert min(len(p) for p in deal(corpus(), data, seed).train.values()) >= 30
+
+
+def test_dealing_leaves_the_caching_of_datasets_as_it_was():
+    import datasets
+
+    assert datasets.is_caching_enabled()
+    deal(corpus(), DataSection(clients=4, min_client_size=4), 1)
+    assert datasets.is_caching_enabled()
+
+
+def test_a_corpus_without_owners_has_no_natural_partition():
+    ownerless = Corpus("c", ["t"] * 100, np.arange(100) % 2, ("a", "b"))
+    with pytest.raises(ConfigError, match="names the client"):
+        deal(ownerless, DataSection(clients=4, partition=Partition(kind="natural", column="who")), 1)
 
 
 def test_natural_partitions_keep_owners_together():

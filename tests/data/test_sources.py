@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
+import re
+import socket
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedlab.config import DataSection
+from fedlab.config import DataSection, Partition
 from fedlab.data import docstrings, wordnet
+from fedlab.data.partition import deal
 from fedlab.data.sources import check_source, load_corpus
 from fedlab.errors import ConfigError
 
@@ -43,6 +47,13 @@ def test_a_missing_wordnet_names_the_fix(tmp_path: Path):
     (tmp_path / "data.noun").write_text(SYNSETS)
     with pytest.raises(ConfigError, match="must be one of noun"):
         check_source(DataSection(source="wordnet", path=str(tmp_path), subset="nouns"))
+    with pytest.raises(ConfigError, match=r"no data\.verb in"):
+        check_source(DataSection(source="wordnet", path=str(tmp_path), subset="verb"))
+
+
+def test_a_natural_partition_needs_a_source_with_columns():
+    with pytest.raises(ConfigError, match="has no columns"):
+        check_source(DataSection(partition=Partition(kind="natural", column="who")))
 
 
 @pytest.mark.skipif(not any((Path(p) / "data.noun").is_file() for p in wordnet.PLACES), reason="wordnet-base is not installed")
@@ -58,9 +69,46 @@ def test_docstrings_are_many_balanced_and_do_not_name_their_label():
     assert len(set(corpus.texts)) == len(corpus)
     assert np.bincount(corpus.labels).min() >= 500
     for text, label in zip(corpus.texts, corpus.labels, strict=True):
-        words = text.lower().replace(".", " ").split()
-        assert not set(words) & set(docstrings.LIBRARIES[corpus.label_names[label]]), text
+        for name in docstrings.LIBRARIES[corpus.label_names[label]]:
+            if len(name) > 4:
+                assert name not in text.lower(), text
+            else:  # inside a word it need not be the name: array
+                assert name not in re.split(r"[^a-z]+", text.lower()), text
     assert docstrings.load().texts == corpus.texts
+
+
+def test_blocks_are_those_of_ast_walk_in_its_order():
+    source = (
+        Path(docstrings.__file__).read_text()
+        + """
+class A:
+    x = lambda: 1
+    try:
+        def b(self): "doc b"
+    except ValueError:
+        def c(self): "doc c"
+    else:
+        class D: "doc d"
+    finally:
+        y = 1 if x else 2
+match 1:
+    case 1:
+        def e(): "doc e"
+"""
+    )
+    tree = ast.parse(source)
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    wanted = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    assert [node for node in docstrings._blocks(tree) if isinstance(node, kinds)] == wanted
+    assert len(wanted) > 10
+
+
+def test_masks_reach_into_identifiers_and_spare_other_words():
+    assert (
+        docstrings.mask_of("numpy").sub("library", "NumPy's numpyconfig, np.input, np_x")
+        == "library's libraryconfig, library.input, library_x"
+    )
+    assert docstrings.mask_of("ray").sub("library", "An array in Ray") == "An array in library"
 
 
 def test_docstrings_are_read_and_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -120,10 +168,77 @@ def test_files_of_every_kind(kind: str, rows: list[dict[str, object]], tmp_path:
 def test_a_test_file_is_the_official_test_split(rows: list[dict[str, object]], tmp_path: Path):
     for name, part in (("train.jsonl", rows[:8]), ("test.jsonl", rows[8:])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, part)))
-    data = DataSection(source="files", path=str(tmp_path / "train.jsonl"), test_path=str(tmp_path / "test.jsonl"), text="a", label="y", limit=4)
+    data = DataSection(
+        source="files", path=str(tmp_path / "train.jsonl"), test_path=str(tmp_path / "test.jsonl"), text="a", label="y", limit=4
+    )
     corpus = load_corpus(data, 0)
     assert (len(corpus), corpus.test) == (8, 4)
     assert corpus.texts[4:] == [row["a"] for row in rows[8:]]
+
+
+def test_the_column_of_owners_is_not_needed_in_the_test_file(rows: list[dict[str, object]], tmp_path: Path):
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows[:8])))
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"a": row["a"], "y": row["y"]}) for row in rows[8:]))
+    paths = {"path": str(tmp_path / "train.jsonl"), "test_path": str(tmp_path / "test.jsonl")}
+    partition = Partition(kind="natural", column="who")
+    corpus = load_corpus(DataSection(source="files", text="a", label="y", partition=partition, **paths), 0)
+    assert corpus.natural is not None
+    assert corpus.natural[:8] == [row["who"] for row in rows[:8]]
+    assert (len(corpus.natural), corpus.test) == (12, 4)
+
+
+def test_minus_one_in_a_file_is_a_class_and_integers_sort_as_numbers(tmp_path: Path):
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"a": "x", "y": i % 13 - 1}) for i in range(26)))
+    corpus = load_corpus(DataSection(source="files", path=str(tmp_path / "d.jsonl"), text="a", label="y"), 0)
+    assert corpus.label_names == tuple(str(i) for i in range(-1, 12))
+    assert len(corpus) == 26
+
+
+def _files(path: Path) -> DataSection:
+    return DataSection(source="files", path=str(path), text="a", label="y")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_long_rows_and_late_text_are_read(kind: str, tmp_path: Path):
+    texts = ["1"] * 300_000 + ["x" * 2_000_000, "a word"]  # numbers fill the first megabyte
+    path = tmp_path / f"d.{kind}"
+    rows = [f"{text},{i % 2}" for i, text in enumerate(texts)]
+    objects = (json.dumps({"a": text, "y": i % 2}) for i, text in enumerate(texts))
+    path.write_text("a,y\n" + "\n".join(rows) if kind == "csv" else "\n".join(objects))
+    assert load_corpus(_files(path), 0).texts == texts
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path):
+    (tmp_path / "d.csv").write_bytes("a,y\ncafé,1\nbar,2\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_corpus(_files(tmp_path / "d.csv"), 0)
+
+
+def test_local_files_are_read_without_the_network(rows: list[dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+    import huggingface_hub.constants
+
+    for module in (datasets.config, huggingface_hub.constants):  # as for a user, not as conftest.py has it for every test
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    attempts = []
+
+    def refuse(*arguments: object, **_: object) -> None:
+        attempts.append(arguments)
+        raise OSError("no network")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    data = DataSection(source="files", path=str(tmp_path / "d.jsonl"), text="a", label="y", clients=2, min_client_size=2)
+    deal(load_corpus(data, 0), data, 0)
+    assert attempts == []
+
+
+def test_a_changed_file_is_read_again(rows: list[dict[str, object]], tmp_path: Path):
+    path = tmp_path / "d.jsonl"
+    for change in ("before", "after"):
+        path.write_text("\n".join(json.dumps({**row, "a": change}) for row in rows))
+        assert set(load_corpus(_files(path), 0).texts) == {change}
 
 
 @pytest.mark.parametrize(
@@ -138,14 +253,28 @@ def test_a_test_file_is_the_official_test_split(rows: list[dict[str, object]], t
 def test_file_errors(change: dict[str, object], expected: str, rows: list[dict[str, object]], tmp_path: Path):
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = DataSection(**{"source": "files", "path": str(tmp_path / "d.jsonl"), "text": "a", "label": "y", **change})
-    with pytest.raises(ConfigError, match=expected):
-        check_source(data)
+    with pytest.raises(ConfigError, match=expected):  # load_corpus begins with what check_source checks
+        load_corpus(data, 0)
+    if "nope" not in change.values():
+        with pytest.raises(ConfigError, match=expected):
+            check_source(data)
+
+
+def test_the_test_split_is_never_the_training_split(rows: list[dict[str, object]], tmp_path: Path, local_glue: Path):
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match="would be trained on"):
+        check_source(_files(path).model_copy(update={"test_path": f"{tmp_path}/./d.jsonl"}))
+    data = DataSection(source="hub", path=str(local_glue), text=("premise", "hypothesis"), test_split="train")
+    with pytest.raises(ConfigError, match="would be trained on"):
         load_corpus(data, 0)
 
 
 @pytest.fixture
 def local_glue(tmp_path: Path) -> Path:
     """A data-set directory as the hub lays one out: split files that ``datasets`` finds by name."""
+    tmp_path = tmp_path / "glue"
+    tmp_path.mkdir()
     for split, count in (("train", 20), ("validation", 6)):
         lines = [{"premise": f"p {i}", "hypothesis": f"h {i}", "label": (i % 3) - (i == 3)} for i in range(count)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -156,13 +285,14 @@ def test_hub_code_on_a_local_directory(local_glue: Path):
     data = DataSection(source="hub", path=str(local_glue), text=("premise", "hypothesis"))
     corpus = load_corpus(data, 0)
     assert (len(corpus), corpus.test) == (24, 5), "the row with label -1 is dropped from both splits"
-    assert corpus.pairs is not None and corpus.pairs[0] == "h 0"
+    assert corpus.pairs is not None
+    assert corpus.pairs[0] == "h 0"
 
 
 def test_hub_errors(local_glue: Path):
-    with pytest.raises(ConfigError, match="needs data.path"):
+    with pytest.raises(ConfigError, match=r"needs data\.path"):
         check_source(DataSection(source="hub"))
-    with pytest.raises(ConfigError, match="set data.text"):
+    with pytest.raises(ConfigError, match=r"set data\.text"):
         load_corpus(DataSection(source="hub", path=str(local_glue)), 0)
     with pytest.raises(ConfigError, match="it has train, validation"):
         load_corpus(DataSection(source="hub", path=str(local_glue), text="premise", split="dev"), 0)

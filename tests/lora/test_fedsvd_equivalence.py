@@ -51,7 +51,11 @@ def run(svd: bool, optimizer: str, dp: bool) -> list[Tensor]:
         results = []
         for client in range(CLIENTS):
             local = [b.clone().requires_grad_() for b in B]
-            make = {"sgd": lambda p: torch.optim.SGD(p, 0.3), "momentum": lambda p: torch.optim.SGD(p, 0.1, 0.9), "adam": lambda p: torch.optim.Adam(p, 0.05)}
+            make = {
+                "sgd": lambda p: torch.optim.SGD(p, 0.3),
+                "momentum": lambda p: torch.optim.SGD(p, 0.1, 0.9),
+                "adam": lambda p: torch.optim.Adam(p, 0.05),
+            }
             optim = make[optimizer](local)
             for step in range(STEPS):
                 noise = None

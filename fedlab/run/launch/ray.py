@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import sys
+import socket
 import threading
 from typing import Any
 
@@ -65,12 +64,13 @@ class ResilientRayBackend(RayBackend):
 
         With seeded noise a retry repeats the same bits, so it releases nothing new; with secure noise it would be another release.
         """
-        assert self.pool is not None
+        pool: Any = self.pool
+        assert pool is not None
         for attempt in (1, 2):
             with self._lock:
                 if self._stopping:
                     raise NodeLost("the run is over")
-                actor: Any = self.pool.pool.pop()
+                actor: Any = pool.pool.pop()
                 result = actor.run.remote(self.app_fn, message, str(message.metadata.dst_node_id), context)
             try:
                 _, reply, updated = ray.get(result)
@@ -83,13 +83,13 @@ class ResilientRayBackend(RayBackend):
                 logger.warning("a node process died (%s); it is replaced", type(error).__name__)
                 with self._lock:
                     self._actors.remove(actor)
-                    actor = self.pool.create_actor_fn()
+                    actor = pool.create_actor_fn()
                     self._actors.append(actor)
                 if attempt == 2 or not self._retry:
                     raise NodeLost("its process died" + (" twice" if attempt == 2 else "")) from error
             finally:
                 with self._lock:
-                    self.pool.pool.append(actor)
+                    pool.pool.append(actor)
         raise AssertionError("unreachable")
 
     def stop(self) -> None:
@@ -139,8 +139,19 @@ def run_ray(server_app: Any, client_app: Any, config: RunConfig, run_config: dic
         thread.join(timeout=30)
 
 
+def _check_reachable(address: str) -> None:
+    """Ray waits for minutes for a cluster that is not there; a connection attempt knows at once."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run.ray_address = {address!r}: nothing answers there ({error}); give host:port of a running Ray head") from None
+
+
 def _start_ray(config: RunConfig) -> ResilientRayBackend:
     run = config.run
+    if run.ray_address:
+        _check_reachable(run.ray_address)
     join = {"address": run.ray_address} if run.ray_address else {"address": "local", "_node_ip_address": "127.0.0.1"}
     init = {**join, "logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
     if run.ray_address:
