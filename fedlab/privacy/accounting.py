@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, Literal
 
 from fedlab._validate import non_negative, positive, probability
@@ -22,6 +22,8 @@ Relation = Literal["add_remove", "replace_one"]
 SAMPLERS = ("poisson", "fixed_wor", "shuffle", "full")
 FINE = 1e-4  # PLD grid of a reported number; a coarser grid gives a slightly larger upper bound, sooner
 COARSE = 1e-3
+LEAST_SIGMA, MOST_SIGMA = 1e-3, 1e6  # below the one nothing is promised; above the other, amplification is not worth a grid
+GRID_POINTS = 2**18  # at most, per composed PLD: a grid is made coarser rather than memory exhausted
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,15 @@ def epsilon(
 ) -> float:
     """ε ≥ 0 of all events together at ``delta``: an upper bound for every accountant; inf where nothing is promised.
 
-    Only ``poisson`` is amplified by sampling. ``fixed_wor`` counts as if every step saw all records, ``shuffle`` as one unamplified
-    release per started pass over the data: both are valid bounds, with and without knowledge of the order.
+    Only ``poisson`` is amplified by sampling. Where batches have a fixed size, a record that leaves is replaced by another, so even
+    add/remove moves a sum by 2C. ``fixed_wor`` counts as if every step saw the record: sensitivity 2C per step. ``shuffle`` has it in one
+    batch per pass of at least ⌊1/q⌋ steps; its place is taken by the last record of the pass, which leaves the last batch: √(2² + 1²)·C
+    per started pass (2C for replacement). That assumes equally many batches per pass on both sides, i.e. a public number of records.
 
     | case | ε |
     |---|---|
     | no steps, or q = 0 | 0 |
-    | σ = 0 with steps and q > 0 | inf |
+    | σ = 0 (or below 10⁻³) with steps and q > 0 | inf |
     | δ = 0 | inf (unless nothing was released) |
     | δ = 1 | 0 |
 
@@ -67,15 +71,13 @@ def epsilon(
         raise ValueError(f"accountant must be one of {', '.join(_ACCOUNTANTS)}, got {accountant!r}")
     if relation not in ("add_remove", "replace_one"):
         raise ValueError(f"relation must be add_remove or replace_one, got {relation!r}")
-    merged = _merge(events)
-    if not merged or delta == 1:
+    work = _merge(events, relation)
+    if work.nothing or delta == 1:
         return 0.0
-    if delta == 0 or any(sigma == 0 for _, sigma, _ in merged):
+    if delta == 0 or math.isinf(work.mu):
         return math.inf
-    if all(sigma > 1e6 for _, sigma, _ in merged):  # beyond every grid: the bound of one Gaussian with all steps' sensitivity
-        merged = ((1.0, 1e6, math.ceil(sum(steps * (1e6 / sigma) ** 2 for _, sigma, steps in merged))),)
-    result = _ACCOUNTANTS[accountant](merged, delta, relation, interval)
-    return max(0.0, result)
+    result = _ACCOUNTANTS[accountant](work, delta, relation, interval)
+    return math.inf if math.isnan(result) else max(0.0, result)  # a number that is none must not pass for 0
 
 
 def calibrate_sigma(q: float, steps: int, epsilon: float, delta: float, accountant: Accountant = "pld") -> float:
@@ -96,27 +98,36 @@ def calibrate_sigma(q: float, steps: int, epsilon: float, delta: float, accounta
 def _calibrate(q: float, steps: int, target: float, delta: float, accountant: Accountant) -> float:
     from scipy.optimize import brentq
 
-    # The coarse grid's surplus grows with the number of steps and matters more for a small ε.
-    grid = COARSE if target >= 1 and steps <= 2000 else FINE
-
-    def excess(log_sigma: float, by: Accountant) -> float:
-        spent = epsilon([Event("poisson", q, math.exp(log_sigma), steps)], delta, by, interval=grid)
+    def excess(log_sigma: float, by: Accountant = accountant, interval: float = COARSE) -> float:
+        spent = epsilon([Event("poisson", q, math.exp(log_sigma), steps)], delta, by, interval=interval)
         return math.log(max(spent, 1e-9) / target)
 
     # RDP is cheap and never below PLD, so its σ bounds the search from above and keeps PLD away from absurdly small σ.
     lowest, highest = math.log(1e-2), math.log(1e4)
+    if q * steps <= delta:  # an example is drawn at all with probability at most δ
+        return math.exp(lowest)
     if excess(highest, "rdp") > 0:
         raise PrivacyError(f"epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q = {q:g}")
-    high = float(brentq(excess, lowest, highest, args=("rdp",), xtol=2e-4)) + 4e-4 if excess(lowest, "rdp") > 0 else lowest
-    while excess(high, accountant) > 0:  # only a rounding away: PLD <= RDP, and PRV's error is 0.01
-        high += 0.02
-    low = high - 0.1
-    while excess(low, accountant) <= 0:
-        low, high = low - 0.2, low
-        if low < lowest:
-            return math.exp(high)
-    found = float(brentq(excess, low, high, args=(accountant,), xtol=2e-4))
-    while excess(found, accountant) > 0:
+    high = float(brentq(excess, lowest, highest, args=("rdp",), xtol=0.05)) + 0.06 if excess(lowest, "rdp") > 0 else lowest
+    width = 0.02
+    while (over := excess(high)) > 0:  # only a rounding away: PLD <= RDP, and PRV's error is 0.01
+        high += width
+        width *= 2
+        if high > highest:
+            raise PrivacyError(
+                f"epsilon = {target:g} at delta = {delta:g} is below what the accountant {accountant!r} can resolve; use pld"
+            )
+    width = 0.1
+    while (under := excess(low := max(lowest, high - width))) <= 0:
+        if low == lowest:
+            return math.exp(lowest)
+        high, over, width = low, under, 2 * width
+    found = float(brentq(excess, low, high, xtol=2e-4))
+    grid = COARSE
+    if accountant == "pld" and (target < 1 or steps > 2000):  # there the coarse grid's surplus counts: a Newton step on the fine one
+        grid = FINE
+        found += excess(found, interval=grid) * (high - low) / (under - over) + 1e-4
+    while excess(found, interval=grid) > 0:
         found += 2e-4
     return math.exp(found)
 
@@ -130,21 +141,22 @@ def group_epsilon(event: Event, delta: float, records: int) -> float:
     from scipy.stats import binom
 
     positive(records=records)
-    if event.steps == 0 or event.q == 0 or delta == 1:
-        return 0.0
-    if event.sigma == 0 or delta == 0:
-        return math.inf
-    if event.sampler != "poisson":
-        q, sigma, steps = _effective(event)
-        return epsilon([Event("full", q, sigma / records, steps)], delta)
-    counts = list(range(records + 1))
-    base = pld.from_mixture_gaussian_mechanism(
-        event.sigma,
-        [float(k) for k in counts],
-        [float(p) for p in binom.pmf(counts, records, event.q)],
-        value_discretization_interval=COARSE,
-    )
-    return max(0.0, float(base.self_compose(event.steps).get_epsilon_for_delta(delta)))
+    probability(delta=delta)
+    # As if all k records were in every batch that any of them is in. Sensitivity scales by k for every sampler.
+    at_most = epsilon([Event("full" if event.sampler == "poisson" else event.sampler, event.q, event.sigma / records, event.steps)], delta)
+    if event.sampler != "poisson" or at_most in (0.0, math.inf):
+        return at_most
+    result = at_most
+    for _ in range(2):  # a rough bound first, which tells how fine a grid is affordable
+        interval = COARSE * _coarsening(max(2 * result, _loss_range(event.sigma, records)), COARSE)
+        base = pld.from_mixture_gaussian_mechanism(
+            event.sigma,
+            [float(k) for k in range(records + 1)],
+            [float(p) for p in binom.pmf(range(records + 1), records, event.q)],
+            value_discretization_interval=interval,
+        )
+        result = min(result, float(base.self_compose(event.steps).get_epsilon_for_delta(delta)))
+    return max(0.0, result)
 
 
 def person_epsilon(per_client: Sequence[Sequence[Event]], delta: float, accountant: Accountant = "pld") -> float:
@@ -152,26 +164,45 @@ def person_epsilon(per_client: Sequence[Sequence[Event]], delta: float, accounta
     return epsilon([event for events in per_client for event in events], delta, accountant)
 
 
-def _effective(event: Event) -> tuple[float, float, int]:
-    """(q, σ, steps) of the Poisson mechanism that bounds an event."""
-    if event.sampler == "poisson":
-        return event.q, event.sigma, event.steps
-    if event.sampler == "shuffle":  # a record is in one batch per pass; q·steps passes were started
-        return 1.0, event.sigma, math.ceil(event.steps * event.q - 1e-9)
-    return 1.0, event.sigma, event.steps
+@dataclass(frozen=True)
+class _Work:
+    """Events merged: Poisson steps per (q, σ), and the one Gaussian mechanism that all unamplified releases together amount to."""
+
+    poisson: tuple[tuple[float, float, int], ...]  # (q, σ, steps), 0 < q < 1, in a fixed order
+    mu: float  # sensitivity / noise of that Gaussian, sqrt(Σ steps·(s/σ)²): Gaussian releases compose exactly; inf if one has no noise
+
+    @property
+    def nothing(self) -> bool:
+        return not self.poisson and self.mu == 0
 
 
-def _merge(events: Sequence[Event]) -> tuple[tuple[float, float, int], ...]:
-    """Equal mechanisms with their steps added, in a fixed order; those that release nothing left out."""
-    total: dict[tuple[float, float], int] = {}
+def _merge(events: Sequence[Event], relation: Relation) -> _Work:
+    """Equal mechanisms with their steps added; those that release nothing left out."""
+    poisson: dict[tuple[float, float], int] = {}
+    squared = {"poisson": 1.0, "full": 1.0, "fixed_wor": 4.0, "shuffle": 5.0}  # sensitivities in units of C; see ``epsilon``
+    unamplified: list[float] = []
     for event in events:
-        q, sigma, steps = _effective(event)
-        if event.q > 0 and steps > 0:
-            total[q, sigma] = total.get((q, sigma), 0) + steps
-    return tuple((q, sigma, steps) for (q, sigma), steps in sorted(total.items()))
+        if event.steps == 0 or event.q == 0:
+            continue
+        if event.sampler == "poisson" and event.q < 1 and LEAST_SIGMA <= event.sigma <= MOST_SIGMA:
+            key = event.q, event.sigma
+            poisson[key] = poisson.get(key, 0) + event.steps
+            continue
+        releases = math.ceil(event.steps / math.floor(min(1 / event.q, event.steps))) if event.sampler == "shuffle" else event.steps
+        s2 = 4.0 if relation == "replace_one" else squared[event.sampler]
+        unamplified.append(releases * s2 / event.sigma / event.sigma if event.sigma >= LEAST_SIGMA else math.inf)
+    return _Work(tuple((q, sigma, steps) for (q, sigma), steps in sorted(poisson.items())), math.sqrt(math.fsum(unamplified)))
 
 
-Merged = tuple[tuple[float, float, int], ...]
+def _loss_range(sigma: float, sensitivity: float) -> float:
+    """Largest privacy loss of one Gaussian release that a PLD keeps: noise up to 8 σ."""
+    mu = sensitivity / sigma
+    return mu * mu / 2 + 8 * mu
+
+
+def _coarsening(loss_range: float, interval: float) -> int:
+    """Power of two by which to widen the grid, so that few grids are in use and their base PLDs are shared."""
+    return 1 << max(0, math.ceil(math.log2(loss_range / (interval * GRID_POINTS))))
 
 
 @lru_cache(maxsize=64)
@@ -188,36 +219,60 @@ def _base_pld(q: float, sigma: float, relation: Relation, interval: float) -> An
     )
 
 
-def _pld(merged: Merged, delta: float, relation: Relation, interval: float) -> float:
-    composed: Any = None
-    for q, sigma, steps in merged:
-        part = _base_pld(q, sigma, relation, interval).self_compose(steps)
-        composed = part if composed is None else composed.compose(part)
-    return float(composed.get_epsilon_for_delta(delta))
+@lru_cache(maxsize=4096)
+def _pld(work: _Work, delta: float, relation: Relation, interval: float) -> float:
+    if not work.poisson:
+        from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
+
+        return float(get_epsilon_gaussian(1 / work.mu, delta)) * (1 + 1e-9)  # exact (Balle and Wang, 2018) up to the root's tolerance
+    grid = interval * _coarsening(_widest(work, relation), interval)
+    parts = [_base_pld(q, sigma, relation, grid).self_compose(steps) for q, sigma, steps in work.poisson]
+    if work.mu > 0:
+        parts.append(_base_pld(1.0, 1 / work.mu, "add_remove", grid))
+    composed = reduce(lambda left, right: left.compose(right), parts)
+    result = float(composed.get_epsilon_for_delta(delta))
+    return result if math.isfinite(result) else _rdp(work, delta, relation, interval)  # δ below the tails that a PLD cuts
 
 
-def _rdp(merged: Merged, delta: float, relation: Relation, interval: float) -> float:
+def _widest(work: _Work, relation: Relation) -> float:
+    """How far the losses reach, alone and composed, that a PLD or PRV has to represent; a few RDP orders are enough to tell."""
+    composed = _rdp_curve(work, relation, (2, 4, 8, 16, 32, 64)).get_epsilon(1e-15)
+    return max([float(composed), _loss_range(1.0, work.mu), *(_loss_range(_relative(s, relation), 1.0) for _, s, _ in work.poisson)])
+
+
+def _rdp(work: _Work, delta: float, relation: Relation, interval: float) -> float:
+    return float(_rdp_curve(work, relation).get_epsilon(delta))
+
+
+def _rdp_curve(work: _Work, relation: Relation, orders: tuple[int, ...] | None = None) -> Any:
+    """The composed RDP. Replacement under Poisson sampling is bounded by addition and removal at twice the sensitivity."""
     from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # it announces every low order that it drops, which is its normal course
-    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-    for q, sigma, steps in merged:
-        accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(_sensitivity(sigma, relation))), steps)
-    return float(accountant.get_epsilon(delta))
+    accountant = RdpAccountant(orders, NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for q, sigma, steps in work.poisson:
+        accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(_relative(sigma, relation))), steps)
+    if work.mu > 0:
+        accountant.compose(GaussianDpEvent(1 / work.mu))
+    return accountant
 
 
-def _prv(merged: Merged, delta: float, relation: Relation, interval: float) -> float:
+def _prv(work: _Work, delta: float, relation: Relation, interval: float) -> float:
     from opacus.accountants import PRVAccountant
 
+    if _widest(work, relation) > 500:  # Opacus takes exp of losses in float64; past 700 that overflows, and its ε falls below the truth
+        return _rdp(work, delta, relation, interval)
     accountant = PRVAccountant()
-    accountant.history = [(_sensitivity(sigma, relation), q, steps) for q, sigma, steps in merged]
+    accountant.history = [(_relative(sigma, relation), q, steps) for q, sigma, steps in work.poisson]
+    if work.mu > 0:
+        accountant.history.append((1 / work.mu, 1.0, 1))
     return float(accountant.get_epsilon(delta))
 
 
-def _sensitivity(sigma: float, relation: Relation) -> float:
-    """σ relative to the sensitivity: replacing a record can move the sum by 2C."""
+def _relative(sigma: float, relation: Relation) -> float:
+    """Noise relative to the sensitivity: replacing a record can move the sum by 2C."""
     return sigma if relation == "add_remove" else sigma / 2
 
 
-_ACCOUNTANTS: dict[str, Callable[[Merged, float, Relation, float], float]] = {"pld": _pld, "rdp": _rdp, "prv": _prv}
+_ACCOUNTANTS: dict[str, Callable[[_Work, float, Relation, float], float]] = {"pld": _pld, "rdp": _rdp, "prv": _prv}

@@ -40,29 +40,40 @@ class SeededNoise:
         return torch.from_numpy(np.asarray(self._rng.standard_normal(shape) * std))
 
 
-class SecureNoise:
-    """Noise from an AES-256-CTR key stream under a fresh key of the operating system, shaped by Box–Muller in float64.
+class SecureStream:
+    """Uniform numbers from an AES-256-CTR key stream under a fresh key of the operating system.
 
-    The uniform that sets the radius lies in (0, 1] with 53 bits, so tails reach 8.5 σ. Cannot be copied or pickled: two copies would
-    give the same noise twice, and the difference of two releases would be without any.
+    Cannot be copied, pickled or carried across a fork: two copies would give the same numbers twice, and the difference of two
+    releases would be without noise.
     """
-
-    name = "secure"
 
     def __init__(self) -> None:
         self._stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
+        self._process = os.getpid()
+
+    def random(self, size: int) -> np.ndarray:
+        """``size`` float64 in [0, 1), 53 bits each, like ``np.random.Generator.random``."""
+        if os.getpid() != self._process:
+            raise RuntimeError("a secure stream was carried across a fork and would repeat itself; make a new one in the new process")
+        bits = np.frombuffer(self._stream.update(bytes(8 * size)), dtype=np.uint64) >> np.uint64(11)
+        return bits.astype(np.float64) * 2.0**-53
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("secure noise cannot be copied or pickled: the copy would repeat it")
+
+
+class SecureNoise(SecureStream):
+    """Noise that no seed reaches: a ``SecureStream`` shaped by Box–Muller in float64, with tails up to 8.5 σ."""
+
+    name = "secure"
 
     def draw(self, shape: tuple[int, ...], std: float) -> Tensor:
         """See ``GaussianNoise.draw``."""
         non_negative(std=std)
         count = int(np.prod(shape, dtype=np.int64))
         pairs = (count + 1) // 2
-        bits = np.frombuffer(self._stream.update(bytes(16 * pairs)), dtype=np.uint64) >> np.uint64(11)  # 53 bits each
-        uniform = (bits.astype(np.float64) + 1.0) * 2.0**-53  # (0, 1]
+        uniform = 1.0 - self.random(2 * pairs)  # (0, 1], exactly: its logarithm is finite
         return torch.from_numpy(np.asarray(box_muller(uniform[:pairs], uniform[pairs:])[:count].reshape(shape) * std))
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("secure noise cannot be copied or pickled: the copy would repeat it")
 
 
 def box_muller(u: np.ndarray, v: np.ndarray) -> np.ndarray:

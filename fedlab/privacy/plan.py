@@ -20,8 +20,8 @@ from fedlab._validate import positive
 from fedlab.config import PrivacySection, TrainSection
 from fedlab.errors import ConfigError, PrivacyError
 from fedlab.privacy.accounting import Event, calibrate_sigma, epsilon
-from fedlab.privacy.noise import GaussianNoise, SecureNoise, SeededNoise
-from fedlab.privacy.sampling import poisson_batch
+from fedlab.privacy.noise import GaussianNoise, SecureNoise, SecureStream, SeededNoise
+from fedlab.privacy.sampling import Uniform, poisson_batch
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class DPPlan:
     def __post_init__(self) -> None:
         for name in ("n", "batch_size", "steps", "sigma", "clip", "delta", "participations"):
             positive(**{name: getattr(self, name)})
+        if not 0 < self.sigma * self.clip < math.inf:
+            raise ValueError(f"sigma·clip, the noise, must be positive and finite, got {self.sigma} × {self.clip}")
         if self.noise not in ("seeded", "secure"):
             raise ValueError(f"noise must be 'seeded' or 'secure', got {self.noise!r}")
 
@@ -57,9 +59,13 @@ class DPPlan:
         """The DP event of so many rounds."""
         return Event("poisson", self.q, self.sigma, self.steps * rounds)
 
+    def sampler(self, rng: np.random.Generator) -> Uniform:
+        """What draws the batches: ``rng`` when seeded; when secure, the operating system: sampling amplifies only what nobody foresees."""
+        return rng if self.noise == "seeded" else SecureStream()
+
     def batch(self, rng: np.random.Generator) -> np.ndarray:
         """Positions of one step's examples, 0 to n − 1; possibly none, which is a step like any other."""
-        return poisson_batch(self.n, self.q, rng)
+        return poisson_batch(self.n, self.q, self.sampler(rng))
 
     def noise_source(self, rng: np.random.Generator) -> GaussianNoise:
         """The noise of one round: ``rng`` when seeded; when secure, the operating system's, and ``rng`` is not touched."""
@@ -82,24 +88,35 @@ def default_delta(n: int) -> float:
     return min(1e-5, 1 / (10 * n))
 
 
-@lru_cache(maxsize=4096)
-def make_plan(privacy: PrivacySection, train: TrainSection, n: int, participations: int) -> DPPlan:
-    """The plan of a client of n examples; σ is given, or calibrated so that ``participations`` whole rounds spend at most ε.
+def delta_of(privacy: PrivacySection, n: int) -> float:
+    """δ for a client of n examples: the configured one, or the default.
 
-    Raises ConfigError for a unit that is not available, PrivacyError for a δ that promises nothing (δ·n >= 1); warns above 0.1.
+    Raises PrivacyError for a δ that promises nothing (δ·n >= 1); warns above 0.1.
     """
-    if privacy.unit != "example":
-        raise ConfigError(f'privacy.unit = "{privacy.unit}" has no client plan; use "example"')
-    if privacy.budget is not None:
-        raise ConfigError("privacy.budget is not enforced yet; use privacy.epsilon and privacy.participations")
-    assert privacy.clip is not None
     delta = privacy.delta if privacy.delta is not None else default_delta(n)
     if delta * n >= 1:
         raise PrivacyError(
             f"privacy.delta = {delta:g} with {n} examples: δ·n >= 1 allows publishing a record outright; use at most {1 / (10 * n):.1g}"
         )
     if delta * n > 0.1:
-        warnings.warn(f"privacy.delta = {delta:g} with {n} examples: δ·n = {delta * n:.2g} is above 0.1", stacklevel=2)
+        warnings.warn(f"privacy.delta = {delta:g} with {n} examples: δ·n = {delta * n:.2g} is above 0.1", stacklevel=3)
+    return delta
+
+
+@lru_cache(maxsize=4096)
+def make_plan(privacy: PrivacySection, train: TrainSection, n: int, participations: int) -> DPPlan:
+    """The plan of a client of n examples; σ is given, or calibrated so that ``participations`` whole rounds spend at most ε.
+
+    Raises ConfigError for a unit that is not available, PrivacyError for a δ that promises nothing.
+    """
+    positive(n=n)
+    positive(participations=participations)
+    if privacy.unit != "example":
+        raise ConfigError(f'privacy.unit = "{privacy.unit}" has no client plan; use "example"')
+    if privacy.budget is not None:
+        raise ConfigError("privacy.budget is not enforced yet; use privacy.epsilon and privacy.participations")
+    assert privacy.clip is not None
+    delta = delta_of(privacy, n)
     steps = train.steps if train.steps is not None else math.ceil((train.epochs or 0) * n / train.batch_size)
     q = min(1.0, train.batch_size / n)
     sigma = privacy.sigma

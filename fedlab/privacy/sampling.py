@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from fedlab._validate import positive, probability
 
 
-def poisson_batch(n: int, q: float, rng: np.random.Generator) -> np.ndarray:
+class Uniform(Protocol):
+    """A source of uniform numbers: a numpy Generator, or ``noise.SecureStream`` where nobody may foresee the batches."""
+
+    def random(self, size: int, /) -> np.ndarray:
+        """``size`` float64 in [0, 1)."""
+
+
+def poisson_batch(n: int, q: float, rng: Uniform) -> np.ndarray:
     """Sorted indices of a batch that holds each of n examples with probability q, independently. It may be empty."""
     positive(n=n)
     probability(q=q)

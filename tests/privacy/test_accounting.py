@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,9 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedlab.errors import PrivacyError
+from fedlab.privacy import accounting
 from fedlab.privacy.accounting import COARSE, FINE, Event, calibrate_sigma, epsilon, group_epsilon, person_epsilon
+from fedlab.privacy.sampling import fixed_batches
 
 REFERENCE = json.loads((Path(__file__).parent / "reference_epsilon.json").read_text())
 FEDSVD = Event("poisson", 128 / 11225, 0.7, 500)
@@ -88,10 +91,77 @@ def test_full_batches_match_the_closed_form_for_both_relations(sigma: float, ste
 
 def test_only_poisson_is_amplified_and_unknown_samplers_are_refused():
     poisson = epsilon([Event("poisson", 0.01, 1.0, 200)], 1e-5)
-    assert epsilon([Event("fixed_wor", 0.01, 1.0, 200)], 1e-5) == epsilon([Event("full", 1.0, 1.0, 200)], 1e-5) > 20 * poisson
-    assert epsilon([Event("shuffle", 0.01, 1.0, 200)], 1e-5) == epsilon([Event("full", 1.0, 1.0, 2)], 1e-5) > 5 * poisson
+    assert epsilon([Event("fixed_wor", 0.01, 1.0, 200)], 1e-5) == epsilon([Event("full", 1.0, 0.5, 200)], 1e-5) > 20 * poisson
+    shuffled = epsilon([Event("shuffle", 0.01, 1.0, 200)], 1e-5)
+    assert shuffled == pytest.approx(gaussian_epsilon(math.sqrt(2 * 5), 1e-5), rel=1e-6)
+    assert shuffled > 5 * poisson
     with pytest.raises(PrivacyError, match="sampler must be one of"):
         Event("weighted", 0.1, 1.0, 1)
+
+
+@pytest.mark.parametrize("n", [1, 3, 10])
+def test_a_fixed_size_batch_is_covered_even_where_adding_a_record_displaces_another(n: int):
+    """All n records pull by +C, the added one by −C: n of n + 1 times it displaces one of them, which moves the sum by 2C."""
+    z = np.linspace(-40, 40, 400_001)
+    without, displaced = norm.pdf(z, n), norm.pdf(z, n - 2)  # batches of n, σ = C = 1
+
+    def delta_of(eps: float) -> float:
+        added = (without + n * displaced) / (n + 1)
+        return float(np.maximum(added - math.exp(eps) * without, 0).sum() * (z[1] - z[0]))
+
+    truth = brentq(lambda e: delta_of(e) - 1e-5, 0, 30)
+    assert truth > 2 * gaussian_epsilon(1.0, 1e-5), "sensitivity C would not cover it"
+    for q in (n / n, n / (n + 1)):
+        assert truth <= epsilon([Event("fixed_wor", q, 1.0, 1)], 1e-5)
+
+
+def test_the_reference_lower_bound_of_fixed_size_sampling_is_respected():
+    """n = 6, batches of 3, σ = 4, 100 steps, δ = 0.01: at least 8.719426, which is above 8.24, the value of full batches."""
+    assert epsilon([Event("fixed_wor", 0.5, 4.0, 100)], 0.01) >= 8.719426
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.integers(0, 5))
+def test_shuffle_counts_at_least_the_batches_that_a_record_is_in(n: int, size: int, steps: int, seed: int):
+    batches = fixed_batches(n, size, steps, np.random.default_rng(seed))
+    most = max(sum(i in batch for batch in batches) for i in range(n))
+    charged = epsilon([Event("shuffle", min(1.0, size / n), 1.0, steps)], 1e-5, relation="replace_one")
+    assert charged >= epsilon([Event("full", 1.0, 1.0, most)], 1e-5, relation="replace_one")
+
+
+@pytest.mark.parametrize("sigma", [0.3, 0.05, 0.01, 1e-3])
+def test_one_sampled_step_with_little_noise_matches_its_closed_form(sigma: float):
+    """T = 1: ε(δ) = ln(1 + q·(exp(ε'(δ/q)) − 1)) with ε' of the plain Gaussian. Neither hangs, nor eats memory, nor overflows."""
+    plain = accounting.epsilon([Event("full", 1.0, sigma, 1)], 1e-4)
+    truth = plain + math.log(0.1) + (math.log1p(9 * math.exp(-plain)))
+    pld, rdp, prv = (epsilon([Event("poisson", 0.1, sigma, 1)], 1e-5, a) for a in ("pld", "rdp", "prv"))
+    assert truth * (1 - 1e-6) <= pld <= truth * 1.01
+    assert pld <= rdp < 1.2 * truth
+    assert truth * (1 - 1e-6) <= prv < 1.2 * truth
+
+
+def test_almost_no_noise_promises_nothing_and_infinite_noise_costs_nothing():
+    for accountant in ("pld", "rdp", "prv"):
+        assert epsilon([Event("poisson", 0.1, 1e-200, 1)], 1e-5, accountant) == math.inf
+        assert epsilon([Event("poisson", 0.1, math.inf, 5)], 1e-5, accountant) == 0.0
+    one = [Event("poisson", 0.1, 1.0, 5)]
+    assert epsilon([*one, Event("poisson", 0.1, math.inf, 5)], 1e-5, interval=COARSE) == epsilon(one, 1e-5, interval=COARSE)
+
+
+@pytest.mark.parametrize("event", [Event("poisson", 0.2, 0.3, 1000), Event("poisson", 0.5, 1.0, 100_000), Event("full", 1.0, 1.0, 100_000)])
+def test_hardly_private_runs_have_a_finite_bound_in_seconds(event: Event):
+    pld, rdp = (epsilon([event], 1e-5, a) for a in ("pld", "rdp"))
+    assert 1016 < pld <= rdp < math.inf
+
+
+@pytest.mark.parametrize("delta", [1e-20, 1e-300])
+def test_delta_below_the_tails_that_pld_cuts_is_still_bounded(delta: float):
+    assert 0 < epsilon([Event("poisson", 0.01, 1.0, 1000)], delta) < 100
+
+
+def test_a_number_that_is_none_does_not_pass_for_zero(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(accounting._ACCOUNTANTS, "pld", lambda *_: math.nan)
+    assert epsilon([FEDSVD], 1e-5) == math.inf
 
 
 @pytest.mark.parametrize("bad", [{"q": -0.1}, {"q": 1.1}, {"sigma": -1.0}, {"steps": -1}, {"q": math.nan}, {"sigma": math.nan}])
@@ -137,6 +207,9 @@ def test_a_person_in_several_clients_adds_up():
 def test_unreachable_targets_and_bad_arguments():
     with pytest.raises(PrivacyError, match="cannot be reached"):
         calibrate_sigma(1.0, 10**9, 1e-4, 1e-12)
+    with pytest.raises(PrivacyError, match="use pld"):
+        calibrate_sigma(0.01, 1000, 0.005, 1e-5, "prv")
+    assert calibrate_sigma(1e-6, 1, 1.0, 1e-5) == pytest.approx(0.01), "drawn with probability below δ: any noise will do"
     for bad in ({"epsilon": 0.0}, {"delta": 0.0}, {"delta": 1.0}, {"q": 2.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             calibrate_sigma(**{"q": 0.1, "steps": 10, "epsilon": 1.0, "delta": 1e-5, **bad})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fedlab.privacy.noise import SecureNoise, SeededNoise, box_muller
+from fedlab.privacy.noise import SecureNoise, SecureStream, SeededNoise, box_muller
 from fedlab.seeds import stream
 
 
@@ -63,6 +64,21 @@ def test_secure_noise_cannot_be_copied():
     for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="cannot be copied"):
             duplicate(SecureNoise())
+
+
+def test_secure_noise_refuses_to_be_carried_across_a_fork(monkeypatch: pytest.MonkeyPatch):
+    source = SecureNoise()
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(RuntimeError, match="across a fork"):
+        source.draw((3,), 1.0)
+
+
+def test_a_secure_stream_is_uniform_on_the_half_open_interval():
+    drawn = SecureStream().random(200_001)
+    assert drawn.shape == (200_001,)
+    assert stats.kstest(drawn, "uniform").pvalue > 1e-4
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
 
 
 @pytest.mark.parametrize("source", sources(), ids=lambda s: s.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -50,6 +51,23 @@ def test_a_batch_larger_than_the_client_is_everybody():
     plan = DPPlan(n=8, batch_size=20, steps=1, sigma=1.0, clip=1.0, delta=1e-3, participations=1, noise="seeded")
     assert (plan.q, plan.normaliser) == (1.0, 8.0)
     assert len(plan.batch(stream(0, "b"))) == 8
+
+
+def test_secure_plans_draw_batches_that_no_seed_foretells():
+    """The server knows the run's seed; sampling amplifies nothing towards somebody who can redraw the batches."""
+    secure = dataclasses.replace(PLAN, n=2000, batch_size=200, noise="secure")
+    first, second = (secure.batch(stream(0, "batches")) for _ in range(2))
+    assert first.tolist() != second.tolist()
+    assert abs(len(first) - 200) < 6 * math.sqrt(180)
+    seeded = dataclasses.replace(secure, noise="seeded")
+    assert seeded.batch(stream(0, "batches")).tolist() == seeded.batch(stream(0, "batches")).tolist()
+    assert len(dataclasses.replace(secure, batch_size=2000).batch(stream(0, "batches"))) == 2000
+
+
+@pytest.mark.parametrize(("sigma", "clip"), [(1e-200, 1e-200), (math.inf, 1.0), (1.0, math.inf)])
+def test_noise_that_vanishes_or_overflows_is_refused(sigma: float, clip: float):
+    with pytest.raises(ValueError, match="positive and finite"):
+        dataclasses.replace(PLAN, sigma=sigma, clip=clip)
 
 
 @pytest.mark.parametrize("field", ["n", "batch_size", "steps", "sigma", "clip", "delta", "participations"])

@@ -111,6 +111,13 @@ def test_resume_gives_the_bits_of_an_unbroken_run(tiny_toml: str, tmp_path: Path
         assert resumed.result[key] == whole.result[key], key
 
 
+def test_a_delta_that_promises_nothing_ends_with_exit_code_3_before_anything_starts(tiny_toml: str, tmp_path: Path):
+    with pytest.raises(fedlab.PrivacyError, match="publishing a record outright") as caught:
+        simulate(tiny_toml, tmp_path / "run", "privacy.delta=0.5")
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_is_overwritten(tiny_toml: str, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("x")

@@ -78,7 +78,12 @@ def check(config: RunConfig) -> None:
 
     check_model(config.model)
     check_strategy(config)
-    corpus_and_shards(config)
+    _, shards = corpus_and_shards(config)
+    if config.private:
+        from fedlab.privacy.plan import delta_of
+
+        for positions in shards.train.values():
+            delta_of(config.privacy, len(positions))
 
 
 def check_strategy(config: RunConfig) -> None:
