@@ -112,7 +112,8 @@ def rounds_done(run: Path) -> int:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow  # the same in process: tests/run/test_simulate_local.py
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_is_valid_and_resumes_to_the_same_bits(number: int, config_file: Path, tmp_path: Path):
     options = ["--set", "run.rounds=12", "--set", "evaluate.every=12"]
     process = subprocess.Popen(command("simulate", config_file, *options, "--out", tmp_path / "run"), stderr=subprocess.PIPE, text=True)
@@ -140,7 +141,7 @@ def ray_processes() -> set[int]:
 def test_ray_is_bitwise_the_local_backend_for_any_number_of_nodes(config_file: Path, tmp_path: Path):
     before = ray_processes()
     digests = {}
-    for name, backend, nodes in (("local", "local", 1), ("ray-1", "ray", 1), ("ray-3", "ray", 3)):
+    for name, backend, nodes in (("local", "local", 1), ("ray-3", "ray", 3)):
         done = fedlab_cli(
             "simulate", config_file, "--out", tmp_path / name, "--quiet", "--set", f'run.backend="{backend}"', "--set", f"run.nodes={nodes}"
         )
@@ -148,12 +149,12 @@ def test_ray_is_bitwise_the_local_backend_for_any_number_of_nodes(config_file: P
         assert done.stderr == "", "Ray and Flower say nothing"
         digests[name] = json.loads((tmp_path / name / "result.json").read_text())["adapter_digest"]
     assert len(set(digests.values())) == 1, digests
-    assert ray_processes() <= before, "a process was left behind"
+    wait_for(lambda: ray_processes() <= before, 20)  # no process is left behind
 
 
 @pytest.mark.e2e
 def test_a_killed_actor_is_replaced_loudly_and_ray_listens_on_loopback_only(config_file: Path, tmp_path: Path):
-    options = ["--set", 'run.backend="ray"', "--set", "run.nodes=1", "--set", "run.rounds=30", "--set", "evaluate.every=30"]
+    options = ["--set", 'run.backend="ray"', "--set", "run.nodes=1", "--set", "run.rounds=16", "--set", "evaluate.every=16"]
     process = subprocess.Popen(command("simulate", config_file, *options, "--out", tmp_path / "run", "--quiet"))
     family = psutil.Process(process.pid)
     wait_for(lambda: rounds_done(tmp_path / "run") >= 2)
@@ -195,6 +196,7 @@ def test_interrupting_ray_leaves_no_process(config_file: Path, tmp_path: Path):
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_a_cluster_of_two_raylets_can_be_joined_and_gives_the_same_bits(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
@@ -217,6 +219,7 @@ def test_a_cluster_of_two_raylets_can_be_joined_and_gives_the_same_bits(config_f
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_an_unreachable_cluster_and_impossible_resources_end_with_2(config_file: Path, tmp_path: Path):
     ray = ["--set", 'run.backend="ray"', "--quiet"]
     done = fedlab_cli("simulate", config_file, "--out", tmp_path / "a", *ray, "--set", "run.cpus_per_node=999")
