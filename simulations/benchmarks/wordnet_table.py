@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--tuning-rounds", type=int, help="rounds of a tuning run (default: as many as the others)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.5, 4.5])
+    parser.add_argument("--head-rate", type=float, help="learning rate of the head in every run (default: the adapter's)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--privacy", nargs="+", default=list(PRIVACY), choices=list(PRIVACY))
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
@@ -68,7 +69,7 @@ def main() -> None:
             )
 
             def result(rate: float, seed: int, name: str, *more: str) -> dict[str, object]:
-                rates = [f"train.lr={rate * ADAPTER_STEP.get(method, 1.0)}", f"train.head_lr={rate}"]  # noqa: B023
+                rates = [f"train.lr={rate * ADAPTER_STEP.get(method, 1.0)}", f"train.head_lr={args.head_rate or rate}"]  # noqa: B023
                 return run(args.config, [*overrides, *rates, f"run.seed={seed}", *more], folder / name)  # noqa: B023
 
             tuned = {rate: result(rate, TUNING_SEED, f"tune-{rate:g}", *tuning) for rate in args.rates}
