@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -59,3 +64,20 @@ def test_every_package_is_typed():
 
 def test_simulations_is_no_package():
     assert not list((ROOT / "simulations").rglob("__init__.py"))
+
+
+def test_the_repository_root_is_a_flower_app(tmp_path: Path):
+    """``flwr build`` refuses patterns that match nothing and names that Flower cannot carry."""
+    for name in (*PACKAGES, "simulations", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / "fedlab" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, tmp_path / "fedlab" / name)
+    flwr = Path(sys.executable).parent / "flwr"
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [flwr, "build", "--app", "fedlab"], cwd=tmp_path, env=os.environ | quiet, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (fab,) = tmp_path.rglob("*.fab")
+    names = zipfile.ZipFile(fab).namelist()
+    assert {"strategies/app.py", "clients/app.py", "fedlab/run/launch/ray.py", "simulations/quickstart.toml"} <= set(names)
