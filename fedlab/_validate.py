@@ -6,7 +6,6 @@ Each takes exactly one keyword argument, returns its value, and raises ``ValueEr
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
 from typing import TypeVar
 
 N = TypeVar("N", int, float)
@@ -41,10 +40,3 @@ def probability(**named: N) -> N:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
     return value
-
-
-def same_length(**named: Sized) -> None:
-    """Raise unless all arguments have one length."""
-    lengths = {name: len(value) for name, value in named.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError("lengths differ: " + ", ".join(f"{k} has {v}" for k, v in lengths.items()))
