@@ -41,7 +41,6 @@ class TrainOutcome:
 
     updates: dict[str, State] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)  # client → why its update was not used
-    charges: dict[str, Event] = field(default_factory=dict)  # what the clients of this round spent, usable update or not
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # client → examples, steps, loss, clip_fraction, seconds
     busy: list[tuple[float, float]] = field(default_factory=list)  # (start, end) of each node's training, seconds since the epoch
     bytes_up: int = 0
@@ -98,10 +97,6 @@ class LoraStrategy(Strategy):
         outcome, trained = self.train_outcome, self.trained_names(self._state)
         for node, reply in self._by_node(replies, outcome.excluded).items():
             self._collect_train(node, reply, trained, outcome)
-        for cohort in self._sent.values():
-            for client in cohort:  # whoever was asked is charged in full what it declared, whatever came back
-                if (event := self.federation.clients[client].event) is not None:
-                    outcome.charges[client] = event
         if not outcome.updates:
             return None, None
         outcome.updates = dict(sorted(outcome.updates.items(), key=lambda item: client_order(item[0])))

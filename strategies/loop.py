@@ -5,6 +5,7 @@ It resumes from a checkpoint, ends early when nobody may take part any more, sur
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import statistics
@@ -76,11 +77,10 @@ class Rounds:
             )
             return False
         self.progress.round_started(number, len(drawn))
+        self._charge(number, drawn)
         replies = exchange(self.grid, messages, self.config.run.timeout, lambda reply: self.progress.node_done())
         arrays, _ = self.strategy.aggregate_train(number, replies)
         outcome = self.strategy.train_outcome
-        for client, event in outcome.charges.items():
-            self.spent.charge(client, event)
         for client, reason in outcome.excluded.items():
             logger.warning("%s is excluded from round %d: %s", client, number, reason, extra={"round": number})
         if arrays is None or len(outcome.updates) < self.config.run.min_clients:
@@ -98,6 +98,29 @@ class Rounds:
         self.done = number
         self._account(number, outcome, started, train_seconds, evaluate_seconds, aggregated, evaluate)
         return True
+
+    def _charge(self, number: int, drawn: list[str]) -> None:
+        """Whoever is asked is charged in full what it declared, on the disk before the message leaves, whatever comes back."""
+        if not self.config.private:
+            return
+        self.events.write("charge", number, durable=True, clients=drawn)
+        for client in drawn:
+            event = self.federation.clients[client].event
+            assert event is not None
+            self.spent.charge(client, event)
+
+    def _recharge(self) -> None:
+        """After a crash: rounds that were charged and not finished. Seeded noise will repeat the same bits; secure noise released more."""
+        if not self.config.private or self.config.privacy.noise == "seeded":
+            return
+        for line in (self.directory.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if entry["phase"] == "charge" and entry["round"] > self.done:
+                for client in entry["clients"]:
+                    event = self.federation.clients[client].event
+                    assert event is not None
+                    self.spent.charge(client, event)
+                    self.federation.participations[client] += 1
 
     def _account(
         self,
@@ -184,6 +207,7 @@ class Rounds:
 
     def _restore(self) -> None:
         if (found := load_checkpoint(self.directory)) is None:
+            self._recharge()
             return
         self.done, self.state, extra = found
         self.adapter_moved = True
@@ -192,6 +216,7 @@ class Rounds:
         self.totals = extra["totals"]
         self.scores = Scores(**extra["scores"]) if extra["scores"] else None
         self.client_accuracy = extra["client_accuracy"]
+        self._recharge()
 
     def result(self) -> dict[str, Any]:
         """What ``result.json`` says, apart from the status and the wall time."""

@@ -111,6 +111,34 @@ def test_resume_gives_the_bits_of_an_unbroken_run(tiny_toml: str, tmp_path: Path
         assert resumed.result[key] == whole.result[key], key
 
 
+@pytest.mark.parametrize(("noise", "rounds_charged"), [("seeded", 3), ("secure", 4)])
+def test_a_round_that_was_cut_off_is_charged(
+    noise: str, rounds_charged: int, tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Cut off after the charge: the interrupted result already counts it; a resumed run pays again only if the noise is new."""
+    import strategies.loop as loop
+
+    original = loop.exchange
+
+    def cut_off(grid, messages, *args, **kwargs):
+        if messages and messages[0].metadata.message_type == "train" and messages[0].content["round"]["round"] == 2:
+            raise KeyboardInterrupt
+        return original(grid, messages, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "exchange", cut_off)
+    options = [f"privacy.noise={noise}", "privacy.participations=5"]
+    with pytest.raises(fedlab.Interrupted):
+        simulate(tiny_toml, tmp_path / "run", *options)
+    interrupted = json.loads((tmp_path / "run" / "result.json").read_text())
+    monkeypatch.undo()
+    two = simulate(tiny_toml, tmp_path / "two", "run.rounds=2").result
+    assert interrupted["epsilon"] == pytest.approx(two["epsilon"], rel=1e-9)
+    resumed = fedlab.resume(tmp_path / "run", quiet=True).result
+    whole = simulate(tiny_toml, tmp_path / "whole", f"run.rounds={rounds_charged}").result
+    assert resumed["rounds"] == 3
+    assert resumed["epsilon"] == pytest.approx(whole["epsilon"], rel=1e-9)
+
+
 def test_a_delta_that_promises_nothing_ends_with_exit_code_3_before_anything_starts(tiny_toml: str, tmp_path: Path):
     with pytest.raises(fedlab.PrivacyError, match="publishing a record outright") as caught:
         simulate(tiny_toml, tmp_path / "run", "privacy.delta=0.5")
