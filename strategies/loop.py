@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
@@ -183,7 +183,9 @@ class Rounds:
         for client, reason in outcome.excluded.items():
             logger.warning("%s has no local accuracy in round %d: %s", client, number, reason, extra={"round": number})
         self.client_accuracy = outcome.accuracy
-        self.events.write("evaluate_clients", number, **spread(outcome.accuracy.values()), per_client=outcome.accuracy)
+        self.events.write(
+            "evaluate_clients", number, **cast("dict[str, Any]", spread(outcome.accuracy.values())), per_client=outcome.accuracy
+        )
         return busy_seconds(outcome.busy)
 
     def _check_moved(self, outcome: TrainOutcome) -> None:
