@@ -10,9 +10,10 @@ from typing import cast
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.describe import DESCRIPTION, describe_client, keep_receipts
 from clients.evaluate import evaluate_cohort
 from clients.train import train_cohort
-from fedlab.errors import FedlabError
+from fedlab.errors import FedlabError, PrivacyError
 from fedlab.session import Session, open_session, torch_threads
 
 app = ClientApp()
@@ -20,29 +21,20 @@ app = ClientApp()
 
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
-    """Which clients this node hosts, how large they are, and what one round costs each of them."""
+    """Which clients this node hosts, how large they are, what one round costs each, and their ledgers so far."""
     session, cohort = _open(message, context)
-    columns: dict[str, list[float]] = {"q": [], "sigma": [], "delta": []}
-    steps: list[int] = []
-    samplers: list[str] = []
-    examples: list[int] = []
-    for client in cohort:
-        examples.append(session.data.size(client))
-        if (plan := session.plan(client)) is not None:
-            event = plan.event()
-            for key, value in {"q": event.q, "sigma": event.sigma, "delta": plan.delta}.items():
-                columns[key].append(value)
-            steps.append(event.steps)
-            samplers.append(event.sampler)
-        else:
-            for key in columns:
-                columns[key].append(0.0)
-            steps.append(0)
-            samplers.append("none")
-    answer = ConfigRecord(
-        {"ids": cohort, "examples": examples, "steps": steps, "sampler": samplers, "pinned": "client" in context.node_config, **columns}
-    )
+    order = message.content.config_records["round"]
+    entries = [describe_client(session, client, order, context) for client in cohort]
+    answer = ConfigRecord({key: [entry[key] for entry in entries] for key in DESCRIPTION})
+    answer["pinned"] = "client" in context.node_config
     return Message(RecordDict({"clients": answer}), reply_to=message)
+
+
+@app.query("release")
+def release(message: Message, context: Context) -> Message:
+    """Keep the server's receipts, and send whatever lines of the ledgers it does not know yet."""
+    session, cohort = _open(message, context)
+    return Message(keep_receipts(session, cohort, message.content, context), reply_to=message)
 
 
 @app.train()
@@ -50,13 +42,15 @@ def train(message: Message, context: Context) -> Message:
     """Local training of the cohort; a client that fails is named in ``failures`` and the others go on."""
     session, cohort = _open(message, context)
     with torch_threads(session.config.run.threads):
-        return Message(train_cohort(session, cohort, message.content), reply_to=message)
+        return Message(train_cohort(session, cohort, message.content, context), reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Accuracy of the global model on every cohort client's held-out examples."""
+    """Accuracy of the global model on every cohort client's held-out examples; withheld under DP unless it is to be shared."""
     session, cohort = _open(message, context)
+    if session.config.private and not session.config.privacy.share_metrics:
+        raise PrivacyError("local accuracy is not covered by the noise; privacy.share_metrics = true would send it")
     with torch_threads(session.config.run.threads):
         return Message(evaluate_cohort(session, cohort, message.content), reply_to=message)
 

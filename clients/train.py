@@ -7,43 +7,55 @@ import math
 import time
 from typing import cast
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
-from fedlab.errors import FedlabError
-from fedlab.lora.state import State, from_wire, to_wire
+from clients.custody import Custody
+from fedlab.errors import FedlabError, PrivacyError
+from fedlab.lora.state import State, digest, from_wire, to_wire
+from fedlab.privacy.guard import Refusal
+from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session
 from fedlab.train.trainer import Trained, train_client
 
 logger = logging.getLogger("fedlab")
 
 
-def train_cohort(session: Session, cohort: list[str], content: RecordDict) -> RecordDict:
+def train_cohort(session: Session, cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
     """Reply to a train message: ``updates`` (per client and name), ``metrics`` (per-client lists), ``charges``, ``failures``.
 
-    A charge is entered before the client's data is touched, so a client that breaks half-way is charged in full.
+    Under DP a charge is signed and on the disk before the client's data is touched, and the update is committed before it leaves.
     """
     started = time.time()
     order = content.config_records["round"]
-    round_number, trained = cast(int, order["round"]), cast(list[str], order["trained"])
     wire_dtype = cast(str, order["wire_dtype"])
     state = received_state(content, wire_dtype)
     updates: dict[str, Array] = {}
     results: dict[str, Trained] = {}
     failures: dict[str, str] = {}
-    charged: dict[str, tuple[str, float, float, int]] = {}
-    for client in cohort:
+    refused: list[str] = []
+    lines: dict[str, str] = {}
+    exhausted: list[str] = []
+    guarded = session.config.private and session.config.privacy.unit == "example"
+    for client, known in zip(cohort, cast(list[int], order["known"]), strict=True):
+        custody: Custody | None = None
         try:
-            plan = session.plan(client)
-            if plan is not None:
-                event = plan.event()
-                charged[client] = (event.sampler, event.q, event.sigma, event.steps)
-            result = train_client(session.model, session.data, client, state, trained, session.config, round_number, plan)
+            custody = Custody(session, client, order, context) if guarded else None
+            results[client], wire = _train(session, client, state, order, custody)
+            updates |= {f"{client}/{name}": Array(value) for name, value in wire.items()}
+            if custody and custody.exhausted(cast(int, order["round"]) + 1):
+                exhausted.append(client)
+        except Refusal as refusal:
+            failures[client] = str(refusal)
+            refused.append(client)
         except (FedlabError, RuntimeError, ValueError) as error:
-            logger.warning("%s failed in round %d: %s", client, round_number, error)
-            failures[client] = f"{type(error).__name__}: {error}"
-            continue
-        results[client] = result
-        updates |= {f"{client}/{name}": Array(value) for name, value in to_wire(result.update, wire_dtype).items()}
+            logger.warning("%s failed in round %d: %s", client, order["round"], error)
+            failures[client] = _reason(error, guarded)
+        try:
+            if custody:
+                lines[client] = custody.lines_after(known)
+        except PrivacyError as error:
+            failures.setdefault(client, str(error))
     hide = session.config.private and not session.config.privacy.share_metrics
     return RecordDict(
         {
@@ -60,18 +72,35 @@ def train_cohort(session: Session, cohort: list[str], content: RecordDict) -> Re
                     "ended": time.time(),
                 }
             ),
-            "charges": ConfigRecord(
-                {
-                    "ids": list(charged),
-                    "sampler": [c[0] for c in charged.values()],
-                    "q": [c[1] for c in charged.values()],
-                    "sigma": [c[2] for c in charged.values()],
-                    "steps": [c[3] for c in charged.values()],
-                }
-            ),
-            "failures": ConfigRecord({"ids": list(failures), "reasons": list(failures.values())}),
+            "charges": ConfigRecord({"ids": list(lines), "lines": list(lines.values()), "exhausted": exhausted}),
+            "failures": ConfigRecord({"ids": list(failures), "reasons": list(failures.values()), "refused": refused}),
         }
     )
+
+
+def _train(
+    session: Session, client: str, state: State, order: ConfigRecord, custody: Custody | None
+) -> tuple[Trained, dict[str, np.ndarray]]:
+    """Train one client, charged and committed under DP; the result and what goes on the wire."""
+    number, trained, wire_dtype = cast(int, order["round"]), cast(list[str], order["trained"]), cast(str, order["wire_dtype"])
+
+    def run(plan: DPPlan | None) -> tuple[Trained, dict[str, np.ndarray]]:
+        result = train_client(session.model, session.data, client, state, trained, session.config, number, plan)
+        return result, to_wire(result.update, wire_dtype)
+
+    if custody is None:
+        return run(None)
+    custody.check_scope(trained)
+    with custody.guard.charge(custody.terms, number, digest(state)) as commit:
+        result, wire = run(custody.plan)
+        commit(result.steps, digest(from_wire(wire, wire_dtype)))
+    return result, wire
+
+
+def _reason(error: Exception, guarded: bool) -> str:
+    """What leaves of an error. Under DP the text of a foreign one stays on the client: it may quote data."""
+    kind = type(error).__name__
+    return f"{kind} (its text stays in the client's log)" if guarded and not isinstance(error, FedlabError) else f"{kind}: {error}"
 
 
 def received_state(content: RecordDict, wire_dtype: str) -> State:

@@ -38,7 +38,9 @@ class RunSection(_Section):
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen base; adapters stay float32")
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     fraction: float = Field(default=1.0, gt=0, le=1, description="of the clients per round")
-    sampling: Literal["balanced", "uniform"] = "balanced"
+    sampling: Literal["balanced", "uniform", "poisson"] = Field(
+        default="balanced", description='of clients; "poisson" (each with probability fraction) amplifies client-level DP and nothing else'
+    )
     min_clients: int = Field(default=1, gt=0, description="fewest usable updates in a round")
     timeout: float = Field(default=3600.0, gt=0, description="seconds to wait for the replies of one round")
     tensorboard: bool = False
@@ -142,10 +144,10 @@ class TrainSection(_Section):
 
 
 class Budget(_Section):
-    """privacy.budget: what one client may spend on its data, over all runs."""
+    """privacy.budget: what one client may spend on its data, over all runs in its ledger."""
 
     epsilon: float = Field(gt=0)
-    delta: float = Field(gt=0, lt=1)
+    delta: float | None = Field(default=None, gt=0, lt=1, description="default: the plan's δ")
 
 
 class PrivacySection(_Section):
@@ -158,13 +160,16 @@ class PrivacySection(_Section):
     clip: float | None = Field(default=None, gt=0, description="joint L2 norm of one example's gradient")
     participations: int | None = Field(default=None, gt=0, description="cap on the rounds of one client; sampling enforces it")
     noise: Literal["seeded", "secure"] = "seeded"
-    share_metrics: bool = Field(default=False, description="send training loss and clip fraction, which no noise protects")
+    share_metrics: bool = Field(default=False, description="send training loss, clip fraction and local accuracy, which no noise protects")
     budget: Budget | None = None
+    ledger: str | None = Field(
+        default=None, description="directory of ledgers that several runs on the same data share; default: this run's own"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> PrivacySection:
         if self.unit == "none":
-            given = [k for k in ("epsilon", "sigma", "clip", "participations", "budget") if getattr(self, k) is not None]
+            given = [k for k in ("epsilon", "sigma", "clip", "participations", "budget", "ledger") if getattr(self, k) is not None]
             if given:
                 off = "remove them, for example with --set 'privacy={unit=\"none\"}'"
                 raise ValueError(f'{", ".join(given)} given, but unit = "none" adds no noise; set unit = "example", or {off}')
@@ -172,7 +177,9 @@ class PrivacySection(_Section):
         if (self.epsilon is None) == (self.sigma is None):
             raise ValueError("give exactly one of epsilon and sigma")
         if self.clip is None:
-            raise ValueError("clip is missing: the joint L2 norm to which an example's gradient is clipped, e.g. clip = 1.0")
+            raise ValueError("clip is missing: the joint L2 norm to which a gradient (or a client's update) is clipped, e.g. clip = 1.0")
+        if self.unit == "client" and self.participations is not None:
+            raise ValueError('participations has no meaning with unit = "client": every round charges every client')
         return self
 
 
@@ -206,6 +213,10 @@ class RunConfig(_Section):
                 f"run.min_clients = {self.run.min_clients} can never be reached: {self.clients_per_round} of "
                 f"{self.data.clients} clients are drawn per round"
             )
+        if self.run.sampling == "poisson" and self.privacy.unit != "client":
+            raise ValueError(
+                'run.sampling = "poisson" amplifies client-level DP only: participation is visible to the server; use balanced or uniform'
+            )
         cap = self.privacy.participations
         if cap is not None and cap * self.data.clients < self.run.min_clients:
             raise ValueError(f"privacy.participations = {cap} cannot cover one round of {self.run.min_clients} clients")
@@ -219,6 +230,8 @@ class RunConfig(_Section):
     @property
     def participations(self) -> int:
         """Rounds that one client may take part in at most. Balanced sampling never needs more than this default."""
+        if self.privacy.unit == "client":
+            return self.run.rounds
         if self.privacy.participations is not None:
             return min(self.privacy.participations, self.run.rounds)
         return -(-self.clients_per_round * self.run.rounds // self.data.clients)

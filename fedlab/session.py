@@ -24,8 +24,8 @@ class Session:
     data: FederatedData
 
     def plan(self, client: str) -> DPPlan | None:
-        """The client's privacy plan, made from its own size; None when the run is not private."""
-        if not self.config.private:
+        """The client's privacy plan, made from its own size; None when it adds no noise itself."""
+        if self.config.privacy.unit != "example":
             return None
         return make_plan(self.config.privacy, self.config.train, self.data.size(client), self.config.participations)
 

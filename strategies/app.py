@@ -17,6 +17,7 @@ from fedlab.config import RunConfig
 from fedlab.data import corpus_and_shards
 from fedlab.data.partition import describe
 from fedlab.errors import FedlabError, Interrupted
+from fedlab.privacy.statement import write_statement
 from fedlab.run.directory import RunDirectory
 from fedlab.run.events import Events
 from fedlab.run.progress import make_progress
@@ -67,6 +68,8 @@ def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float
     from fedlab.report.html import write_report
 
     save_adapter(rounds.session.model, rounds.state, directory.path / "adapter")
+    rounds.finish(status)
+    write_statement(directory.path, list(rounds.federation.clients))
     result = {"status": status, **rounds.result(), "seconds": round(time.time() - started, 2)}
     directory.write_json("result.json", result)
     write_report(directory.path)
@@ -80,6 +83,8 @@ def _leave(directory: RunDirectory, rounds: Rounds | None, error: BaseException,
     logger.error("run %s: %s", status, reason, exc_info=None if isinstance(error, FedlabError | KeyboardInterrupt) else error)
     try:
         known = rounds.result() if rounds is not None else {}
+        if rounds is not None:  # what was spent is spent, however the run ended
+            write_statement(directory.path, list(rounds.federation.clients))
     except Exception as second:  # the result itself may be what broke
         known = {"result_error": str(second)}
     directory.write_json("result.json", {"status": status, "reason": reason, **known, "seconds": round(time.time() - started, 2)})

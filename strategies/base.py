@@ -7,8 +7,9 @@ named, and a client's weight is the size that it declared before the first round
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -19,11 +20,13 @@ from flwr.serverapp.strategy import Strategy
 from pydantic import ConfigDict
 
 from fedlab.config import RunConfig
-from fedlab.errors import FedlabError
+from fedlab.errors import FedlabError, PrivacyError
 from fedlab.lora.average import client_weights, weighted_mean
-from fedlab.lora.state import State, check_update, from_wire, nbytes, select, to_wire
-from fedlab.privacy.accounting import Event
-from fedlab.seeds import client_order
+from fedlab.lora.state import State, check_update, digest, from_wire, nbytes, select, to_wire
+from fedlab.privacy.client_level import make_client_plan
+from fedlab.privacy.ledger import Entry
+from fedlab.privacy.noise import SecureNoise, SeededNoise
+from fedlab.seeds import client_order, stream
 from strategies.federation import Federation
 
 logger = logging.getLogger("fedlab")
@@ -41,6 +44,9 @@ class TrainOutcome:
 
     updates: dict[str, State] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)  # client → why its update was not used
+    silent: set[str] = field(default_factory=set)  # clients whose ledger did not come back: they may have spent
+    unproven: set[str] = field(default_factory=set)  # clients whose ledger does not show what they sent
+    commits: dict[str, Entry] = field(default_factory=dict)  # client → the ledger line that commits its update
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # client → examples, steps, loss, clip_fraction, seconds
     busy: list[tuple[float, float]] = field(default_factory=list)  # (start, end) of each node's training, seconds since the epoch
     bytes_up: int = 0
@@ -65,6 +71,8 @@ class LoraStrategy(Strategy):
 
     def __init__(self, config: RunConfig, federation: Federation) -> None:
         self.config, self.federation = config, federation
+        self.client_plan = make_client_plan(config) if config.privacy.unit == "client" else None
+        self.sent_digest = ""  # of the state as this round's clients received it
         self.options = self.Options(**config.strategy.options)
         self.train_outcome, self.evaluate_outcome = TrainOutcome(), EvaluateOutcome()
         self._sent: dict[int, list[str]] = {}  # node → cohort of the messages under way
@@ -80,8 +88,12 @@ class LoraStrategy(Strategy):
 
     def trained_names(self, state: State) -> list[str]:
         """Names of the tensors that clients train and send back."""
-        parts = set(self.trains) | ({"head"} if self.config.train.head == "train" else set())
-        return sorted(select(state, parts))
+        return sorted(select(state, self.trained_parts(self.config)))
+
+    @classmethod
+    def trained_parts(cls, config: RunConfig) -> list[str]:
+        """``lora_A``, ``lora_B``, ``head``: the most that clients are ever asked to train; what a privacy plan's scope covers."""
+        return sorted(set(cls.trains) | ({"head"} if config.train.head == "train" else set()))
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """One message per node that hosts a client of this round."""
@@ -89,21 +101,36 @@ class LoraStrategy(Strategy):
         trained = self.trained_names(self._state)
         cohorts = self.federation.cohorts(self.federation.draw(server_round))
         count = sum(map(len, cohorts.values()))
-        self.train_outcome = TrainOutcome(bytes_down=count * nbytes(self._state, self.config.run.wire_dtype))
+        wire = self.config.run.wire_dtype
+        self.train_outcome = TrainOutcome(
+            silent={c for cohort in cohorts.values() for c in cohort}, bytes_down=count * nbytes(self._state, wire)
+        )
+        self.sent_digest = digest(from_wire(to_wire(self._state, wire), wire))
         return self._messages(MessageType.TRAIN, cohorts, {"round": server_round, "trained": trained})
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every reply, then aggregate. (None, None) if no update was usable; ``train_outcome`` says why."""
         outcome, trained = self.train_outcome, self.trained_names(self._state)
         for node, reply in self._by_node(replies, outcome.excluded).items():
-            self._collect_train(node, reply, trained, outcome)
+            self._collect_train(server_round, node, reply, trained, outcome)
+        outcome.updates = dict(sorted(outcome.updates.items(), key=lambda item: client_order(item[0])))
+        if self.client_plan is not None:
+            return self._aggregate_privately(server_round, trained), None
         if not outcome.updates:
             return None, None
-        outcome.updates = dict(sorted(outcome.updates.items(), key=lambda item: client_order(item[0])))
         sizes = {client: self.federation.clients[client].examples for client in outcome.updates}
         weights = client_weights(sizes, self.config.strategy.weights)
         state = self.aggregate(self._state, outcome.updates, weights, server_round)
         return to_record(state, "float32"), MetricRecord({"clients": len(outcome.updates), "excluded": len(outcome.excluded)})
+
+    def _aggregate_privately(self, server_round: int, trained: list[str]) -> ArrayRecord:
+        """Client-level DP: one noised mean of the clipped updates takes the place of the clients' own (post-processing from there on)."""
+        plan = self.client_plan
+        assert plan is not None
+        seeded = SeededNoise(stream(self.config.run.seed, "noise", "server", server_round))
+        noise = seeded if plan.noise == "seeded" else SecureNoise()
+        mean = plan.mean(self.train_outcome.updates, {name: self._state[name] for name in trained}, noise)
+        return to_record(self.aggregate(self._state, {"everyone": mean}, {"everyone": 1.0}, server_round), "float32")
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """One message per node: every client scores the global model on its own held-out examples."""
@@ -129,14 +156,58 @@ class LoraStrategy(Strategy):
         """Log the strategy and its options."""
         logger.info("%s: %s", type(self).__name__, self.options.model_dump())
 
+    def release_messages(self, receipts: Mapping[str, Entry], clients: list[str]) -> list[Message]:
+        """One message per node: these clients' receipts (none for those without a commit); the replies carry their ledgers' new lines."""
+        self._sent = self.federation.cohorts(clients)
+        return [
+            Message(
+                RecordDict(
+                    {"round": self._order(cohort, {"receipts": [json.dumps(receipts[c]) if c in receipts else "" for c in cohort]})}
+                ),
+                node,
+                f"{MessageType.QUERY}.release",
+            )
+            for node, cohort in self._sent.items()
+        ]
+
+    def collect_lines(self, replies: Iterable[Message]) -> dict[str, str]:
+        """Take the ledger lines in the replies to ``release_messages``; client → what is wrong with its ledger."""
+        problems: dict[str, str] = {}
+        for node, reply in self._by_node(replies, problems).items():
+            try:
+                record = reply.content.config_records
+                self._take_lines(node, record["charges"], problems)
+                problems |= dict(
+                    zip(cast(list[str], record["failures"]["ids"]), cast(list[str], record["failures"]["reasons"]), strict=True)
+                )
+            except (KeyError, TypeError, ValueError, FedlabError) as error:
+                problems |= dict.fromkeys(self._sent[node], f"{type(error).__name__}: {error}")
+        return problems
+
+    def _take_lines(self, node: int, record: ConfigRecord, problems: dict[str, str]) -> set[str]:
+        """Enter the ledger lines of one node's clients; returns whose were entered. A broken chain is a problem of its client alone."""
+        book, entered = self.federation.book, set()
+        for client, text in zip(cast(list[str], record["ids"]), cast(list[str], record["lines"]), strict=True):
+            if client in self._sent[node] and book is not None:
+                try:
+                    book.accept(client, text)
+                    entered.add(client)
+                except FedlabError as error:
+                    problems[client] = str(error)
+        return entered
+
+    def _order(self, cohort: list[str], values: dict[str, Any]) -> ConfigRecord:
+        book = self.federation.book
+        known = [book.known(client) if book else 0 for client in cohort]
+        return self.federation.order.record(self.config, cohort, known=known, **values)
+
     def _messages(self, kind: str, cohorts: dict[int, list[str]], values: dict[str, int | list[str]]) -> list[Message]:
         self._sent = cohorts
-        state, config = to_record(self._state, self.config.run.wire_dtype), self.config.to_toml()
-        messages = []
-        for node, cohort in cohorts.items():
-            record = ConfigRecord({"config": config, "clients": cohort, "wire_dtype": self.config.run.wire_dtype, **values})
-            messages.append(Message(RecordDict({"state": state, "round": record}), node, kind))
-        return messages
+        state, wire = to_record(self._state, self.config.run.wire_dtype), self.config.run.wire_dtype
+        return [
+            Message(RecordDict({"state": state, "round": self._order(cohort, {"wire_dtype": wire, **values})}), node, kind)
+            for node, cohort in cohorts.items()
+        ]
 
     def _by_node(self, replies: Iterable[Message], excluded: dict[str, str]) -> dict[int, Message]:
         """The one usable reply of each node that was asked; all clients of the other nodes are excluded, with the reason."""
@@ -155,17 +226,20 @@ class LoraStrategy(Strategy):
                     excluded.setdefault(client, f"no reply within {self.config.run.timeout:.0f} s")
         return usable
 
-    def _collect_train(self, node: int, reply: Message, trained: list[str], outcome: TrainOutcome) -> None:
+    def _collect_train(self, server_round: int, node: int, reply: Message, trained: list[str], outcome: TrainOutcome) -> None:
         """Take what is usable from one node's reply; whatever it lacks excludes the client concerned, never the round."""
         cohort = self._sent[node]
         try:
             content = reply.content
-            for client, reason in zip(*(cast(list[str], content.config_records["failures"][k]) for k in ("ids", "reasons")), strict=True):
+            failures = content.config_records["failures"]
+            for client, reason in zip(cast(list[str], failures["ids"]), cast(list[str], failures["reasons"]), strict=True):
                 if client in cohort:
                     outcome.excluded[client] = reason
-            for client, event in _charges(content.config_records["charges"]).items():
-                if client in cohort and event != self.federation.clients[client].event:
-                    outcome.excluded[client] = f"charged {event}, which is not what it declared"
+            charges = content.config_records["charges"]
+            outcome.silent -= self._take_lines(node, charges, outcome.excluded)
+            for client in [*cast(list[str], failures["refused"]), *cast(list[str], charges["exhausted"])]:
+                if client in cohort:
+                    self.federation.refused[client] = outcome.excluded.get(client, "budget-exhausted: it cannot cover another round")
             metrics = content.metric_records["metrics"]
             outcome.busy.append((cast(float, metrics["started"]), cast(float, metrics["ended"])))
             ids = cast(list[str], content.config_records["clients"]["ids"])
@@ -188,6 +262,11 @@ class LoraStrategy(Strategy):
             try:
                 update = from_record(ArrayRecord(received[client]), self.config.run.wire_dtype)
                 problem = check_update(update, self._state, trained)
+                if problem is None and self.federation.book is not None:
+                    outcome.commits[client] = self._witness(server_round, client, update)
+            except PrivacyError as error:
+                problem = str(error)
+                outcome.unproven.add(client)
             except Exception as error:  # an array that cannot even be decoded
                 problem = f"undecodable: {type(error).__name__}: {error}"
             if problem is not None:
@@ -196,11 +275,12 @@ class LoraStrategy(Strategy):
                 outcome.updates[client] = update
                 outcome.bytes_up += nbytes(update, self.config.run.wire_dtype)
 
-
-def _charges(record: ConfigRecord) -> dict[str, Event]:
-    """client → the event that its node says it charged."""
-    columns = (cast(list[Any], record[key]) for key in ("ids", "sampler", "q", "sigma", "steps"))
-    return {client: Event(sampler, q, sigma, steps) for client, sampler, q, sigma, steps in zip(*columns, strict=True)}
+    def _witness(self, server_round: int, client: str, update: State) -> Entry:
+        """The signed line that commits this very update. Raises PrivacyError without one."""
+        book, event = self.federation.book, self.federation.clients[client].event
+        assert book is not None
+        assert event is not None
+        return book.witness(client, server_round, event, self.sent_digest, digest(update))
 
 
 def to_record(state: State, wire_dtype: str) -> ArrayRecord:

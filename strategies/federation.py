@@ -16,8 +16,10 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlab.config import RunConfig
-from fedlab.errors import RunFailed
+from fedlab.errors import PrivacyError, RunFailed
 from fedlab.privacy.accounting import Event
+from fedlab.privacy.noise import SecureStream
+from fedlab.privacy.receipts import Book
 from fedlab.seeds import client_order, stream
 from strategies.exchange import exchange
 
@@ -27,8 +29,28 @@ class ClientInfo:
     """What a client declares about itself before the first round. Its size is public: it is its weight."""
 
     examples: int
-    event: Event | None = None  # what one round costs it; None without DP
+    event: Event | None = None  # what one round costs it; None if it adds no noise itself
     delta: float = math.nan
+
+
+@dataclass(frozen=True)
+class RunOrder:
+    """What every message of a run says beside its own business: which run, where simulated ledgers lie, which parts are trained."""
+
+    run: str
+    ledger: str
+    parts: list[str]
+
+    def record(self, config: RunConfig, clients: list[str], **values: Any) -> ConfigRecord:
+        """The ``round`` record of one message to the node of these clients."""
+        common: dict[str, Any] = {
+            "config": config.to_toml(),
+            "clients": clients,
+            "run": self.run,
+            "ledger": self.ledger,
+            "parts": self.parts,
+        }
+        return ConfigRecord({**common, **values})
 
 
 @dataclass
@@ -39,50 +61,79 @@ class Federation:
     clients: dict[str, ClientInfo]
     hosts: dict[str, int]  # client → the one node that hosts it; empty in a simulation
     nodes: list[int]
+    order: RunOrder = field(default_factory=lambda: RunOrder("", "", []))
+    book: Book | None = None  # what is known of the clients' ledgers; None if they keep none
+    refused: dict[str, str] = field(default_factory=dict)  # client → why it takes part no more
     participations: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def discover(cls, grid: Grid, config: RunConfig, timeout: float, meanwhile: Callable[[], object] = lambda: None) -> Federation:
-        """Ask every node which clients it hosts, and let the clients declare sizes and privacy plans.
+    def discover(
+        cls, grid: Grid, config: RunConfig, order: RunOrder, book: Book | None, meanwhile: Callable[[], object] = lambda: None
+    ) -> Federation:
+        """Ask every node which clients it hosts, and let the clients declare sizes, privacy plans and ledgers.
 
-        ``meanwhile`` runs between asking and collecting. Raises RunFailed if a node fails or does not answer.
+        ``meanwhile`` runs between asking and collecting. Raises RunFailed if a node fails or does not answer, PrivacyError if the
+        clients that refuse leave too few.
         """
         nodes = sorted(grid.get_node_ids())
         everyone = [f"client-{i}" for i in range(config.data.clients)]
-        messages = []
-        for position, node in enumerate(nodes):
-            record = ConfigRecord({"config": config.to_toml(), "clients": everyone[position :: len(nodes)]})
-            messages.append(Message(RecordDict({"round": record}), node, f"{MessageType.QUERY}.describe"))
-        clients: dict[str, ClientInfo] = {}
-        hosts: dict[str, int] = {}
+        messages = [
+            Message(RecordDict({"round": order.record(config, everyone[i :: len(nodes)])}), node, f"{MessageType.QUERY}.describe")
+            for i, node in enumerate(nodes)
+        ]
+        found = cls(config, {}, {}, nodes, order, book)
         answered = 0
-        for reply in exchange(grid, messages, timeout, meanwhile=meanwhile):
+        for reply in exchange(grid, messages, config.run.timeout, meanwhile=meanwhile):
             if reply.has_error():
                 raise RunFailed(f"a node could not prepare the run: {reply.error.reason}")
             answer: Any = reply.content.config_records["clients"]  # per-client lists
             answered += 1
             for i, client in enumerate(answer["ids"]):
-                client, q = str(client), answer["q"][i]
-                event = Event(answer["sampler"][i], q, answer["sigma"][i], answer["steps"][i]) if config.private else None
-                clients[client] = ClientInfo(answer["examples"][i], event, answer["delta"][i])
+                found._admit(str(client), {key: values[i] for key, values in answer.items() if key != "pinned"})
                 if answer["pinned"]:
-                    hosts[client] = reply.metadata.src_node_id
+                    found.hosts[str(client)] = reply.metadata.src_node_id
         if answered < len(nodes):
-            raise RunFailed(f"{len(nodes) - answered} of {len(nodes)} nodes did not answer in {timeout:.0f} s")
-        return cls(config, dict(sorted(clients.items(), key=lambda item: client_order(item[0]))), hosts, nodes)
+            raise RunFailed(f"{len(nodes) - answered} of {len(nodes)} nodes did not answer in {config.run.timeout:.0f} s")
+        found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
+        if book is not None:
+            book.start(config.privacy.unit)
+        return found
+
+    def _admit(self, client: str, row: dict[str, Any]) -> None:
+        """Enter one client's declaration; a client that refuses, or whose ledger is not what it was, is known but never drawn."""
+        event = Event(row["sampler"], row["q"], row["sigma"], row["steps"]) if row["sampler"] != "none" else None
+        self.clients[client] = ClientInfo(row["examples"], event, row["delta"])
+        problem = row["refusals"]
+        if self.book is not None and row["keys"]:
+            try:
+                self.book.enrol(client, row["keys"], row["lines"])
+            except PrivacyError as error:
+                problem = str(error)
+        if problem:
+            self.refused[client] = problem
+
+    @property
+    def eligible(self) -> list[str]:
+        """Clients that may be drawn: they did not refuse, and are below the cap on participations."""
+        cap = self.config.participations if self.config.privacy.unit == "example" else self.config.run.rounds
+        return [client for client in self.clients if client not in self.refused and self.participations[client] < cap]
 
     def draw(self, round_number: int) -> list[str]:
-        """Choose and count this round's clients. Nobody is drawn beyond the cap on participations.
+        """Choose and count this round's clients. Nobody is drawn who may not be (``eligible``).
 
         ``balanced`` takes those that took part least, ties at random, so counts differ by at most one; ``uniform`` takes a uniform
-        sample of those below the cap. May return fewer than ``clients_per_round``, also none, once caps bind.
+        sample; ``poisson`` takes each with probability ``run.fraction``, unforeseeably if the noise is secure. May return fewer than
+        ``clients_per_round``, also none.
         """
-        cap = self.config.participations if self.config.private else self.config.run.rounds
-        eligible = [client for client in self.clients if self.participations[client] < cap]
-        shuffled = [eligible[i] for i in stream(self.config.run.seed, "clients", round_number).permutation(len(eligible))]
-        if self.config.run.sampling == "balanced":
-            shuffled.sort(key=lambda client: self.participations[client])
-        drawn = sorted(shuffled[: self.config.clients_per_round], key=client_order)
+        eligible, rng = self.eligible, stream(self.config.run.seed, "clients", round_number)
+        if self.config.run.sampling == "poisson":
+            coins = SecureStream() if self.config.privacy.noise == "secure" else rng
+            drawn = [client for client, coin in zip(eligible, coins.random(len(eligible)), strict=True) if coin < self.config.run.fraction]
+        else:
+            shuffled = [eligible[i] for i in rng.permutation(len(eligible))]
+            if self.config.run.sampling == "balanced":
+                shuffled.sort(key=lambda client: self.participations[client])
+            drawn = sorted(shuffled[: self.config.clients_per_round], key=client_order)
         self.participations.update(drawn)
         return drawn
 

@@ -5,12 +5,11 @@ It resumes from a checkpoint, ends early when nobody may take part any more, sur
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from flwr.app import ConfigRecord
@@ -21,19 +20,21 @@ from fedlab.errors import RunFailed
 from fedlab.evaluate.classification import Scores, classify
 from fedlab.lora.state import State, digest
 from fedlab.models import initial_state
-from fedlab.privacy.spent import Spent, summary
+from fedlab.privacy.ledger import Entry
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
 from fedlab.run.events import Events
 from fedlab.run.progress import Progress, RoundLine
+from fedlab.seeds import client_order
 from fedlab.session import open_session, torch_threads
 from strategies import STRATEGIES
+from strategies.accounts import NO_DP, Accounts
 from strategies.base import TrainOutcome, from_record, to_record
 from strategies.exchange import exchange
-from strategies.federation import Federation
+from strategies.federation import Federation, RunOrder
 
 logger = logging.getLogger("fedlab")
-NO_DP = "no DP"
+RECEIPT_SECONDS = 60.0  # to wait for clients that keep a receipt: nothing of the round depends on it
 
 
 class Rounds:
@@ -42,12 +43,15 @@ class Rounds:
     def __init__(self, grid: Grid, config: RunConfig, directory: RunDirectory, events: Events, progress: Progress) -> None:
         self.grid, self.config = grid, config
         self.directory, self.events, self.progress = directory, events, progress
+        strategy = STRATEGIES[config.strategy.name]
+        self.accounts = Accounts(config, directory)
+        order = RunOrder(directory.run_id, str(self.accounts.ledgers), strategy.trained_parts(config))
         # Nodes load their model while the server loads its own.
-        self.federation = Federation.discover(grid, config, config.run.timeout, meanwhile=lambda: open_session(config.to_toml()))
+        self.federation = Federation.discover(grid, config, order, self.accounts.book, meanwhile=lambda: open_session(config.to_toml()))
         self.session = session = open_session(config.to_toml())
-        self.strategy = STRATEGIES[self.config.strategy.name](self.config, self.federation)
-        self.spent = Spent({c: info.delta for c, info in self.federation.clients.items()} if self.config.private else {})
-        self.state: State = initial_state(session.model, self.config.lora, self.config.run.seed)
+        self.strategy = strategy(config, self.federation)
+        self.state: State = initial_state(session.model, config.lora, config.run.seed)
+        self.accounts.begin(self.federation, {name: tuple(self.state[name].shape) for name in self.strategy.trained_names(self.state)})
         self.done, self.adapter_moved = 0, False
         self.scores: Scores | None = None
         self.client_accuracy: dict[str, float] = {}
@@ -67,60 +71,74 @@ class Rounds:
     def _round(self, number: int) -> bool:
         """One round; False if too few clients may still take part."""
         started = time.perf_counter()
+        if len(self.federation.eligible) < self._needed() or self.accounts.exhausted(number):
+            logger.warning(
+                "round %d: %d clients may take part, %d needed; ending the run", number, len(self.federation.eligible), self._needed()
+            )
+            return False
         before = self.federation.participations.copy()
         messages = list(self.strategy.configure_train(number, to_record(self.state, "float32"), ConfigRecord(), self.grid))
         drawn = sorted((self.federation.participations - before).keys())
-        if len(drawn) < self.config.run.min_clients:
-            self.federation.participations = before
-            logger.warning(
-                "round %d: %d clients below their cap, %d needed; ending the run", number, len(drawn), self.config.run.min_clients
-            )
-            return False
         self.progress.round_started(number, len(drawn))
-        self._charge(number, drawn)
-        replies = exchange(self.grid, messages, self.config.run.timeout, lambda reply: self.progress.node_done())
-        arrays, _ = self.strategy.aggregate_train(number, replies)
-        outcome = self.strategy.train_outcome
-        for client, reason in outcome.excluded.items():
-            logger.warning("%s is excluded from round %d: %s", client, number, reason, extra={"round": number})
-        if arrays is None or len(outcome.updates) < self.config.run.min_clients:
-            reasons = "; ".join(f"{c}: {r}" for c, r in list(outcome.excluded.items())[:3])
-            raise RunFailed(f"round {number}: {len(outcome.updates)} usable updates, {self.config.run.min_clients} needed ({reasons})")
+        with self.accounts.charge(number, drawn, self.strategy.sent_digest) as commit:
+            replies = exchange(self.grid, messages, self.config.run.timeout, lambda reply: self.progress.node_done())
+            arrays, _ = self.strategy.aggregate_train(number, replies)
+            outcome = self.strategy.train_outcome
+            self._warn(number, "is excluded from", outcome.excluded)
+            self.accounts.settle(outcome, drawn)
+            if not self._enough(number, outcome, drawn):
+                return False
+            assert arrays is not None
+            state = from_record(arrays, "float32")
+            commit(digest(state))
         self._check_moved(outcome)
-        self.state = from_record(arrays, "float32")
+        self.state = state
         train_seconds, aggregated = busy_seconds(outcome.busy), time.perf_counter()
+        self._release(number, outcome)
 
-        last = number == self.config.run.rounds
+        last = number == self.config.run.rounds or len(self.federation.eligible) < self._needed()
         evaluate = last or number % self.config.evaluate.every == 0
         evaluate_seconds = self._evaluate_server(number) if evaluate else 0.0
-        if (self.config.evaluate.clients == "always" and evaluate) or (self.config.evaluate.clients == "last" and last):
+        if self._ask_clients and {"always": evaluate, "last": last, "never": False}[self.config.evaluate.clients]:
             evaluate_seconds += self._evaluate_clients(number)
         self.done = number
         self._account(number, outcome, started, train_seconds, evaluate_seconds, aggregated, evaluate)
         return True
 
-    def _charge(self, number: int, drawn: list[str]) -> None:
-        """Whoever is asked is charged in full what it declared, on the disk before the message leaves, whatever comes back."""
-        if not self.config.private:
-            return
-        self.events.write("charge", number, durable=True, clients=drawn)
-        for client in drawn:
-            event = self.federation.clients[client].event
-            assert event is not None
-            self.spent.charge(client, event)
+    def _needed(self) -> int:
+        """Fewest clients that must be there. Under client-level Poisson sampling an empty round is a round like any other."""
+        return 0 if self.config.run.sampling == "poisson" else self.config.run.min_clients
 
-    def _recharge(self) -> None:
-        """After a crash: rounds that were charged and not finished. Seeded noise will repeat the same bits; secure noise released more."""
-        if not self.config.private or self.config.privacy.noise == "seeded":
-            return
-        for line in (self.directory.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            if entry["phase"] == "charge" and entry["round"] > self.done:
-                for client in entry["clients"]:
-                    event = self.federation.clients[client].event
-                    assert event is not None
-                    self.spent.charge(client, event)
-                    self.federation.participations[client] += 1
+    @property
+    def _ask_clients(self) -> bool:
+        """Local accuracy is not covered by the noise: under DP nobody is asked for it unless it is to be shared."""
+        return not self.config.private or self.config.privacy.share_metrics
+
+    def _enough(self, number: int, outcome: TrainOutcome, drawn: list[str]) -> bool:
+        """Whether the usable updates suffice. If only refusals are missing, the budget is what ended the run; otherwise it failed."""
+        usable, needed = len(outcome.updates), max(self._needed(), 1 if drawn else 0)
+        if usable >= needed:
+            return True
+        if all(client in self.federation.refused for client in outcome.excluded):
+            return False
+        reasons = "; ".join(f"{c}: {r}" for c, r in list(outcome.excluded.items())[:3])
+        raise RunFailed(f"round {number}: {usable} usable updates, {needed} needed ({reasons})")
+
+    def _release(self, number: int, outcome: TrainOutcome) -> None:
+        """Countersign what was received, and let the clients keep their receipts."""
+        receipts = self.accounts.close_round(number, self.strategy.sent_digest, digest(self.state), outcome)
+        if receipts:
+            self._exchange_lines(number, receipts, sorted(receipts, key=client_order))
+
+    def _exchange_lines(self, number: int, receipts: Mapping[str, Entry], clients: list[str]) -> dict[str, str]:
+        messages = self.strategy.release_messages(receipts, clients)
+        problems = self.strategy.collect_lines(exchange(self.grid, messages, min(self.config.run.timeout, RECEIPT_SECONDS)))
+        self._warn(number, "did not keep its receipt of", problems)
+        return problems
+
+    def _warn(self, number: int, what: str, problems: Mapping[str, str]) -> None:
+        for client, reason in problems.items():
+            logger.warning("%s %s round %d: %s", client, what, number, reason, extra={"round": number})
 
     def _account(
         self,
@@ -133,7 +151,7 @@ class Rounds:
         evaluated: bool,
     ) -> None:
         """Totals, checkpoint, the train line of metrics.jsonl, and the line on the terminal."""
-        epsilon = self.spent.worst() if self.config.private else NO_DP
+        epsilon = self.accounts.spent.worst() if self.config.private else NO_DP
         self.totals["bytes_up"] += outcome.bytes_up
         self.totals["bytes_down"] += outcome.bytes_down
         self.totals["excluded"] += len(outcome.excluded)
@@ -190,7 +208,7 @@ class Rounds:
 
     def _check_moved(self, outcome: TrainOutcome) -> None:
         """A first round whose every update is zero means that nothing is being trained, whatever the loss says."""
-        if self.adapter_moved:
+        if self.adapter_moved or not outcome.updates:
             return
         watched = [n for n in self.strategy.trained_names(self.state) if self.strategy.trains == frozenset() or ".lora_" in n]
         if not any(bool(update[name].any()) for update in outcome.updates.values() for name in watched):
@@ -200,7 +218,6 @@ class Rounds:
     def _checkpoint(self) -> None:
         extra = {
             "participations": dict(self.federation.participations),
-            "spent": self.spent.state(),
             "totals": self.totals,
             "scores": vars(self.scores) if self.scores else None,
             "client_accuracy": self.client_accuracy,
@@ -208,31 +225,38 @@ class Rounds:
         save_checkpoint(self.directory, self.done, self.state, extra)
 
     def _restore(self) -> None:
-        if (found := load_checkpoint(self.directory)) is None:
-            self._recharge()
-            return
-        self.done, self.state, extra = found
-        self.adapter_moved = True
-        self.federation.participations.update(extra["participations"])
-        self.spent.restore(extra["spent"])
-        self.totals = extra["totals"]
-        self.scores = Scores(**extra["scores"]) if extra["scores"] else None
-        self.client_accuracy = extra["client_accuracy"]
-        self._recharge()
+        if (found := load_checkpoint(self.directory)) is not None:
+            self.done, self.state, extra = found
+            self.adapter_moved = True
+            self.federation.participations.update(extra["participations"])
+            self.totals = extra["totals"]
+            self.scores = Scores(**extra["scores"]) if extra["scores"] else None
+            self.client_accuracy = extra["client_accuracy"]
+        if self.config.private and self.config.privacy.noise == "secure":  # a round that was cut off released something of its own
+            for client in self.federation.clients:
+                self.federation.participations[client] += self.accounts.rounds_charged_after(client, self.done)
+
+    def finish(self, status: str) -> None:
+        """Ask once more for ledgers that were not seen, then seal the accounts. Call when the adapter is on the disk."""
+        if silent := self.accounts.unseen():
+            problems = self._exchange_lines(self.done, {}, silent)
+            self.accounts.see([client for client in silent if client not in problems])
+        self.accounts.finish(digest(self.state), status)
 
     def result(self) -> dict[str, Any]:
         """What ``result.json`` says, apart from the status and the wall time."""
-        epsilons = self.spent.epsilons() if self.config.private else {}
-        scores = self.scores
-        clients = {}
-        for client, info in self.federation.clients.items():
-            private = {"epsilon": epsilons[client], "delta": info.delta} if self.config.private else {"epsilon": NO_DP}
-            clients[client] = {
+        privacy, scores = self.accounts.result(), self.scores
+        per_client = privacy.pop("clients")
+        clients = {
+            client: {
                 "examples": info.examples,
                 "participations": self.federation.participations[client],
                 "accuracy": self.client_accuracy.get(client),
-                **private,
+                **per_client.get(client, {"epsilon": NO_DP}),
+                **({"refused": self.federation.refused[client]} if client in self.federation.refused else {}),
             }
+            for client, info in self.federation.clients.items()
+        }
         return {
             "strategy": self.config.strategy.name,
             "rounds": self.done,
@@ -240,10 +264,7 @@ class Rounds:
             "macro_f1": scores.macro_f1 if scores else None,
             "loss": scores.loss if scores else None,
             "client_accuracy": spread(self.client_accuracy.values()),
-            "epsilon": summary(epsilons)["max"] if epsilons else NO_DP,
-            "epsilon_median": summary(epsilons)["median"] if epsilons else NO_DP,
-            "accountant": "dp-accounting PLD, add/remove one example, Poisson sampling within a client" if epsilons else NO_DP,
-            "noise": self.config.privacy.noise if self.config.private else NO_DP,
+            **privacy,
             "bytes_up": self.totals["bytes_up"],
             "bytes_down": self.totals["bytes_down"],
             "excluded": self.totals["excluded"],

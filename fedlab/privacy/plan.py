@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +21,7 @@ from fedlab._validate import positive
 from fedlab.config import PrivacySection, TrainSection
 from fedlab.errors import ConfigError, PrivacyError
 from fedlab.privacy.accounting import Event, calibrate_sigma, epsilon
+from fedlab.privacy.guard import plan_terms
 from fedlab.privacy.noise import GaussianNoise, SecureNoise, SecureStream, SeededNoise
 from fedlab.privacy.sampling import Uniform, poisson_batch
 
@@ -59,6 +61,19 @@ class DPPlan:
         """The DP event of so many rounds."""
         return Event("poisson", self.q, self.sigma, self.steps * rounds)
 
+    def terms(self) -> dict[str, Any]:
+        """What the client signs: see ``PLAN`` in docs/ledger.md."""
+        return plan_terms(
+            self.event(),
+            unit="example",
+            clip=self.clip,
+            normaliser=self.normaliser,
+            delta=self.delta,
+            n=self.n,
+            participations=self.participations,
+            noise=self.noise,
+        )
+
     def sampler(self, rng: np.random.Generator) -> Uniform:
         """What draws the batches: ``rng`` when seeded; when secure, the operating system: sampling amplifies only what nobody foresees."""
         return rng if self.noise == "seeded" else SecureStream()
@@ -89,11 +104,12 @@ def default_delta(n: int) -> float:
 
 
 def delta_of(privacy: PrivacySection, n: int) -> float:
-    """δ for a client of n examples: the configured one, or the default.
+    """δ for a client of n examples (or n clients): the configured one, the budget's, or the default.
 
     Raises PrivacyError for a δ that promises nothing (δ·n >= 1); warns above 0.1.
     """
-    delta = privacy.delta if privacy.delta is not None else default_delta(n)
+    budget = privacy.budget.delta if privacy.budget is not None else None
+    delta = next((d for d in (privacy.delta, budget) if d is not None), default_delta(n))
     if delta * n >= 1:
         raise PrivacyError(
             f"privacy.delta = {delta:g} with {n} examples: δ·n >= 1 allows publishing a record outright; use at most {1 / (10 * n):.1g}"
@@ -112,9 +128,7 @@ def make_plan(privacy: PrivacySection, train: TrainSection, n: int, participatio
     positive(n=n)
     positive(participations=participations)
     if privacy.unit != "example":
-        raise ConfigError(f'privacy.unit = "{privacy.unit}" has no client plan; use "example"')
-    if privacy.budget is not None:
-        raise ConfigError("privacy.budget is not enforced yet; use privacy.epsilon and privacy.participations")
+        raise ConfigError(f'privacy.unit = "{privacy.unit}" has no plan of a client; see fedlab.privacy.client_level')
     assert privacy.clip is not None
     delta = delta_of(privacy, n)
     steps = train.steps if train.steps is not None else math.ceil((train.epochs or 0) * n / train.batch_size)

@@ -1,4 +1,4 @@
-"""What each client has spent, in memory: the server's view of a run, composed over the rounds a client truly took part in.
+"""What each client has spent, as the server sees it: the events in the ledgers, and what is assumed of clients that did not answer.
 
 A run's ε is the maximum over its clients, never a mean.
 """
@@ -7,37 +7,45 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any
 
-from fedlab.privacy.accounting import Event, epsilon
-
-FINE, COARSE = 1e-4, 1e-3  # PLD grids; both give upper bounds, they differ by about 2e-4 in ε and tenfold in time
+from fedlab.privacy.accounting import COARSE, FINE, Event, epsilon
 
 
 class Spent:
     """Events per client, equal ones merged."""
 
     def __init__(self, deltas: Mapping[str, float]) -> None:
-        self._deltas = dict(deltas)
-        self._steps: dict[str, dict[Event, int]] = {client: {} for client in deltas}
+        self.deltas = dict(deltas)
+        self._ledger: dict[str, tuple[Event, ...]] = dict.fromkeys(deltas, ())
+        self._assumed: dict[str, list[Event]] = {client: [] for client in deltas}
+        self._unproven: dict[str, list[Event]] = {client: [] for client in deltas}
 
-    def charge(self, client: str, event: Event) -> None:
-        """Enter one round of one client. Raises KeyError for a client nobody declared."""
-        kind = Event(event.sampler, event.q, event.sigma, 1)
-        self._steps[client][kind] = self._steps[client].get(kind, 0) + event.steps
+    def record(self, client: str, events: Iterable[Event]) -> None:
+        """What the client's ledger shows, all of it; nothing needs to be assumed any more. Raises KeyError for an unknown client."""
+        if client not in self.deltas:
+            raise KeyError(client)
+        self._assumed[client] = []
+        self._ledger[client] = merged(events)
 
-    def events(self, client: str) -> list[Event]:
+    def assume(self, client: str, event: Event, for_good: bool = False) -> None:
+        """A client was asked and its ledger is not at hand: it may have spent. Undone by the next ``record``, unless it is ``for_good``."""
+        (self._unproven if for_good else self._assumed)[client].append(event)
+
+    def unseen(self) -> list[str]:
+        """Clients of which something is assumed."""
+        return [client for client, assumed in self._assumed.items() if assumed]
+
+    def events(self, client: str) -> tuple[Event, ...]:
         """What the client spent so far."""
-        return [Event(kind.sampler, kind.q, kind.sigma, steps) for kind, steps in self._steps[client].items()]
+        return merged([*self._ledger[client], *self._assumed[client], *self._unproven[client]])
 
     def epsilons(self) -> dict[str, float]:
         """ε of every client at its own δ (PLD, upper bounds); 0 for one that never took part."""
-        distinct = {(tuple(self.events(c)), d) for c, d in self._deltas.items()}
-        grid = FINE if len(distinct) <= 16 else COARSE
-        return {client: _epsilon(tuple(self.events(client)), delta, grid) for client, delta in self._deltas.items()}
+        distinct = {(self.events(client), delta) for client, delta in self.deltas.items()}
+        grid = FINE if len(distinct) <= 16 else COARSE  # both give upper bounds; the coarse one is ten times as fast
+        return {client: _epsilon(self.events(client), delta, grid) for client, delta in self.deltas.items()}
 
     def worst(self) -> float:
         """ε of the client that spent most, quickly, for display between rounds: the largest Σ T·q²/σ² picks the client."""
@@ -45,21 +53,25 @@ class Spent:
         def cost(client: str) -> float:
             return sum(e.steps * (e.q / e.sigma) ** 2 if e.sigma else math.inf for e in self.events(client))
 
-        if not self._deltas:
+        if not self.deltas:
             return 0.0
-        client = max(self._deltas, key=cost)
-        return _epsilon(tuple(self.events(client)), self._deltas[client], COARSE)
+        client = max(self.deltas, key=cost)
+        return _epsilon(self.events(client), self.deltas[client], COARSE)
 
-    def state(self) -> dict[str, list[dict[str, Any]]]:
-        """JSON form for a checkpoint."""
-        return {client: [asdict(event) for event in self.events(client)] for client in self._steps}
 
-    def restore(self, state: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Take back what ``state`` gave."""
-        for client, events in state.items():
-            self._steps[client] = {}
-            for event in events:
-                self.charge(client, Event(**event))
+def merged(events: Iterable[Event]) -> tuple[Event, ...]:
+    """Equal mechanisms with their steps added, in a fixed order."""
+    steps: dict[Event, int] = {}
+    for event in events:
+        kind = Event(event.sampler, event.q, event.sigma, 1)
+        steps[kind] = steps.get(kind, 0) + event.steps
+    kinds = sorted(steps, key=lambda e: (e.sampler, e.q, e.sigma))
+    return tuple(Event(kind.sampler, kind.q, kind.sigma, steps[kind]) for kind in kinds)
+
+
+def exact(events: Iterable[Event], delta: float) -> float:
+    """ε of events on the fine grid, remembered."""
+    return _epsilon(merged(events), delta, FINE)
 
 
 @lru_cache(maxsize=4096)

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
@@ -44,7 +45,7 @@ class RunDirectory:
             raise ConfigError(f"--out {str(path)!r} cannot be created: {error.strerror}") from None
         directory = cls(path)
         directory.write_text("run.toml", config.to_toml())
-        directory.write_json("environment.json", environment())
+        directory.write_json("environment.json", {"run_id": uuid4().hex, **environment()})
         return directory
 
     @classmethod
@@ -58,6 +59,11 @@ class RunDirectory:
     def config(self) -> RunConfig:
         """The resolved configuration the run was started with."""
         return RunConfig.load(self.path / "run.toml")
+
+    @property
+    def run_id(self) -> str:
+        """The run's name in ledgers and messages, 32 random hex digits."""
+        return str(json.loads((self.path / "environment.json").read_text(encoding="utf-8"))["run_id"])
 
     @property
     def result(self) -> dict[str, Any] | None:

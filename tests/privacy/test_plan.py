@@ -97,26 +97,40 @@ def test_epochs_become_steps():
     assert make_plan(section(sigma=1.0), TrainSection(lr=1.0, epochs=1.5, batch_size=32), 100, 1).steps == math.ceil(1.5 * 100 / 32)
 
 
-def test_what_is_not_there_yet_is_refused():
-    with pytest.raises(ConfigError, match="no client plan"):
+def test_a_client_level_run_has_no_plan_of_a_client():
+    with pytest.raises(ConfigError, match="no plan of a client"):
         make_plan(PrivacySection(unit="client", sigma=1.0, clip=1.0), TRAIN, 100, 1)
-    with pytest.raises(ConfigError, match="not enforced yet"):
-        make_plan(section(sigma=1.0, budget={"epsilon": 1.0, "delta": 1e-5}), TRAIN, 100, 1)
+
+
+def test_the_budgets_delta_is_the_plans_unless_one_is_given():
+    budget = {"epsilon": 1.0, "delta": 1e-6}
+    assert make_plan(section(sigma=1.0, budget=budget), TRAIN, 100, 1).delta == 1e-6
+    assert make_plan(section(sigma=1.0, budget=budget, delta=1e-7), TRAIN, 100, 1).delta == 1e-7
+    assert make_plan(section(sigma=1.0, budget={"epsilon": 1.0}), TRAIN, 100, 1).delta == 1e-5
 
 
 def test_spent_composes_actual_rounds_and_the_run_is_the_maximum():
     spent = Spent({"client-0": 1e-5, "client-1": 1e-5})
-    for _ in range(3):
-        spent.charge("client-0", PLAN.event())
-    spent.charge("client-1", PLAN.event())
+    spent.record("client-0", [PLAN.event()] * 3)
+    spent.record("client-1", [PLAN.event()])
     found = spent.epsilons()
     assert found["client-0"] == epsilon([PLAN.event(rounds=3)], 1e-5)
     assert found["client-1"] == epsilon([PLAN.event()], 1e-5)
     assert summary(found)["max"] == found["client-0"]
     assert spent.worst() == pytest.approx(found["client-0"], abs=1e-3)
-    restored = Spent({"client-0": 1e-5, "client-1": 1e-5})
-    restored.restore(spent.state())
-    assert restored.epsilons() == found
     assert Spent({"client-9": 1e-5}).epsilons() == {"client-9": 0.0}
     with pytest.raises(KeyError):
-        spent.charge("stranger", PLAN.event())
+        spent.record("stranger", [PLAN.event()])
+
+
+def test_what_is_assumed_of_a_silent_client_counts_until_its_ledger_is_seen():
+    spent = Spent({"client-0": 1e-5})
+    spent.assume("client-0", PLAN.event())
+    assert spent.unseen() == ["client-0"]
+    assert spent.epsilons()["client-0"] == epsilon([PLAN.event()], 1e-5)
+    spent.record("client-0", [])
+    assert spent.unseen() == []
+    assert spent.epsilons()["client-0"] == 0
+    spent.assume("client-0", PLAN.event(), for_good=True)
+    spent.record("client-0", [])
+    assert spent.epsilons()["client-0"] == epsilon([PLAN.event()], 1e-5), "an update without a charge is not forgotten"

@@ -113,20 +113,20 @@ def test_resume_gives_the_bits_of_an_unbroken_run(tiny_toml: str, tmp_path: Path
 
 @pytest.mark.parametrize(("noise", "rounds"), [("seeded", 3), ("secure", 2)])
 def test_a_round_that_was_cut_off_is_charged(noise: str, rounds: int, tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Cut off after the charge: the interrupted result already counts it; with new noise the resumed run has a round less left."""
+    """Cut off when the clients had trained: the interrupted result counts it; with new noise the resumed run has a round less left."""
     import strategies.loop as loop
 
     original = loop.exchange
 
     def cut_off(grid, messages, *args, **kwargs):
+        replies = original(grid, messages, *args, **kwargs)
         if messages and messages[0].metadata.message_type == "train" and messages[0].content["round"]["round"] == 2:
             raise KeyboardInterrupt
-        return original(grid, messages, *args, **kwargs)
+        return replies
 
     monkeypatch.setattr(loop, "exchange", cut_off)
-    options = [f"privacy.noise={noise}"]
     with pytest.raises(fedlab.Interrupted):
-        simulate(tiny_toml, tmp_path / "run", *options)
+        simulate(tiny_toml, tmp_path / "run", f"privacy.noise={noise}")
     interrupted = json.loads((tmp_path / "run" / "result.json").read_text())
     monkeypatch.undo()
     two = simulate(tiny_toml, tmp_path / "two", "run.rounds=2").result
@@ -165,7 +165,8 @@ def test_nothing_is_overwritten(tiny_toml: str, tmp_path: Path):
         (["lora.layers_to_transform=[7]"], "no adapted module in layer 7"),
         (["lora.rank=33"], "lora.rank = 33 exceeds"),
         (["run.device=cuda"], "no GPU"),
-        (["privacy.unit=client"], "not available yet"),
+        (["privacy.unit=client"], 'set strategy.weights = "uniform"'),
+        (["run.sampling=poisson"], "amplifies client-level DP only"),
     ],
 )
 def test_impossible_runs_end_with_exit_code_2(overrides: list[str], expected: str, tiny_toml: str, tmp_path: Path):

@@ -83,7 +83,23 @@ def undecodable(reply: Message) -> None:
 
 
 def undercharge(reply: Message) -> None:
-    reply.content.config_records["charges"]["steps"] = [0]
+    """Edit the signed event in the ledger lines."""
+    charges = reply.content.config_records["charges"]
+    lines = [json.loads(line) for line in charges["lines"][0].splitlines()]
+    lines[0]["event"]["steps"] = 1
+    charges["lines"] = ["".join(json.dumps(line, sort_keys=True, separators=(",", ":")) + "\n" for line in lines)]
+
+
+def conceal(reply: Message) -> None:
+    """Send the update and no ledger line at all."""
+    reply.content.config_records["charges"]["lines"] = [""]
+
+
+def swap(reply: Message) -> None:
+    """Send another finite update than the one that was committed."""
+    updates = reply.content.array_records["updates"]
+    for key in updates:
+        updates[key] = Array(updates[key].numpy() * 2)
 
 
 def raise_error(reply: Message) -> None:
@@ -102,7 +118,9 @@ def raise_error(reply: Message) -> None:
         (undecodable, "undecodable"),
         (lambda r: r.content.__delitem__("updates"), "malformed reply"),
         (lambda r: r.content.__delitem__("metrics"), "malformed reply"),
-        (undercharge, "not what it declared"),
+        (undercharge, "was edited, or signed by another key"),
+        (conceal, "shows no charge for round 1"),
+        (swap, "does not commit the update"),
         (raise_error, "disk on fire"),
     ],
 )
@@ -122,7 +140,7 @@ def test_a_reply_for_somebody_else_is_ignored(run_with):
         updates = reply.content.array_records["updates"]
         for key in list(updates):
             updates["client-0/" + key.partition("/")[2]] = Array(np.full(updates[key].shape, 1e6, dtype=np.float32))
-        reply.content["failures"] = ConfigRecord({"ids": ["client-2"], "reasons": ["said client-1"]})
+        reply.content["failures"] = ConfigRecord({"ids": ["client-2"], "reasons": ["said client-1"], "refused": ["client-2"]})
 
     result = run_with(edit(impersonate))
     assert result["excluded"] == 0
@@ -163,4 +181,4 @@ def test_an_adapter_that_never_moves_is_an_error(run_with):
         return reply
 
     with pytest.raises(fedlab.RunFailed, match="no client changed the adapter"):
-        run_with(app_for_all, "run.nodes=1")
+        run_with(app_for_all, "run.nodes=1", 'privacy={unit="none"}')

@@ -70,9 +70,9 @@ def check(config: RunConfig) -> None:
     from fedlab.data.sources import check_source
 
     if config.privacy.unit == "client":
-        raise ConfigError('privacy.unit = "client" is not available yet; use "example" or "none"')
-    if config.privacy.budget is not None:
-        raise ConfigError("privacy.budget is not enforced yet; set privacy.epsilon and privacy.participations, which are")
+        from fedlab.privacy.client_level import make_client_plan
+
+        make_client_plan(config)
     check_source(config.data)
     from fedlab.hub import check_model
 

@@ -1,0 +1,173 @@
+"""``PRIVACY.md``: what a run promises and to whom, in plain sentences, made from the ledgers in the run directory and nothing else.
+
+Wording follows "How to DP-fy ML" (arXiv 2303.00654, section 5.3): unit, neighbours, adversary, what is released, ε with δ, accountant, sampler,
+what is not covered. ``fedlab audit`` compares the table with its own computation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlab.config import RunConfig
+from fedlab.privacy.accounting import Event
+from fedlab.privacy.ledger import SERVER, Entry, charged, event_of, events, parse_lines
+from fedlab.privacy.spent import exact, merged
+
+EMPIRICAL = "empirical.json"  # written by ``fedlab audit --empirical`` into a run directory
+
+
+def write_statement(path: Path, clients: Sequence[str]) -> Path:
+    """Write ``PRIVACY.md`` of the run in ``path``; ``clients`` are those that took part. Raises PrivacyError for unreadable ledgers."""
+    target = path / "PRIVACY.md"
+    temporary = target.with_name(".PRIVACY.md.tmp")
+    temporary.write_text(statement(path, clients), encoding="utf-8")
+    temporary.replace(target)
+    return target
+
+
+def statement(path: Path, clients: Sequence[str]) -> str:
+    """The text of ``PRIVACY.md``."""
+    config = RunConfig.load(path / "run.toml")
+    run = json.loads((path / "environment.json").read_text(encoding="utf-8"))["run_id"]
+    if not config.private:
+        return (
+            f'# {config.run.name}: no privacy guarantee\n\nThis run was made without differential privacy (`privacy.unit = "none"`). '
+            "Its adapter and every message of its clients may reveal what they were trained on. Nothing is promised.\n"
+        )
+    ledgers = {file.stem: parse_lines(file.read_text(encoding="utf-8")) for file in sorted((path / "ledger").glob("*.jsonl"))}
+    own = ledgers[SERVER] if config.privacy.unit == "client" and SERVER in ledgers else None
+    rows = [_row(client, own if own is not None else ledgers.get(client, []), run) for client in clients]
+    largest = max((row["epsilon"] for row in rows), default=0.0)
+    parts = [f"# {config.run.name}: what this run promises\n", _promise(config, largest, rows)]
+    if config.privacy.noise == "seeded":
+        parts.append(
+            "**The noise was seeded so that the simulation can be repeated. Whoever knows the seed can subtract it: this run is an experiment, "
+            'not a protection. For real data set `privacy.noise = "secure"`.**\n'
+        )
+    parts += [_table(rows), _mechanism(rows, own is not None), _empirical(path), _uncovered(config), _history(rows), _heads(ledgers)]
+    return "\n".join(part for part in parts if part)
+
+
+def rounded_up(value: float, digits: int = 4) -> str:
+    """Decimal form that is never below the value."""
+    return str(value) if math.isinf(value) else f"{math.ceil(value * 10**digits - 1e-9) / 10**digits:.{digits}f}"
+
+
+def _row(client: str, entries: Sequence[Entry], run: str) -> dict[str, Any]:
+    plans = [e for e in entries if e["type"] == "PLAN"]
+    plan = next((p for p in plans if p["run"] == run), plans[-1] if plans else None)
+    delta = float.fromhex(plan["delta"]) if plan else 0.0
+    spent = merged(events(entries))
+    return {
+        "client": client,
+        "plan": plan,
+        "delta": delta,
+        "spent": spent,
+        "epsilon": exact(spent, delta) if plan else 0.0,
+        "unamplified": exact([Event("full", 1.0, e.sigma, e.steps) for e in spent], delta) if plan else 0.0,
+        "before": exact([event_of(e["event"]) for e in charged(entries) if e["run"] != run], delta) if plan else 0.0,
+        "rounds": len(charged(entries, run)),
+        "earlier": len({e["run"] for e in charged(entries)} - {run}),
+        "refusals": [e for e in entries if e["type"] == "REFUSE" and e["run"] == run],
+    }
+
+
+def _promise(config: RunConfig, largest: float, rows: Sequence[Mapping[str, Any]]) -> str:
+    deltas = sorted({row["delta"] for row in rows if row["plan"]})
+    at = f"δ = {deltas[0]:.3g}" if len(deltas) == 1 else "each client's δ below"
+    if config.privacy.unit == "client":
+        return (
+            f"The models that this run sent out, its final adapter included, are ({rounded_up(largest)}, δ)-differentially private at {at} for **one "
+            "client with all its records**: whether any one client took part changes what anybody sees of them by no more than that (neighbours "
+            "differ by adding or removing one client). The server is trusted: it sees each client's update as it is, and adds the noise.\n"
+        )
+    return (
+        f"Every update that a client sent, and everything computed from them, is (ε, δ)-differentially private for **one record of one client**: "
+        f"the largest ε over the clients is **{rounded_up(largest)}** at {at} (neighbours differ by adding or removing one record, or by zeroing it out). "
+        "The adversary sees every client's every update: the server, the other clients and the public are not trusted. A person with records at "
+        "several clients, or with several at one, is protected less: their ε adds up.\n"
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| client | ε | δ | rounds charged | ε before this run | ε without amplification | budget |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        budget = row["plan"]["budget"] if row["plan"] else None
+        limit = f"{float.fromhex(budget['epsilon']):g}" if budget else "–"
+        cells = (row["client"], rounded_up(row["epsilon"]), f"{row['delta']:.6g}", row["rounds"], rounded_up(row["before"]))
+        lines.append("| " + " | ".join(map(str, (*cells, rounded_up(row["unamplified"]), limit))) + " |")
+    lines += [
+        "",
+        "ε is that of all charges in the client's ledger, rounded up; a charge counts in full whether or not an update came of it.",
+        "",
+    ]
+    for row in rows:
+        for entry in row["refusals"]:
+            lines.append(
+                f"- {row['client']} refused {'to begin' if not entry['round'] else 'round ' + str(entry['round'])}: {entry['kind']}: {entry['reason']}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _mechanism(rows: Sequence[Mapping[str, Any]], at_server: bool) -> str:
+    plan = next((row["plan"] for row in rows if row["plan"]), None)
+    if plan is None:
+        return ""
+    event, code = event_of(plan["event"]), plan["code"]
+    who = "the server, over clients" if at_server else "each client, over its records"
+    sampler = {
+        "poisson": "Poisson: each is drawn independently; ε counts on that, and the column without amplification does not",
+        "full": "all of them in every step: no amplification",
+        "fixed_wor": "a fixed number in every step: no amplification, and twice the sensitivity",
+        "shuffle": "shuffled passes: no amplification",
+    }[event.sampler]
+    sigmas = sorted({round(event_of(row["plan"]["event"]).sigma, 4) for row in rows if row["plan"]})
+    noise = "AES-256-CTR keyed by the operating system, float64" if plan["noise"] == "secure" else "seeded generator, float64: reproducible"
+    return (
+        f"**Mechanism.** Clipped sums with Gaussian noise, by {who}: one joint norm C = {float.fromhex(plan['clip']):g} over all trained tensors, noise "
+        f"multiplier σ = {sigmas[0]:g}{f' to {sigmas[-1]:g}' if len(sigmas) > 1 else ''}, {event.steps} step(s) per round. **Sampling**: {sampler}. "
+        f"**Noise source**: {noise}. **Accountant**: {code.get('accountant', 'dp-accounting PLD')}"
+        f"{' ' + code['dp-accounting'] if 'dp-accounting' in code else ''} (upper bound). "
+        "Averaging and re-factorising noised updates is post-processing and costs nothing.\n"
+    )
+
+
+def _empirical(path: Path) -> str:
+    file = path / EMPIRICAL
+    if not file.is_file():
+        return "**Empirical audit**: none was made of this configuration (`fedlab audit --empirical RUN_DIR/run.toml`).\n"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    bounds = "; ".join(f"{b['name']}: ε ≥ {b['epsilon']:.2f} ({b['confidence']:.0%}, m = {b['canaries']})" for b in found["bounds"])
+    verdict = "It found no contradiction" if not found["findings"] else f"**It contradicts the claim: {found['findings'][0]}**"
+    return (
+        f"**Empirical audit** of the trainer with gradient canaries ({found['configuration']}, claimed ε = {found['epsilon']:.3f} at δ = {found['delta']:g} "
+        f"for that configuration): {bounds}. {verdict}. A lower bound is evidence against bugs, not an estimate of ε.\n"
+    )
+
+
+def _uncovered(config: RunConfig) -> str:
+    items = [
+        "the numbers of records of the clients (they are the weights), who took part in which round, and how long it took",
+        "the set of labels, how the text was preprocessed, and what the base model had seen before",
+        "accuracy measured on held-out records, which were never trained on",
+        "the choice of settings: earlier runs on the same data count only if they are in the same ledgers",
+    ]
+    if config.privacy.share_metrics:
+        items.insert(0, "**training loss, clip fraction and local accuracy, which `privacy.share_metrics` sent without noise**")
+    return "**Not protected**:\n" + "\n".join(f"- {item};" for item in items).rstrip(";") + ".\n"
+
+
+def _history(rows: Sequence[Mapping[str, Any]]) -> str:
+    earlier = max((row["earlier"] for row in rows), default=0)
+    if not earlier:
+        return "**Earlier runs on the same data**: none in these ledgers.\n"
+    return f"**Earlier runs on the same data**: up to {earlier} in these ledgers; what they spent is included above.\n"
+
+
+def _heads(ledgers: Mapping[str, Sequence[Entry]]) -> str:
+    lines = [f"- {owner}: line {entries[-1]['seq'] + 1}, `{entries[-1]['hash']}`" for owner, entries in ledgers.items() if entries]
+    return "**Ledgers** (check with `fedlab audit RUN_DIR`):\n" + "\n".join(lines) + "\n"
