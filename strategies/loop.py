@@ -99,7 +99,7 @@ class Rounds:
         last = number == self.config.run.rounds or len(self.federation.eligible) < self._needed()
         evaluate = last or number % self.config.evaluate.every == 0
         evaluate_seconds = self._evaluate_server(number) if evaluate else 0.0
-        if self._ask_clients and {"always": evaluate, "last": last, "never": False}[self.config.evaluate.clients]:
+        if {"always": evaluate, "last": last, "never": False}[self.config.evaluate.clients]:
             evaluate_seconds += self._evaluate_clients(number)
         self.done = number
         self._account(number, outcome, started, train_seconds, evaluate_seconds, aggregated, evaluate)
@@ -108,11 +108,6 @@ class Rounds:
     def _needed(self) -> int:
         """Fewest clients that must be there. Under client-level Poisson sampling an empty round is a round like any other."""
         return 0 if self.config.run.sampling == "poisson" else self.config.run.min_clients
-
-    @property
-    def _ask_clients(self) -> bool:
-        """Local accuracy is not covered by the noise: under DP nobody is asked for it unless it is to be shared."""
-        return not self.config.private or self.config.privacy.share_metrics
 
     def _enough(self, number: int, outcome: TrainOutcome, drawn: list[str]) -> bool:
         """Whether the usable updates suffice. If only refusals are missing, the budget is what ended the run; otherwise it failed."""
@@ -194,17 +189,33 @@ class Rounds:
         return time.perf_counter() - started
 
     def _evaluate_clients(self, number: int) -> float:
-        """Ask the clients for their accuracies. Returns the seconds in which at least one node was at it."""
+        """Accuracy on each client's held-out examples. Returns the seconds in which at least one node was at it.
+
+        Under DP a client is not asked for it (the noise does not cover it) unless it is to be shared: a simulation, which holds all the
+        data anyway, measures it itself; a deployment goes without.
+        """
+        if not self.config.private or self.config.privacy.share_metrics:
+            return self._ask_clients(number)
+        started = time.perf_counter()
+        if not self.federation.hosts:
+            data, size = self.session.data, self.config.evaluate.batch_size
+            with torch_threads(os.cpu_count() or 1):
+                self.session.model.load(self.state)
+                scored = {c: classify(self.session.model, data, data.local_test(c), size).accuracy for c in self.federation.clients}
+            self._record_clients(number, scored)
+        return time.perf_counter() - started
+
+    def _ask_clients(self, number: int) -> float:
         messages = list(self.strategy.configure_evaluate(number, to_record(self.state, "float32"), ConfigRecord(), self.grid))
         self.strategy.aggregate_evaluate(number, exchange(self.grid, messages, self.config.run.timeout))
         outcome = self.strategy.evaluate_outcome
-        for client, reason in outcome.excluded.items():
-            logger.warning("%s has no local accuracy in round %d: %s", client, number, reason, extra={"round": number})
-        self.client_accuracy = outcome.accuracy
-        self.events.write(
-            "evaluate_clients", number, **cast("dict[str, Any]", spread(outcome.accuracy.values())), per_client=outcome.accuracy
-        )
+        self._warn(number, "has no local accuracy in", outcome.excluded)
+        self._record_clients(number, outcome.accuracy)
         return busy_seconds(outcome.busy)
+
+    def _record_clients(self, number: int, accuracy: dict[str, float]) -> None:
+        self.client_accuracy = accuracy
+        self.events.write("evaluate_clients", number, **cast("dict[str, Any]", spread(accuracy.values())), per_client=accuracy)
 
     def _check_moved(self, outcome: TrainOutcome) -> None:
         """A first round whose every update is zero means that nothing is being trained, whatever the loss says."""

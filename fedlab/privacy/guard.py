@@ -189,7 +189,7 @@ def plan_terms(
 def _shown(value: Any) -> str:
     """Hexadecimal reals in figures that people read."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {_shown(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k}: {_shown(v)}" for k, v in sorted(value.items())) + "}"
     if isinstance(value, str) and "0x" in value:
         return f"{float.fromhex(value):.6g}"
     return str(value)[:40]

@@ -27,7 +27,7 @@ METHODS = {
     "ffa (orthonormal)": ["strategy.name=ffa", "lora.init_a=orthonormal"],
     "fedsvd": ["strategy.name=fedsvd", "lora.init_a=orthonormal"],
 }
-PRIVACY: dict[str, list[str]] = {"no DP": ["privacy={unit='none'}"], "ε = 6": []}
+PRIVACY: dict[str, list[str]] = {"no DP": ["privacy={unit='none'}"], "ε = 6": ["privacy.epsilon=6"]}
 TUNING_SEED = 1000
 
 

@@ -1,0 +1,141 @@
+"""SIGKILL at every point of charge → train → commit → release: never less recorded than released.
+
+A forked child runs the real ``train_cohort`` for two rounds on real data; the n-th system call or training step it passes kills it (before
+it, after it, or half-way through a write). What the outside world got is a file that the child appends to once a reply is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
+
+from clients.custody import Custody, code_versions
+from clients.train import train_cohort
+from fedlab.config import RunConfig
+from fedlab.lora.state import digest
+from fedlab.models import initial_state
+from fedlab.privacy.accounting import epsilon
+from fedlab.privacy.keys import load_or_create_key
+from fedlab.privacy.ledger import Ledger, check_chain, events, parse_lines
+from fedlab.privacy.plan import DPPlan
+from fedlab.session import Session, open_session
+
+CLIENT = "client-0"
+
+
+class Killer:
+    """Counts points; at the chosen one the process is gone."""
+
+    def __init__(self, fatal: int) -> None:
+        self.fatal, self.passed = fatal, 0
+
+    def point(self) -> bool:
+        """Whether this point is the fatal one."""
+        self.passed += 1
+        return self.passed == self.fatal
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with a point before it and one after it."""
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if self.point():
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **kwargs)
+            if self.point():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapped
+
+    def torn(self, write: Callable[[int, bytes], int]) -> Callable[[int, bytes], int]:
+        """``os.write`` with a third point: half of it is written."""
+        around = self.around(write)
+
+        def wrapped(descriptor: int, data: bytes) -> int:
+            if self.point():
+                write(descriptor, data[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return around(descriptor, data)
+
+        return wrapped
+
+
+def message(session: Session, ledgers: Path, number: int) -> tuple[RecordDict, Context]:
+    state = initial_state(session.model, session.config.lora, 0)
+    trained = [name for name in state if not name.endswith("lora_A")]
+    order = {"round": number, "trained": trained, "wire_dtype": "float32", "known": [0], "clients": [CLIENT]}
+    run = {"run": "a" * 32, "ledger": str(ledgers), "parts": ["head", "lora_B"], "config": session.config.to_toml()}
+    arrays = ArrayRecord({name: Array(value.numpy()) for name, value in state.items()})
+    return RecordDict({"state": arrays, "round": ConfigRecord({**order, **run})}), Context(1, 1, {}, RecordDict(), {})
+
+
+def cycle(session: Session, ledgers: Path, released: Path, killer: Killer) -> None:
+    """Two rounds in this process; what a server would have received is a line in ``released``."""
+    os.write, os.fsync = killer.torn(os.write), killer.around(os.fsync)  # type: ignore[assignment]
+    DPPlan.privatise = killer.around(DPPlan.privatise)  # type: ignore[method-assign]
+    send = killer.around(lambda text: released.open("a").write(text))
+    for number in (1, 2):
+        content, context = message(session, ledgers, number)
+        reply = train_cohort(session, [CLIENT], content, context)
+        update = {k.partition("/")[2]: torch.from_numpy(v.numpy().copy()) for k, v in reply.array_records["updates"].items()}
+        assert update, reply.config_records["failures"]
+        send(f"{number} {digest(update)}\n")
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Exit status of a forked child that does the work: 0, or −9 if it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture
+def session(tiny_toml: str) -> Session:
+    torch.set_num_threads(1)
+    return open_session(RunConfig.parse(tiny_toml, ["privacy.noise=secure", "train.steps=2"]).to_toml())
+
+
+def test_a_kill_anywhere_never_leaves_less_recorded_than_released(session: Session, tmp_path: Path):
+    plan = session.plan(CLIENT)
+    assert plan is not None
+    points, finished = 0, False
+    while not finished:
+        points += 1
+        folder = tmp_path / str(points)
+        folder.mkdir()
+        released = folder / "released"
+        content, context = message(session, folder, 1)
+        custody = Custody(session, CLIENT, content.config_records["round"], context)
+        custody.guard.plan(custody.terms, code_versions())
+        status = in_child(lambda folder=folder, released=released, fatal=points: cycle(session, folder, released, Killer(fatal)))
+        assert status in (0, -signal.SIGKILL), f"point {points}: the child failed by itself"
+        finished = status == 0
+
+        sent = released.read_text().splitlines() if released.is_file() else []
+        key = load_or_create_key(folder / "keys" / f"{CLIENT}.pem")
+        reopened = Ledger(folder / f"{CLIENT}.jsonl", CLIENT, custody.guard.ledger.dataset, key)
+        with reopened.locked():  # the dead process' lock is gone, and a torn line with it
+            recorded = events(reopened.entries)
+        assert len(recorded) >= len(sent), f"point {points}: {len(sent)} updates left, {len(recorded)} charges recorded"
+        assert epsilon(recorded, plan.delta) >= epsilon([plan.event()] * len(sent), plan.delta)
+        outs = {e["out"] for e in reopened.entries if e["type"] == "COMMIT"}
+        assert {line.split()[1] for line in sent} <= outs, "what left was committed first"
+
+        again = Custody(session, CLIENT, content.config_records["round"], context)  # and it goes on from there
+        with again.guard.charge(again.terms, 3, "0" * 64) as commit:
+            commit(2, "f" * 64)
+        check_chain(parse_lines(reopened.path.read_text()), CLIENT, reopened.public)
+    assert points - 1 >= 20, f"only {points - 1} points"
+    assert sent, "an undisturbed cycle releases both rounds"
