@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, Re
 from clients.custody import Custody
 from fedlab.errors import FedlabError, PrivacyError
 from fedlab.lora.state import State, digest, from_wire, to_wire
-from fedlab.privacy.guard import Refusal
+from fedlab.privacy.guard import Refusal, public_reason
 from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session
 from fedlab.train.trainer import Trained, train_client
@@ -50,7 +50,7 @@ def train_cohort(session: Session, cohort: list[str], content: RecordDict, conte
             refused.append(client)
         except (FedlabError, RuntimeError, ValueError) as error:
             logger.warning("%s failed in round %d: %s", client, order["round"], error)
-            failures[client] = _reason(error, guarded)
+            failures[client] = public_reason(error) if guarded else f"{type(error).__name__}: {error}"
         try:
             if custody:
                 lines[client] = custody.lines_after(known)
@@ -95,12 +95,6 @@ def _train(
         result, wire = run(custody.plan)
         commit(result.steps, digest(from_wire(wire, wire_dtype)))
     return result, wire
-
-
-def _reason(error: Exception, guarded: bool) -> str:
-    """What leaves of an error. Under DP the text of a foreign one stays on the client: it may quote data."""
-    kind = type(error).__name__
-    return f"{kind} (its text stays in the client's log)" if guarded and not isinstance(error, FedlabError) else f"{kind}: {error}"
 
 
 def received_state(content: RecordDict, wire_dtype: str) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ class FederatedData:
     tokens: Tokens
     shards: Shards
     label_names: tuple[str, ...]
+    _fingerprints: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def clients(self) -> list[str]:
@@ -52,11 +53,13 @@ class FederatedData:
 
     def fingerprint(self, client: str) -> str:
         """SHA-256 of a client's training examples. Tells whoever can guess the text, so it leaves only under a keyed hash."""
-        result = hashlib.sha256()
-        for index in self.train(client):
-            result.update(self.tokens.ids[self.tokens.offsets[index] : self.tokens.offsets[index + 1]].tobytes() + b"|")
-        result.update(np.asarray(self.tokens.labels[self.train(client)]).tobytes())
-        return result.hexdigest()
+        if client not in self._fingerprints:
+            result = hashlib.sha256()
+            for index in self.train(client):
+                result.update(self.tokens.ids[self.tokens.offsets[index] : self.tokens.offsets[index + 1]].tobytes() + b"|")
+            result.update(np.asarray(self.tokens.labels[self.train(client)]).tobytes())
+            self._fingerprints[client] = result.hexdigest()
+        return self._fingerprints[client]
 
 
 def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:

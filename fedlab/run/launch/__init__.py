@@ -79,7 +79,7 @@ def check(config: RunConfig) -> None:
     check_model(config.model)
     check_strategy(config)
     _, shards = corpus_and_shards(config)
-    if config.private:
+    if config.privacy.unit == "example":
         from fedlab.privacy.plan import delta_of
 
         for positions in shards.train.values():
