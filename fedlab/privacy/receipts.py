@@ -6,8 +6,8 @@ copy was put back. That memory is ``receipts.jsonl`` of the run, and ``heads.jso
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,10 +135,14 @@ class Book:
     def _remember(self, last: Mapping[str, Entry]) -> None:
         if self._heads_file is None:
             return
-        heads = self._heads()
-        for client, entry in last.items():
-            heads.setdefault(client, {})[entry["dataset"]] = [entry["seq"], entry["hash"]]
-        temporary = self._heads_file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(heads, indent=1), encoding="utf-8")
-        temporary.replace(self._heads_file)
-        fsync_directory(self._heads_file.parent)
+        with self._heads_file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # several runs may share these ledgers at the same time
+            heads = self._heads()
+            for client, entry in last.items():
+                known = heads.setdefault(client, {}).get(entry["dataset"])
+                if known is None or known[0] < entry["seq"]:
+                    heads[client][entry["dataset"]] = [entry["seq"], entry["hash"]]
+            temporary = self._heads_file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(heads, indent=1), encoding="utf-8")
+            temporary.replace(self._heads_file)
+            fsync_directory(self._heads_file.parent)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from typing import Any
@@ -36,14 +35,12 @@ class Events:
             logger.addHandler(handler)
         logger.setLevel(logging.INFO)
 
-    def write(self, phase: str, round_number: int, durable: bool = False, **values: Any) -> None:
-        """Append one line; numbers go to TensorBoard as ``<phase>/<name>``. A ``durable`` line is on the disk when this returns."""
+    def write(self, phase: str, round_number: int, **values: Any) -> None:
+        """Append one line; numbers go to TensorBoard as ``<phase>/<name>``."""
         line = jsonable({"round": round_number, "phase": phase, "time": round(time.time(), 3), **values})
         with self._lock:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
-            if durable:
-                os.fsync(self._file.fileno())
         if self._tensorboard is not None:
             for name, value in line.items():
                 if isinstance(value, int | float) and name not in ("round", "time"):
