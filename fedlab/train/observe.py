@@ -137,10 +137,11 @@ class Log:
 
 @dataclass(frozen=True)
 class RecordedPlan(DPPlan):
-    """A ``DPPlan`` that writes to ``log``; ``absent`` is a position that never enters a batch, the add/remove neighbour."""
+    """A ``DPPlan`` that writes to ``log``."""
 
     log: Log = field(default_factory=Log)
-    absent: int | None = None
+    absent: int | None = None  # position that never enters a batch: the add/remove neighbour
+    blind: bool = False  # privatise gets zeros instead of the sum, so that what it returns does not depend on any record
 
     def batch(self, rng: np.random.Generator) -> np.ndarray:
         """See ``DPPlan.batch``."""
@@ -149,8 +150,8 @@ class RecordedPlan(DPPlan):
 
     def privatise(self, clipped_sum: Mapping[str, Tensor], noise: GaussianNoise) -> dict[str, Tensor]:
         """See ``DPPlan.privatise``."""
-        given = {name: total.detach().double().clone() for name, total in clipped_sum.items()}
-        result = super().privatise(clipped_sum, noise)
+        given = {name: total.detach().double() * (not self.blind) for name, total in clipped_sum.items()}  # a copy
+        result = super().privatise({name: value.clone() for name, value in given.items()}, noise)
         self.log.calls += 1
         heads = []
         for name, value in sorted(result.items()):
@@ -226,16 +227,24 @@ class _Dictated(PerExampleGradients):
 
 
 def observe(
-    who: Subject, records: Records, plan: RecordedPlan, client: str | None = None, round_number: int = 1, scale: float = 1.0
+    who: Subject,
+    records: Records,
+    plan: RecordedPlan,
+    client: str | None = None,
+    round_number: int = 1,
+    scale: float = 1.0,
+    as_configured: bool = False,
 ) -> Observation:
     """One real ``train_client`` over ``records`` under ``plan``. Its update is Σ (Σ clipped + noise)/C, times −``scale``.
 
+    ``as_configured`` keeps the run's optimiser, learning rates and prox; of the result only ``update`` then has a meaning.
     Raises what ``train_client`` raises.
     """
     client, log = who.client if client is None else client, Log()
     plan = replace(plan, log=log)
     lr = scale * plan.normaliser / plan.clip
-    config = who.config.model_copy(update={"train": who.config.train.model_copy(update={"lr": lr})})
+    train = who.session.config.train if as_configured else who.config.train.model_copy(update={"lr": lr})
+    config = who.config.model_copy(update={"train": train})
     own = np.arange(records.count)
     tokens = _LoggedTokens(who.session.data.tokens, records, log)
     nobody = np.array([], dtype=np.int64)
