@@ -120,6 +120,9 @@ MUTATIONS = (
         "parameter.grad = gradients[name].to(parameter)"
         " + (0.1 * total[name] / plan.normaliser).to(parameter) * bool(config.train.momentum)",
     ),
+    _trainer(
+        "the audit's way in ignored", "per_example(model, names if plan else [])", "PerExampleGradients(model, names if plan else [])"
+    ),
     _trainer("same noise every step", "plan.privatise(total, noise)", f"plan.privatise(total, plan.noise_source({NOISE_STREAM}))"),
     _trainer("same noise every round", NOISE_STREAM, 'stream(seed, "noise", client)'),
     _trainer("same noise for every client", NOISE_STREAM, 'stream(seed, "noise", round_number)'),
