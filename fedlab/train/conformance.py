@@ -38,6 +38,7 @@ ALARM = 1e-7  # p below which a correct build is not believed
 SLACK = 1e-3  # relative, for float32 gradients and weights
 CHECKS = ("sensitivity", "post-processing", "noise variance", "noise correlation", "sampler", "steps")
 SHORT = "of norm 0.5·C"  # an adversary that clipping leaves alone, so that its effect is known
+LONG = "of norm 1000·C"
 DENSE = (300, 30, 10)  # records, expected batch, steps: three runs (two rounds, two clients) for noise and sampling
 SPARSE = (20, 0.5, 25)  # three batches in five are empty; that none is has probability 1e-10
 
@@ -102,8 +103,8 @@ def _adversaries(who: Subject, clip: float) -> Iterator[tuple[str, dict[str, Ten
         return {name: value * (length / norm) for name, value in direction.items()}
 
     yield SHORT, scaled(0.5 * clip)
-    yield "of norm 1000·C", scaled(1000 * clip)
-    yield "near the largest float32", scaled(1e30)
+    yield LONG, scaled(1000 * clip)
+    yield "of norm 1e30, whose square overflows float32", scaled(1e30)
     for label, bad in (("NaN", math.nan), ("inf", math.inf)):
         gradient = scaled(1000 * clip)
         gradient[who.names[0]].view(-1)[0] = bad
@@ -133,6 +134,12 @@ def _sensitivity(who: Subject, findings: list[str]) -> None:
                     )
                 if not moved <= clip * (1 + SLACK) + tolerance:
                     findings.append(f"a record with a gradient {label} moves the clipped sum by {moved / clip:.4g}·C when it is {change}")
+    with _failing("over several steps, ", findings):
+        several, spiked = replace(plan, steps=3), replace(records, size=np.append(others[:-1], 1000 * clip))  # where steps are recorded
+        runs = observe(who, records, several, scale=0.01), observe(who, spiked, several, scale=0.01)
+        for step, (without, present) in enumerate(zip(*(run.log.released for run in runs), strict=True), start=1):
+            if not (moved := math.dist(without, present)) <= clip * (1 + SLACK) + _distance(*runs)[1]:
+                findings.append(f"in step {step}, a record with a gradient {LONG} moves the clipped sum by {moved / clip:.4g}·C")
     _real_record(who, findings)
 
 
@@ -141,7 +148,7 @@ def _real_record(who: Subject, findings: list[str]) -> None:
     real = who.session.data.train(who.client)[:6]
     norms = [clipped_gradient(who, int(position), math.inf)[1] for position in real]
     slack = SLACK if who.config.run.dtype == "float32" else 0.05  # 16-bit activations depend on how a batch is padded
-    for label, clip in (("clipped", 0.25 * float(np.median(norms))), ("unclipped", 4 * max(norms))):
+    for label, clip in (("unclipped", 4 * max(norms)), ("clipped", 0.25 * float(np.median(norms)))):
         if not 0 < clip < math.inf:
             continue
         records = Records(int(real[0]), real, *(np.array([], dtype=np.int64),) * 2, np.array([]))
@@ -161,11 +168,13 @@ def _post_processing(who: Subject, findings: list[str]) -> None:
     """Momentum, AdamW, weight decay and prox must work on the noised gradient alone: privatise is blinded, and one record changes."""
     clip, text = who.plan(1, 1, 1).clip, int(who.session.data.train(who.client)[0])
     plan = replace(who.plan(8, 8, 3), noise="seeded", blind=True)
-    gradient = dict(_adversaries(who, clip))["of norm 1000·C"]
+    gradient = dict(_adversaries(who, clip))[LONG]
     with _failing("", findings):
         without, present = (
             observe(who, replace(Records.zeros(text, 8), dense=dense), plan, as_configured=True) for dense in ({}, {7: gradient})
         )
+        if extra := without.update.keys() ^ set(who.names):
+            findings.append(f"the update should hold the trained tensors and nothing else; {sorted(extra)[0]} is one too many or too few")
         for name in who.names:
             if not torch.equal(without.update[name], present.update[name]):
                 gap = float((without.update[name] - present.update[name]).abs().max())

@@ -90,6 +90,12 @@ MUTATIONS = (
             ),
         ),
     ),
+    _trainer(
+        "clip loosened after the first step",
+        "_clipped_gradients(model, data, chunks, names, hooks, plan)",
+        "_clipped_gradients(model, data, chunks, names, hooks, "
+        "__import__('dataclasses').replace(plan, clip=plan.clip * (2 if seen else 1)))",
+    ),
     Mutation(
         "a gradient holds its neighbour's too", ((dp.PerExampleGradients, "_add", "else gradient", "else gradient + gradient.roll(1, 0)"),)
     ),

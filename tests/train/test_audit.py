@@ -52,6 +52,7 @@ NOTICED = {
     "clipping skipped": ("steinke", "f-dp", "cp-gdp", "sensitivity"),
     "batch mean clipped": ("steinke", "f-dp", "cp-gdp", "sensitivity"),
     "clipped per layer, accounted once": ("sensitivity",),
+    "clip loosened after the first step": ("sensitivity",),
     "a gradient holds its neighbour's too": ("sensitivity",),
     "NaN passes min(1, C/norm)": ("sensitivity",),
     "NaN passes and is zeroed afterwards": ("sensitivity",),
