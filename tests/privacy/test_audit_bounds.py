@@ -44,18 +44,18 @@ def test_mean_of_eight_runs_is_as_strong_as_published(sigma: float, m: int, publ
 @pytest.mark.parametrize(("sigma", "m"), [(1.0, 300), (2.0, 200), (0.5, 400)])
 def test_no_bound_exceeds_the_truth_in_more_than_a_twentieth_of_all_runs(sigma: float, m: int):
     true = epsilon([Event("full", 1.0, sigma, 1)], 1e-5)
-    above = np.mean([np.array(gaussian_audit(sigma, m, 1000 + seed)) > true for seed in range(100)], axis=0)
+    above = np.mean([np.array(gaussian_audit(sigma, m, 1000 + seed)) > true for seed in range(60)], axis=0)
     assert (above <= 0.05).all(), above
 
 
 def test_one_run_bounds_hold_where_guessing_is_as_good_as_it_can_be():
     """Randomised response attains ε exactly, and the Steinke bound assumes nothing: at most one run in twenty may exceed it."""
     rng, true, above = np.random.default_rng(5), 1.0, 0
-    for _ in range(200):
+    for _ in range(120):
         coins = rng.random(200) < 0.5
         told = coins ^ (rng.random(200) > 1 / (1 + math.exp(-true)))
         above += lower_bounds(told + 0.01 * rng.random(200), coins, 1e-9)[0].epsilon > true
-    assert above <= 10
+    assert above <= 6
 
 
 def brute_p_value(m: int, r: int, v: int, eps: float, delta: float) -> float:

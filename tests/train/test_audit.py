@@ -224,6 +224,14 @@ def test_all_parts_with_dropout_and_small_batches_pass(audit_toml: str):
     assert not any(findings.values()), findings
 
 
+def test_a_decoder_passes(audit_toml: str, tiny_gpt2: Path):
+    name = next(line for line in audit_toml.splitlines() if line.startswith("name"))
+    toml = audit_toml.replace(name, f'name = "{tiny_gpt2}"').replace('["query", "value"]', '"auto"')
+    audit = empirical_audit(RunConfig.parse(toml), canaries=500)
+    assert audit.findings == ()
+    assert audit.canaries == 500
+
+
 def test_secure_noise_passes_and_must_not_repeat_itself(audit_toml: str, monkeypatch: pytest.MonkeyPatch):
     session = open_session(RunConfig.parse(audit_toml, ["privacy.noise=secure"]).to_toml())
     findings = conformance(session)
