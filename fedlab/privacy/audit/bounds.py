@@ -6,8 +6,8 @@ So a bound above the claimed ε refutes the claim (wrongly in at most 1 − conf
 
 | bound | assumes | paper |
 |---|---|---|
-| ``steinke`` | nothing beyond the coins | Steinke, Nasr and Jagielski, arXiv 2305.08846, theorem 5.2 |
-| ``f-dp`` | the trade-off curve is a Gaussian's (µ-GDP) | Mahloujifar, Melis and Chaudhuri, arXiv 2410.22235, algorithm 3 |
+| ``steinke`` | nothing beyond the coins | Steinke, Nasr and Jagielski, arXiv 2305.08846 |
+| ``f-dp`` | the trade-off curve is a Gaussian's (µ-GDP) | Mahloujifar, Melis and Chaudhuri, arXiv 2410.22235 |
 | ``cp-gdp`` | that, and independent scores | Clopper and Pearson (1934) on the two error rates; Dong et al., arXiv 1905.02383 |
 
 Guesses of the first two: the k highest scores are guessed in, the k lowest out, the rest abstained from. Any rule that looks at the release
