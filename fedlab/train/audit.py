@@ -99,7 +99,7 @@ def audit_session(
     claimed = epsilon([plan.event()], plan.delta)
     checks = conformance(session, who.client, seed, tuple(parts))
     above = [
-        f"{bound.name}: ε >= {bound.epsilon:.4g} at {100 * confidence:g} % confidence, but ε = {claimed:.4g} is claimed (δ = {plan.delta:g})"
+        f"{bound.name}: ε >= {bound.epsilon:.4g} at {100 * confidence:g} % confidence, but {claimed:.4g} is claimed (δ = {plan.delta:g})"
         for bound in bounds
         if bound.epsilon > claimed
     ]

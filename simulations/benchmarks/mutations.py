@@ -142,7 +142,7 @@ MUTATIONS = (
     _trainer(
         "shuffled, not Poisson, batches",
         "(plan.batch(draws) for _ in range(steps))",
-        "iter(fixed_batches(len(indices), round(plan.normaliser), steps, draws))",
+        "iter(fixed_batches(len(indices), max(1, round(plan.normaliser)), steps, draws))",
     ),
     Mutation(
         "fixed-size batches",
