@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -66,11 +66,13 @@ def train_client(
     config: RunConfig,
     round_number: int,
     plan: DPPlan | None,
+    per_example: Callable[[LoadedModel, Iterable[str]], PerExampleGradients] = PerExampleGradients,
 ) -> Trained:
     """Train the tensors named ``trained`` from ``state`` on one client's examples, for one round (counted from 1).
 
     With a ``plan``, each step is DP-SGD (Abadi et al., arXiv 1607.00133): a Poisson batch, per-example gradients clipped by one
     joint norm, their sum plus N(0, (σC)²) divided by the expected batch size. An empty batch is a step like any other: noise alone.
+    ``per_example`` is what yields the per-example gradients; the audit puts canaries there (``fedlab.train.observe``).
     Raises RunFailed if the local weights end up NaN or infinite.
     """
     started = time.perf_counter()
@@ -90,7 +92,7 @@ def train_client(
     start = {name: model.parameters[name].detach().clone() for name in names} if config.train.prox else {}
     losses, seen, clipped = 0.0, 0, 0
 
-    with _dropout(model, stream_seed(seed, "dropout", client, round_number)), PerExampleGradients(model, names if plan else []) as hooks:
+    with _dropout(model, stream_seed(seed, "dropout", client, round_number)), per_example(model, names if plan else []) as hooks:
         for batch in batches:
             chunks = _chunks(data, indices[batch], config.train.physical_batch)
             if plan and noise:
