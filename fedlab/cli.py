@@ -53,6 +53,29 @@ def resume(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], quiet: Q
 
 
 @app.command()
+def audit(
+    target: Annotated[Path, typer.Argument(help="a run directory; with --empirical, a configuration", metavar="RUN_DIR|CONFIG.toml")],
+    empirical: Annotated[bool, typer.Option("--empirical", help="run the trainer of a configuration on canaries")] = False,
+    production: Annotated[bool, typer.Option("--production", help="with --empirical: the configured q, σ and steps, not q = 1")] = False,
+    canaries: Annotated[int, typer.Option("--canaries", min=2, help="with --empirical: how many")] = 2000,
+    seed: Annotated[int, typer.Option("--seed", help="with --empirical: of coins and coordinates")] = 0,
+    set_: SetOption = None,
+    keys: Annotated[Path | None, typer.Option("--keys", help="JSON file client → public key, published elsewhere", metavar="FILE")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Recompute ε from the ledgers of a run and compare with what was claimed; or test the trainer itself. Exit code 3 with findings."""
+
+    def run() -> None:
+        from fedlab.run.audit import audit_directory, audit_trainer
+
+        wrong = audit_trainer(target, set_ or [], canaries, seed, production, json_) if empirical else audit_directory(target, keys, json_)
+        raise SystemExit(3 if wrong else 0)
+
+    _guarded(run, debug)
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], debug: DebugOption = False) -> None:
     """Write report.html of a run again."""
 

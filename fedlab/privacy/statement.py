@@ -143,9 +143,11 @@ def _empirical(path: Path) -> str:
     found = json.loads(file.read_text(encoding="utf-8"))
     bounds = "; ".join(f"{b['name']}: ε ≥ {b['epsilon']:.2f} ({b['confidence']:.0%}, m = {b['canaries']})" for b in found["bounds"])
     verdict = "It found no contradiction" if not found["findings"] else f"**It contradicts the claim: {found['findings'][0]}**"
+    setting = found["configuration"]
     return (
-        f"**Empirical audit** of the trainer with gradient canaries ({found['configuration']}, claimed ε = {found['epsilon']:.3f} at δ = {found['delta']:g} "
-        f"for that configuration): {bounds}. {verdict}. A lower bound is evidence against bugs, not an estimate of ε.\n"
+        f"**Empirical audit** of the trainer with gradient canaries (white box, q = {setting['q']:g}, σ = {setting['sigma']:g}, {setting['steps']} step(s); claimed "
+        f"for that setting: ε = {found['claimed']:.3f} at δ = {found['delta']:g}): {bounds}. {verdict}. A lower bound is evidence against bugs, not an estimate "
+        "of ε.\n"
     )
 
 

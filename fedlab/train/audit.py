@@ -207,3 +207,18 @@ def scores(who: Subject, records: Records, run: Observation) -> np.ndarray:
         mine = records.tensor == index
         result[mine] = values[name].numpy()[records.element[mine]]
     return result / run.plan.clip
+
+
+def render(audit: EmpiricalAudit) -> str:
+    """What ``fedlab audit --empirical`` prints."""
+    setting = audit.configuration
+    lines = [
+        f"{'FAIL' if audit.findings else 'pass'}: the trainer of {setting['model']}, {' + '.join(setting['parts'])}, white box, "
+        f"q = {setting['q']:g}, σ = {setting['sigma']:g}, {setting['steps']} step(s): claimed ε = {audit.claimed:.3f} at δ = {audit.delta:g}",
+        *(f"  {b.name:8} ε ≥ {b.epsilon:.3f} at {b.confidence:.0%}, m = {b.canaries}, if {'; '.join(b.assumptions)}" for b in audit.bounds),
+        *(f"  {check:18} {'FAIL' if found else 'ok'}" for check, found in audit.conformance.items()),
+        *(f"finding: {sentence}" for sentence in audit.findings),
+        *(f"note: {sentence}" for sentence in audit.notes),
+        f"{audit.seconds:.1f} s; a lower bound below the claim is no proof of it: one run sees about half of the true ε",
+    ]
+    return "\n".join(lines)

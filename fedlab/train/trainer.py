@@ -36,7 +36,7 @@ class Trained:
 
     update: State  # trained name → new value − received value, float32
     examples: int  # of the client, public: it is the weight
-    steps: int
+    steps: int  # executed, counted and not assumed: the ledger compares them with what was charged
     loss: float  # mean over the examples seen; nan if none was drawn
     clip_fraction: float  # of the examples seen; nan without DP or if none was drawn
     seconds: float
@@ -90,7 +90,7 @@ def train_client(
     )
     noise = plan.noise_source(stream(seed, "noise", client, round_number)) if plan else None
     start = {name: model.parameters[name].detach().clone() for name in names} if config.train.prox else {}
-    losses, seen, clipped = 0.0, 0, 0
+    losses, seen, clipped, executed = 0.0, 0, 0, 0
 
     with _dropout(model, stream_seed(seed, "dropout", client, round_number)), per_example(model, names if plan else []) as hooks:
         for batch in batches:
@@ -108,6 +108,7 @@ def train_client(
                 if config.train.prox:  # FedProx: µ/2·‖w − w_t‖², added after the noise because it depends on released values only
                     parameter.grad += config.train.prox * (parameter.detach() - start[name])
             optimizer.step()
+            executed += 1
 
     new = model.state()
     update = {name: new[name] - state[name] for name in names}
@@ -116,7 +117,7 @@ def train_client(
 
     loss = losses / seen if seen else math.nan
     clip_fraction = clipped / seen if plan and seen else math.nan
-    return Trained(update, len(indices), steps, loss, clip_fraction, time.perf_counter() - started)
+    return Trained(update, len(indices), executed, loss, clip_fraction, time.perf_counter() - started)
 
 
 def _optimizer(model: LoadedModel, names: list[str], config: RunConfig, factor: float) -> torch.optim.Optimizer:

@@ -1,6 +1,6 @@
 """Throughput of secure Gaussian noise beside seeded noise and PyTorch's own, interleaved, one thread.
 
-    python simulations/benchmarks/noise.py
+python simulations/benchmarks/noise.py
 """
 
 from __future__ import annotations
