@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fedlab.errors import FedlabError, Interrupted
+from fedlab.run import interrupt
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Private federated fine-tuning of language models."
@@ -102,7 +102,7 @@ def doctor() -> None:
 
 def _guarded(action: Callable[[], None], debug: bool) -> None:
     """Run a command; end with the error's message and its exit code."""
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    interrupt.install()
     try:
         action()
     except FedlabError as error:
@@ -120,10 +120,6 @@ def _fail(error: BaseException, debug: bool, message: str, code: int) -> None:
         traceback.print_exception(error)
     print(f"fedlab: {message}" if code == Interrupted.exit_code else f"fedlab: error: {message}", file=sys.stderr)
     raise SystemExit(code)
-
-
-def _as_interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

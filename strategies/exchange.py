@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedlab.run import interrupt
+
 POLL_SECONDS = 0.02
 
 
@@ -27,6 +29,7 @@ def exchange(
     meanwhile()
     replies: list[Message] = []
     while pending and time.monotonic() < deadline:
+        interrupt.check()
         arrived = list(grid.pull_messages(pending))
         for reply in arrived:
             pending.discard(reply.metadata.reply_to_message_id)

@@ -25,7 +25,7 @@ from fedlab.lora.state import part_of
 from fedlab.privacy.accounting import epsilon
 from fedlab.privacy.audit.bounds import Bound, lower_bounds
 from fedlab.seeds import stream
-from fedlab.session import Session, open_session
+from fedlab.session import Session, open_session, torch_threads
 from fedlab.train.conformance import Findings, conformance
 from fedlab.train.observe import DEFAULT_PARTS, Observation, RecordedPlan, Records, Subject, clipped_gradient, observe, subject
 
@@ -80,7 +80,8 @@ def empirical_audit(
 
     Raises ConfigError where the run is not private, or for an unknown client or part.
     """
-    return audit_session(open_session(config.to_toml()), canaries, seed, production, client, parts, confidence)
+    with torch_threads(config.run.threads):  # as in a run; short records would only make more threads wait
+        return audit_session(open_session(config.to_toml()), canaries, seed, production, client, parts, confidence)
 
 
 def audit_session(
@@ -214,7 +215,7 @@ def render(audit: EmpiricalAudit) -> str:
     setting = audit.configuration
     lines = [
         f"{'FAIL' if audit.findings else 'pass'}: the trainer of {setting['model']}, {' + '.join(setting['parts'])}, white box, "
-        f"q = {setting['q']:g}, σ = {setting['sigma']:g}, {setting['steps']} step(s): claimed ε = {audit.claimed:.3f} at δ = {audit.delta:g}",
+        f"q = {setting['q']:g}, σ = {setting['sigma']:g}, {setting['steps']} step(s): claimed ε = {audit.claimed:.3f}, δ = {audit.delta:g}",
         *(f"  {b.name:8} ε ≥ {b.epsilon:.3f} at {b.confidence:.0%}, m = {b.canaries}, if {'; '.join(b.assumptions)}" for b in audit.bounds),
         *(f"  {check:18} {'FAIL' if found else 'ok'}" for check, found in audit.conformance.items()),
         *(f"finding: {sentence}" for sentence in audit.findings),
