@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fedlab.config import LoraSection, ModelSection, RunConfig
 from fedlab.errors import ConfigError
 from fedlab.hub import locate
-from fedlab.lora.state import State
+from fedlab.lora.state import RESIDUAL, State, digest, modules, part_of, residual_of
 from fedlab.lora.svd import orthonormal_rows
 from fedlab.seeds import stream_seed
 
@@ -181,16 +181,50 @@ class LoadedModel:
             for name, layer in peft_model.named_modules()
             if hasattr(layer, "lora_A") and hasattr(layer, "scaling")
         }
+        self._pristine: dict[str, Tensor] = {}  # module → its weight before any residual was folded in
+        self._folded = digest({})
         self.module.requires_grad_(False)
         self.module.eval()
 
     @torch.no_grad()
     def load(self, state: State) -> None:
-        """Overwrite every adapter and head tensor. All names must be there, so that nothing of another client stays."""
-        if missing := self.parameters.keys() ^ state.keys():
+        """Overwrite every adapter and head tensor and the residual. All names must be there, so that nothing of another client stays."""
+        own = {name for name in state if part_of(name) not in RESIDUAL}
+        if missing := self.parameters.keys() ^ own:
             raise ValueError(f"state and model differ in {len(missing)} names, for example {sorted(missing)[0]!r}")
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
+        self._fold({name: value for name, value in state.items() if name not in own})
+
+    def _fold(self, residual: State) -> None:
+        """Base weights = pristine + s·residual. Done once for all clients that carry the same residual, which is told by its bytes."""
+        if (name := digest(residual)) == self._folded:
+            return
+        for module, pristine in self._pristine.items():
+            self._weight(module).copy_(pristine)
+        for module in sorted({n.rpartition(".")[0] for n in residual}):
+            if module not in self.scale:
+                raise ValueError(f"residual of {module!r}, which has no adapter")
+            factors = residual_of(residual, module)
+            assert factors is not None
+            weight = self._weight(module)
+            if module not in self._pristine:
+                self._pristine[module] = weight.clone()
+            B, A = (f.to(self.device, torch.float32) for f in factors)
+            delta = self.scale[module] * (B @ A)
+            pristine = self._pristine[module]
+            weight.copy_(pristine.float() + (delta.mT if self._transposed(module) else delta))
+        self._folded = name
+
+    def _weight(self, module: str) -> Tensor:
+        return cast(Tensor, cast(Any, self._layer(module)).base_layer.weight)
+
+    def _transposed(self, module: str) -> bool:
+        """GPT-2's Conv1D keeps its weight as [in, out]."""
+        return bool(getattr(self._layer(module), "fan_in_fan_out", False))
+
+    def _layer(self, module: str) -> nn.Module:
+        return self.module.get_submodule(PEFT_PREFIX + module)
 
     def state(self) -> State:
         """A float32 copy of every adapter and head tensor, on the CPU."""
@@ -328,6 +362,31 @@ def save_adapter(loaded: LoadedModel, state: State, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded.module.save_pretrained(str(temporary))
+    if any(residual_of(state, module) is not None for module in modules(state)):
+        _widen_adapter(temporary, loaded, state)
     if path.exists():
         raise FileExistsError(f"{path} exists; a run never overwrites an adapter")
     temporary.replace(path)
+
+
+def _widen_adapter(path: Path, loaded: LoadedModel, state: State) -> None:
+    """Put the residual into the saved adapter as further directions: [B, R_B]·[A; R_A] with peft's own rank and alpha patterns."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(str(path / "adapter_model.safetensors"))
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    for module in modules(state):
+        if (residual := residual_of(state, module)) is None:
+            continue
+        B = torch.cat([state[f"{module}.lora_B"], residual[0]], 1)
+        A = torch.cat([state[f"{module}.lora_A"], residual[1]], 0)
+        for part, value in (("lora_A", A), ("lora_B", B)):
+            key = f"{PEFT_PREFIX}{module}.{part}.weight"
+            if key not in tensors:
+                raise ValueError(f"{key} is not in the saved adapter; its format is not the one this was written for")
+            tensors[key] = value.contiguous()
+        rank = len(A)
+        config["rank_pattern"][module] = rank
+        config["alpha_pattern"][module] = loaded.scale[module] * (rank**0.5 if config["use_rslora"] else rank)
+    save_file(tensors, str(path / "adapter_model.safetensors"), metadata={"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
