@@ -270,7 +270,9 @@ def _rdp_curve(work: _Work, relation: Relation, orders: tuple[int, ...] | None =
 def _prv(work: _Work, delta: float, relation: Relation, interval: float) -> float:
     from opacus.accountants import PRVAccountant
 
-    if _widest(work, relation) > 500:  # Opacus takes exp of losses in float64; past 700 that overflows, and its ε falls below the truth
+    steps = sum(steps for _, _, steps in work.poisson)
+    # Opacus takes exp of losses in float64; past 700 that overflows, and its ε falls below the truth. Its grid grows with √steps.
+    if _widest(work, relation) > 500 or steps > TOO_MANY_STEPS:
         return _rdp(work, delta, relation, interval)
     accountant = PRVAccountant()
     accountant.history = [(_relative(sigma, relation), q, steps) for q, sigma, steps in work.poisson]
