@@ -23,6 +23,8 @@ SAMPLERS = ("poisson", "fixed_wor", "shuffle", "full")
 FINE = 1e-4  # PLD grid of a reported number; a coarser grid gives a slightly larger upper bound, sooner
 COARSE = 1e-3
 LEAST_SIGMA, MOST_SIGMA = 1e-3, 1e6  # below the one nothing is promised; above the other, amplification is not worth a grid
+MANY_STEPS = 20_000  # from here on the grid's surplus may exceed what RDP gives away; both are upper bounds, so the smaller one counts
+TOO_MANY_STEPS = 10_000_000  # a PLD of so many compositions would exhaust memory: RDP alone
 GRID_POINTS = 2**18  # at most, per composed PLD: a grid is made coarser rather than memory exhausted
 
 
@@ -225,12 +227,16 @@ def _pld(work: _Work, delta: float, relation: Relation, interval: float) -> floa
         from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
         return float(get_epsilon_gaussian(1 / work.mu, delta)) * (1 + 1e-9)  # exact (Balle and Wang, 2018) up to the root's tolerance
+    steps = sum(steps for _, _, steps in work.poisson)
+    bound = _rdp(work, delta, relation, interval) if steps > MANY_STEPS else math.inf
+    if steps > TOO_MANY_STEPS:
+        return bound
     grid = interval * _coarsening(_widest(work, relation), interval)
     parts = [_base_pld(q, sigma, relation, grid).self_compose(steps) for q, sigma, steps in work.poisson]
     if work.mu > 0:
         parts.append(_base_pld(1.0, 1 / work.mu, "add_remove", grid))
     composed = reduce(lambda left, right: left.compose(right), parts)
-    result = float(composed.get_epsilon_for_delta(delta))
+    result = min(bound, float(composed.get_epsilon_for_delta(delta)))
     return result if math.isfinite(result) else _rdp(work, delta, relation, interval)  # δ below the tails that a PLD cuts
 
 
@@ -241,7 +247,10 @@ def _widest(work: _Work, relation: Relation) -> float:
 
 
 def _rdp(work: _Work, delta: float, relation: Relation, interval: float) -> float:
-    return float(_rdp_curve(work, relation).get_epsilon(delta))
+    try:
+        return float(_rdp_curve(work, relation).get_epsilon(delta))
+    except OverflowError:  # more steps than a double can count
+        return math.inf
 
 
 def _rdp_curve(work: _Work, relation: Relation, orders: tuple[int, ...] | None = None) -> Any:
@@ -261,7 +270,9 @@ def _rdp_curve(work: _Work, relation: Relation, orders: tuple[int, ...] | None =
 def _prv(work: _Work, delta: float, relation: Relation, interval: float) -> float:
     from opacus.accountants import PRVAccountant
 
-    if _widest(work, relation) > 500:  # Opacus takes exp of losses in float64; past 700 that overflows, and its ε falls below the truth
+    steps = sum(steps for _, _, steps in work.poisson)
+    # Opacus takes exp of losses in float64; past 700 that overflows, and its ε falls below the truth. Its grid grows with √steps.
+    if _widest(work, relation) > 500 or steps > TOO_MANY_STEPS:
         return _rdp(work, delta, relation, interval)
     accountant = PRVAccountant()
     accountant.history = [(_relative(sigma, relation), q, steps) for q, sigma, steps in work.poisson]

@@ -7,23 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlab.config import RunConfig
-from fedlab.errors import ConfigError
 from fedlab.run.directory import RunDirectory, jsonable
 
 
 def audit_directory(path: Path, keys: Path | None, as_json: bool) -> bool:
     """Audit a run from its files alone; True if something is wrong."""
-    from fedlab.privacy.audit.run import audit_run, render
+    from fedlab.privacy.audit.run import audit_run, load_keys, render
 
-    published = None
-    if keys is not None:
-        try:
-            published = json.loads(keys.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--keys {str(keys)!r} cannot be read as JSON: {error}") from None
-        if not isinstance(published, dict):
-            raise ConfigError(f"--keys {str(keys)!r} must hold an object: client → public key in hexadecimal")
-    found = audit_run(path, published)
+    found = audit_run(path, load_keys(keys) if keys else None)
     print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else render(found))
     return bool(found.findings)
 

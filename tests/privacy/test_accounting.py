@@ -213,3 +213,16 @@ def test_unreachable_targets_and_bad_arguments():
     for bad in ({"epsilon": 0.0}, {"delta": 0.0}, {"delta": 1.0}, {"q": 2.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             calibrate_sigma(**{"q": 0.1, "steps": 10, "epsilon": 1.0, "delta": 1e-5, **bad})
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp", "prv"])
+@pytest.mark.parametrize(
+    "event", [Event("poisson", 1e-9, 0.5, 2**53 - 1), Event("poisson", 0.5, 1.0, 2**53 - 1), Event("full", 1.0, 1.0, 2**53 - 1)]
+)
+def test_absurdly_many_steps_have_an_answer(accountant, event: Event):
+    assert epsilon([event], 1e-5, accountant) > (1 if event.q < 1e-3 else 100)
+
+
+def test_pld_never_exceeds_rdp_at_a_million_tiny_steps():
+    event = Event("poisson", 1e-4, 2.0, 10**6)
+    assert 0 < epsilon([event], 1e-5, "pld") <= epsilon([event], 1e-5, "rdp")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -146,16 +147,20 @@ def _authentic(body: dict[str, Any], raw: bytes) -> tuple[str | None, bool]:
     return (None if straight else "is not in canonical form (spaces, order of keys, escapes)"), True
 
 
-def _file_key(bodies: Mapping[int, dict[str, Any]], vouched: set[int], first: str, expected: str | None) -> str | None:
-    """The key that the file is signed with: its first line's if that line is authentic, else the one under which most lines are."""
+def _file_key(data: bytes, bodies: Mapping[int, dict[str, Any]], vouched: set[int], first: str, expected: str | None) -> str | None:
+    """The key that the file is signed with: its first line's if that line is authentic, else the one under which most lines are.
+
+    None if the first line is damaged and no key that the file or the caller names fits any line: then signatures cannot be judged.
+    """
     start = bodies.get(1, {})
     if 1 in vouched and start.get("type") == first and signed(start, start.get("key")):
         return str(start["key"])
-    named = [body["key"] for body in bodies.values() if body.get("type") == first and isinstance(body.get("key"), str)]
-    candidates = list(dict.fromkeys([*named, *([expected] if expected else [])]))[:8]
-    counts = {key: sum(signed(bodies[n], key) for n in vouched) for key in candidates}
+    named = (match.decode() for match in re.findall(rb'"key":"([0-9a-f]{64})"', data))
+    counts = {
+        key: sum(signed(bodies[n], key) for n in vouched) for key in list(dict.fromkeys([*named, *([expected] if expected else [])]))[:8]
+    }
     best = max(counts, key=lambda key: counts[key], default=None)
-    return best if best is not None and counts[best] else expected or best
+    return best if best is not None and (counts[best] or (1 in vouched and start.get("type") == first)) else None
 
 
 def read_chain(
@@ -181,7 +186,7 @@ def read_chain(
             vouched.add(number)
     if torn:
         faults[len(raws)] = f"is torn: {len(torn)} bytes without a newline at the end"
-    key = _file_key(bodies, vouched, first, expected)
+    key = _file_key(data, bodies, vouched, first, expected)
     whole = [] if raws else [Finding(where, None, "the file is empty")]
     owners = Counter(bodies[n]["owner"] for n in sorted(vouched))
     swapped = bool(owners) and owner not in owners
@@ -207,6 +212,8 @@ def read_chain(
         if n in sound:
             faults[n] = f"{faults[n]}; {text}" if n in faults else text
     faults |= _datasets(sound, faults)
+    if raws and key is None and 1 not in faults:
+        faults[1] = f"no key is known for this file: its first line must be a {first}"
     findings = [*whole, *(Finding(where, n, faults[n]) for n in sorted(faults))]
     holes = gap or swapped or not raws or unreadable > 0 or len(sound) < len(raws)
     ordered = tuple(sorted(lines, key=lambda line: (line.seq, line.number)))
@@ -217,7 +224,7 @@ def _stranger(body: Mapping[str, Any], owner: str, key: str | None, first: str) 
     """What is wrong with a line that is consistent in itself, if the file's owner did not sign it."""
     if body["owner"] != owner:
         return f"is foreign: it belongs to {body['owner']!a}"
-    if signed(body, key):
+    if key is None or signed(body, key):
         return None
     if body.get("type") == first and body.get("key") != key and signed(body, body.get("key")):
         return "is foreign: it is signed with another key than the file's"

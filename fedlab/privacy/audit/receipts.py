@@ -47,7 +47,7 @@ def read_receipts(chain: Chain) -> Receipts:
     def report(line: Line, message: str) -> None:
         findings.append(Finding(WHERE, line.number, message))
 
-    if lines and lines[0].number == 1 and lines[0].kind != "START":
+    if lines and lines[0].seq == 0 and lines[0].kind != "START":
         report(lines[0], f"the first line is {lines[0].kind}, it must be a START")
     heads: dict[tuple[str, int], Line] = {}
     for line in lines:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -60,8 +61,10 @@ def recompute(events: Iterable[Event], delta: float) -> Recomputed:
     | σ = 0 (or below 10⁻³), or δ = 0 | inf |
     """
     counts: Counter[tuple[str, float, float]] = Counter()
+    steps: Counter[tuple[str, float, float]] = Counter()
     for event in events:
         if event.steps and event.q:
+            steps[event.sampler, event.q, event.sigma] += event.steps
             counts[event.sampler, event.q, event.sigma] += event.steps if event.sampler != "shuffle" else _passes(event)
     sampled: list[tuple[float, float, int]] = []
     plain: list[float] = []
@@ -69,9 +72,7 @@ def recompute(events: Iterable[Event], delta: float) -> Recomputed:
     for (sampler, q, sigma), times in counts.items():
         square = {"poisson": 1.0, "full": 1.0, "fixed_wor": 4.0, "shuffle": 5.0}[sampler]
         amount = times * square / sigma / sigma if sigma >= LITTLE_NOISE else math.inf
-        everything.append(
-            max(amount, times * math.floor(1 / max(q, 1e-15)) / max(sigma, LITTLE_NOISE) ** 2 if sampler == "shuffle" else 0.0)
-        )
+        everything.append(max(amount, steps[sampler, q, sigma] / sigma / sigma) if sigma >= LITTLE_NOISE else math.inf)
         if sampler == "poisson" and q < 1 and LITTLE_NOISE <= sigma <= MUCH_NOISE:
             sampled.append((q, sigma, times))
         else:
@@ -110,7 +111,9 @@ def _steps(spent: _Spent) -> int:
 def _try(run: Callable[[], float]) -> float:
     """A library's number, or NaN where it fails or answers with none: they do at the edges, each at others."""
     try:
-        value = float(run())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Opacus warns of its logarithms of zero, and of its orders
+            value = float(run())
     except (ArithmeticError, ValueError, RuntimeError, MemoryError, IndexError):
         return math.nan
     return max(0.0, value) if math.isfinite(value) else math.nan

@@ -86,7 +86,7 @@ class _State:
 def read_ledger(chain: Chain) -> Ledger:
     """Apply the rules to a verified file. Never raises for a chain that ``read_chain`` returned."""
     state = _State(chain)
-    if chain.lines and chain.lines[0].number == 1 and chain.lines[0].kind != "PLAN":
+    if chain.key and chain.lines and chain.lines[0].seq == 0 and chain.lines[0].kind != "PLAN":
         state.report(chain.lines[0], f"the first line is {chain.lines[0].kind}, it must be a PLAN")
     handlers = {"PLAN": _plan, "CHARGE": _charge, "COMMIT": _commit, "ABORT": _abort, "RELEASE": _release}
     for line in chain.lines:

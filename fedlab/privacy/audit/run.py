@@ -45,8 +45,8 @@ class RunAudit:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Strict JSON: an infinite ε is the string ``inf``."""
-        plain: dict[str, Any] = _strict(asdict(self))
+        """Strict JSON: an infinite ε is the string ``inf``, a finding is its sentence (``client-3: line 17: …``)."""
+        plain: dict[str, Any] = _strict(asdict(self) | {"findings": [str(finding) for finding in self.findings]})
         return plain
 
 
@@ -183,7 +183,7 @@ def _files(audit: _Audit, files: Mapping[str, Path], keys: Mapping[str, str] | N
             continue
         ledger = ledgers[name] = read_ledger(read_chain(raw, name, name, CLIENT, "PLAN", published.get(name) or named.get(name)))
         audit.findings += ledger.findings
-        if receipts and receipts.start and not ledger.chain.swapped and ledger.chain.key != named.get(name):
+        if receipts and receipts.start and not ledger.chain.swapped and ledger.chain.key not in (None, named.get(name)):
             where = "START names no such client" if name not in named else "it is signed with another key than START names for this client"
             audit.find(name, f"{where} ({WHERE} line {receipts.start.number})")
     for name in sorted(named.keys() | ledgers.keys()) if keys is not None else ():

@@ -172,6 +172,10 @@ def problem(line: Mapping[str, Any], types: Mapping[str, Mapping[str, Check]]) -
     return None if text is None else f"{kind} {text}"
 
 
+def _receipt(value: Any) -> str | None:
+    return problem(value, {"RECEIPT": SERVER["RECEIPT"]}) if isinstance(value, dict) else f"must be an object, got {_shown(value)}"
+
+
 CLIENT: Mapping[str, Mapping[str, Check]] = {
     "PLAN": {
         "key": _KEY, "unit": _one_of("example", "client"), "relation": _one_of("add_remove"), "event": _EVENT,
@@ -182,8 +186,7 @@ CLIENT: Mapping[str, Mapping[str, Check]] = {
     "CHARGE": {"round": _COUNT, "plan": _HASH, "event": _EVENT, "in": _DIGEST, "filter": _one_of("rdp", "pld", "none")},
     "COMMIT": {"charge": _HASH, "steps": _integer(0), "out": _DIGEST},
     "ABORT": {"charge": _HASH, "reason": _text},
-    "RELEASE": {"commit": _HASH, "receipt": lambda value: "must be an object" if not isinstance(value, dict) else problem(value, _RECEIPT)},
+    "RELEASE": {"commit": _HASH, "receipt": _receipt},
     "REFUSE": {"round": _integer(0), "kind": _one_of("budget-exhausted", "plan-mismatch", "participations"), "reason": _text},
     "RECOVER": {"bytes": _COUNT, "lost": _HASH},
 }  # fmt: skip
-_RECEIPT = {"RECEIPT": SERVER["RECEIPT"]}

@@ -1,0 +1,167 @@
+"""A small writer of ledgers for tests, from ``docs/ledger.md`` alone: it shares nothing with the product on either side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+RUN, DATA, ZEROS = "ab" * 16, "d1" * 32, "0" * 64
+SCOPE = "5c" * 32
+
+
+def private(name: str) -> Ed25519PrivateKey:
+    """A key that depends on the name only."""
+    return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
+
+
+def public(name: str) -> str:
+    return private(name).public_key().public_bytes_raw().hex()
+
+
+def dump(line: dict[str, Any]) -> str:
+    return json.dumps(line, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def sha(text: str | bytes) -> str:
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+
+
+def seal(line: dict[str, Any], name: str) -> dict[str, Any]:
+    """Hash and sign a line by the key of ``name``."""
+    body = {key: value for key, value in line.items() if key not in ("hash", "sig")}
+    body["hash"] = sha(dump(body))
+    return {**body, "sig": private(name).sign(b"fedlab-ledger-v1:" + body["hash"].encode()).hex()}
+
+
+def event(q: float = 0.02, sigma: float = 1.0, steps: int = 5, sampler: str = "poisson") -> dict[str, Any]:
+    return {"sampler": sampler, "q": q.hex(), "sigma": sigma.hex(), "steps": steps}
+
+
+class File:
+    """One file under construction; every method appends a line and returns it."""
+
+    def __init__(self, owner: str, key: str | None = None, dataset: str = DATA, run: str = RUN):
+        self.owner, self.key, self.dataset, self.run, self.lines = owner, key or owner, dataset, run, []
+
+    def add(self, kind_: str, **more: Any) -> dict[str, Any]:
+        prev = self.lines[-1]["hash"] if self.lines else ZEROS
+        line = {"v": 1, "seq": len(self.lines), "prev": prev, "type": kind_, "time": "2026-11-23T14:20:01Z", "run": self.run}
+        self.lines.append(seal({**line, "owner": self.owner, "dataset": self.dataset, **more}, self.key))
+        return self.lines[-1]
+
+    @property
+    def bytes(self) -> bytes:
+        return "".join(dump(line) + "\n" for line in self.lines).encode()
+
+    def plan(self, happens: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        self.planned = happens or event()
+        fields = {
+            "key": public(self.key), "unit": "example", "relation": "add_remove", "event": self.planned, "clip": 1.0.hex(),
+            "normaliser": 16.0.hex(), "delta": 1e-5.hex(), "n": 1000, "participations": 10, "scope": SCOPE, "budget": None,
+            "noise": "secure", "content": None, "code": {"fedlab": "0.1.0"},
+        }  # fmt: skip
+        return self.add("PLAN", **{**fields, **more})
+
+    def charge(self, round_: int, state: str = "", **more: Any) -> dict[str, Any]:
+        plan = [line for line in self.lines if line["type"] == "PLAN"][-1]
+        fields = {"round": round_, "plan": plan["hash"], "event": self.planned, "in": state or sha(f"state {round_}"), "filter": "none"}
+        return self.add("CHARGE", **{**fields, **more})
+
+    def commit(self, charge: dict[str, Any], **more: Any) -> dict[str, Any]:
+        fields = {"charge": charge["hash"], "steps": charge["event"]["steps"], "out": sha(f"{self.owner} {charge['seq']}")}
+        return self.add("COMMIT", **{**fields, **more})
+
+    def release(self, commit: dict[str, Any], receipt: dict[str, Any]) -> dict[str, Any]:
+        return self.add("RELEASE", commit=commit["hash"], receipt=receipt)
+
+
+class Server(File):
+    """``receipts.jsonl`` under construction."""
+
+    def __init__(self, clients: list[str], unit: str = "example"):
+        super().__init__("server", dataset=ZEROS)
+        self.add("START", key=public("server"), unit=unit, clients={name: public(name) for name in clients})
+
+    def receipt(self, client_: str, round_: int, commit: dict[str, Any], **more: Any) -> dict[str, Any]:
+        fields = {"key": public("server"), "round": round_, "client": client_, "number": commit["seq"], "head": commit["hash"]}
+        return self.add("RECEIPT", **{**fields, "out": commit["out"], **more})
+
+    def round(self, round_: int, clients: list[str], **more: Any) -> dict[str, Any]:
+        fields = {"round": round_, "in": sha(f"state {round_}"), "out": sha(f"state {round_ + 1}"), "clients": clients}
+        return self.add("ROUND", **{**fields, **more})
+
+
+def client_file(rounds: int = 2, owner: str = "client-0", **plan: Any) -> File:
+    """PLAN, then CHARGE, COMMIT, RELEASE per round; the receipts are of a server whose file is elsewhere."""
+    file, server = File(owner), Server([owner])
+    file.plan(**plan)
+    for r in range(1, rounds + 1):
+        commit = file.commit(file.charge(r))
+        file.release(commit, server.receipt(owner, r, commit))
+    return file
+
+
+def write_run(
+    root: Path, clients: int = 3, rounds: int = 2, epsilon: dict[str, float] | None = None, events: dict[str, dict[str, Any]] | None = None,
+    unit: str = "example", **plan: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A whole intact run directory. Everybody takes part in every round but the last client, who has done nothing yet.
+
+    ``epsilon``: what result.json claims per client. Returns {"server": Server, "files": {owner: File}}.
+    """
+    names = [f"client-{i}" for i in range(clients)]
+    owners = names[:-1] if unit == "example" else ["server"]
+    server, files = Server(names, unit), {name: File(name) for name in owners}
+    for name, file in files.items():
+        file.plan((events or {}).get(name), unit=unit, **plan)
+    for r in range(1, rounds + 1):
+        for name, file in files.items():
+            commit = file.commit(file.charge(r))
+            if unit == "example":
+                file.release(commit, server.receipt(name, r, commit))
+        server.round(r, names[:-1])
+    for name in ("ledger", "adapter"):
+        (root / name).mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (root / "adapter" / name).write_bytes(name.encode() * 50)
+    finish(root, server, files)
+    claims = {name: {"epsilon": (epsilon or {}).get(name, 0.0), "delta": 1e-5, "participations": rounds} for name in names}
+    claims[names[-1]]["participations"] = 0 if unit == "example" else rounds
+    write_claims(root, claims)
+    (root / "run.toml").write_text(f'[run]\nname = "t"\n[privacy]\nunit = "{unit}"\n')
+    (root / "environment.json").write_text(json.dumps({"run_id": RUN}))
+    return {"server": server, "files": files}
+
+
+def finish(root: Path, server: Server, files: dict[str, File]) -> None:
+    """FINAL, and every file to disk."""
+    heads = {name: [file.lines[-1]["seq"], file.lines[-1]["hash"]] for name, file in files.items()}
+    paths = [path.relative_to(root).as_posix() for path in (root / "adapter").iterdir()]
+    hashes = {path: sha((root / path).read_bytes()) for path in paths}
+    server.add("FINAL", heads=heads, files=hashes, state=sha("final"), status="completed")
+    write(root, server, files)
+
+
+def write(root: Path, server: Server, files: dict[str, File]) -> None:
+    (root / "receipts.jsonl").write_bytes(server.bytes)
+    for name, file in files.items():
+        (root / "ledger" / f"{name}.jsonl").write_bytes(file.bytes)
+
+
+def write_claims(root: Path, claims: dict[str, dict[str, Any]]) -> None:
+    """result.json and PRIVACY.md."""
+    top = max(claim["epsilon"] for claim in claims.values())
+    result = {"status": "completed", "epsilon": top, "adapter_digest": sha("final"), "clients": claims}
+    (root / "result.json").write_text(json.dumps(result))
+    rows = [f"| {name} | {up(claim['epsilon']):.4f} | {claim['delta']:g} | x |" for name, claim in claims.items()]
+    (root / "PRIVACY.md").write_text("# Privacy\n\n| client | ε | δ | … |\n|---|---|---|---|\n" + "\n".join(rows) + "\n")
+
+
+def up(value: float) -> float:
+    """Rounded up to four decimals."""
+    rounded = round(value, 4)
+    return rounded if rounded >= value else rounded + 1e-4
