@@ -62,7 +62,7 @@ class LoraSection(_Section):
     target_modules: str | tuple[str, ...] = Field(default="auto", description='"auto", "all-linear", or module names')
     dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False
-    init_a: Literal["orthonormal", "kaiming"] = "orthonormal"
+    init_a: Literal["orthonormal", "kaiming", "weights"] = "orthonormal"
     layers_to_transform: tuple[int, ...] | None = None
 
 

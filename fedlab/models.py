@@ -224,11 +224,21 @@ class LoadedModel:
         return bool(getattr(self._layer(module), "fan_in_fan_out", False))
 
     def _layer(self, module: str) -> nn.Module:
-        return self.module.get_submodule(PEFT_PREFIX + module)
+        return cast(nn.Module, self.module.get_submodule(PEFT_PREFIX + module))
 
     def state(self) -> State:
         """A float32 copy of every adapter and head tensor, on the CPU."""
         return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.parameters.items()}
+
+    def leading_inputs(self, module: str, rank: int) -> Tensor:
+        """The ``rank`` leading right singular vectors of a module's pristine weight, as orthonormal rows [rank, n], signs fixed."""
+        pristine: Tensor = self._pristine.get(module, self._weight(module))
+        weight = pristine.detach().to("cpu", torch.float64)
+        weight = weight.mT if self._transposed(module) else weight  # [m, n]
+        _, vectors = torch.linalg.eigh(weight.mT @ weight)  # ascending
+        rows: Tensor = vectors.mT.flip(0)[:rank]
+        largest = torch.gather(rows, 1, rows.abs().argmax(1, keepdim=True))
+        return (rows * torch.where(largest < 0, -1.0, 1.0)).float()
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits [N, labels] of one padded batch (``labels`` in it is ignored)."""
@@ -329,22 +339,30 @@ def _float32_head(loaded: LoadedModel) -> None:
         owner.register_forward_pre_hook(lambda _, args: tuple(a.float() if a.is_floating_point() else a for a in args))
 
 
+def draw_a(kind: str, shape: tuple[int, ...], seed: int, *names: str | int) -> Tensor:
+    """A random A [r, n] from the stream of these names: ``orthonormal`` rows, or ``kaiming`` (peft's own, rows of norm about 1/√3)."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, *map(str, names)) % 2**63)
+    if kind == "orthonormal":
+        return orthonormal_rows(torch.randn(shape, generator=generator, dtype=torch.float64)).float()
+    bound = (1 / shape[1]) ** 0.5  # Kaiming uniform with a = √5
+    return (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1).mul(bound).float()
+
+
 def initial_state(loaded: LoadedModel, lora: LoraSection, seed: int) -> State:
     """Round 0's adapter and head: A as ``lora.init_a`` says, B = 0, head weights N(0, 0.02²), head biases 0, gains 1.
 
-    ``kaiming`` is peft's own start (rows of norm about 1/√3); ``orthonormal`` has orthonormal rows, FedSVD's fixed point.
+    ``kaiming`` is peft's own start (rows of norm about 1/√3); ``orthonormal`` has orthonormal rows, FedSVD's fixed point; ``weights``
+    takes the base weight's r leading right singular vectors, which costs no privacy because it looks at no data.
     Each tensor is drawn from a stream of its own name, so adding a module changes no other.
     """
     state: State = {}
     for name, parameter in sorted(loaded.parameters.items()):
         generator = torch.Generator().manual_seed(stream_seed(seed, "init", name) % 2**63)
         if name.endswith(".lora_A"):
-            if lora.init_a == "orthonormal":
-                drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                state[name] = orthonormal_rows(drawn).float()
+            if lora.init_a == "weights":
+                state[name] = loaded.leading_inputs(name.removesuffix(".lora_A"), parameter.shape[0])
             else:
-                bound = (1 / parameter.shape[1]) ** 0.5  # Kaiming uniform with a = √5
-                state[name] = (torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1).mul(bound).float()
+                state[name] = draw_a(lora.init_a, parameter.shape, seed, "init", name)
         elif name.endswith((".lora_B", "bias")):
             state[name] = torch.zeros(parameter.shape)
         elif parameter.ndim == 1:  # the gain of a normalisation layer in the head

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from strategies.base import LoraStrategy
 from strategies.fedavg import FedAvg
+from strategies.fedex import FedEx
 from strategies.fedsvd import FedSVD
 from strategies.ffa import FFALora
+from strategies.flexlora import FlexLora
+from strategies.flora import FLora
 from strategies.head import HeadOnly
+from strategies.rolora import RoLora
 
 STRATEGIES: dict[str, type[LoraStrategy]] = {
     "fedavg": FedAvg,
     "ffa": FFALora,
     "fedsvd": FedSVD,
+    "fedex": FedEx,
+    "flora": FLora,
+    "flexlora": FlexLora,
+    "rolora": RoLora,
     "head": HeadOnly,
 }
 

@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import Strategy
 from pydantic import ConfigDict
 
 from fedlab.config import RunConfig
-from fedlab.errors import FedlabError, PrivacyError
+from fedlab.errors import ConfigError, FedlabError, PrivacyError
 from fedlab.lora.average import client_weights, weighted_mean
 from fedlab.lora.state import State, check_update, digest, from_wire, nbytes, select, to_wire
 from fedlab.privacy.client_level import make_client_plan
@@ -67,16 +67,29 @@ class LoraStrategy(Strategy):
     """Base of the strategies. Subclasses set ``trains`` and override ``aggregate``; ``Options`` are their own keys."""
 
     trains: ClassVar[frozenset[str]] = frozenset({"lora_A", "lora_B"})
+    linear: ClassVar[bool] = True  # aggregate depends on the updates through their weighted mean alone: what client-level DP can noise
     Options: ClassVar[type[NoOptions]] = NoOptions
 
     def __init__(self, config: RunConfig, federation: Federation) -> None:
         self.config, self.federation = config, federation
+        self.check(config)
+        if config.private and self.factors(config) >= {"lora_A", "lora_B"}:
+            logger.warning("%s trains A and B under DP: their product squares the noise; ffa or fedsvd train B alone", config.strategy.name)
         self.client_plan = make_client_plan(config) if config.privacy.unit == "client" else None
         self.sent_digest = ""  # of the state as this round's clients received it
         self.options = self.Options(**config.strategy.options)
         self.train_outcome, self.evaluate_outcome = TrainOutcome(), EvaluateOutcome()
         self._sent: dict[int, list[str]] = {}  # node → cohort of the messages under way
         self._state: State = {}
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise ConfigError for settings that make no sense with this strategy, before anything is started."""
+        if config.privacy.unit == "client" and not cls.linear:
+            raise ConfigError(
+                f'strategy.name = "{config.strategy.name}" needs each client\'s own factors, but under privacy.unit = "client" the server '
+                "noises one mean; use fedavg, ffa, fedsvd, rolora or head"
+            )
 
     def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
         """New global state from the old one and the clients' changes. Pure: same arguments, same bits.
@@ -86,19 +99,24 @@ class LoraStrategy(Strategy):
         mean = weighted_mean(updates, weights)
         return {name: value + mean[name] if name in mean else value for name, value in state.items()}
 
-    def trained_names(self, state: State) -> list[str]:
-        """Names of the tensors that clients train and send back."""
+    def trained_names(self, state: State, server_round: int = 1) -> list[str]:
+        """Names of the tensors that clients train and send back in a round."""
         return sorted(select(state, self.trained_parts(self.config)))
 
     @classmethod
     def trained_parts(cls, config: RunConfig) -> list[str]:
         """``lora_A``, ``lora_B``, ``head``: the most that clients are ever asked to train; what a privacy plan's scope covers."""
-        return sorted(set(cls.trains) | ({"head"} if config.train.head == "train" else set()))
+        return sorted(cls.factors(config) | ({"head"} if config.train.head == "train" else set()))
+
+    @classmethod
+    def factors(cls, config: RunConfig) -> frozenset[str]:
+        """Which factors are trained under this configuration."""
+        return cls.trains
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """One message per node that hosts a client of this round."""
         self._state = from_record(arrays, "float32")
-        trained = self.trained_names(self._state)
+        trained = self.trained_names(self._state, server_round)
         cohorts = self.federation.cohorts(self.federation.draw(server_round))
         count = sum(map(len, cohorts.values()))
         wire = self.config.run.wire_dtype
@@ -110,7 +128,7 @@ class LoraStrategy(Strategy):
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every reply, then aggregate. (None, None) if no update was usable; ``train_outcome`` says why."""
-        outcome, trained = self.train_outcome, self.trained_names(self._state)
+        outcome, trained = self.train_outcome, self.trained_names(self._state, server_round)
         for node, reply in self._by_node(replies, outcome.excluded).items():
             self._collect_train(server_round, node, reply, trained, outcome)
         outcome.updates = dict(sorted(outcome.updates.items(), key=lambda item: client_order(item[0])))

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlab.seeds import client_order
+
 State = dict[str, Tensor]
 
 PARTS = ("lora_A", "lora_B", "head")
@@ -100,6 +102,18 @@ def effective_delta(state: Mapping[str, Tensor], module: str, scale: float) -> T
     if (residual := residual_of(state, module)) is not None:
         delta = delta + residual[0] @ residual[1]
     return scale * delta
+
+
+def local_pairs(state: Mapping[str, Tensor], updates: Mapping[str, Mapping[str, Tensor]], module: str) -> list[tuple[Tensor, Tensor]]:
+    """(B_k, A_k) of one module as each client ended with it, float64, in client order: the factor received plus its change, if trained."""
+    names = f"{module}.lora_B", f"{module}.lora_A"
+
+    def trained(update: Mapping[str, Tensor], name: str) -> Tensor:
+        value = state[name].double()
+        return value + update[name].double() if name in update else value
+
+    clients = sorted(updates, key=client_order)
+    return [(trained(updates[c], names[0]), trained(updates[c], names[1])) for c in clients]
 
 
 def residual_of(state: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor] | None:

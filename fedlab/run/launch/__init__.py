@@ -105,6 +105,7 @@ def check_strategy(config: RunConfig) -> None:
             fields = ["name", "weights", *known[name].Options.model_fields]
             raise ConfigError(f'{unknown_key(f"strategy.{key}", key, fields)} (strategy "{name}")') from None
         raise ConfigError(f"strategy.{key}: {detail['msg'].replace('Input should', 'must')}, got {detail['input']!r}") from None
+    known[name].check(config)
 
 
 def _prepare_environment(config: RunConfig) -> None:
