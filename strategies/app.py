@@ -64,7 +64,7 @@ def _directory(context: Context) -> RunDirectory:
 
 
 def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float) -> dict[str, Any]:
-    from fedlab.models import save_adapter
+    from fedlab.adapters import save_adapter
     from fedlab.report.html import write_report
 
     save_adapter(rounds.session.model, rounds.state, directory.path / "adapter")

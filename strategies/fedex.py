@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fedlab.lora.exact import residual_of_mean
 from pydantic import Field
 
 from fedlab.config import RunConfig
+from fedlab.lora.exact import residual_of_mean
 from fedlab.lora.state import State, local_pairs, modules
 from strategies.base import LoraStrategy, NoOptions
 from strategies.folding import fold, in_order, require_float32
@@ -26,6 +26,8 @@ class FedExOptions(NoOptions):
 class FedEx(LoraStrategy):
     """W_t+1 = W_t + s·Σ p_k B_k·A_k for any number of clients that train both factors."""
 
+    effective: ClassVar[str] = "mean of products, exactly (residual)"
+    folds: ClassVar[bool] = True
     linear: ClassVar[bool] = False
     Options: ClassVar[type[NoOptions]] = FedExOptions
 

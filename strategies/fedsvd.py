@@ -53,6 +53,7 @@ class FedSVDOptions(NoOptions):
 class FedSVD(LoraStrategy):
     """B_t+1 = U_r Σ_r and A_t+1 = V_rᵀ of (Σ p_k B_k)·A_t (Eq. 7)."""
 
+    effective: ClassVar[str] = "mean of products, exactly"
     trains: ClassVar[frozenset[str]] = frozenset({"lora_B"})
     Options: ClassVar[type[NoOptions]] = FedSVDOptions
 

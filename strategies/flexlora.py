@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 
 from fedlab.lora.exact import mean_of_products
 from fedlab.lora.ranks import truncate
-
 from fedlab.lora.state import State, local_pairs, modules
 from strategies.base import LoraStrategy, NoOptions
 from strategies.folding import in_order
@@ -25,6 +24,7 @@ class FlexLoraOptions(NoOptions):
 class FlexLora(LoraStrategy):
     """B·A_t+1 = best approximation of rank r of Σ p_k B_k·A_k."""
 
+    effective: ClassVar[str] = "best of rank r of the mean of products"
     linear: ClassVar[bool] = False
     Options: ClassVar[type[NoOptions]] = FlexLoraOptions
 

@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from fedlab.adapters import draw_a
 from fedlab.config import RunConfig
 from fedlab.lora.exact import mean_of_products
 from fedlab.lora.state import State, local_pairs, modules
-from fedlab.models import draw_a
 from strategies.base import LoraStrategy, NoOptions
 from strategies.folding import fold, in_order, require_float32
 
@@ -31,6 +31,8 @@ class FLoraOptions(NoOptions):
 class FLora(LoraStrategy):
     """W_t+1 = W_t + s·Σ p_k B_k·A_k, then a new adapter."""
 
+    effective: ClassVar[str] = "mean of products, exactly (merged)"
+    folds: ClassVar[bool] = True
     linear: ClassVar[bool] = False
     Options: ClassVar[type[NoOptions]] = FLoraOptions
 

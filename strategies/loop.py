@@ -15,11 +15,11 @@ from typing import Any, cast
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
+from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.errors import RunFailed
 from fedlab.evaluate.classification import Scores, classify
 from fedlab.lora.state import State, digest
-from fedlab.models import initial_state
 from fedlab.privacy.ledger import Entry
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory

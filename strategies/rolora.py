@@ -5,12 +5,16 @@ The published order of some code trains A first, while B is still 0 and A's grad
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fedlab.lora.state import State, select
 from strategies.base import LoraStrategy
 
 
 class RoLora(LoraStrategy):
     """B·A of the mean is the mean of B_k·A, or of B·A_k."""
+
+    effective: ClassVar[str] = "mean of products, exactly"
 
     def trained_names(self, state: State, server_round: int = 1) -> list[str]:
         """One factor and the head."""

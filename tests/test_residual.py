@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedlab.adapters import initial_state, save_adapter
 from fedlab.config import RunConfig
 from fedlab.lora.state import effective_delta, modules, with_residual
-from fedlab.models import LoadedModel, _build, build, initial_state, save_adapter
+from fedlab.models import LoadedModel, _build, build
 
 
 def config(model: Path, *overrides: str) -> RunConfig:

@@ -25,13 +25,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
 from fedlab.data.collate import Tokens
 from fedlab.data.partition import Shards
 from fedlab.errors import ConfigError
 from fedlab.lora.state import PARTS, State, part_of
-from fedlab.models import LoadedModel, initial_state
+from fedlab.models import LoadedModel
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session

@@ -18,9 +18,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
 from clients.custody import Custody, code_versions
 from clients.train import train_cohort
+from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.lora.state import digest
-from fedlab.models import initial_state
 from fedlab.privacy.accounting import epsilon
 from fedlab.privacy.keys import load_or_create_key
 from fedlab.privacy.ledger import Ledger, check_chain, events, parse_lines

@@ -11,8 +11,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 import clients.train
 from clients.custody import Custody, code_versions
 from clients.train import train_cohort
+from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
-from fedlab.models import initial_state
 from fedlab.privacy.ledger import parse_lines
 from fedlab.session import open_session
 

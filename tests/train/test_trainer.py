@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.errors import RunFailed
-from fedlab.models import initial_state
 from fedlab.privacy.plan import DPPlan
 from fedlab.seeds import stream
 from fedlab.session import Session, open_session
