@@ -1,4 +1,4 @@
-"""Accuracy of the strategies on WordNet: {head, fedavg, ffa, fedsvd} × {no DP, ε = 6}, several seeds, learning rates tuned per method.
+"""Accuracy of the strategies on WordNet × {no DP, ε = 6}, several seeds, learning rates tuned per method.
 
     python simulations/benchmarks/wordnet_table.py                       # everything, about an hour and a half on two cores
     python simulations/benchmarks/wordnet_table.py --rounds 4 --seeds 1  # a quick look
@@ -26,6 +26,14 @@ METHODS = {
     "ffa (kaiming)": ["strategy.name=ffa", "lora.init_a=kaiming"],
     "ffa (orthonormal)": ["strategy.name=ffa", "lora.init_a=orthonormal"],
     "fedsvd": ["strategy.name=fedsvd", "lora.init_a=orthonormal"],
+    "fedsvd (A from weights)": ["strategy.name=fedsvd", "lora.init_a=weights"],
+    "fedsvd (moving, random)": ["strategy.name=fedsvd", "strategy.refresh={every=1, keep=4, source='random'}"],
+    "fedsvd (moving, weights)": ["strategy.name=fedsvd", "lora.init_a=weights", "strategy.refresh={every=1, keep=4, source='weights'}"],
+    "flora (B only)": ["strategy.name=flora", "strategy.train=B"],
+    "flora": ["strategy.name=flora"],
+    "fedex": ["strategy.name=fedex"],
+    "flexlora": ["strategy.name=flexlora"],
+    "rolora": ["strategy.name=rolora"],
 }
 PRIVACY: dict[str, list[str]] = {"no DP": ["privacy={unit='none'}"], "ε = 6": ["privacy.epsilon=6"]}
 TUNING_SEED = 1000
@@ -64,9 +72,8 @@ def main() -> None:
     for privacy in args.privacy:
         for method in args.methods:
             overrides = [*common, *METHODS[method], *PRIVACY[privacy]]
-            folder = args.out / f"{method}-{privacy}".replace(" ", "").replace("(", "-").replace(")", "").replace("=", "").replace(
-                "ε", "eps"
-            )
+            folder = args.out / f"{method}-{privacy}".replace("ε", "eps")
+            folder = folder.with_name("".join(c if c.isalnum() or c in "-." else "" for c in folder.name.replace("(", "-")))
 
             def result(rate: float, seed: int, name: str, *more: str) -> dict[str, object]:
                 rates = [f"train.lr={rate * ADAPTER_STEP.get(method, 1.0)}", f"train.head_lr={args.head_rate or rate}"]  # noqa: B023
