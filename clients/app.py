@@ -52,7 +52,7 @@ def evaluate(message: Message, context: Context) -> Message:
     if session.config.private and not session.config.privacy.share_metrics:
         raise PrivacyError("local accuracy is not covered by the noise; privacy.share_metrics = true would send it")
     with torch_threads(session.config.run.threads):
-        return Message(evaluate_cohort(session, cohort, message.content), reply_to=message)
+        return Message(evaluate_cohort(session, cohort, message.content, context), reply_to=message)
 
 
 def _open(message: Message, context: Context) -> tuple[Session, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -12,7 +13,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, Re
 
 from clients.custody import Custody
 from fedlab.errors import FedlabError, PrivacyError
-from fedlab.lora.state import State, digest, from_wire, to_wire
+from fedlab.lora.ranks import widen
+from fedlab.lora.state import State, digest, from_wire, select, to_wire
+from fedlab.personal import load_personal, save_personal
 from fedlab.privacy.guard import Refusal, public_reason
 from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session
@@ -36,12 +39,13 @@ def train_cohort(session: Session, cohort: list[str], content: RecordDict, conte
     refused: list[str] = []
     lines: dict[str, str] = {}
     exhausted: list[str] = []
+    home = personal_directory(order, context)
     guarded = session.config.private and session.config.privacy.unit == "example"
-    for client, known in zip(cohort, cast(list[int], order["known"]), strict=True):
+    for client, known, rank in zip(cohort, cast(list[int], order["known"]), cast(list[int], order["ranks"]), strict=True):
         custody: Custody | None = None
         try:
             custody = Custody(session, client, order, context) if guarded else None
-            results[client], wire = _train(session, client, state, order, custody)
+            results[client], wire = _train(session, client, state, order, rank, home, custody)
             updates |= {f"{client}/{name}": Array(value) for name, value in wire.items()}
             if custody and custody.exhausted(cast(int, order["round"]) + 1):
                 exhausted.append(client)
@@ -79,14 +83,21 @@ def train_cohort(session: Session, cohort: list[str], content: RecordDict, conte
 
 
 def _train(
-    session: Session, client: str, state: State, order: ConfigRecord, custody: Custody | None
+    session: Session, client: str, state: State, order: ConfigRecord, rank: int, home: Path, custody: Custody | None
 ) -> tuple[Trained, dict[str, np.ndarray]]:
-    """Train one client, charged and committed under DP; the result and what goes on the wire."""
+    """Train one client, charged and committed under DP; the result and what goes on the wire: the update without what the client keeps."""
     number, trained, wire_dtype = cast(int, order["round"]), cast(list[str], order["trained"]), cast(str, order["wire_dtype"])
+    keep = cast(list[str], order["keep"])
+    if not 1 <= rank <= session.config.lora.rank:
+        raise FedlabError(f"rank {rank} was asked for, outside [1, {session.config.lora.rank}]")
 
     def run(plan: DPPlan | None) -> tuple[Trained, dict[str, np.ndarray]]:
-        result = train_client(session.model, session.data, client, state, trained, session.config, number, plan)
-        return result, to_wire(result.update, wire_dtype)
+        start = state | (load_personal(home, client, number) if keep else {})
+        lower = rank if rank < session.config.lora.rank else None
+        result = train_client(session.model, session.data, client, start, trained, session.config, number, plan, rank=lower)
+        if own := select(result.update, keep):
+            save_personal(home, client, number, {name: start[name] + value for name, value in widen(own, start).items()})
+        return result, to_wire({name: value for name, value in result.update.items() if name not in own}, wire_dtype)
 
     if custody is None:
         return run(None)
@@ -95,6 +106,13 @@ def _train(
         result, wire = run(custody.plan)
         commit(result.steps, digest(from_wire(wire, wire_dtype)))
     return result, wire
+
+
+def personal_directory(order: ConfigRecord, context: Context) -> Path:
+    """Where this node's clients keep what is theirs alone: as the run says, or, on a node of one client, as its owner says."""
+    if "client" not in context.node_config:
+        return Path(str(order["personal"]))
+    return Path(str(context.node_config.get("personal", Path.home() / ".fedlab" / "personal"))) / str(order["run"])
 
 
 def received_state(content: RecordDict, wire_dtype: str) -> State:

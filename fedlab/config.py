@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import ConfigDict, Field, model_validator
 
 from fedlab.errors import ConfigError
+from fedlab.seeds import stream
 
 
 class _Section(pydantic.BaseModel):
@@ -102,6 +103,38 @@ class DataSection(_Section):
     revision: str | None = None
     text: str | tuple[str, ...] | None = Field(default=None, description="text column, or two for sentence pairs")
     label: str | None = None
+
+
+class ClientsSection(_Section):
+    """[clients]: what differs between clients."""
+
+    rank: dict[str, int] = Field(
+        default={},
+        description='of a client\'s adapter, by id ({"client-3" = 4}) or by share of the clients ({"50%" = 4}); others: lora.rank',
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ClientsSection:
+        shares = [key for key in self.rank if key.endswith("%")]
+        for key, rank in self.rank.items():
+            if not (_percent(key) if key.endswith("%") else key.startswith("client-") and key[7:].isdigit()):
+                raise ValueError(f'rank: {key!r} is neither a client, such as "client-3", nor a share, such as "50%"')
+            if rank < 1:
+                raise ValueError(f"rank: {key} must have a rank >= 1, got {rank}")
+        if shares and len(shares) < len(self.rank):
+            raise ValueError(f"rank: name clients or shares, not both: {', '.join(self.rank)}")
+        if (total := sum(_percent(key) for key in shares)) > 100:
+            raise ValueError(f"rank: the shares add up to {total:g} %, more than all clients")
+        return self
+
+
+def _percent(share: str) -> float:
+    """ "50%" → 50.0; 0 for what is no share in (0, 100]."""
+    try:
+        value = float(share.removesuffix("%"))
+    except ValueError:
+        return 0.0
+    return value if 0 < value <= 100 else 0.0
 
 
 class StrategySection(pydantic.BaseModel):
@@ -201,6 +234,7 @@ class RunConfig(_Section):
     model: ModelSection = ModelSection()
     lora: LoraSection
     data: DataSection = DataSection()
+    clients: ClientsSection = ClientsSection()
     strategy: StrategySection = StrategySection()
     train: TrainSection
     privacy: PrivacySection = PrivacySection()
@@ -217,6 +251,13 @@ class RunConfig(_Section):
             raise ValueError(
                 'run.sampling = "poisson" amplifies client-level DP only: participation is visible to the server; use balanced or uniform'
             )
+        for key, rank in self.clients.rank.items():
+            if rank > self.lora.rank:
+                raise ValueError(f"clients.rank: {key} = {rank} exceeds lora.rank = {self.lora.rank}, the largest that the server keeps")
+            if not key.endswith("%") and int(key[7:]) >= self.data.clients:
+                raise ValueError(
+                    f"clients.rank: {key} is none of the {self.data.clients} clients; they are client-0 to client-{self.data.clients - 1}"
+                )
         cap = self.privacy.participations
         if cap is not None and cap * self.data.clients < self.run.min_clients:
             raise ValueError(f"privacy.participations = {cap} cannot cover one round of {self.run.min_clients} clients")
@@ -235,6 +276,19 @@ class RunConfig(_Section):
         if self.privacy.participations is not None:
             return min(self.privacy.participations, self.run.rounds)
         return -(-self.clients_per_round * self.run.rounds // self.data.clients)
+
+    def ranks(self) -> dict[str, int]:
+        """client → rank of its adapter at the start of the run. Shares are dealt to the clients in a seeded order, the first one first."""
+        clients = [f"client-{i}" for i in range(self.data.clients)]
+        result = dict.fromkeys(clients, self.lora.rank)
+        rest = [clients[i] for i in stream(self.run.seed, "ranks").permutation(len(clients))]
+        for key, rank in self.clients.rank.items():
+            chosen = [key]
+            if key.endswith("%"):
+                count = round(_percent(key) / 100 * len(clients))
+                chosen, rest = rest[:count], rest[count:]
+            result |= dict.fromkeys(chosen, rank)
+        return result
 
     @property
     def private(self) -> bool:

@@ -67,6 +67,7 @@ def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float
     from fedlab.adapters import save_adapter
     from fedlab.report.html import write_report
 
+    rounds.save_personal_adapters()
     save_adapter(rounds.session.model, rounds.state, directory.path / "adapter")
     rounds.finish(status)
     write_statement(directory.path, list(rounds.federation.clients))

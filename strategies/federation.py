@@ -40,6 +40,7 @@ class RunOrder:
     run: str
     ledger: str
     parts: list[str]
+    personal: str = ""  # directory where simulated clients keep what is theirs alone
 
     def record(self, config: RunConfig, clients: list[str], **values: Any) -> ConfigRecord:
         """The ``round`` record of one message to the node of these clients."""
@@ -49,6 +50,7 @@ class RunOrder:
             "run": self.run,
             "ledger": self.ledger,
             "parts": self.parts,
+            "personal": self.personal,
         }
         return ConfigRecord({**common, **values})
 
@@ -65,6 +67,10 @@ class Federation:
     book: Book | None = None  # what is known of the clients' ledgers; None if they keep none
     refused: dict[str, str] = field(default_factory=dict)  # client → why it takes part no more
     participations: Counter[str] = field(default_factory=Counter)
+    ranks: dict[str, int] = field(default_factory=dict)  # client → rank of its adapter; lora.rank unless clients.rank or pruning says less
+
+    def __post_init__(self) -> None:
+        self.ranks = self.config.ranks() | self.ranks
 
     @classmethod
     def discover(

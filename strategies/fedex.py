@@ -13,8 +13,9 @@ from pydantic import Field
 from fedlab.config import RunConfig
 from fedlab.lora.exact import residual_of_mean
 from fedlab.lora.state import State, local_pairs, modules
-from strategies.base import LoraStrategy, NoOptions
+from strategies.base import LoraStrategy
 from strategies.folding import fold, in_order, require_float32
+from strategies.options import NoOptions
 
 
 class FedExOptions(NoOptions):
@@ -29,6 +30,7 @@ class FedEx(LoraStrategy):
     effective: ClassVar[str] = "mean of products, exactly (residual)"
     folds: ClassVar[bool] = True
     linear: ClassVar[bool] = False
+    ranks: ClassVar[str] = ""
     Options: ClassVar[type[NoOptions]] = FedExOptions
 
     @classmethod

@@ -16,12 +16,14 @@ from pydantic import Field, model_validator
 
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
+from fedlab.lora.server_optimizer import rotate_moments
 from fedlab.lora.state import State, modules
 from fedlab.lora.subspace import open_rows
 from fedlab.lora.svd import refactorize_state
 from fedlab.seeds import stream_seed
-from strategies.base import LoraStrategy, NoOptions
+from strategies.base import LoraStrategy
 from strategies.folding import fold, require_float32
+from strategies.options import MeanOptions, NoOptions
 
 
 class Refresh(NoOptions):
@@ -34,7 +36,7 @@ class Refresh(NoOptions):
     )
 
 
-class FedSVDOptions(NoOptions):
+class FedSVDOptions(MeanOptions):
     """[strategy] keys of FedSVD."""
 
     period: int = Field(default=1, gt=0, description="refactorise after every so many rounds")
@@ -61,7 +63,13 @@ class FedSVD(LoraStrategy):
     def check(cls, config: RunConfig) -> None:
         """A residual needs a base that keeps it, and a refresh something to refresh."""
         super().check(config)
-        if (refresh := FedSVDOptions(**config.strategy.options).refresh) is not None:
+        options = FedSVDOptions(**config.strategy.options)
+        if options.server is not None and options.server.optimizer != "momentum":
+            raise ConfigError(
+                f'strategy.server.optimizer = "{options.server.optimizer}" with fedsvd: its second moments have no meaning in the next '
+                'round\'s basis; use "momentum", which is rotated with it, or ffa'
+            )
+        if (refresh := options.refresh) is not None:
             require_float32(config)
             if refresh.keep >= config.lora.rank:
                 raise ConfigError(f"strategy.refresh.keep = {refresh.keep} leaves nothing to refresh of lora.rank = {config.lora.rank}")
@@ -77,6 +85,7 @@ class FedSVD(LoraStrategy):
         if round_number <= options.warmup or round_number % options.period:
             return averaged
         rotated = refactorize_state(averaged)
+        self.moments = rotate_moments(self.moments, averaged, rotated)
         due = options.refresh is not None and round_number % options.refresh.every == 0
         return self._refresh(rotated, options.refresh, round_number) if due and options.refresh is not None else rotated
 
@@ -89,6 +98,8 @@ class FedSVD(LoraStrategy):
             new = open_rows(A[:keep], self._candidates(refresh, module, A, opened, round_number), opened)
             state[f"{module}.lora_A"] = torch.cat([A[:keep], new])
             state[f"{module}.lora_B"] = torch.cat([B[:, :keep], torch.zeros_like(B[:, keep:])], 1)
+            if (moment := self.moments.first.get(f"{module}.lora_B")) is not None:
+                moment[:, keep:] = 0  # of directions that are no longer trained
         return state
 
     def _candidates(self, refresh: Refresh, module: str, A: torch.Tensor, count: int, round_number: int) -> torch.Tensor:

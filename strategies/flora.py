@@ -16,8 +16,9 @@ from fedlab.adapters import draw_a
 from fedlab.config import RunConfig
 from fedlab.lora.exact import mean_of_products
 from fedlab.lora.state import State, local_pairs, modules
-from strategies.base import LoraStrategy, NoOptions
+from strategies.base import LoraStrategy
 from strategies.folding import fold, in_order, require_float32
+from strategies.options import NoOptions
 
 
 class FLoraOptions(NoOptions):
@@ -34,6 +35,7 @@ class FLora(LoraStrategy):
     effective: ClassVar[str] = "mean of products, exactly (merged)"
     folds: ClassVar[bool] = True
     linear: ClassVar[bool] = False
+    ranks: ClassVar[str] = "stacking, exact"
     Options: ClassVar[type[NoOptions]] = FLoraOptions
 
     @classmethod

@@ -43,6 +43,24 @@ def residual_of_mean(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     return compress(*mean_of_products([(b.double() - B, a.double() - A) for b, a in pairs], weights))[:2]
 
 
+def corrected_b(B: Tensor, A: Tensor, pairs: Sequence[Pair], weights: Sequence[float], ridge: float) -> Tensor:
+    """B + ΔB that minimises ‖(B + ΔB)·A − Σ p_k B_k·A_k‖² + λ‖ΔB‖², with λ = ridge · tr(A·Aᵀ)/r. In B's dtype.
+
+    ΔB = [Σ p_k B_k·(A_k·Aᵀ) − B·(A·Aᵀ)]·(A·Aᵀ + λI)⁻¹: r×r systems only. Raises ValueError for shapes that do not fit, a
+    ridge that is not positive, or an entry that is not finite; a zero A leaves B as it is.
+    """
+    _check([*pairs, (B, A)], [*weights, 1.0], None)
+    if not (math.isfinite(ridge) and ridge > 0):
+        raise ValueError(f"ridge must be > 0 and finite, got {ridge}")
+    gram = A.double() @ A.double().mT
+    size = float(torch.trace(gram)) / len(A)
+    if size == 0:
+        return B.clone()
+    error = sum((p * b.double() @ (a.double() @ A.double().mT) for (b, a), p in zip(pairs, weights, strict=True)), -B.double() @ gram)
+    change: Tensor = torch.linalg.solve(gram + ridge * size * torch.eye(len(A), dtype=torch.float64), error, left=False)
+    return (B.double() + change).to(B.dtype)
+
+
 def add_low_rank(first: Pair, second: Pair, rank: int | None = None) -> Pair:
     """Factors of the sum of two products, at their numerical rank; the best approximation of ``rank`` if that is smaller."""
     return compress(*mean_of_products([first, second], [1.0, 1.0]), rank=rank)[:2]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlab.lora.exact import compress
+from fedlab.lora.state import State, part_of
 
 SPLITS = ("sqrt", "left")
 
@@ -41,6 +42,27 @@ def pad(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"rank = {rank} is below the {have} that the factors have; truncate them")
     zeros = torch.nn.functional.pad
     return zeros(B, (0, rank - have)), zeros(A, (0, 0, 0, rank - have))
+
+
+def narrow(state: Mapping[str, Tensor], rank: int) -> State:
+    """The first ``rank`` directions of every LoRA pair (rows of A, columns of B), copied; head and residual as they are.
+
+    What a client of that rank starts from. Where the strategy keeps the directions sorted (FedSVD, FlexLoRA) it is the best approximation.
+    """
+    result = dict(state)
+    for name, value in state.items():
+        if (part := part_of(name)) in ("lora_A", "lora_B"):
+            result[name] = (value[:rank] if part == "lora_A" else value[:, :rank]).clone()
+    return result
+
+
+def widen(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
+    """The update of a client of lower rank in the shapes of ``like``: zero in the directions that the client does not have."""
+    result = dict(update)
+    for name, value in update.items():
+        if (shape := like[name].shape) != value.shape:
+            result[name] = torch.nn.functional.pad(value, (0, shape[1] - value.shape[1], 0, shape[0] - value.shape[0]))
+    return result
 
 
 def redistribute(B: Tensor, A: Tensor, ranks: Mapping[str, int], split: str = "sqrt") -> dict[str, tuple[Tensor, Tensor]]:

@@ -105,15 +105,24 @@ def effective_delta(state: Mapping[str, Tensor], module: str, scale: float) -> T
 
 
 def local_pairs(state: Mapping[str, Tensor], updates: Mapping[str, Mapping[str, Tensor]], module: str) -> list[tuple[Tensor, Tensor]]:
-    """(B_k, A_k) of one module as each client ended with it, float64, in client order: the factor received plus its change, if trained."""
-    names = f"{module}.lora_B", f"{module}.lora_A"
+    """(B_k, A_k) of one module as each client ended with it, float64, in client order: what it started from plus its change.
 
-    def trained(update: Mapping[str, Tensor], name: str) -> Tensor:
-        value = state[name].double()
-        return value + update[name].double() if name in update else value
-
-    clients = sorted(updates, key=client_order)
-    return [(trained(updates[c], names[0]), trained(updates[c], names[1])) for c in clients]
+    A client whose change has fewer directions (rank r_k < r) started from the first r_k.
+    """
+    pairs = []
+    for client in sorted(updates, key=client_order):
+        changes = {part: updates[client].get(f"{module}.{part}") for part in ("lora_B", "lora_A")}
+        ranks = [c.shape[i] for c, i in ((changes["lora_B"], 1), (changes["lora_A"], 0)) if c is not None]
+        B, A = (state[f"{module}.{part}"].double() for part in ("lora_B", "lora_A"))
+        rank = min([*ranks, len(A)])
+        B, A = B[:, :rank], A[:rank]
+        pairs.append(
+            (
+                B if changes["lora_B"] is None else B + changes["lora_B"].double(),
+                A if changes["lora_A"] is None else A + changes["lora_A"].double(),
+            )
+        )
+    return pairs
 
 
 def residual_of(state: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor] | None:

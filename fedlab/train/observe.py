@@ -252,7 +252,7 @@ def observe(
     data = FederatedData(tokens, Shards({client: own}, {client: nobody}, nobody), who.session.data.label_names)
     factory: Callable[..., PerExampleGradients] = partial(_Dictated, names_known=who.names, records=records, log=log)
     with _watch(who, log, plan.normaliser / lr), _no_dropout(who.model):
-        found = trainer.train_client(who.model, data, client, who.state, who.names, config, round_number, plan, factory)
+        found = trainer.train_client(who.model, data, client, who.state, who.names, config, round_number, plan, per_example=factory)
     released = {name: value.double() * (-plan.normaliser / lr) for name, value in found.update.items()}
     return Observation(released, found.update, lr, plan, log)
 
