@@ -217,7 +217,7 @@ class Rounds:
         return classify(self.session.model, data, data.local_test(client), self.config.evaluate.batch_size).accuracy
 
     def save_personal_adapters(self) -> None:
-        """``personal/<client>/adapter`` of every simulated client that keeps a part of the model; deployed ones keep theirs where they are."""
+        """``personal/<client>/adapter`` of every simulated client that keeps a part of the model; deployed ones keep theirs themselves."""
         if not self.strategy.personal or self.federation.hosts:
             return
         for client in self.federation.clients:
