@@ -72,8 +72,6 @@ class LoraStrategy(Strategy):
     def __init__(self, config: RunConfig, federation: Federation) -> None:
         self.config, self.federation = config, federation
         self.check(config)
-        if config.private and self.factors(config) >= {"lora_A", "lora_B"}:
-            logger.warning("%s trains A and B under DP: their product squares the noise; ffa or fedsvd train B alone", config.strategy.name)
         self.client_plan = make_client_plan(config) if config.privacy.unit == "client" else None
         self.sent_digest = ""  # of the state as this round's clients received it
         self.options = self.Options(**config.strategy.options)
@@ -153,6 +151,9 @@ class LoraStrategy(Strategy):
         """One message per node that hosts a client of this round."""
         self._state = from_record(arrays, "float32")
         trained = self.trained_names(self._state, server_round)
+        if server_round == 1 and self.config.private and {part_of(name) for name in trained} >= {"lora_A", "lora_B"}:
+            name = self.config.strategy.name
+            logger.warning("%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone", name)
         cohorts = self.federation.cohorts(self.federation.draw(server_round))
         count = sum(map(len, cohorts.values()))
         wire = self.config.run.wire_dtype

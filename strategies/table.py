@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from fedlab.config import RunConfig
-from fedlab.lora.state import nbytes, select
+from collections.abc import Collection
+
+from fedlab.config import RunConfig, StrategySection
+from fedlab.errors import ConfigError
+from fedlab.lora.state import nbytes
 from strategies import STRATEGIES
 from strategies.base import LoraStrategy
+from strategies.federation import Federation
 
 COLUMNS = (
     "strategy.name",
-    "clients train and send",
+    "clients train",
+    "and keep",
     "effective weights after a round",
+    "clients of lower rank",
     "client-level DP",
     "secure aggregation",
     "own keys",
@@ -20,7 +26,7 @@ SIZES = ("bytes up", "bytes down")
 
 def rows(config: RunConfig | None = None) -> list[tuple[str, ...]]:
     """A row per strategy, in the order of ``STRATEGIES``; with a configuration also its bytes per client and round."""
-    return [_row(name, strategy) + (_bytes(strategy, config) if config else ()) for name, strategy in STRATEGIES.items()]
+    return [_row(name, strategy) + (_bytes(name, strategy, config) if config else ()) for name, strategy in STRATEGIES.items()]
 
 
 def columns(config: RunConfig | None = None) -> tuple[str, ...]:
@@ -35,17 +41,31 @@ def markdown() -> str:
 
 
 def _row(name: str, strategy: type[LoraStrategy]) -> tuple[str, ...]:
-    trained = ", ".join([*(part.removeprefix("lora_") for part in sorted(strategy.trains)), "head"])
     keys = ", ".join(f"`{key}`" for key in strategy.Options.model_fields) or "–"
-    yes = "yes" if strategy.linear else "no"
-    return (f"`{name}`", trained, strategy.effective, yes, yes, keys)
+    linear = "yes" if strategy.linear else "no"
+    noised = "no" if strategy.personal else linear
+    trained, kept = parts({*strategy.trains, "head"}), parts(strategy.personal) or "–"
+    return (f"`{name}`", trained, kept, strategy.effective, strategy.ranks or "refused", noised, linear, keys)
 
 
-def _bytes(strategy: type[LoraStrategy], config: RunConfig) -> tuple[str, str]:
-    """Per participating client in the first round, in the wire dtype; a residual adds to what goes down in later rounds."""
+def parts(names: Collection[str]) -> str:
+    """``lora_A``, ``lora_B``, ``head`` as "A, B, head"."""
+    return ", ".join(part.removeprefix("lora_") for part in ("lora_A", "lora_B", "head") if part in names)
+
+
+def _bytes(name: str, strategy: type[LoraStrategy], config: RunConfig) -> tuple[str, str]:
+    """Per participating client, in the wire dtype: up in the first two rounds if they differ; a residual adds to what goes down later.
+
+    For another strategy than the configured one, with its own keys at their defaults. What the strategy refuses says why.
+    """
     from fedlab.session import open_session
 
-    state = open_session(config.to_toml()).model.state()
-    wire = config.run.wire_dtype
-    trained = set(strategy.trains) | ({"head"} if config.train.head == "train" else set())
-    return f"{nbytes(select(state, trained), wire):,}", f"{nbytes(state, wire):,}{' + residual' if strategy.folds else ''}"
+    if name != config.strategy.name:
+        config = config.model_copy(update={"strategy": StrategySection(name=name, weights=config.strategy.weights)})
+    try:
+        made = strategy(config, Federation(config, {}, {}, []))
+    except ConfigError as error:
+        return "refused", str(error)
+    state, wire = open_session(config.to_toml()).model.state(), config.run.wire_dtype
+    up = [nbytes({n: state[n] for n in made.sent_names(state, number)}, wire) for number in (1, 2)]
+    return " / ".join(f"{size:,}" for size in dict.fromkeys(up)), f"{nbytes(state, wire):,}{' + residual' if strategy.folds else ''}"

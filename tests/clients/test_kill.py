@@ -70,22 +70,9 @@ class Killer:
 def message(session: Session, ledgers: Path, number: int) -> tuple[RecordDict, Context]:
     state = initial_state(session.model, session.config.lora, 0)
     trained = [name for name in state if not name.endswith("lora_A")]
-    order = {
-        "round": number,
-        "trained": trained,
-        "wire_dtype": "float32",
-        "known": [0],
-        "ranks": [session.config.lora.rank],
-        "clients": [CLIENT],
-    }
-    run = {
-        "run": "a" * 32,
-        "ledger": str(ledgers),
-        "parts": ["head", "lora_B"],
-        "keep": [],
-        "personal": "",
-        "config": session.config.to_toml(),
-    }
+    order = {"round": number, "trained": trained, "wire_dtype": "float32", "known": [0], "clients": [CLIENT]}
+    order |= {"ranks": [session.config.lora.rank], "keep": [], "personal": ""}
+    run = {"run": "a" * 32, "ledger": str(ledgers), "parts": ["head", "lora_B"], "config": session.config.to_toml()}
     arrays = ArrayRecord({name: Array(value.numpy()) for name, value in state.items()})
     return RecordDict({"state": arrays, "round": ConfigRecord({**order, **run})}), Context(1, 1, {}, RecordDict(), {})
 
