@@ -32,7 +32,7 @@ from typing import Any
 
 from fedlab.lora import conformance_laws as laws
 from fedlab.lora import conformance_manners as manners
-from fedlab.lora.conformance_cases import PROMISES, Aggregate, Finding, Keep, Start, Subject
+from fedlab.lora.conformance_cases import PROMISES, Aggregate, Finding, Keep, Reweigh, Start, Subject
 from fedlab.lora.state import PARTS, RESIDUAL, State, part_of
 
 __all__ = ["PROMISES", "PROPERTIES", "Finding", "Report", "check", "markdown"]
@@ -105,6 +105,7 @@ def check(
     keep: Keep | None = None,
     rewrites: Collection[str] = (),
     at_scale: Callable[[float], Any] | None = None,
+    reweigh: Reweigh | None = None,
     refuses: type[Exception] | tuple[type[Exception], ...] = ValueError,
     tolerance: float = 1e-5,
     only: Iterable[str] | None = None,
@@ -124,6 +125,7 @@ def check(
         keep: called with a client and its personal tensors before the aggregation, for those that store them elsewhere.
         rewrites: parts that the server may change although no client sends them (FedSVD's A).
         at_scale: the aggregator as it is made for a run of scale s = α/r, if it is told s at all.
+        reweigh: the weights that factors get, from (state, updates, weights), where they are not the given ones (HetLoRA's, by norm).
         refuses: exceptions that count as refusing an update with NaN in it.
         tolerance: relative error allowed; the default fits float32 arithmetic.
         only: names of the properties to run; default all of PROPERTIES.
@@ -151,6 +153,7 @@ def check(
         keep,
         tuple(rewrites),
         (lambda s: _function(at_scale(s))) if at_scale is not None else None,
+        reweigh,
         refuses if isinstance(refuses, tuple) else (refuses,),
         tolerance,
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,14 +20,15 @@ from fedlab.seeds import stream_seed
 Aggregate = Callable[[State, dict[str, State], dict[str, float], int], State]
 Start = Callable[[State, str], State]
 Keep = Callable[[str, State], None]
+Reweigh = Callable[[State, dict[str, State], dict[str, float]], dict[str, float]]
 Shapes = Mapping[str, tuple[int, int]]  # module → (m, n)
 
 RANK = 4
 ROUNDS = (1, 2)  # of an alternating rule: both kinds
-SQUARE: Shapes = {"layer.0.q": (16, 16), "layer.1.q": (16, 16), "layer.1.v": (12, 12)}
+SQUARE: Shapes = {"layer.0.q": (16, 16), "layer.0.v": (12, 12)}
 WIDE: Shapes = {"layer.0.down": (12, 20)}
 TALL: Shapes = {"layer.0.up": (20, 12)}
-EVERY: Shapes = {**SQUARE, **WIDE, **TALL}
+EVERY: Shapes = {**SQUARE, "layer.1.q": (16, 16), **WIDE, **TALL}
 WEIGHTS = {"client-0": 0.3, "client-1": 0.1, "client-2": 0.6}
 HEAD = {"head.bias": (3,), "head.weight": (3, 5)}
 
@@ -105,6 +107,7 @@ class Subject:
     keep: Keep | None = None
     rewrites: Collection[str] = ()
     at_scale: Callable[[float], Aggregate] | None = None
+    reweigh: Reweigh | None = None
     refuses: tuple[type[Exception], ...] = (ValueError,)
     tolerance: float = 1e-5
 
@@ -140,6 +143,8 @@ class Subject:
     def error(self, case: Case, after: State, scale: float = 1.0) -> float:
         """Largest relative error over the modules of scale·(B·A + residual) to what is promised; NaN if any is NaN."""
         errors = [0.0]
+        if self.reweigh is not None:
+            case = replace(case, weights=self.reweigh(case.state, case.updates, case.weights))
         for module in modules(case.state):
             mean, size = dense_mean(case, module, self.ranks)
             wanted = scale * (PROMISES[self.promise](mean) + dense_residual(case.state, module))
@@ -160,8 +165,13 @@ def draw_state(shapes: Shapes) -> State:
 
 def draw(shape: Sequence[int], *names: str | int) -> Tensor:
     """N(0, 1) in float32, from the stream of these names."""
+    return _drawn(tuple(shape), *names).clone()
+
+
+@cache
+def _drawn(shape: tuple[int, ...], *names: str | int) -> Tensor:
     generator = torch.Generator().manual_seed(stream_seed(0, "conformance", *names) % 2**63)
-    return torch.randn(tuple(shape), generator=generator)
+    return torch.randn(shape, generator=generator)
 
 
 def clone(state: Mapping[str, Tensor]) -> State:

@@ -107,7 +107,9 @@ def nan_and_infinity(subject: Subject) -> Finding:
                 silent.append(f"{lost[0]} after {value} in {name}")
     if not names:
         return Finding(None, "nothing is trained")
-    return none_wrong(silent, None, "are not finite", f"{refused} of {3 * len(names)} refused, the others came out finite")
+    others = 3 * len(names) - refused
+    fine = f"{refused} refused" + (f", {others} came out finite" if others else "")
+    return none_wrong(silent, None, "are not finite", fine)
 
 
 def client_isolation(subject: Subject) -> Finding:
