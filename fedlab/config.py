@@ -63,8 +63,23 @@ class LoraSection(_Section):
     target_modules: str | tuple[str, ...] = Field(default="auto", description='"auto", "all-linear", or module names')
     dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False
-    init_a: Literal["orthonormal", "kaiming", "weights"] = "orthonormal"
+    init_a: Literal["orthonormal", "kaiming", "random", "weights", "eva"] = "orthonormal"
+    public: str | None = Field(
+        default=None, description="eva: public texts that the server reads; one per line, or a csv, jsonl or parquet file"
+    )
+    public_texts: int = Field(default=512, gt=0, description="use at most this many of them")
     layers_to_transform: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _public(self) -> LoraSection:
+        if self.init_a == "eva" and self.public is None:
+            raise ValueError(
+                'init_a = "eva" needs lora.public, a file of public texts: activations of clients\' texts would be a private release, '
+                'which is not made here; init_a = "weights" needs no text'
+            )
+        if self.init_a != "eva" and self.public is not None:
+            raise ValueError(f'lora.public is read for init_a = "eva" only, but init_a = "{self.init_a}"; remove it, or set init_a = "eva"')
+        return self
 
 
 class Partition(_Section):

@@ -25,6 +25,7 @@ from fedlab.config import LoraSection, ModelSection, RunConfig
 from fedlab.errors import ConfigError
 from fedlab.hub import locate
 from fedlab.lora.state import RESIDUAL, State, digest, part_of, residual_of
+from fedlab.lora.svd import principal_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -232,10 +233,7 @@ class LoadedModel:
         pristine: Tensor = self._pristine.get(module, self._weight(module))
         weight = pristine.detach().to("cpu", torch.float64)
         weight = weight.mT if self._transposed(module) else weight  # [m, n]
-        _, vectors = torch.linalg.eigh(weight.mT @ weight)  # ascending
-        rows: Tensor = vectors.mT.flip(0)[:rank]
-        largest = torch.gather(rows, 1, rows.abs().argmax(1, keepdim=True))
-        return (rows * torch.where(largest < 0, -1.0, 1.0)).float()
+        return principal_rows(weight.mT @ weight, rank)[0].float()
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits [N, labels] of one padded batch (``labels`` in it is ignored)."""
