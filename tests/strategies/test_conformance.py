@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError
 from fedlab.lora import conformance
 from fedlab.lora.average import client_weights
-from fedlab.lora.state import State, effective_delta, modules
+from fedlab.lora.state import State, effective_delta, modules, select
 from fedlab.models import build
 from strategies import STRATEGIES
 from strategies.federation import Federation
@@ -36,25 +37,43 @@ class Row:
     options: tuple[tuple[str, str], ...] = ()
     ranks: str | None = None  # "changes" or "held": what clients of lower rank amount to
     rewrites: tuple[str, ...] = ()  # parts that the server changes although clients do not train them
+    reweigh: Callable[[State, dict[str, State], dict[str, float]], dict[str, float]] | None = None
 
     @property
     def title(self) -> str:
         return " ".join([self.name, *(f"{k}={v}" for k, v in self.options)])
 
 
+def by_norm(state: State, updates: dict[str, State], weights: dict[str, float]) -> dict[str, float]:
+    """HetLoRA's weights, from dense products."""
+    squares = dict.fromkeys(updates, 0.0)
+    for client, update in updates.items():
+        for module in modules(state):
+            B, A = (update[f"{module}.{part}"].double() for part in ("lora_B", "lora_A"))
+            held = (state[f"{module}.lora_B"].double()[:, : len(A)] + B) @ (state[f"{module}.lora_A"].double()[: len(A)] + A)
+            squares[client] += float(held.square().sum())
+    total = sum(s**0.5 for s in squares.values())
+    return {client: s**0.5 / total for client, s in squares.items()} if total else weights
+
+
 EXACT, FACTORS, BEST = "mean of products", "product of means", "best of rank r of the mean of products"
+PROJECTED = "projected mean of products"
 ROWS = [
-    Row("fedavg", FACTORS),
-    Row("ffa", EXACT),
-    Row("fedsvd", EXACT, rewrites=("lora_A",)),
-    Row("fedsvd", EXACT, (("refresh", "{every=1, keep=1}"),), rewrites=("lora_A",)),
+    Row("fedavg", FACTORS, ranks="changes"),
+    Row("ffa", EXACT, ranks="changes"),
+    Row("fedsvd", EXACT, ranks="changes", rewrites=("lora_A",)),
+    Row("fedsvd", EXACT, (("refresh", "{every=1, keep=1}"),), ranks="changes", rewrites=("lora_A",)),
     Row("fedex", EXACT),
-    Row("flora", EXACT),
-    Row("flora", EXACT, (("train", "B"),), rewrites=("lora_A",)),
-    Row("flexlora", BEST),
-    Row("flexlora", BEST, (("split", "left"),)),
-    Row("rolora", EXACT),
-    Row("head", "unchanged"),
+    Row("flora", EXACT, ranks="held"),
+    Row("flora", EXACT, (("train", "B"),), ranks="held", rewrites=("lora_A",)),
+    Row("flexlora", BEST, ranks="held"),
+    Row("flexlora", BEST, (("split", "left"),), ranks="held"),
+    Row("hetlora", FACTORS, ranks="held", reweigh=by_norm),
+    Row("hetlora", FACTORS, (("norm_weights", "false"),), ranks="held"),
+    Row("lora-fair", PROJECTED),
+    Row("rolora", EXACT, ranks="changes"),
+    Row("fedsa", EXACT, ranks="changes"),  # of what is shared: B·(mean of A) for every B
+    Row("head", "unchanged", ranks="changes"),
 ]
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.title)
 
@@ -77,6 +96,7 @@ def report(row: Row) -> conformance.Report:
         promise=row.promise,
         ranks=row.ranks or False,
         rewrites=row.rewrites,
+        reweigh=row.reweigh,
         at_scale=lambda s: make(row.name, alpha=s * RANK, **dict(row.options)),
         refuses=(ValueError, FedlabError),
         tolerance=2e-6,
@@ -115,10 +135,12 @@ def two_rounds(row: Row, path: Path, rslora: bool):
     state, weights = initial_state(loaded, strategy.config.lora, 0), {"client-0": 0.3, "client-1": 0.1, "client-2": 0.6}
     for number in (1, 2):
         g = torch.Generator().manual_seed(number)
-        names = getattr(strategy, "sent_names", strategy.trained_names)(state, number)
+        names = strategy.sent_names(state, number)
         updates = {c: {n: torch.randn(state[n].shape, generator=g) * 0.1 for n in names} for c in weights}
         state = strategy.aggregate(state, updates, weights, number)
-    return loaded, state
+    g = torch.Generator().manual_seed(3)  # what a client keeps, as it would come from its own disk
+    own = {n: torch.randn(v.shape, generator=g) * 0.1 for n, v in sorted(select(state, strategy.personal).items())}
+    return loaded, state | own
 
 
 @cache
@@ -189,7 +211,7 @@ def start() -> State:
 
 def drawn_updates(strategy, state: State, clients: int, seed: int = 1) -> dict[str, State]:
     g = torch.Generator().manual_seed(seed)
-    names = strategy.trained_names(state)
+    names = strategy.sent_names(state)
     return {f"client-{i}": {n: torch.randn(state[n].shape, generator=g) for n in names} for i in range(clients)}
 
 
