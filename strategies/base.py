@@ -62,7 +62,7 @@ class LoraStrategy(Strategy):
     """Base of the strategies. Subclasses set ``trains`` and override ``aggregate``; ``Options`` are their own keys."""
 
     trains: ClassVar[frozenset[str]] = frozenset({"lora_A", "lora_B"})
-    effective: ClassVar[str] = "product of means"  # what B·A (and the residual) become; see ``test_effective_weights``
+    effective: ClassVar[str] = "product of means"  # what B·A (and the residual) become; tests/strategies/test_conformance.py holds it
     folds: ClassVar[bool] = False  # the state carries a residual, which goes down with it
     linear: ClassVar[bool] = True  # aggregate depends on the updates through their weighted mean alone: what client-level DP can noise
     ranks: ClassVar[str] = "zero-padded changes"  # what clients of lower rank amount to; "" if all must have the same

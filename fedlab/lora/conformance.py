@@ -86,7 +86,7 @@ class Report:
             raise AssertionError(f"{self.title} fails {len(self.failed)} of {len(self.findings)} properties\n{lines}")
 
     def __getitem__(self, name: str) -> Finding:
-        return next(finding for finding in self.findings if finding.name == name)
+        return {finding.name: finding for finding in self.findings}[name]
 
     def __str__(self) -> str:
         rows = [("property", "", "measured"), *((f.name, MARKS[f.ok], f.text) for f in self.findings)]

