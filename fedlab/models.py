@@ -211,28 +211,29 @@ class LoadedModel:
             B, A = (f.to(self.device, torch.float32) for f in factors)
             delta = self.scale[module] * (B @ A)
             pristine = self._pristine[module]
-            weight.copy_(pristine.float() + (delta.mT if self._transposed(module) else delta))
+            weight.copy_(pristine.float() + (delta.mT if self.transposed(module) else delta))
         self._folded = name
 
     def _weight(self, module: str) -> Tensor:
-        return cast(Tensor, cast(Any, self._layer(module)).base_layer.weight)
+        return cast(Tensor, cast(Any, self.layer(module)).base_layer.weight)
 
-    def _transposed(self, module: str) -> bool:
+    def transposed(self, module: str) -> bool:
         """GPT-2's Conv1D keeps its weight as [in, out]."""
-        return bool(getattr(self._layer(module), "fan_in_fan_out", False))
+        return bool(getattr(self.layer(module), "fan_in_fan_out", False))
 
-    def _layer(self, module: str) -> nn.Module:
+    def layer(self, module: str) -> nn.Module:
+        """The peft layer of an adapted module."""
         return cast(nn.Module, self.module.get_submodule(PEFT_PREFIX + module))
 
     def state(self) -> State:
-        """A float32 copy of every adapter and head tensor, on the CPU."""
-        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.parameters.items()}
+        """A copy of every adapter and head tensor on the CPU, float32 unless the model is float64."""
+        return {name: p.detach().to("cpu", torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in self.parameters.items()}
 
     def leading_inputs(self, module: str, rank: int) -> Tensor:
         """The ``rank`` leading right singular vectors of a module's pristine weight, as orthonormal rows [rank, n], signs fixed."""
         pristine: Tensor = self._pristine.get(module, self._weight(module))
         weight = pristine.detach().to("cpu", torch.float64)
-        weight = weight.mT if self._transposed(module) else weight  # [m, n]
+        weight = weight.mT if self.transposed(module) else weight  # [m, n]
         return principal_rows(weight.mT @ weight, rank)[0].float()
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:

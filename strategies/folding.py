@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedlab.lora.exact import add_low_rank
 from torch import Tensor
 
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
+from fedlab.lora.exact import add_low_rank
 from fedlab.lora.state import State, residual_of, with_residual
 from fedlab.seeds import client_order
 
