@@ -1,9 +1,9 @@
 """Linear layers that many clients share in one pass: the frozen base once, every client's own small tensors, gradients per example.
 
 A row (example) of a batch belongs to a client; ``Rows.owner`` says to which. Per adapted module the forward pass is
-y = x·Wᵀ + b + s·(x·A_kᵀ)·B_kᵀ with the row's own client k, as one autograd function whose backward pass hands the per-example
-gradients s·Σ_t g_t h_tᵀ [m, r] and s·Σ_t (B_kᵀ g_t) x_tᵀ [r, n] to a sink and the gradient of x to the layer below. Nothing is computed for W,
-and the backward pass ends at the lowest adapted layer. A head's linear layers have whole weights per client.
+y = x·Wᵀ + b + s·(x·A_kᵀ)·B_kᵀ with the row's own client k, as one autograd function. Its backward pass hands the per-example gradients
+s·Σ_t g_t h_tᵀ [m, r] and s·Σ_t (B_kᵀ g_t) x_tᵀ [r, n] to a sink and the gradient of x to the layer below. Nothing is computed for W, and
+the backward pass ends at the lowest adapted layer. A head's linear layers have whole weights per client.
 """
 
 from __future__ import annotations
@@ -93,8 +93,7 @@ class _Whole(torch.autograd.Function):
         layer: WholeLayer = ctx.layer
         x, weight = ctx.saved_tensors
         g = gradients[0].reshape(ctx.shape[0], -1, gradients[0].shape[-1])
-        if layer.name_weight is not None:
-            layer.rows.add(layer.name_weight, torch.bmm(g.mT, x))
+        layer.rows.add(layer.name_weight, torch.bmm(g.mT, x))
         if layer.name_bias is not None:
             layer.rows.add(layer.name_bias, g.sum(1))
         dx = torch.bmm(g, weight).view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
@@ -119,30 +118,19 @@ class AdaptedLayer:
         return weight.mT if self._transposed else weight
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return cast(Tensor, _Adapted.apply(x, self._tick, self, self._tensors[self.name_a], self._tensors[self.name_b]))
+        return cast(Tensor, _Adapted.apply(x, self._tick, self, self._tensors[self.name_a], self._tensors[self.name_b]))  # type: ignore[no-untyped-call]
 
 
 class WholeLayer:
     """What stands in for a head's linear layer while a cohort trains."""
 
-    def __init__(
-        self,
-        layer: nn.Linear,
-        weight: str | None,
-        bias: str | None,
-        model: LoadedModel,
-        tensors: Mapping[str, Tensor],
-        rows: Rows,
-        tick: Tensor,
-    ) -> None:
-        self.layer, self.rows, self._tick = layer, rows, tick
-        self.name_weight, self.name_bias, self._tensors = weight, bias, tensors
+    def __init__(self, weight: str, bias: str | None, tensors: Mapping[str, Tensor], rows: Rows, tick: Tensor) -> None:
+        self.rows, self._tick, self._tensors = rows, tick, tensors
+        self.name_weight, self.name_bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        one = self.layer.weight.detach()[None]
-        weight = self._tensors[self.name_weight] if self.name_weight else one.expand(int(self.rows.owner.max()) + 1, *one.shape[1:])
         bias = self._tensors[self.name_bias] if self.name_bias else None
-        return cast(Tensor, _Whole.apply(x, self._tick, self, weight, bias))
+        return cast(Tensor, _Whole.apply(x, self._tick, self, self._tensors[self.name_weight], bias))  # type: ignore[no-untyped-call]
 
 
 class CohortLayers:
@@ -165,14 +153,12 @@ class CohortLayers:
         for name in sorted(n for n in self._trained if n.startswith("head.")):
             owner = model.owners[name]
             if not isinstance(owner, nn.Linear):
-                raise ConfigError(
-                    f"{name} belongs to a {type(owner).__name__}: a cohort trains linear layers only; set run.cohort = false, or train.head = "
-                    '"freeze"'
-                )
+                raise ConfigError(f"{name} belongs to a {type(owner).__name__}: a cohort trains linear layers only; set run.cohort = 1")
             heads.setdefault(owner, {})["weight" if model.parameters[name] is owner.weight else "bias"] = name
         for owner, found in heads.items():
-            whole = WholeLayer(cast(nn.Linear, owner), found.get("weight"), found.get("bias"), model, tensors, self.rows, tick)
-            self._stand_ins.append((owner, whole))
+            if found.keys() != {leaf for leaf, _ in owner.named_parameters(recurse=False)}:
+                raise ConfigError(f"{next(iter(found.values()))} is trained without the rest of its layer; set run.cohort = 1")
+            self._stand_ins.append((owner, WholeLayer(found["weight"], found.get("bias"), tensors, self.rows, tick)))
 
     def __enter__(self) -> CohortLayers:
         for layer, stand_in in self._stand_ins:
