@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -65,7 +66,8 @@ class _Worker:
     def batch(self, step: int) -> np.ndarray:
         """Corpus positions of one step's examples."""
         plan = self.member.plan
-        return self.indices[plan.batch(self.draws) if plan else self.fixed[step]]
+        chosen: np.ndarray = self.indices[plan.batch(self.draws) if plan else self.fixed[step]]
+        return chosen
 
 
 @dataclass
@@ -115,12 +117,8 @@ def train_cohort(
             sums = _gradients(model, data, batch, active, layers, config.train.physical_batch, {n: tensors[n] for n in names})
             gradients = _finish(sums, active, batch, inside, {n: tensors[n] for n in names})
             for w, losses, clipped, count in zip(active, sums.losses, sums.clipped, batch.counts, strict=True):
-                w.losses, w.clipped, w.seen, w.executed = (
-                    w.losses + float(losses),
-                    w.clipped + int(clipped),
-                    w.seen + int(count),
-                    w.executed + 1,
-                )
+                w.losses, w.clipped, w.seen = w.losses + float(losses), w.clipped + int(clipped), w.seen + int(count)
+                w.executed += 1
             if config.train.prox:
                 for name in names:
                     gradients[name] += config.train.prox * (tensors[name][: len(active)] - start[name][: len(active)])
@@ -186,7 +184,7 @@ def _gradients(
         layers.rows.owner = torch.from_numpy(owner).to(model.device)
         tokens = data.tokens.batch(batch.rows[chunk], model.tokenizer.pad_token_id)
         each = cross_entropy(model.logits(tokens), tokens["labels"].to(model.device), reduction="none")
-        each.sum().backward()  # type: ignore[no-untyped-call]
+        each.sum().backward()
         gradients = layers.take()
         private = torch.isfinite(limits)
         factors, over = _factors(gradients, limits[layers.rows.owner]) if bool(private.any()) else (None, None)
@@ -212,7 +210,7 @@ def _factors(gradients: dict[str, Tensor], limits: Tensor) -> tuple[Tensor, Tens
 def _add_by_client(total: dict[str, Tensor], gradients: dict[str, Tensor], factors: Tensor | None, owner: np.ndarray) -> None:
     """total[k] += Σ over rows of client k. Rows are sorted by client; a row of factor 0 is left out, since 0·NaN is NaN."""
     edges = np.flatnonzero(np.diff(owner, prepend=-1, append=-1))
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(edges):
         k = int(owner[first])
         own = slice(int(first), int(last))
         for name, gradient in gradients.items():
@@ -295,7 +293,7 @@ class _Optimizer:
 def _result(
     w: _Worker, k: int, tensors: dict[str, Tensor], names: Sequence[str], config: RunConfig, seconds: float
 ) -> Trained | FedlabError:
-    end = {name: tensors[name][k].to("cpu", torch.promote_types(tensors[name].dtype, torch.float32)) for name in names}
+    end = {name: tensors[name][k].to("cpu") for name in names}
     if w.member.rank is not None:
         end = narrow(end, w.member.rank)
     update = {name: end[name] - w.own[name] for name in names}

@@ -95,7 +95,7 @@ def test_each_client_has_its_own_plan_rank_and_start(tiny_toml: str):
         plan = plan_of(session, client, clip=0.1 * (i + 1), sigma=0.5 + i, steps=2 + i) if i else None
         members.append(Member(client, common | own, plan, rank=(None, 2, 3)[i]))
     compare(session, members, names_of(common, ("lora_A", "lora_B", "head")))
-    compare(session, [m for m in reversed(members)], names_of(common, ("lora_B", "head")))
+    compare(session, list(reversed(members)), names_of(common, ("lora_B", "head")))
 
 
 def test_an_empty_poisson_batch_is_a_step_of_noise_alone(tiny_toml: str):
