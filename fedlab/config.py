@@ -38,6 +38,12 @@ class RunSection(_Section):
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen base; adapters stay float32")
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    cohort: int | None = Field(
+        default=None,
+        gt=0,
+        description="clients that train in one pass (1: one after the other); part of what fixes the bits, like threads; default: 4, or as "
+        "many as make 64 rows in a step",
+    )
     fraction: float = Field(default=1.0, gt=0, le=1, description="of the clients per round")
     sampling: Literal["balanced", "uniform", "poisson"] = Field(
         default="balanced", description='of clients; "poisson" (each with probability fraction) amplifies client-level DP and nothing else'
@@ -282,6 +288,11 @@ class RunConfig(_Section):
     def clients_per_round(self) -> int:
         """Clients drawn per round: ``run.fraction`` of ``data.clients``, at least one."""
         return max(1, round(self.run.fraction * self.data.clients))
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients that share a pass at most. Nothing about nodes goes into it: they must not change a bit."""
+        return self.run.cohort or min(64, max(4, -(-64 // self.train.batch_size)))
 
     @property
     def participations(self) -> int:

@@ -154,14 +154,16 @@ class LoraStrategy(Strategy):
         if server_round == 1 and self.config.private and {part_of(name) for name in trained} >= {"lora_A", "lora_B"}:
             name = self.config.strategy.name
             logger.warning("%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone", name)
-        cohorts = self.federation.cohorts(self.federation.draw(server_round))
+        dealt = self.federation.deal(self.federation.groups(self.federation.draw(server_round)))
+        cohorts = {node: [client for group in groups for client in group] for node, groups in dealt.items()}
         count = sum(map(len, cohorts.values()))
         wire = self.config.run.wire_dtype
         self.train_outcome = TrainOutcome(
             silent={c for cohort in cohorts.values() for c in cohort}, bytes_down=count * nbytes(self._state, wire)
         )
         self.sent_digest = digest(from_wire(to_wire(self._state, wire), wire))
-        return self._messages(MessageType.TRAIN, cohorts, {"round": server_round, "trained": trained})
+        passes = {node: {"groups": [len(group) for group in groups]} for node, groups in dealt.items()}
+        return self._messages(MessageType.TRAIN, cohorts, {"round": server_round, "trained": trained}, passes)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every reply, then aggregate. (None, None) if no update was usable; ``train_outcome`` says why."""
@@ -258,11 +260,21 @@ class LoraStrategy(Strategy):
         ranks = [self.federation.ranks[client] for client in cohort]
         return self.federation.order.record(self.config, cohort, known=known, ranks=ranks, keep=sorted(self.personal), **values)
 
-    def _messages(self, kind: str, cohorts: dict[int, list[str]], values: dict[str, int | list[str]]) -> list[Message]:
+    def _messages(
+        self,
+        kind: str,
+        cohorts: dict[int, list[str]],
+        values: dict[str, int | list[str]],
+        own: Mapping[int, Mapping[str, list[int]]] | None = None,
+    ) -> list[Message]:
         self._sent = cohorts
         state, wire = to_record(self._state, self.config.run.wire_dtype), self.config.run.wire_dtype
         return [
-            Message(RecordDict({"state": state, "round": self._order(cohort, {"wire_dtype": wire, **values})}), node, kind)
+            Message(
+                RecordDict({"state": state, "round": self._order(cohort, {"wire_dtype": wire, **values, **(own or {}).get(node, {})})}),
+                node,
+                kind,
+            )
             for node, cohort in cohorts.items()
         ]
 

@@ -1,6 +1,6 @@
 """SIGKILL at every point of charge → train → commit → release: never less recorded than released.
 
-A forked child runs the real ``train_cohort`` for two rounds on real data; the n-th system call or training step it passes kills it (before
+A forked child runs the real ``train_message`` for two rounds on real data; the n-th system call or training step it passes kills it (before
 it, after it, or half-way through a write). What the outside world got is a file that the child appends to once a reply is complete.
 """
 
@@ -17,7 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
 from clients.custody import Custody, code_versions
-from clients.train import train_cohort
+from clients.train import train_message
 from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.lora.state import digest
@@ -71,7 +71,7 @@ def message(session: Session, ledgers: Path, number: int) -> tuple[RecordDict, C
     state = initial_state(session.model, session.config.lora, 0)
     trained = [name for name in state if not name.endswith("lora_A")]
     order = {"round": number, "trained": trained, "wire_dtype": "float32", "known": [0], "clients": [CLIENT]}
-    order |= {"ranks": [session.config.lora.rank], "keep": [], "personal": ""}
+    order |= {"ranks": [session.config.lora.rank], "keep": [], "groups": [1], "personal": ""}
     run = {"run": "a" * 32, "ledger": str(ledgers), "parts": ["head", "lora_B"], "config": session.config.to_toml()}
     arrays = ArrayRecord({name: Array(value.numpy()) for name, value in state.items()})
     return RecordDict({"state": arrays, "round": ConfigRecord({**order, **run})}), Context(1, 1, {}, RecordDict(), {})
@@ -84,7 +84,7 @@ def cycle(session: Session, ledgers: Path, released: Path, killer: Killer) -> No
     send = killer.around(lambda text: released.open("a").write(text))
     for number in (1, 2):
         content, context = message(session, ledgers, number)
-        reply = train_cohort(session, [CLIENT], content, context)
+        reply = train_message(session, [CLIENT], content, context)
         update = {k.partition("/")[2]: torch.from_numpy(v.numpy().copy()) for k, v in reply.array_records["updates"].items()}
         assert update, reply.config_records["failures"]
         send(f"{number} {digest(update)}\n")
