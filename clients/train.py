@@ -72,13 +72,12 @@ def train_message(session: Session, cohort: list[str], content: RecordDict, cont
         for job in group:
             _after(job, cast(int, order["round"]), lines, exhausted)
     done = {job.client: job.result for job in jobs if job.result is not None}
+    wires = {job.client: job.wire for job in jobs}
     failed = [job for job in jobs if job.failure is not None]
     hide = session.config.private and not session.config.privacy.share_metrics
     return RecordDict(
         {
-            "updates": ArrayRecord(
-                {f"{job.client}/{name}": Array(v) for job in jobs if job.client in done for name, v in job.wire.items()}
-            ),
+            "updates": ArrayRecord({f"{client}/{name}": Array(v) for client in done for name, v in wires[client].items()}),
             "clients": ConfigRecord({"ids": list(done)}),
             "metrics": MetricRecord(
                 {

@@ -268,13 +268,10 @@ class LoraStrategy(Strategy):
         own: Mapping[int, Mapping[str, list[int]]] | None = None,
     ) -> list[Message]:
         self._sent = cohorts
-        state, wire = to_record(self._state, self.config.run.wire_dtype), self.config.run.wire_dtype
+        wire = self.config.run.wire_dtype
+        state, common = to_record(self._state, wire), {"wire_dtype": wire, **values}
         return [
-            Message(
-                RecordDict({"state": state, "round": self._order(cohort, {"wire_dtype": wire, **values, **(own or {}).get(node, {})})}),
-                node,
-                kind,
-            )
+            Message(RecordDict({"state": state, "round": self._order(cohort, common | dict((own or {}).get(node, {})))}), node, kind)
             for node, cohort in cohorts.items()
         ]
 
