@@ -2,23 +2,36 @@
 
 Clients train both factors; Σ p_k B_k·A_k has rank up to K·r, and its best approximation of rank r (Eckart–Young) is the new adapter. The
 singular values are split evenly between the factors, √Σ on *both* sides: one side alone would change the product.
+
+``fisher = "updates"`` cuts back by FWSVD (arXiv 2207.00112) instead: best where the rows of the weight matter most. Its squared gradients
+are replaced by the squared changes of B that the clients sent anyway, weighted like the clients, so it costs no bytes and no privacy; it
+is a proxy, the finer the fewer local steps. Rows that are all equal or all zero are cut by the plain SVD, which is logged once.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
+from fedlab.config import RunConfig
 from fedlab.lora.exact import mean_of_products
+from fedlab.lora.fisher import all_equal, row_weights_of, truncate_weighted
 from fedlab.lora.ranks import truncate
 from fedlab.lora.state import State, local_pairs, modules
 from strategies.base import LoraStrategy, NoOptions
+from strategies.federation import Federation
 from strategies.folding import in_order
+
+logger = logging.getLogger("fedlab")
 
 
 class FlexLoraOptions(NoOptions):
     """Own keys of ``[strategy]`` with ``name = "flexlora"``."""
 
     split: Literal["sqrt", "left"] = "sqrt"
+    fisher: Literal["none", "updates"] = "none"
 
 
 class FlexLora(LoraStrategy):
@@ -28,14 +41,28 @@ class FlexLora(LoraStrategy):
     linear: ClassVar[bool] = False
     Options: ClassVar[type[NoOptions]] = FlexLoraOptions
 
+    def __init__(self, config: RunConfig, federation: Federation) -> None:
+        super().__init__(config, federation)
+        self._told = False  # that rows could not be weighted
+
     def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
-        """SVD of the mean of the products, in compact form; the head is averaged."""
+        """SVD of the mean of the products, in compact form, weighted by rows if so asked; the head is averaged."""
         averaged = super().aggregate(state, updates, weights, round_number)
         options = self.options
         assert isinstance(options, FlexLoraOptions)
         for module in modules(state):
             B, A = mean_of_products(local_pairs(state, updates, module), in_order(weights, updates))
             rank = state[f"{module}.lora_A"].shape[0]
-            B, A = truncate(B, A, rank, split=options.split)
+            if options.fisher == "none":
+                B, A = truncate(B, A, rank, options.split)
+            else:
+                B, A = truncate_weighted(B, A, rank, self._row_weights(updates, weights, module), options.split)
             averaged[f"{module}.lora_B"], averaged[f"{module}.lora_A"] = B.float(), A.float()
         return averaged
+
+    def _row_weights(self, updates: dict[str, State], weights: dict[str, float], module: str) -> Tensor:
+        found = row_weights_of(updates, weights, module)
+        if all_equal(found) and not self._told:
+            self._told = True
+            logger.info('%s: the updates weigh all rows alike; fisher = "updates" is the plain SVD there', module)
+        return found
