@@ -1,7 +1,8 @@
 """Hostile clients: held-out accuracy of the mean and of the rules of ``fedlab.lora.robust`` under the attacks of ``fedlab.lora.attacks``.
 
-    python simulations/benchmarks/robust.py                                      # the table of docs/benchmarks.md
-    python simulations/benchmarks/robust.py --rules mean krum --attacks none sign_flip --seeds 2 --json
+    python simulations/benchmarks/robust.py --seeds 2         # the first table of docs/benchmarks.md, "Hostile clients"
+    python simulations/benchmarks/robust.py --partition 0.5   # the second: Dirichlet(0.5)
+    python simulations/benchmarks/robust.py --rules mean krum --attacks none sign_flip --json
 
 Clients train B and the head (FFA-LoRA), without DP, in this one process; the rule is applied to the updates, all of one weight. Three of
 ten clients are hostile in every round. They work from their own honest updates and know neither the others' nor the rule. An update that
