@@ -32,7 +32,8 @@ def residual_of_mean(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     """Factors of Σ p_k B_k·A_k − B̄·Ā with B̄ = Σ p_k B_k, Ā = Σ p_k A_k: what averaging the factors loses. Σ p_k = 1.
 
     Written as Σ p_k (B_k − B̄)·(A_k − Ā), which is the same and cancels nothing large; of full numerical rank, at most K·r, and without
-    columns where only rounding is lost. All ranks are equal. Raises ValueError if shapes or ranks differ, the weights do not sum to 1, or an entry is not finite.
+    columns where only rounding is lost. All ranks are equal. Raises ValueError if shapes or ranks differ, the weights do not sum to 1, or
+    an entry is not finite.
     """
     check_products(pairs, weights)
     if len({b.shape[1] for b, _ in pairs}) > 1:
