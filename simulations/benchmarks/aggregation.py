@@ -11,8 +11,8 @@ for the dense SVDs of ``--full``, which run once. Three tables:
    away before the next's, so that all clients' changes of a layer are in memory, never those of the model (4.3 GB for 50 clients).
 2. ``refactorize`` of one module, in float64, against what the published code does: form B·A in float32, ``torch.linalg.svd`` with
    ``full_matrices=False``, keep r; and against ``torch.svd_lowrank`` (q = r) of the same formed product. "error" is the relative Frobenius
-   error of the product. The whole set by the dense SVD is extrapolated by counts: with ``--full`` from one module of each shape, otherwise
-   from the largest square measured by the cube of a module's smaller side, which is a lower bound.
+   error of the product, in the order of the columns. The whole set by the dense SVD is extrapolated by counts: with ``--full`` from one
+   module of each shape, otherwise from the largest square measured by the cube of a module's smaller side, which is a lower bound.
 3. Each aggregator on one module of the first shape.
 """
 
@@ -210,7 +210,7 @@ def report(found: dict[str, Any]) -> None:
     for row in found["modules"]:
         cells = ["{median:.4f} ({min:.4f} – {max:.4f})".format(**row[way]) for way in ("refactorize", "dense", "lowrank")]
         ratios = [f"{row['ratios'][f'{way} / refactorize']:,.1f}" for way in ("dense", "lowrank")]
-        errors = ", ".join(f"{error:.0e}" for error in row["errors"].values())
+        errors = ", ".join(f"{row['errors'][way]:.0e}" if way in row["errors"] else "–" for way in ("refactorize", "dense", "lowrank"))
         print(f"| {row['m']}×{row['n']} | {cells[0]} | {cells[1]} | {ratios[0]} | {cells[2]} | {ratios[1]} | {errors} |")
     print("\n| aggregator, one module | processor s (min – max) |\n|---|---|")
     for title, times in found["aggregators"].items():
