@@ -31,6 +31,7 @@ from strategies.federation import Federation
 from strategies.options import MeanOptions, NoOptions
 
 logger = logging.getLogger("fedlab")
+UNUSABLE = "unusable update"  # what the reason of an exclusion begins with where a client sent what cannot be used
 
 
 @dataclass
@@ -109,7 +110,8 @@ class LoraStrategy(Strategy):
         if not isinstance(self.options, MeanOptions):
             return weighted_mean(full, weights)
         try:
-            mean = self.options.combine(full, weights)
+            exposed = sum(reason.startswith(UNUSABLE) for reason in self.train_outcome.excluded.values())
+            mean = self.options.combine(full, weights, exposed)
         except ValueError as error:
             raise RunFailed(f"the clients' mean: {error}") from None
         if self.options.server is not None:
@@ -336,7 +338,7 @@ class LoraStrategy(Strategy):
             except Exception as error:  # an array that cannot even be decoded
                 problem = f"undecodable: {type(error).__name__}: {error}"
             if problem is not None:
-                outcome.excluded[client] = f"unusable update: {problem}"
+                outcome.excluded[client] = f"{UNUSABLE}: {problem}"
             else:
                 outcome.updates[client] = update
                 outcome.bytes_up += nbytes(update, self.config.run.wire_dtype)

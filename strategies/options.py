@@ -46,9 +46,15 @@ class Robust(NoOptions):
             raise ValueError(f'rule = "{self.rule}" needs {missing[0]}')
         return self
 
-    def combine(self, updates: Mapping[str, State], weights: Mapping[str, float]) -> State:
-        """The rule's answer. Raises ValueError, for example for too few clients."""
-        return RULES[self.rule](updates, weights, **self._given())
+    def combine(self, updates: Mapping[str, State], weights: Mapping[str, float], exposed: int = 0) -> State:
+        """The rule's answer. ``exposed`` clients sent what nobody could use and are gone already: so many fewer are left to be feared.
+
+        Raises ValueError, for example for too few clients.
+        """
+        given = self._given()
+        if self.byzantine is not None:
+            given["byzantine"] = max(0, self.byzantine - exposed)
+        return RULES[self.rule](updates, weights, **given)
 
     def _given(self) -> dict[str, float]:
         return {key: value for key, value in self.model_dump(exclude={"rule"}).items() if value is not None}
@@ -72,6 +78,6 @@ class MeanOptions(NoOptions):
         except ValueError as error:
             raise ConfigError(f"strategy.robust with {len(nobody)} clients per round: {error}") from None
 
-    def combine(self, updates: Mapping[str, State], weights: Mapping[str, float]) -> State:
+    def combine(self, updates: Mapping[str, State], weights: Mapping[str, float], exposed: int = 0) -> State:
         """The clients' weighted mean, or what the robust rule makes of them."""
-        return self.robust.combine(updates, weights) if self.robust else weighted_mean(updates, weights)
+        return self.robust.combine(updates, weights, exposed) if self.robust else weighted_mean(updates, weights)

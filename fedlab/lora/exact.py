@@ -14,6 +14,7 @@ from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
 NOTHING = 1e-14  # singular values below this share of the largest are rounding, not rank
+EPSILON = 2.0**-50  # and so are those below this share of Σ |b_i|·|a_i|: what float64 leaves of columns that cancel
 
 
 def mean_of_products(pairs: Sequence[Pair], weights: Sequence[float], scales: Sequence[float] | None = None) -> Pair:
@@ -21,7 +22,7 @@ def mean_of_products(pairs: Sequence[Pair], weights: Sequence[float], scales: Se
 
     Raises ValueError if the counts or the shapes differ, or an entry is not finite.
     """
-    _check(pairs, weights, scales)
+    check_products(pairs, weights, scales)
     scales = [1.0] * len(pairs) if scales is None else scales
     B = torch.cat([p * s * b.double() for (b, _), p, s in zip(pairs, weights, scales, strict=True)], 1)
     return B, torch.cat([a.double() for _, a in pairs], 0)
@@ -30,17 +31,21 @@ def mean_of_products(pairs: Sequence[Pair], weights: Sequence[float], scales: Se
 def residual_of_mean(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     """Factors of Σ p_k B_k·A_k − B̄·Ā with B̄ = Σ p_k B_k, Ā = Σ p_k A_k: what averaging the factors loses. Σ p_k = 1.
 
-    Written as Σ p_k (B_k − B̄)·(A_k − Ā), which is the same and cancels nothing large; of full numerical rank, at most K·r. All ranks are
-    equal. Raises ValueError if shapes or ranks differ, the weights do not sum to 1, or an entry is not finite.
+    Written as Σ p_k (B_k − B̄)·(A_k − Ā), which is the same and cancels nothing large; of full numerical rank, at most K·r, and without
+    columns where only rounding is lost. All ranks are equal. Raises ValueError if shapes or ranks differ, the weights do not sum to 1, or
+    an entry is not finite.
     """
-    _check(pairs, weights, None)
+    check_products(pairs, weights)
     if len({b.shape[1] for b, _ in pairs}) > 1:
         raise ValueError(f"ranks {[b.shape[1] for b, _ in pairs]} differ: their factors have no mean; stack them (mean_of_products)")
     if abs(math.fsum(weights) - 1) > 1e-9:
         raise ValueError(f"weights must sum to 1, got {math.fsum(weights)}")
     B = sum((p * b.double() for (b, _), p in zip(pairs, weights, strict=True)), torch.zeros(()).double())
     A = sum((p * a.double() for (_, a), p in zip(pairs, weights, strict=True)), torch.zeros(()).double())
-    return compress(*mean_of_products([(b.double() - B, a.double() - A) for b, a in pairs], weights))[:2]
+    pairs = [(b.double(), a.double()) for b, a in pairs]
+    size = math.fsum(abs(p) * _size(b, a) for (b, a), p in zip(pairs, weights, strict=True))
+    U, S, Vt, _ = decompose(*mean_of_products([(b - B, a - A) for b, a in pairs], weights), nothing=EPSILON * size)
+    return U * S, Vt
 
 
 def corrected_b(B: Tensor, A: Tensor, pairs: Sequence[Pair], weights: Sequence[float], ridge: float) -> Tensor:
@@ -49,7 +54,7 @@ def corrected_b(B: Tensor, A: Tensor, pairs: Sequence[Pair], weights: Sequence[f
     ΔB = [Σ p_k B_k·(A_k·Aᵀ) − B·(A·Aᵀ)]·(A·Aᵀ + λI)⁻¹: r×r systems only. Raises ValueError for shapes that do not fit, a
     ridge that is not positive, or an entry that is not finite; a zero A leaves B as it is.
     """
-    _check([*pairs, (B, A)], [*weights, 1.0], None)
+    check_products([*pairs, (B, A)], [*weights, 1.0])
     if not (math.isfinite(ridge) and ridge > 0):
         raise ValueError(f"ridge must be > 0 and finite, got {ridge}")
     gram = A.double() @ A.double().mT
@@ -79,31 +84,56 @@ def compress(B: Tensor, A: Tensor, rank: int | None = None, tolerance: float = 0
 
     Raises ValueError for shapes that do not multiply, rank < 0, a tolerance out of range, or non-finite entries.
     """
-    _check([(B, A)], [1.0], None)
+    U, S, Vt, dropped = decompose(B, A, rank, tolerance)
+    return U * S, Vt, dropped
+
+
+def decompose(
+    B: Tensor, A: Tensor, rank: int | None = None, tolerance: float = 0.0, nothing: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """(U, S, Vᵀ, dropped) of ``compress``, whose B2 is U·S and whose A2 is Vᵀ. Singular values up to ``nothing`` count as rounding too."""
+    check_products([(B, A)], [1.0])
     if rank is not None and rank < 0:
         raise ValueError(f"rank must be >= 0, got {rank}")
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
-    P, R_B = torch.linalg.qr(B.double())
-    Q, R_A = torch.linalg.qr(A.double().mT)
+    scales = [_power_of_two(B), _power_of_two(A)]  # exact; squares of what remains neither vanish nor overflow
+    B, A = B.double() / scales[0], A.double() / scales[1]
+    P, R_B = torch.linalg.qr(B)
+    Q, R_A = torch.linalg.qr(A.mT)
     U, S, Vt = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    kept = int((NOTHING * S[0] < S).sum()) if len(S) and S[0] > 0 else 0
+    largest = float(S[0]) if len(S) else 0.0
+    floor = max(NOTHING * largest, EPSILON * _size(B, A), nothing / scales[0] / scales[1])
+    significant = int((floor < S).sum())
     tails = S.square().flip(0).cumsum(0).flip(0).sqrt()  # tails[i]: norm of S[i:]
+    kept = significant
     if tolerance and kept:
         kept = min(kept, int((tails > tolerance * tails[0]).sum()))
     kept = kept if rank is None else min(kept, rank)
-    dropped = float(tails[kept]) if kept < len(S) and float(tails[kept]) > NOTHING * float(tails[0]) * len(S) else 0.0
-    return (P @ U[:, :kept]) * S[:kept], Vt[:kept] @ Q.mT, dropped
+    dropped = float(tails[kept]) * scales[0] * scales[1] if kept < significant else 0.0
+    return P @ U[:, :kept], S[:kept] * scales[0] * scales[1], Vt[:kept] @ Q.mT, dropped
 
 
-def _check(pairs: Sequence[Pair], weights: Sequence[float], scales: Sequence[float] | None) -> None:
+def _size(B: Tensor, A: Tensor) -> float:
+    """Σ_i |b_i|·|a_i| over the columns of B and the rows of A: no less than any norm of B·A."""
+    return float((B.norm(dim=0) * A.norm(dim=1)).sum())
+
+
+def _power_of_two(value: Tensor) -> float:
+    """A power of two near the largest entry, 1 if there is none."""
+    largest = float(value.abs().max()) if value.numel() else 0.0
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest > 0 else 1.0
+
+
+def check_products(pairs: Sequence[Pair], weights: Sequence[float], scales: Sequence[float] | None = None) -> None:
+    """Raise ValueError unless all pairs multiply to one shape, everything is finite, and there is a weight (and scale) for each."""
     if not pairs or len(pairs) != len(weights) or (scales is not None and len(scales) != len(pairs)):
         counts = f"{len(pairs)} products, {len(weights)} weights" + (f", {len(scales)} scales" if scales is not None else "")
         raise ValueError(f"want one weight (and scale) per product, at least one; got {counts}")
-    m, n = pairs[0][0].shape[0], pairs[0][1].shape[1]
+    m, n = pairs[0][0].shape[:1], pairs[0][1].shape[1:]
     for B, A in pairs:
-        if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or (B.shape[0], A.shape[1]) != (m, n):
-            raise ValueError(f"B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply to {m}×{n}")
+        if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or (B.shape[:1], A.shape[1:]) != (m, n):
+            raise ValueError(f"B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply to {'×'.join(map(str, (*m, *n)))}")
         if not (bool(torch.isfinite(B).all()) and bool(torch.isfinite(A).all())):
             raise ValueError("a factor holds NaN or infinite entries; exclude the update that brought them")
     for number in (*weights, *(scales or ())):

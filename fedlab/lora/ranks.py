@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from fedlab.lora.exact import compress
+from fedlab.lora.exact import check_products, compress, decompose
 from fedlab.lora.state import State, part_of
 
 SPLITS = ("sqrt", "left")
@@ -18,26 +17,27 @@ def truncate(B: Tensor, A: Tensor, rank: int, split: str = "sqrt") -> tuple[Tens
     """Best approximation of B·A of a rank (Eckart–Young), float64, always [m, rank] and [rank, n]: missing directions are zero.
 
     ``split``: "sqrt" puts √Σ on both factors, "left" all of Σ on B (A then has orthonormal rows where it is not zero). Raises ValueError
-    for rank outside [1, min(m, n)] or an unknown split.
+    for rank outside [1, min(m, n)], an unknown split, shapes that do not multiply or non-finite entries.
     """
+    check_products([(B, A)], [1.0])
     m, n = B.shape[0], A.shape[1]
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank = {rank} must be in [1, min(m, n)] = [1, {min(m, n)}]")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    B2, A2, _ = compress(B, A, rank)
-    if split == "sqrt":
-        root = B2.norm(dim=0).sqrt()
-        B2, A2 = B2 / root, A2 * root[:, None]
-    return pad(B2, A2, rank)
+    U, S, Vt, _ = decompose(B, A, rank)
+    left, right = (S.sqrt(), S.sqrt()) if split == "sqrt" else (S, torch.ones_like(S))
+    return pad(U * left, right[:, None] * Vt, rank)
 
 
 def pad(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Zero columns for B *and* zero rows for A up to ``rank`` (HetLoRA, arXiv 2401.06432): the same product, and training leaves them zero.
 
-    Raises ValueError if the pair has a larger rank already.
+    Raises ValueError if the pair has a larger rank already, or if B and A differ in theirs.
     """
     have = B.shape[1]
+    if A.shape[0] != have:
+        raise ValueError(f"B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply")
     if have > rank:
         raise ValueError(f"rank = {rank} is below the {have} that the factors have; truncate them")
     zeros = torch.nn.functional.pad
@@ -71,11 +71,12 @@ def redistribute(B: Tensor, A: Tensor, ranks: Mapping[str, int], split: str = "s
 
 
 def frobenius_inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """⟨B₁A₁, B₂A₂⟩ = trace((B₁ᵀB₂)(A₂A₁ᵀ)), without forming either product."""
+    """⟨B₁A₁, B₂A₂⟩ = trace((B₁ᵀB₂)(A₂A₁ᵀ)), without forming either product. ValueError if shapes do not fit or an entry is not finite."""
+    check_products([first, second], [1.0, 1.0])
     (B1, A1), (B2, A2) = first, second
     return float(((B1.double().mT @ B2.double()) * (A1.double() @ A2.double().mT)).sum())
 
 
 def frobenius_norm(B: Tensor, A: Tensor) -> float:
-    """‖B·A‖_F ≥ 0."""
-    return math.sqrt(max(0.0, frobenius_inner((B, A), (B, A))))
+    """‖B·A‖_F ≥ 0, exactly 0 where the product is rounding. ValueError if shapes do not fit or an entry is not finite."""
+    return compress(B, A, rank=0)[2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlab.config import RunConfig
-from fedlab.errors import ConfigError
+from fedlab.errors import ConfigError, RunFailed
 from fedlab.lora.robust import RULES
 from fedlab.lora.state import State, modules
 from fedlab.lora.svd import orthonormal_rows
@@ -75,6 +75,22 @@ def test_a_hostile_minority_does_not_move_a_robust_strategy_far(name: str, rule:
             assert (product(moved) - product(honest)).norm() > size
             if rule != "norm_bounded_mean":  # bounded, yet biased
                 assert (product(saved) - product(honest)).norm() < 0.05 * size
+
+
+def test_clients_that_gave_themselves_away_are_feared_no_more():
+    """Krum among ten of which three may be hostile; the server excluded all three for NaN, and seven honest ones are left."""
+    strategy, state = make("ffa", "strategy.robust={rule='krum', byzantine=3}"), start()
+    updates = {c: u for c, u in updates_around(strategy, state, 0.1).items() if c not in ("client-0", "client-1", "client-2")}
+    left = dict.fromkeys(updates, 1 / 7)
+    with pytest.raises(RunFailed, match="7"):
+        strategy.aggregate(state, updates, left, 1)
+    gone = dict.fromkeys(("client-0", "client-1", "client-2"), "unusable update: head.w holds NaN or infinite values")
+    strategy.train_outcome.excluded = gone
+    after = strategy.aggregate(state, updates, left, 1)
+    assert any(torch.allclose(after["q.lora_B"], state["q.lora_B"] + u["q.lora_B"]) for u in updates.values())
+    strategy.train_outcome.excluded = dict.fromkeys(gone, "no reply within 60 s")
+    with pytest.raises(RunFailed, match="7"):
+        strategy.aggregate(state, updates, left, 1)
 
 
 def test_a_server_optimiser_moves_by_what_it_makes_of_the_mean():
