@@ -88,7 +88,7 @@ def main() -> None:
 
             tuned = {rate: result(rate, TUNING_SEED, f"tune-{rate:g}", *tuning) for rate in args.rates}
             rate = max(tuned, key=lambda r: score(tuned[r]))
-            results = [result(rate, seed, f"seed-{seed}") for seed in range(1, args.seeds + 1)]
+            results = [result(rate, seed, f"seed-{seed}-lr-{rate:g}") for seed in range(1, args.seeds + 1)]
             print(row(method, privacy, rate, results), flush=True)
 
 
