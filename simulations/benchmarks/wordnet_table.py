@@ -111,8 +111,9 @@ def row(method: str, privacy: str, rate: float, results: list[dict[str, object]]
     epsilon = results[0]["epsilon"]
     shown = epsilon if isinstance(epsilon, str) else f"{max(column('epsilon')):.2f}"
     return (
-        f"| {method} | {privacy} | {rate:g} | {spread(column('accuracy'))} | {spread(column('macro_f1'))} | {spread(mean)} | {spread(worst)} "
-        f"| {shown} | {statistics.fmean(column('bytes_up')) / 1e6:.1f} | {statistics.fmean(column('overhead_seconds_per_round')):.2f} |"
+        f"| {method} | {privacy} | {rate:g} | {spread(column('accuracy'))} | {spread(column('macro_f1'))} | {spread(mean)} "
+        f"| {spread(worst)} | {shown} | {statistics.fmean(column('bytes_up')) / 1e6:.1f} "
+        f"| {statistics.fmean(column('overhead_seconds_per_round')):.2f} |"
     )
 
 
