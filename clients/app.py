@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 
 from clients.describe import DESCRIPTION, describe_client, keep_receipts
 from clients.evaluate import evaluate_cohort
-from clients.train import train_cohort
+from clients.train import train_message
 from fedlab.errors import FedlabError, PrivacyError
 from fedlab.session import Session, open_session, torch_threads
 
@@ -42,7 +42,7 @@ def train(message: Message, context: Context) -> Message:
     """Local training of the cohort; a client that fails is named in ``failures`` and the others go on."""
     session, cohort = _open(message, context)
     with torch_threads(session.config.run.threads):
-        return Message(train_cohort(session, cohort, message.content, context), reply_to=message)
+        return Message(train_message(session, cohort, message.content, context), reply_to=message)
 
 
 @app.evaluate()
@@ -52,7 +52,7 @@ def evaluate(message: Message, context: Context) -> Message:
     if session.config.private and not session.config.privacy.share_metrics:
         raise PrivacyError("local accuracy is not covered by the noise; privacy.share_metrics = true would send it")
     with torch_threads(session.config.run.threads):
-        return Message(evaluate_cohort(session, cohort, message.content), reply_to=message)
+        return Message(evaluate_cohort(session, cohort, message.content, context), reply_to=message)
 
 
 def _open(message: Message, context: Context) -> tuple[Session, list[str]]:

@@ -1,24 +1,29 @@
-"""One message of evaluation: the global model on each client's own held-out examples."""
+"""One message of evaluation: the global model, with what a client keeps of it for itself, on each client's own held-out examples."""
 
 from __future__ import annotations
 
 import time
 from typing import cast
 
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 
-from clients.train import received_state
+from clients.train import personal_directory, received_state
 from fedlab.evaluate.classification import classify
+from fedlab.personal import load_personal
 from fedlab.session import Session
 
 
-def evaluate_cohort(session: Session, cohort: list[str], content: RecordDict) -> RecordDict:
+def evaluate_cohort(session: Session, cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
     """Reply to an evaluate message: per-client lists ``accuracy`` and ``examples`` (of the held-out part, never trained on)."""
     started = time.time()
     order = content.config_records["round"]
-    session.model.load(received_state(content, cast(str, order["wire_dtype"])))
-    batch_size = session.config.evaluate.batch_size
-    scored = [classify(session.model, session.data, session.data.local_test(client), batch_size) for client in cohort]
+    state = received_state(content, cast(str, order["wire_dtype"]))
+    batch_size, home = session.config.evaluate.batch_size, personal_directory(order, context)
+    scored = []
+    for client in cohort:
+        own = load_personal(home, client, cast(int, order["round"]) + 1) if order["keep"] else {}
+        session.model.load(state | own)
+        scored.append(classify(session.model, session.data, session.data.local_test(client), batch_size))
     return RecordDict(
         {
             "clients": ConfigRecord({"ids": cohort}),

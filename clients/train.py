@@ -1,100 +1,196 @@
-"""One message of training: each client of the cohort in turn, on the process's one model."""
+"""One message of training: the clients of the cohort in groups that share a pass, on the process's one model."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
 from clients.custody import Custody
 from fedlab.errors import FedlabError, PrivacyError
-from fedlab.lora.state import State, digest, from_wire, to_wire
+from fedlab.lora.ranks import widen
+from fedlab.lora.state import State, digest, from_wire, select, to_wire
+from fedlab.personal import load_personal, save_personal
 from fedlab.privacy.guard import Refusal, public_reason
-from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session
+from fedlab.train.cohort import Member, train_cohort
 from fedlab.train.trainer import Trained, train_client
 
 logger = logging.getLogger("fedlab")
+EXPECTED = (FedlabError, RuntimeError, ValueError)  # what may fail for one client and leave the others alone
 
 
-def train_cohort(session: Session, cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
+@dataclass
+class Job:
+    """One client's part in a message. Its charge stays open from before its data is touched until its update is committed."""
+
+    client: str
+    known: int
+    rank: int
+    custody: Custody | None = None
+    member: Member | None = None
+    result: Trained | None = None
+    wire: dict[str, np.ndarray] = field(default_factory=dict)
+    failure: str | None = None
+    refused: bool = False
+    charge: ExitStack = field(default_factory=ExitStack)
+    commit: Callable[[int, str], None] | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """Close the charge, which then counts in full, and keep the reason in words that give no data away."""
+        self.charge.__exit__(type(error), error, error.__traceback__)
+        self.refused = isinstance(error, Refusal)
+        public = public_reason(error) if self.custody else f"{type(error).__name__}: {error}"
+        self.failure = str(error) if self.refused else public
+        self.result, self.member = None, None
+
+
+def train_message(session: Session, cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
     """Reply to a train message: ``updates`` (per client and name), ``metrics`` (per-client lists), ``charges``, ``failures``.
 
-    Under DP a charge is signed and on the disk before the client's data is touched, and the update is committed before it leaves.
+    Under DP every charge is signed and on the disk before the client's data is touched, and the update is committed before it leaves.
     """
     started = time.time()
     order = content.config_records["round"]
-    wire_dtype = cast(str, order["wire_dtype"])
-    state = received_state(content, wire_dtype)
-    updates: dict[str, Array] = {}
-    results: dict[str, Trained] = {}
-    failures: dict[str, str] = {}
-    refused: list[str] = []
+    state = received_state(content, cast(str, order["wire_dtype"]))
+    jobs = [Job(*row) for row in zip(cohort, cast(list[int], order["known"]), cast(list[int], order["ranks"]), strict=True)]
+    rest = iter(jobs)
     lines: dict[str, str] = {}
     exhausted: list[str] = []
-    guarded = session.config.private and session.config.privacy.unit == "example"
-    for client, known in zip(cohort, cast(list[int], order["known"]), strict=True):
-        custody: Custody | None = None
-        try:
-            custody = Custody(session, client, order, context) if guarded else None
-            results[client], wire = _train(session, client, state, order, custody)
-            updates |= {f"{client}/{name}": Array(value) for name, value in wire.items()}
-            if custody and custody.exhausted(cast(int, order["round"]) + 1):
-                exhausted.append(client)
-        except Refusal as refusal:
-            failures[client] = str(refusal)
-            refused.append(client)
-        except (FedlabError, RuntimeError, ValueError) as error:
-            logger.warning("%s failed in round %d: %s", client, order["round"], error)
-            failures[client] = public_reason(error) if guarded else f"{type(error).__name__}: {error}"
-        try:
-            if custody:
-                lines[client] = custody.lines_after(known)
-        except PrivacyError as error:
-            failures.setdefault(client, str(error))
+    for size in cast(list[int], order["groups"]):
+        group = [next(rest) for _ in range(size)]
+        _train_group(session, group, state, order, context)
+        for job in group:
+            _after(job, cast(int, order["round"]), lines, exhausted)
+    done = {job.client: job.result for job in jobs if job.result is not None}
+    wires = {job.client: job.wire for job in jobs}
+    failed = [job for job in jobs if job.failure is not None]
     hide = session.config.private and not session.config.privacy.share_metrics
     return RecordDict(
         {
-            "updates": ArrayRecord(updates),
-            "clients": ConfigRecord({"ids": list(results)}),
+            "updates": ArrayRecord({f"{client}/{name}": Array(v) for client in done for name, v in wires[client].items()}),
+            "clients": ConfigRecord({"ids": list(done)}),
             "metrics": MetricRecord(
                 {
-                    "examples": [r.examples for r in results.values()],
-                    "steps": [r.steps for r in results.values()],
-                    "loss": [math.nan if hide else r.loss for r in results.values()],
-                    "clip_fraction": [math.nan if hide else r.clip_fraction for r in results.values()],
-                    "seconds": [r.seconds for r in results.values()],
+                    "examples": [r.examples for r in done.values()],
+                    "steps": [r.steps for r in done.values()],
+                    "loss": [math.nan if hide else r.loss for r in done.values()],
+                    "clip_fraction": [math.nan if hide else r.clip_fraction for r in done.values()],
+                    "seconds": [r.seconds for r in done.values()],
                     "started": started,
                     "ended": time.time(),
                 }
             ),
             "charges": ConfigRecord({"ids": list(lines), "lines": list(lines.values()), "exhausted": exhausted}),
-            "failures": ConfigRecord({"ids": list(failures), "reasons": list(failures.values()), "refused": refused}),
+            "failures": ConfigRecord(
+                {
+                    "ids": [job.client for job in failed],
+                    "reasons": [str(job.failure) for job in failed],
+                    "refused": [job.client for job in failed if job.refused],
+                }
+            ),
         }
     )
 
 
-def _train(
-    session: Session, client: str, state: State, order: ConfigRecord, custody: Custody | None
-) -> tuple[Trained, dict[str, np.ndarray]]:
-    """Train one client, charged and committed under DP; the result and what goes on the wire."""
-    number, trained, wire_dtype = cast(int, order["round"]), cast(list[str], order["trained"]), cast(str, order["wire_dtype"])
+def _train_group(session: Session, group: list[Job], state: State, order: ConfigRecord, context: Context) -> None:
+    """Charge every client of a group, train them together, commit each. What fails for one is its own failure; else it is everybody's."""
+    home = personal_directory(order, context)
+    received = digest(state) if session.config.private else ""
+    try:
+        for job in group:
+            try:
+                _begin(session, job, state, received, order, context, home)
+            except EXPECTED as error:
+                job.fail(error)
+        ready = [job for job in group if job.member is not None]
+        results = _results(session, [job.member for job in ready if job.member], order)
+        for job in ready:
+            try:
+                if isinstance(found := results[job.client], FedlabError):
+                    raise found
+                _end(job, found, order, home)
+            except EXPECTED as error:
+                logger.warning("%s failed in round %d: %s", job.client, order["round"], error)
+                job.fail(error)
+    except BaseException as error:
+        for job in group:
+            if job.result is None and job.failure is None:
+                job.fail(error)
+        if not isinstance(error, EXPECTED):
+            raise
+        logger.warning("%d clients failed in round %d: %s", len(group), order["round"], error)
 
-    def run(plan: DPPlan | None) -> tuple[Trained, dict[str, np.ndarray]]:
-        result = train_client(session.model, session.data, client, state, trained, session.config, number, plan)
-        return result, to_wire(result.update, wire_dtype)
 
-    if custody is None:
-        return run(None)
-    custody.check_scope(trained)
-    with custody.guard.charge(custody.terms, number, digest(state)) as commit:
-        result, wire = run(custody.plan)
-        commit(result.steps, digest(from_wire(wire, wire_dtype)))
-    return result, wire
+def _begin(session: Session, job: Job, state: State, received: str, order: ConfigRecord, context: Context, home: Path) -> None:
+    """Everything before the client's data is touched: its start, its scope, its charge."""
+    number, keep, highest = cast(int, order["round"]), cast(list[str], order["keep"]), session.config.lora.rank
+    if session.config.privacy.unit == "example":
+        job.custody = Custody(session, job.client, order, context)
+        job.custody.check_scope(cast(list[str], order["trained"]))
+        job.commit = job.charge.enter_context(job.custody.guard.charge(job.custody.terms, number, received))
+    if not 1 <= job.rank <= highest:
+        raise FedlabError(f"rank {job.rank} was asked for, outside [1, {highest}]")
+    start = state | (load_personal(home, job.client, number) if keep else {})
+    job.member = Member(job.client, start, job.custody.plan if job.custody else None, job.rank if job.rank < highest else None)
+
+
+def _results(session: Session, members: list[Member], order: ConfigRecord) -> dict[str, Trained | FedlabError]:
+    """The members' results; a group that does not fit into a GPU's memory is halved."""
+    trained, number = cast(list[str], order["trained"]), cast(int, order["round"])
+    if len(members) == 1:
+        (m,) = members
+        return {m.client: train_client(session.model, session.data, m.client, m.state, trained, session.config, number, m.plan, m.rank)}
+    if not members:
+        return {}
+    try:
+        return train_cohort(session.model, session.data, members, trained, session.config, number)
+    except torch.cuda.OutOfMemoryError:
+        logger.warning("%d clients in one pass do not fit into the GPU's memory; going on with half as many", len(members))
+    torch.cuda.empty_cache()
+    half = len(members) // 2
+    return _results(session, members[:half], order) | _results(session, members[half:], order)
+
+
+def _end(job: Job, result: Trained, order: ConfigRecord, home: Path) -> None:
+    """What the client keeps goes to its disk, what it sends is committed."""
+    wire_dtype, number = cast(str, order["wire_dtype"]), cast(int, order["round"])
+    assert job.member is not None
+    start = job.member.state
+    if own := select(result.update, cast(list[str], order["keep"])):
+        save_personal(home, job.client, number, {name: start[name] + value for name, value in widen(own, start).items()})
+    job.wire = to_wire({name: value for name, value in result.update.items() if name not in own}, wire_dtype)
+    if job.commit is not None:
+        job.commit(result.steps, digest(from_wire(job.wire, wire_dtype)))
+    job.charge.close()
+    job.result = result
+
+
+def _after(job: Job, number: int, lines: dict[str, str], exhausted: list[str]) -> None:
+    """The ledger's new lines, and whether another round would be within the budget."""
+    try:
+        if job.custody and job.result is not None and job.custody.exhausted(number + 1):
+            exhausted.append(job.client)
+        if job.custody:
+            lines[job.client] = job.custody.lines_after(job.known)
+    except PrivacyError as error:
+        job.failure = job.failure or str(error)
+
+
+def personal_directory(order: ConfigRecord, context: Context) -> Path:
+    """Where this node's clients keep what is theirs alone: as the run says, or, on a node of one client, as its owner says."""
+    if "client" not in context.node_config:
+        return Path(str(order["personal"]))
+    return Path(str(context.node_config.get("personal", Path.home() / ".fedlab" / "personal"))) / str(order["run"])
 
 
 def received_state(content: RecordDict, wire_dtype: str) -> State:

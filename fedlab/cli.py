@@ -89,6 +89,36 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], debug: D
 
 
 @app.command()
+def strategies(
+    config: Annotated[
+        Path | None, typer.Argument(help="also bytes per client and round for this configuration", metavar="[CONFIG.toml]")
+    ] = None,
+    set_: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """All aggregation strategies: what clients send, what the mean is worth, what they go together with."""
+
+    def run() -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from fedlab.config import RunConfig
+        from fedlab.run.launch import check, load_reference
+
+        loaded = RunConfig.load(config, set_ or []) if config else None
+        if loaded:
+            check(loaded)
+        table = Table(box=None, pad_edge=False)
+        for name in load_reference("strategies.table:columns")(loaded):
+            table.add_column(name)
+        for row in load_reference("strategies.table:rows")(loaded):
+            table.add_row(*(cell.replace("`", "") for cell in row))
+        Console().print(table, highlight=False)
+
+    _guarded(run, debug)
+
+
+@app.command()
 def doctor() -> None:
     """What is installed, what is missing, what this machine can run. Exit code 4 if the quickstart could not run here."""
 

@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import ConfigDict, Field, model_validator
 
 from fedlab.errors import ConfigError
+from fedlab.seeds import stream
 
 
 class _Section(pydantic.BaseModel):
@@ -37,6 +38,12 @@ class RunSection(_Section):
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen base; adapters stay float32")
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    cohort: int | None = Field(
+        default=None,
+        gt=0,
+        description="clients that train in one pass (1: one after the other); part of what fixes the bits, like threads; default: 4, or as "
+        "many as make 64 rows in a step",
+    )
     fraction: float = Field(default=1.0, gt=0, le=1, description="of the clients per round")
     sampling: Literal["balanced", "uniform", "poisson"] = Field(
         default="balanced", description='of clients; "poisson" (each with probability fraction) amplifies client-level DP and nothing else'
@@ -62,8 +69,23 @@ class LoraSection(_Section):
     target_modules: str | tuple[str, ...] = Field(default="auto", description='"auto", "all-linear", or module names')
     dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False
-    init_a: Literal["orthonormal", "kaiming"] = "orthonormal"
+    init_a: Literal["orthonormal", "kaiming", "random", "weights", "eva"] = "orthonormal"
+    public: str | None = Field(
+        default=None, description="eva: public texts that the server reads; one per line, or a csv, jsonl or parquet file"
+    )
+    public_texts: int = Field(default=512, gt=0, description="use at most this many of them")
     layers_to_transform: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _public(self) -> LoraSection:
+        if self.init_a == "eva" and self.public is None:
+            raise ValueError(
+                'init_a = "eva" needs lora.public, a file of public texts: activations of clients\' texts would be a private release, '
+                'which is not made here; init_a = "weights" needs no text'
+            )
+        if self.init_a != "eva" and self.public is not None:
+            raise ValueError(f'lora.public is read for init_a = "eva" only, but init_a = "{self.init_a}"; remove it, or set init_a = "eva"')
+        return self
 
 
 class Partition(_Section):
@@ -102,6 +124,38 @@ class DataSection(_Section):
     revision: str | None = None
     text: str | tuple[str, ...] | None = Field(default=None, description="text column, or two for sentence pairs")
     label: str | None = None
+
+
+class ClientsSection(_Section):
+    """[clients]: what differs between clients."""
+
+    rank: dict[str, int] = Field(
+        default={},
+        description='of a client\'s adapter, by id ({"client-3" = 4}) or by share of the clients ({"50%" = 4}); others: lora.rank',
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ClientsSection:
+        shares = [key for key in self.rank if key.endswith("%")]
+        for key, rank in self.rank.items():
+            if not (_percent(key) if key.endswith("%") else key.startswith("client-") and key[7:].isdigit()):
+                raise ValueError(f'rank: {key!r} is neither a client, such as "client-3", nor a share, such as "50%"')
+            if rank < 1:
+                raise ValueError(f"rank: {key} must have a rank >= 1, got {rank}")
+        if shares and len(shares) < len(self.rank):
+            raise ValueError(f"rank: name clients or shares, not both: {', '.join(self.rank)}")
+        if (total := sum(_percent(key) for key in shares)) > 100:
+            raise ValueError(f"rank: the shares add up to {total:g} %, more than all clients")
+        return self
+
+
+def _percent(share: str) -> float:
+    """ "50%" → 50.0; 0 for what is no share in (0, 100]."""
+    try:
+        value = float(share.removesuffix("%"))
+    except ValueError:
+        return 0.0
+    return value if 0 < value <= 100 else 0.0
 
 
 class StrategySection(pydantic.BaseModel):
@@ -201,6 +255,7 @@ class RunConfig(_Section):
     model: ModelSection = ModelSection()
     lora: LoraSection
     data: DataSection = DataSection()
+    clients: ClientsSection = ClientsSection()
     strategy: StrategySection = StrategySection()
     train: TrainSection
     privacy: PrivacySection = PrivacySection()
@@ -217,6 +272,13 @@ class RunConfig(_Section):
             raise ValueError(
                 'run.sampling = "poisson" amplifies client-level DP only: participation is visible to the server; use balanced or uniform'
             )
+        for key, rank in self.clients.rank.items():
+            if rank > self.lora.rank:
+                raise ValueError(f"clients.rank: {key} = {rank} exceeds lora.rank = {self.lora.rank}, the largest that the server keeps")
+            if not key.endswith("%") and int(key[7:]) >= self.data.clients:
+                raise ValueError(
+                    f"clients.rank: {key} is none of the {self.data.clients} clients; they are client-0 to client-{self.data.clients - 1}"
+                )
         cap = self.privacy.participations
         if cap is not None and cap * self.data.clients < self.run.min_clients:
             raise ValueError(f"privacy.participations = {cap} cannot cover one round of {self.run.min_clients} clients")
@@ -228,6 +290,11 @@ class RunConfig(_Section):
         return max(1, round(self.run.fraction * self.data.clients))
 
     @property
+    def cohort_size(self) -> int:
+        """Clients that share a pass at most. Nothing about nodes goes into it: they must not change a bit."""
+        return self.run.cohort or min(64, max(4, -(-64 // self.train.batch_size)))
+
+    @property
     def participations(self) -> int:
         """Rounds that one client may take part in at most. Balanced sampling never needs more than this default."""
         if self.privacy.unit == "client":
@@ -235,6 +302,19 @@ class RunConfig(_Section):
         if self.privacy.participations is not None:
             return min(self.privacy.participations, self.run.rounds)
         return -(-self.clients_per_round * self.run.rounds // self.data.clients)
+
+    def ranks(self) -> dict[str, int]:
+        """client → rank of its adapter at the start of the run. Shares are dealt to the clients in a seeded order, the first one first."""
+        clients = [f"client-{i}" for i in range(self.data.clients)]
+        result = dict.fromkeys(clients, self.lora.rank)
+        rest = [clients[i] for i in stream(self.run.seed, "ranks").permutation(len(clients))]
+        for key, rank in self.clients.rank.items():
+            chosen = [key]
+            if key.endswith("%"):
+                count = round(_percent(key) / 100 * len(clients))
+                chosen, rest = rest[:count], rest[count:]
+            result |= dict.fromkeys(chosen, rank)
+        return result
 
     @property
     def private(self) -> bool:

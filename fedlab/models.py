@@ -11,7 +11,6 @@ function of its batch alone, and costs nothing: a base that does not learn needs
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +24,8 @@ from torch import Tensor, nn
 from fedlab.config import LoraSection, ModelSection, RunConfig
 from fedlab.errors import ConfigError
 from fedlab.hub import locate
-from fedlab.lora.state import State
-from fedlab.lora.svd import orthonormal_rows
-from fedlab.seeds import stream_seed
+from fedlab.lora.state import RESIDUAL, State, digest, part_of, residual_of
+from fedlab.lora.svd import principal_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -181,20 +179,62 @@ class LoadedModel:
             for name, layer in peft_model.named_modules()
             if hasattr(layer, "lora_A") and hasattr(layer, "scaling")
         }
+        self._pristine: dict[str, Tensor] = {}  # module → its weight before any residual was folded in
+        self._folded = digest({})
         self.module.requires_grad_(False)
         self.module.eval()
 
     @torch.no_grad()
     def load(self, state: State) -> None:
-        """Overwrite every adapter and head tensor. All names must be there, so that nothing of another client stays."""
-        if missing := self.parameters.keys() ^ state.keys():
+        """Overwrite every adapter and head tensor and the residual. All names must be there, so that nothing of another client stays."""
+        own = {name for name in state if part_of(name) not in RESIDUAL}
+        if missing := self.parameters.keys() ^ own:
             raise ValueError(f"state and model differ in {len(missing)} names, for example {sorted(missing)[0]!r}")
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
+        self._fold({name: value for name, value in state.items() if name not in own})
+
+    def _fold(self, residual: State) -> None:
+        """Base weights = pristine + s·residual. Done once for all clients that carry the same residual, which is told by its bytes."""
+        if (name := digest(residual)) == self._folded:
+            return
+        for module, pristine in self._pristine.items():
+            self._weight(module).copy_(pristine)
+        for module in sorted({n.rpartition(".")[0] for n in residual}):
+            if module not in self.scale:
+                raise ValueError(f"residual of {module!r}, which has no adapter")
+            factors = residual_of(residual, module)
+            assert factors is not None
+            weight = self._weight(module)
+            if module not in self._pristine:
+                self._pristine[module] = weight.clone()
+            B, A = (f.to(self.device, torch.float32) for f in factors)
+            delta = self.scale[module] * (B @ A)
+            pristine = self._pristine[module]
+            weight.copy_(pristine.float() + (delta.mT if self.transposed(module) else delta))
+        self._folded = name
+
+    def _weight(self, module: str) -> Tensor:
+        return cast(Tensor, cast(Any, self.layer(module)).base_layer.weight)
+
+    def transposed(self, module: str) -> bool:
+        """GPT-2's Conv1D keeps its weight as [in, out]."""
+        return bool(getattr(self.layer(module), "fan_in_fan_out", False))
+
+    def layer(self, module: str) -> nn.Module:
+        """The peft layer of an adapted module."""
+        return cast(nn.Module, self.module.get_submodule(PEFT_PREFIX + module))
 
     def state(self) -> State:
-        """A float32 copy of every adapter and head tensor, on the CPU."""
-        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.parameters.items()}
+        """A copy of every adapter and head tensor on the CPU, float32 unless the model is float64."""
+        return {name: p.detach().to("cpu", torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in self.parameters.items()}
+
+    def leading_inputs(self, module: str, rank: int) -> Tensor:
+        """The ``rank`` leading right singular vectors of a module's pristine weight, as orthonormal rows [rank, n], signs fixed."""
+        pristine: Tensor = self._pristine.get(module, self._weight(module))
+        weight = pristine.detach().to("cpu", torch.float64)
+        weight = weight.mT if self.transposed(module) else weight  # [m, n]
+        return principal_rows(weight.mT @ weight, rank)[0].float()
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits [N, labels] of one padded batch (``labels`` in it is ignored)."""
@@ -293,41 +333,3 @@ def _float32_head(loaded: LoadedModel) -> None:
         owner = loaded.owners[name]
         owner.float()
         owner.register_forward_pre_hook(lambda _, args: tuple(a.float() if a.is_floating_point() else a for a in args))
-
-
-def initial_state(loaded: LoadedModel, lora: LoraSection, seed: int) -> State:
-    """Round 0's adapter and head: A as ``lora.init_a`` says, B = 0, head weights N(0, 0.02²), head biases 0, gains 1.
-
-    ``kaiming`` is peft's own start (rows of norm about 1/√3); ``orthonormal`` has orthonormal rows, FedSVD's fixed point.
-    Each tensor is drawn from a stream of its own name, so adding a module changes no other.
-    """
-    state: State = {}
-    for name, parameter in sorted(loaded.parameters.items()):
-        generator = torch.Generator().manual_seed(stream_seed(seed, "init", name) % 2**63)
-        if name.endswith(".lora_A"):
-            if lora.init_a == "orthonormal":
-                drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                state[name] = orthonormal_rows(drawn).float()
-            else:
-                bound = (1 / parameter.shape[1]) ** 0.5  # Kaiming uniform with a = √5
-                state[name] = (torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1).mul(bound).float()
-        elif name.endswith((".lora_B", "bias")):
-            state[name] = torch.zeros(parameter.shape)
-        elif parameter.ndim == 1:  # the gain of a normalisation layer in the head
-            state[name] = torch.ones(parameter.shape)
-        else:
-            state[name] = torch.randn(parameter.shape, generator=generator).mul(0.02)
-    return state
-
-
-def save_adapter(loaded: LoadedModel, state: State, path: Path) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` in peft's format, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    loaded.load(state)
-    logging.getLogger("peft").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded.module.save_pretrained(str(temporary))
-    if path.exists():
-        raise FileExistsError(f"{path} exists; a run never overwrites an adapter")
-    temporary.replace(path)

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from strategies.base import LoraStrategy
 from strategies.fedavg import FedAvg
+from strategies.fedex import FedEx
+from strategies.fedsa import FedSA
 from strategies.fedsvd import FedSVD
 from strategies.ffa import FFALora
+from strategies.flexlora import FlexLora
+from strategies.flora import FLora
 from strategies.head import HeadOnly
+from strategies.hetlora import HetLora
+from strategies.lora_fair import LoraFair
+from strategies.rolora import RoLora
 
 STRATEGIES: dict[str, type[LoraStrategy]] = {
     "fedavg": FedAvg,
     "ffa": FFALora,
     "fedsvd": FedSVD,
+    "fedex": FedEx,
+    "flora": FLora,
+    "flexlora": FlexLora,
+    "hetlora": HetLora,
+    "lora-fair": LoraFair,
+    "rolora": RoLora,
+    "fedsa": FedSA,
     "head": HeadOnly,
 }
 

@@ -64,9 +64,10 @@ def _directory(context: Context) -> RunDirectory:
 
 
 def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float) -> dict[str, Any]:
-    from fedlab.models import save_adapter
+    from fedlab.adapters import save_adapter
     from fedlab.report.html import write_report
 
+    rounds.save_personal_adapters()
     save_adapter(rounds.session.model, rounds.state, directory.path / "adapter")
     rounds.finish(status)
     write_statement(directory.path, list(rounds.federation.clients))

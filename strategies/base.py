@@ -13,29 +13,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
-import pydantic
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from pydantic import ConfigDict
 
 from fedlab.config import RunConfig
-from fedlab.errors import FedlabError, PrivacyError
+from fedlab.errors import ConfigError, FedlabError, PrivacyError, RunFailed
 from fedlab.lora.average import client_weights, weighted_mean
-from fedlab.lora.state import State, check_update, digest, from_wire, nbytes, select, to_wire
+from fedlab.lora.ranks import narrow, widen
+from fedlab.lora.server_optimizer import Moments, server_step
+from fedlab.lora.state import State, check_update, digest, from_wire, nbytes, part_of, select, to_wire
 from fedlab.privacy.client_level import make_client_plan
 from fedlab.privacy.ledger import Entry
 from fedlab.privacy.noise import SecureNoise, SeededNoise
 from fedlab.seeds import client_order, stream
 from strategies.federation import Federation
+from strategies.options import MeanOptions, NoOptions
 
 logger = logging.getLogger("fedlab")
-
-
-class NoOptions(pydantic.BaseModel):
-    """Options of a strategy that has none; others derive from it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+UNUSABLE = "unusable update"  # what the reason of an exclusion begins with where a client sent what cannot be used
 
 
 @dataclass
@@ -67,50 +63,113 @@ class LoraStrategy(Strategy):
     """Base of the strategies. Subclasses set ``trains`` and override ``aggregate``; ``Options`` are their own keys."""
 
     trains: ClassVar[frozenset[str]] = frozenset({"lora_A", "lora_B"})
-    Options: ClassVar[type[NoOptions]] = NoOptions
+    effective: ClassVar[str] = "product of means"  # what B·A (and the residual) become; tests/strategies/test_conformance.py holds it
+    folds: ClassVar[bool] = False  # the state carries a residual, which goes down with it
+    linear: ClassVar[bool] = True  # aggregate depends on the updates through their weighted mean alone: what client-level DP can noise
+    ranks: ClassVar[str] = "zero-padded changes"  # what clients of lower rank amount to; "" if all must have the same
+    personal: ClassVar[frozenset[str]] = frozenset()  # parts that clients train and keep
+    Options: ClassVar[type[NoOptions]] = MeanOptions
 
     def __init__(self, config: RunConfig, federation: Federation) -> None:
         self.config, self.federation = config, federation
+        self.check(config)
         self.client_plan = make_client_plan(config) if config.privacy.unit == "client" else None
         self.sent_digest = ""  # of the state as this round's clients received it
         self.options = self.Options(**config.strategy.options)
+        self.moments = Moments()  # of the server's optimiser
         self.train_outcome, self.evaluate_outcome = TrainOutcome(), EvaluateOutcome()
         self._sent: dict[int, list[str]] = {}  # node → cohort of the messages under way
         self._state: State = {}
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise ConfigError for settings that make no sense with this strategy, before anything is started."""
+        if config.privacy.unit == "client" and not cls.linear:
+            raise ConfigError(
+                f'strategy.name = "{config.strategy.name}" needs each client\'s own factors, but under privacy.unit = "client" the server '
+                "noises one mean; use fedavg, ffa, fedsvd, rolora or head"
+            )
+        if config.clients.rank and not cls.ranks:
+            raise ConfigError(
+                f'clients.rank with strategy.name = "{config.strategy.name}": its rule needs equal ranks; use flexlora, hetlora or flora'
+            )
+        if isinstance(options := cls.Options(**config.strategy.options), MeanOptions):
+            options.check(config)
 
     def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
         """New global state from the old one and the clients' changes. Pure: same arguments, same bits.
 
         ``updates[client]`` holds the change of every trained tensor; ``weights`` are positive and sum to 1.
         """
-        mean = weighted_mean(updates, weights)
-        return {name: value + mean[name] if name in mean else value for name, value in state.items()}
+        change = self.change(state, updates, weights)
+        return {name: value + change[name] if name in change else value for name, value in state.items()}
 
-    def trained_names(self, state: State) -> list[str]:
-        """Names of the tensors that clients train and send back."""
+    def change(self, state: State, updates: dict[str, State], weights: dict[str, float]) -> State:
+        """The clients' mean change, in the state's shapes, after the robust rule and the server's optimiser if there are any."""
+        full = {client: widen(update, state) for client, update in updates.items()}
+        if not isinstance(self.options, MeanOptions):
+            return weighted_mean(full, weights)
+        try:
+            exposed = sum(reason.startswith(UNUSABLE) for reason in self.train_outcome.excluded.values())
+            mean = self.options.combine(full, weights, exposed)
+        except ValueError as error:
+            raise RunFailed(f"the clients' mean: {error}") from None
+        if self.options.server is not None:
+            mean, self.moments = server_step(self.options.server, mean, self.moments)
+        return mean
+
+    @property
+    def memory(self) -> State:
+        """What the server keeps between rounds beside the state, for a checkpoint; ``remember`` takes it back."""
+        kept = {"first": self.moments.first, "second": self.moments.second}
+        return {f"{kind}/{name}": value for kind, tensors in kept.items() for name, value in tensors.items()}
+
+    def remember(self, memory: State) -> None:
+        """Go on with what ``memory`` gave."""
+        first, second = (
+            {n.removeprefix(f"{kind}/"): v for n, v in memory.items() if n.startswith(f"{kind}/")} for kind in ("first", "second")
+        )
+        self.moments = Moments(first, second)
+
+    def trained_names(self, state: State, server_round: int = 1) -> list[str]:
+        """Names of the tensors that clients train in a round."""
         return sorted(select(state, self.trained_parts(self.config)))
+
+    def sent_names(self, state: State, server_round: int = 1) -> list[str]:
+        """Those of them that they send back."""
+        return [name for name in self.trained_names(state, server_round) if part_of(name) not in self.personal]
 
     @classmethod
     def trained_parts(cls, config: RunConfig) -> list[str]:
         """``lora_A``, ``lora_B``, ``head``: the most that clients are ever asked to train; what a privacy plan's scope covers."""
-        return sorted(set(cls.trains) | ({"head"} if config.train.head == "train" else set()))
+        return sorted(cls.factors(config) | ({"head"} if config.train.head == "train" else set()))
+
+    @classmethod
+    def factors(cls, config: RunConfig) -> frozenset[str]:
+        """Which factors are trained under this configuration."""
+        return cls.trains
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """One message per node that hosts a client of this round."""
         self._state = from_record(arrays, "float32")
-        trained = self.trained_names(self._state)
-        cohorts = self.federation.cohorts(self.federation.draw(server_round))
+        trained = self.trained_names(self._state, server_round)
+        if server_round == 1 and self.config.private and {part_of(name) for name in trained} >= {"lora_A", "lora_B"}:
+            name = self.config.strategy.name
+            logger.warning("%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone", name)
+        dealt = self.federation.deal(self.federation.groups(self.federation.draw(server_round)))
+        cohorts = {node: [client for group in groups for client in group] for node, groups in dealt.items()}
         count = sum(map(len, cohorts.values()))
         wire = self.config.run.wire_dtype
         self.train_outcome = TrainOutcome(
             silent={c for cohort in cohorts.values() for c in cohort}, bytes_down=count * nbytes(self._state, wire)
         )
         self.sent_digest = digest(from_wire(to_wire(self._state, wire), wire))
-        return self._messages(MessageType.TRAIN, cohorts, {"round": server_round, "trained": trained})
+        passes = {node: {"groups": [len(group) for group in groups]} for node, groups in dealt.items()}
+        return self._messages(MessageType.TRAIN, cohorts, {"round": server_round, "trained": trained}, passes)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every reply, then aggregate. (None, None) if no update was usable; ``train_outcome`` says why."""
-        outcome, trained = self.train_outcome, self.trained_names(self._state)
+        outcome, trained = self.train_outcome, self.sent_names(self._state, server_round)
         for node, reply in self._by_node(replies, outcome.excluded).items():
             self._collect_train(server_round, node, reply, trained, outcome)
         outcome.updates = dict(sorted(outcome.updates.items(), key=lambda item: client_order(item[0])))
@@ -129,7 +188,8 @@ class LoraStrategy(Strategy):
         assert plan is not None
         seeded = SeededNoise(stream(self.config.run.seed, "noise", "server", server_round))
         noise = seeded if plan.noise == "seeded" else SecureNoise()
-        mean = plan.mean(self.train_outcome.updates, {name: self._state[name] for name in trained}, noise)
+        updates = {client: widen(update, self._state) for client, update in self.train_outcome.updates.items()}
+        mean = plan.mean(updates, {name: self._state[name] for name in trained}, noise)
         return to_record(self.aggregate(self._state, {"everyone": mean}, {"everyone": 1.0}, server_round), "float32")
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
@@ -199,13 +259,21 @@ class LoraStrategy(Strategy):
     def _order(self, cohort: list[str], values: dict[str, Any]) -> ConfigRecord:
         book = self.federation.book
         known = [book.known(client) if book else 0 for client in cohort]
-        return self.federation.order.record(self.config, cohort, known=known, **values)
+        ranks = [self.federation.ranks[client] for client in cohort]
+        return self.federation.order.record(self.config, cohort, known=known, ranks=ranks, keep=sorted(self.personal), **values)
 
-    def _messages(self, kind: str, cohorts: dict[int, list[str]], values: dict[str, int | list[str]]) -> list[Message]:
+    def _messages(
+        self,
+        kind: str,
+        cohorts: dict[int, list[str]],
+        values: dict[str, int | list[str]],
+        own: Mapping[int, Mapping[str, list[int]]] | None = None,
+    ) -> list[Message]:
         self._sent = cohorts
-        state, wire = to_record(self._state, self.config.run.wire_dtype), self.config.run.wire_dtype
+        wire = self.config.run.wire_dtype
+        state, common = to_record(self._state, wire), {"wire_dtype": wire, **values}
         return [
-            Message(RecordDict({"state": state, "round": self._order(cohort, {"wire_dtype": wire, **values})}), node, kind)
+            Message(RecordDict({"state": state, "round": self._order(cohort, common | dict((own or {}).get(node, {})))}), node, kind)
             for node, cohort in cohorts.items()
         ]
 
@@ -261,7 +329,7 @@ class LoraStrategy(Strategy):
                 continue
             try:
                 update = from_record(ArrayRecord(received[client]), self.config.run.wire_dtype)
-                problem = check_update(update, self._state, trained)
+                problem = check_update(update, narrow(self._state, self.federation.ranks[client]), trained)
                 if problem is None and self.federation.book is not None:
                     outcome.commits[client] = self._witness(server_round, client, update)
             except PrivacyError as error:
@@ -270,7 +338,7 @@ class LoraStrategy(Strategy):
             except Exception as error:  # an array that cannot even be decoded
                 problem = f"undecodable: {type(error).__name__}: {error}"
             if problem is not None:
-                outcome.excluded[client] = f"unusable update: {problem}"
+                outcome.excluded[client] = f"{UNUSABLE}: {problem}"
             else:
                 outcome.updates[client] = update
                 outcome.bytes_up += nbytes(update, self.config.run.wire_dtype)

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -40,6 +41,7 @@ class RunOrder:
     run: str
     ledger: str
     parts: list[str]
+    personal: str = ""  # directory where simulated clients keep what is theirs alone
 
     def record(self, config: RunConfig, clients: list[str], **values: Any) -> ConfigRecord:
         """The ``round`` record of one message to the node of these clients."""
@@ -49,6 +51,7 @@ class RunOrder:
             "run": self.run,
             "ledger": self.ledger,
             "parts": self.parts,
+            "personal": self.personal,
         }
         return ConfigRecord({**common, **values})
 
@@ -65,6 +68,10 @@ class Federation:
     book: Book | None = None  # what is known of the clients' ledgers; None if they keep none
     refused: dict[str, str] = field(default_factory=dict)  # client → why it takes part no more
     participations: Counter[str] = field(default_factory=Counter)
+    ranks: dict[str, int] = field(default_factory=dict)  # client → rank of its adapter; lora.rank unless clients.rank or pruning says less
+
+    def __post_init__(self) -> None:
+        self.ranks = self.config.ranks() | self.ranks
 
     @classmethod
     def discover(
@@ -137,15 +144,32 @@ class Federation:
         self.participations.update(drawn)
         return drawn
 
-    def cohorts(self, clients: list[str]) -> dict[int, list[str]]:
-        """Deal clients to nodes, largest first to the node with the least work, each cohort in client order."""
+    def groups(self, clients: list[str]) -> list[list[str]]:
+        """The clients that share a pass: at most ``cohort_size`` of them, alike in work, whatever the number of nodes.
+
+        Sorted by work before they are split evenly, so that in epochs clients of like length train together; a node that hosts one client
+        shares its pass with nobody.
+        """
+        ordered = sorted(clients, key=lambda c: (-self._work(c), client_order(c)))
+        size = 1 if self.hosts or self.config.lora.dropout else self.config.cohort_size
+        count = -(-len(ordered) // size)
+        bounds = [round(i * len(ordered) / count) for i in range(count + 1)] if count else [0]
+        return [sorted(ordered[a:b], key=client_order) for a, b in pairwise(bounds)]
+
+    def deal(self, groups: list[list[str]]) -> dict[int, list[list[str]]]:
+        """Deal groups to nodes, most work first to the node with the least."""
         load: Counter[int] = Counter()
-        cohorts: dict[int, list[str]] = {}
-        for client in sorted(clients, key=lambda c: (-self.clients[c].examples, client_order(c))):
-            node = self.hosts[client] if client in self.hosts else min(self.nodes, key=lambda n: (load[n], n))
-            load[node] += self._work(client)
-            cohorts.setdefault(node, []).append(client)
-        return {node: sorted(cohort, key=client_order) for node, cohort in cohorts.items()}
+        dealt: dict[int, list[list[str]]] = {}
+        for group in sorted(groups, key=lambda g: (-sum(map(self._work, g)), client_order(g[0]))):
+            node = self.hosts[group[0]] if group[0] in self.hosts else min(self.nodes, key=lambda n: (load[n], n))
+            load[node] += sum(map(self._work, group))
+            dealt.setdefault(node, []).append(group)
+        return dealt
+
+    def cohorts(self, clients: list[str]) -> dict[int, list[str]]:
+        """Deal clients one by one to nodes, each cohort in client order."""
+        dealt = self.deal([[client] for client in clients])
+        return {node: sorted((c for group in groups for c in group), key=client_order) for node, groups in dealt.items()}
 
     def _work(self, client: str) -> int:
         """Expected examples of one round: with fixed steps all clients cost the same, with epochs the large ones cost more."""

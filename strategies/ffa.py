@@ -13,4 +13,5 @@ from strategies.base import LoraStrategy
 class FFALora(LoraStrategy):
     """B_t+1 = Σ p_k B_k with one A for ever: B_t+1·A = Σ p_k (B_k·A)."""
 
+    effective: ClassVar[str] = "mean of products, exactly"
     trains: ClassVar[frozenset[str]] = frozenset({"lora_B"})

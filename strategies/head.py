@@ -13,4 +13,5 @@ from strategies.base import LoraStrategy
 class HeadOnly(LoraStrategy):
     """head_t+1 = Σ p_k head_k."""
 
+    effective: ClassVar[str] = "unchanged"
     trains: ClassVar[frozenset[str]] = frozenset()

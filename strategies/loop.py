@@ -15,11 +15,12 @@ from typing import Any, cast
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
+from fedlab.adapters import initial_state, save_adapter
 from fedlab.config import RunConfig
 from fedlab.errors import RunFailed
 from fedlab.evaluate.classification import Scores, classify
 from fedlab.lora.state import State, digest
-from fedlab.models import initial_state
+from fedlab.personal import load_personal
 from fedlab.privacy.ledger import Entry
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
@@ -45,7 +46,8 @@ class Rounds:
         self.directory, self.events, self.progress = directory, events, progress
         strategy = STRATEGIES[config.strategy.name]
         self.accounts = Accounts(config, directory)
-        order = RunOrder(directory.run_id, str(self.accounts.ledgers), strategy.trained_parts(config))
+        self.personal = directory.path / "personal"  # of simulated clients
+        order = RunOrder(directory.run_id, str(self.accounts.ledgers), strategy.trained_parts(config), str(self.personal))
         # Nodes load their model while the server loads its own.
         self.federation = Federation.discover(grid, config, order, self.accounts.book, meanwhile=lambda: open_session(config.to_toml()))
         self.session = session = open_session(config.to_toml())
@@ -178,8 +180,13 @@ class Rounds:
         self.progress.round_done(RoundLine(number, scores, loss, epsilon, worst_client, len(outcome.updates), seconds, overhead))
 
     def _evaluate_server(self, number: int) -> float:
-        """Score the global model on the held-out test split, with all cores. Returns the seconds it took."""
+        """Score the global model on the held-out test split, with all cores. Returns the seconds it took.
+
+        Where clients keep a part of the model for themselves, there is no global model to score.
+        """
         started = time.perf_counter()
+        if self.strategy.personal:
+            return 0.0
         self.progress.note("evaluating")
         with torch_threads(os.cpu_count() or 1):
             self.session.model.load(self.state)
@@ -198,12 +205,25 @@ class Rounds:
             return self._ask_clients(number)
         started = time.perf_counter()
         if not self.federation.hosts:
-            data, size = self.session.data, self.config.evaluate.batch_size
             with torch_threads(os.cpu_count() or 1):
-                self.session.model.load(self.state)
-                scored = {c: classify(self.session.model, data, data.local_test(c), size).accuracy for c in self.federation.clients}
-            self._record_clients(number, scored)
+                self._record_clients(number, {c: self._score_client(c, number) for c in self.federation.clients})
         return time.perf_counter() - started
+
+    def _score_client(self, client: str, number: int) -> float:
+        """Accuracy of a simulated client's model on its held-out examples."""
+        data = self.session.data
+        own = load_personal(self.personal, client, number + 1) if self.strategy.personal else {}
+        self.session.model.load(self.state | own)
+        return classify(self.session.model, data, data.local_test(client), self.config.evaluate.batch_size).accuracy
+
+    def save_personal_adapters(self) -> None:
+        """``personal/<client>/adapter`` of every simulated client that keeps a part of the model; deployed ones keep theirs themselves."""
+        if not self.strategy.personal or self.federation.hosts:
+            return
+        for client in self.federation.clients:
+            path = self.personal / client / "adapter"
+            if (own := load_personal(self.personal, client, self.done + 1)) and not path.exists():
+                save_adapter(self.session.model, self.state | own, path)
 
     def _ask_clients(self, number: int) -> float:
         messages = list(self.strategy.configure_evaluate(number, to_record(self.state, "float32"), ConfigRecord(), self.grid))
@@ -221,7 +241,7 @@ class Rounds:
         """A first round whose every update is zero means that nothing is being trained, whatever the loss says."""
         if self.adapter_moved or not outcome.updates:
             return
-        watched = [n for n in self.strategy.trained_names(self.state) if self.strategy.trains == frozenset() or ".lora_" in n]
+        watched = [n for n in self.strategy.sent_names(self.state) if self.strategy.trains == frozenset() or ".lora_" in n]
         if not any(bool(update[name].any()) for update in outcome.updates.values() for name in watched):
             raise RunFailed("no client changed the adapter in the first round; check train.lr and lora.target_modules")
         self.adapter_moved = True
@@ -232,12 +252,15 @@ class Rounds:
             "totals": self.totals,
             "scores": vars(self.scores) if self.scores else None,
             "client_accuracy": self.client_accuracy,
+            "ranks": self.federation.ranks,
         }
-        save_checkpoint(self.directory, self.done, self.state, extra)
+        save_checkpoint(self.directory, self.done, self.state, self.strategy.memory, extra)
 
     def _restore(self) -> None:
         if (found := load_checkpoint(self.directory)) is not None:
-            self.done, self.state, extra = found
+            self.done, self.state, memory, extra = found
+            self.strategy.remember(memory)
+            self.federation.ranks = extra["ranks"]
             self.adapter_moved = True
             self.federation.participations.update(extra["participations"])
             self.totals = extra["totals"]
@@ -264,6 +287,7 @@ class Rounds:
                 "participations": self.federation.participations[client],
                 "accuracy": self.client_accuracy.get(client),
                 **per_client.get(client, {"epsilon": NO_DP}),
+                **({"rank": self.federation.ranks[client]} if self.config.clients.rank else {}),
                 **({"refused": self.federation.refused[client]} if client in self.federation.refused else {}),
             }
             for client, info in self.federation.clients.items()

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedlab.adapters import initial_state, save_adapter
 from fedlab.config import LoraSection, ModelSection, RunConfig
 from fedlab.errors import ConfigError
 from fedlab.hub import check_model, locate
 from fedlab.models import _build as build_uncached
-from fedlab.models import build, initial_state, load_base, save_adapter
+from fedlab.models import build, load_base
 
 
 def config_of(toml: str, *overrides: str) -> RunConfig:

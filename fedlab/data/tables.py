@@ -63,7 +63,7 @@ def load_files(data: DataSection) -> Corpus:
     assert data.path is not None
     assert data.text is not None
     assert data.label is not None
-    parts = {path: _read(path) for path in (data.path, data.test_path) if path is not None}
+    parts = {path: read_columns(path) for path in (data.path, data.test_path) if path is not None}
     texts = [data.text] if isinstance(data.text, str) else list(data.text)
     return _corpus(Path(data.path).name, parts, texts, data.label, data.partition.column, (None, ""))
 
@@ -98,7 +98,7 @@ def load_hub(data: DataSection) -> Corpus:
     return _corpus(data.path, parts, texts, label, data.partition.column, (None, "", -1), tuple(names) if names else None)
 
 
-def _read(path: str) -> Columns:
+def read_columns(path: str) -> Columns:
     """Columns of local files by pyarrow: no cache that could be stale, nothing but the files themselves."""
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import csv, json, parquet

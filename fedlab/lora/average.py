@@ -34,7 +34,7 @@ def weighted_mean(updates: Mapping[str, State], weights: Mapping[str, float]) ->
         updates: client → {name: tensor}; all clients hold the same names and shapes.
         weights: client → weight ≥ 0, finite, not all zero.
 
-    Raises ValueError if there is no client, names differ, or the weights are unusable.
+    Raises ValueError if there is no client, names differ, an entry is NaN or infinite, or the weights are unusable.
     """
     clients = sorted(updates, key=client_order)
     if not clients:
@@ -56,5 +56,8 @@ def weighted_mean(updates: Mapping[str, State], weights: Mapping[str, float]) ->
             if updates[client][name].shape != like.shape:
                 raise ValueError(f"{client}: {name} has shape {tuple(updates[client][name].shape)}, want {tuple(like.shape)}")
             mean += updates[client][name].double() * (weights[client] / total)
+        if not bool(torch.isfinite(mean).all()):
+            bad_client = next((c for c in clients if not bool(torch.isfinite(updates[c][name]).all())), "the sum of all clients")
+            raise ValueError(f"{bad_client}: {name} holds NaN or infinite entries; exclude that update")
         result[name] = mean.to(like.dtype)
     return result

@@ -1,6 +1,8 @@
 """The tensors that travel: LoRA factors and head, flat and named, and how they cross the wire.
 
-``<module>.lora_A`` [r, n], ``<module>.lora_B`` [m, r], ``head.<name>``; float32 on the CPU everywhere but on the wire.
+``<module>.lora_A`` [r, n], ``<module>.lora_B`` [m, r], ``head.<name>``; float32 on the CPU everywhere but on the wire. A strategy that
+folds something into the base keeps it low-rank: ``<module>.residual_A`` [k, n] and ``<module>.residual_B`` [m, k], any k, never trained:
+effective weight W + s·(lora_B·lora_A + residual_B·residual_A).
 """
 
 from __future__ import annotations
@@ -12,18 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlab.seeds import client_order
+
 State = dict[str, Tensor]
 
 PARTS = ("lora_A", "lora_B", "head")
+RESIDUAL = ("residual_A", "residual_B")
 
 
 def part_of(name: str) -> str:
-    """``lora_A``, ``lora_B`` or ``head``; ValueError for a name that is none of them."""
+    """``lora_A``, ``lora_B``, ``head``, ``residual_A`` or ``residual_B``; ValueError for a name that is none of them."""
     if name.startswith("head."):
         return "head"
     part = name.rpartition(".")[2]
-    if part not in PARTS[:2]:
-        raise ValueError(f"{name!r} is no state name: want <module>.lora_A, <module>.lora_B or head.<name>")
+    if part not in PARTS[:2] + RESIDUAL:
+        raise ValueError(f"{name!r} is no state name: want <module>.lora_A, <module>.lora_B, <module>.residual_A or _B, or head.<name>")
     return part
 
 
@@ -92,8 +97,47 @@ def from_wire(arrays: Mapping[str, np.ndarray], wire_dtype: str = "float32") -> 
 
 
 def effective_delta(state: Mapping[str, Tensor], module: str, scale: float) -> Tensor:
-    """scale·B·A [m, n]: what the adapter adds to the module's weight (scale = α/r, or α/√r with rsLoRA)."""
-    return scale * state[f"{module}.lora_B"] @ state[f"{module}.lora_A"]
+    """scale·(B·A + residual) [m, n]: what is added to the module's weight (scale = α/r, or α/√r with rsLoRA)."""
+    delta = state[f"{module}.lora_B"] @ state[f"{module}.lora_A"]
+    if (residual := residual_of(state, module)) is not None:
+        delta = delta + residual[0] @ residual[1]
+    return scale * delta
+
+
+def local_pairs(state: Mapping[str, Tensor], updates: Mapping[str, Mapping[str, Tensor]], module: str) -> list[tuple[Tensor, Tensor]]:
+    """(B_k, A_k) of one module as each client ended with it, float64, in client order: what it started from plus its change.
+
+    A client whose change has fewer directions (rank r_k < r) started from the first r_k.
+    """
+    pairs = []
+    for client in sorted(updates, key=client_order):
+        changes = {part: updates[client].get(f"{module}.{part}") for part in ("lora_B", "lora_A")}
+        ranks = [c.shape[i] for c, i in ((changes["lora_B"], 1), (changes["lora_A"], 0)) if c is not None]
+        B, A = (state[f"{module}.{part}"].double() for part in ("lora_B", "lora_A"))
+        rank = min([*ranks, len(A)])
+        B, A = B[:, :rank], A[:rank]
+        pairs.append(
+            (
+                B if changes["lora_B"] is None else B + changes["lora_B"].double(),
+                A if changes["lora_A"] is None else A + changes["lora_A"].double(),
+            )
+        )
+    return pairs
+
+
+def residual_of(state: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor] | None:
+    """(residual_B [m, k], residual_A [k, n]) of a module, or None. Raises ValueError where one factor lacks the other."""
+    B, A = state.get(f"{module}.residual_B"), state.get(f"{module}.residual_A")
+    if (B is None) != (A is None):
+        raise ValueError(f"{module!r} has only one factor of its residual")
+    return None if B is None or A is None else (B, A)
+
+
+def with_residual(state: Mapping[str, Tensor], module: str, B: Tensor, A: Tensor) -> State:
+    """The state with this residual of one module; none at all for k = 0."""
+    names = f"{module}.residual_B", f"{module}.residual_A"
+    rest = {name: value for name, value in state.items() if name not in names}
+    return {**rest, names[0]: B, names[1]: A} if B.shape[-1] else rest
 
 
 def _width(wire_dtype: str) -> int:

@@ -50,7 +50,7 @@ def refactorize(B: Tensor, A: Tensor, rank: int | None = None) -> tuple[Tensor, 
         B2, A2 = B2[..., :rank], A2[..., :rank, :]
     elif rank > r:
         B2, A2 = torch.nn.functional.pad(B2, (0, rank - r)), _extend(A2, rank)
-    signs = _row_signs(A2)
+    signs = row_signs(A2)
     return (B2 * signs.unsqueeze(-2)).to(dtype), (A2 * signs.unsqueeze(-1)).to(dtype)
 
 
@@ -98,7 +98,15 @@ def _extend(A: Tensor, rank: int) -> Tensor:
     return torch.cat([A, rows[..., r:, :]], dim=-2)
 
 
-def _row_signs(A: Tensor) -> Tensor:
+def principal_rows(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The ``rank`` leading eigenvectors of a symmetric G = XᵀX [n, n] as orthonormal rows [r, n], which are X's leading right singular
+    vectors, signs as in ``refactorize``; and their eigenvalues, descending. float64."""
+    values, vectors = torch.linalg.eigh(gram.double())  # ascending
+    rows: Tensor = vectors.mT.flip(0)[:rank]
+    return rows * row_signs(rows)[:, None], values.flip(0)[:rank]
+
+
+def row_signs(A: Tensor) -> Tensor:
     """±1 per row [..., r]: the sign of its largest entry."""
     largest = torch.gather(A, -1, A.abs().argmax(-1, keepdim=True)).squeeze(-1)
     return torch.where(largest < 0, -1.0, 1.0).to(A.dtype)

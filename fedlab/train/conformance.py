@@ -11,6 +11,7 @@ values (the update, the weights after each step) or on which records were read; 
 | ``noise correlation`` | noise of two steps, rounds, clients or tensors: independent |
 | ``sampler`` | which records are read in which step: Poisson, and anew in every step, round and client |
 | ``steps`` | optimiser steps and noise draws: as many as are charged, empty batches included |
+| ``shared pass`` | a client's update from a pass that several clients share: what it is alone (``fedlab.train.shared_pass``) |
 
 A statistical test accuses only at p < 1e-7 over all its comparisons together, so that a correct trainer passes 100,000 seeds.
 Not tested: the accountant, the averaging, and whether the operating system's randomness is any good.
@@ -33,10 +34,11 @@ from fedlab.privacy.audit import laws
 from fedlab.seeds import stream
 from fedlab.session import Session
 from fedlab.train.observe import DEFAULT_PARTS, PREFIX, Observation, RecordedPlan, Records, Subject, clipped_gradient, observe, subject
+from fedlab.train.shared_pass import shared_pass
 
 ALARM = 1e-7  # p below which a correct build is not believed
 SLACK = 1e-3  # relative, for float32 gradients and weights
-CHECKS = ("sensitivity", "post-processing", "noise variance", "noise correlation", "sampler", "steps")
+CHECKS = ("sensitivity", "post-processing", "noise variance", "noise correlation", "sampler", "steps", "shared pass")
 SHORT = "of norm 0.5·C"  # an adversary that clipping leaves alone, so that its effect is known
 LONG = "of norm 1000·C"
 DENSE = (300, 30, 10)  # records, expected batch, steps: three runs (two rounds, two clients) for noise and sampling
@@ -78,6 +80,8 @@ def conformance(session: Session, client: str | None = None, seed: int = 0, part
     if alike:
         _correlation(who, alike, findings["noise correlation"])
         _sampler(list(alike.values()), findings["sampler"])
+    with _failing("", findings["shared pass"]):
+        findings["shared pass"] += shared_pass(who)
     return findings
 
 

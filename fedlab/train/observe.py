@@ -25,13 +25,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
 from fedlab.data.collate import Tokens
 from fedlab.data.partition import Shards
 from fedlab.errors import ConfigError
 from fedlab.lora.state import PARTS, State, part_of
-from fedlab.models import LoadedModel, initial_state
+from fedlab.models import LoadedModel
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session
@@ -251,7 +252,7 @@ def observe(
     data = FederatedData(tokens, Shards({client: own}, {client: nobody}, nobody), who.session.data.label_names)
     factory: Callable[..., PerExampleGradients] = partial(_Dictated, names_known=who.names, records=records, log=log)
     with _watch(who, log, plan.normaliser / lr), _no_dropout(who.model):
-        found = trainer.train_client(who.model, data, client, who.state, who.names, config, round_number, plan, factory)
+        found = trainer.train_client(who.model, data, client, who.state, who.names, config, round_number, plan, per_example=factory)
     released = {name: value.double() * (-plan.normaliser / lr) for name, value in found.update.items()}
     return Observation(released, found.update, lr, plan, log)
 

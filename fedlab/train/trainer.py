@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from fedlab.config import RunConfig, TrainSection
 from fedlab.data import FederatedData
 from fedlab.errors import RunFailed
+from fedlab.lora.ranks import narrow, widen
 from fedlab.lora.state import State
 from fedlab.models import LoadedModel
 from fedlab.privacy.clipping import clipped_sum
@@ -66,12 +67,15 @@ def train_client(
     config: RunConfig,
     round_number: int,
     plan: DPPlan | None,
+    rank: int | None = None,
     per_example: Callable[[LoadedModel, Iterable[str]], PerExampleGradients] = PerExampleGradients,
 ) -> Trained:
     """Train the tensors named ``trained`` from ``state`` on one client's examples, for one round (counted from 1).
 
     With a ``plan``, each step is DP-SGD (Abadi et al., arXiv 1607.00133): a Poisson batch, per-example gradients clipped by one
     joint norm, their sum plus N(0, (σC)²) divided by the expected batch size. An empty batch is a step like any other: noise alone.
+    ``rank`` is the client's own where it is below the state's: it trains the first so many directions, the others stay zero (their
+    gradient is zero, and they get no noise), and the update has its shapes.
     ``per_example`` is what yields the per-example gradients; the audit puts canaries there (``fedlab.train.observe``).
     Raises RunFailed if the local weights end up NaN or infinite.
     """
@@ -79,7 +83,8 @@ def train_client(
     names = sorted(trained)
     if not names:
         raise RunFailed("nothing is trainable: the strategy trains no adapter factor and train.head is frozen")
-    model.load(state)
+    own = narrow(state, rank) if rank is not None else state
+    model.load(widen(own, state))
     indices = data.train(client)
     seed = config.run.seed
     steps = plan.steps if plan else local_steps(config.train, len(indices))
@@ -89,6 +94,7 @@ def train_client(
         (plan.batch(draws) for _ in range(steps)) if plan else iter(fixed_batches(len(indices), config.train.batch_size, steps, draws))
     )
     noise = plan.noise_source(stream(seed, "noise", client, round_number)) if plan else None
+    inside = widen({name: torch.ones_like(own[name], device=model.device) for name in names}, state)
     start = {name: model.parameters[name].detach().clone() for name in names} if config.train.prox else {}
     losses, seen, clipped, executed = 0.0, 0, 0, 0
 
@@ -105,13 +111,15 @@ def train_client(
             for name in names:
                 parameter = model.parameters[name]
                 parameter.grad = gradients[name].to(parameter)
+                if rank is not None:
+                    parameter.grad *= inside[name]
                 if config.train.prox:  # FedProx: µ/2·‖w − w_t‖², added after the noise because it depends on released values only
                     parameter.grad += config.train.prox * (parameter.detach() - start[name])
             optimizer.step()
             executed += 1
 
-    new = model.state()
-    update = {name: new[name] - state[name] for name in names}
+    new = model.state() if rank is None else narrow(model.state(), rank)
+    update = {name: new[name] - own[name] for name in names}
     if not all(bool(torch.isfinite(value).all()) for value in update.values()):
         raise RunFailed(f"{client}: local training diverged (NaN or infinite weights); lower train.lr = {config.train.lr}")
 

@@ -17,8 +17,9 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch.nn.functional import cross_entropy
 
+from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
-from fedlab.models import LoadedModel, build, initial_state
+from fedlab.models import LoadedModel, build
 from fedlab.privacy.clipping import clipped_sum
 from fedlab.train.dp import PerExampleGradients
 

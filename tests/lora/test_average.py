@@ -68,3 +68,11 @@ def test_client_weights():
     for sizes, kind in (({"a": 0}, "examples"), ({}, "uniform"), ({"a": 1}, "size")):
         with pytest.raises(ValueError, match=r"examples|weigh"):
             client_weights(sizes, kind)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_update_that_is_not_finite_is_refused_and_named(value: float):
+    drawn = updates(3)
+    drawn["client-1"]["head.w"][2] = value
+    with pytest.raises(ValueError, match=r"client-1: head\.w holds NaN or infinite"):
+        weighted_mean(drawn, dict.fromkeys(drawn, 1.0))

@@ -37,9 +37,14 @@ def test_a_run_leaves_what_the_design_promises(tiny_toml: str, tmp_path: Path):
     assert run.result["overhead_seconds_per_round"] < run.result["seconds_per_round"]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "ffa", "fedsvd", "head"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["fedavg", "ffa", "fedsvd", "fedsvd refresh={every=2,keep=1}", "fedex", "flora", "flora train=B", "flexlora", "rolora", "head"],
+)
 def test_every_strategy_learns_without_dp(strategy: str, learnable_toml: str, tmp_path: Path):
-    run = simulate(learnable_toml, tmp_path / "run", f"strategy.name={strategy}", "run.rounds=6", "train.steps=8", "train.lr=0.3")
+    name, *options = strategy.split(" ")
+    settings = [f"strategy.name={name}", *(f"strategy.{option}" for option in options)]
+    run = simulate(learnable_toml, tmp_path / "run", *settings, "run.rounds=6", "train.steps=8", "train.lr=0.3")
     first, last = lines(run, "evaluate")[0], lines(run, "evaluate")[-1]
     assert last["loss"] < 0.8 * first["loss"]
     assert run.result["epsilon"] == "no DP"
@@ -72,13 +77,15 @@ def test_calibrated_sigma_spends_at_most_epsilon(tiny_toml: str, tmp_path: Path)
     assert all(3.9 < e <= 4.0 for e in spent)
 
 
-def test_adapter_loads_with_peft_and_scores_the_same(tiny_toml: str, tmp_path: Path):
+@pytest.mark.parametrize("strategy", ["fedsvd", "fedex", "flora"])
+def test_adapter_loads_with_peft_and_scores_the_same(strategy: str, tiny_toml: str, tmp_path: Path):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
     from fedlab.session import open_session
 
-    run = simulate(tiny_toml, tmp_path / "run", "privacy={unit='none'}", "run.rounds=4", "train.steps=8")
+    settings = [f"strategy.name={strategy}", "privacy={unit='none'}", "run.rounds=4", "train.steps=8"]
+    run = simulate(tiny_toml, tmp_path / "run", *settings)
     config = RunConfig.load(run.path / "run.toml")
     base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=3)
     model = PeftModel.from_pretrained(base, run.path / "adapter").eval()
@@ -91,7 +98,8 @@ def test_adapter_loads_with_peft_and_scores_the_same(tiny_toml: str, tmp_path: P
 
 
 def test_resume_gives_the_bits_of_an_unbroken_run(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    whole = simulate(tiny_toml, tmp_path / "whole", "run.rounds=4")
+    settings = ["run.rounds=4", "strategy.refresh={every=1}"]  # with a residual in the state
+    whole = simulate(tiny_toml, tmp_path / "whole", *settings)
     import strategies.loop as loop
 
     original = loop.Rounds._round
@@ -103,7 +111,7 @@ def test_resume_gives_the_bits_of_an_unbroken_run(tiny_toml: str, tmp_path: Path
 
     monkeypatch.setattr(loop.Rounds, "_round", interrupted)
     with pytest.raises(fedlab.Interrupted, match="fedlab resume"):
-        simulate(tiny_toml, tmp_path / "broken", "run.rounds=4")
+        simulate(tiny_toml, tmp_path / "broken", *settings)
     assert json.loads((tmp_path / "broken" / "result.json").read_text())["status"] == "interrupted"
     monkeypatch.undo()
     resumed = fedlab.resume(tmp_path / "broken", quiet=True)

@@ -66,3 +66,31 @@ def test_busy_seconds_is_the_union_of_intervals():
 def test_spread_ignores_clients_without_examples():
     assert spread([0.5, 1.0, float("nan")]) == {"mean": 0.75, "worst": 0.5, "std": 0.25}
     assert spread([]) == {"mean": None, "worst": None, "std": None}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))
+def test_groups_are_even_and_do_not_depend_on_the_nodes(clients: int, cohort: int, nodes: int):
+    fed = federation(clients, 1.0, 1, f"run.cohort={cohort}", nodes=nodes)
+    groups = fed.groups(list(fed.clients))
+    assert sorted(c for group in groups for c in group) == sorted(fed.clients)
+    sizes = [len(group) for group in groups]
+    assert max(sizes) <= cohort
+    assert max(sizes) - min(sizes) <= 1
+    assert groups == federation(clients, 1.0, 1, f"run.cohort={cohort}", nodes=nodes + 3).groups(list(reversed(fed.clients)))
+    dealt = fed.deal(groups)
+    assert sorted(map(tuple, (g for own in dealt.values() for g in own))) == sorted(map(tuple, groups))
+    assert len(dealt) == min(nodes, len(groups))
+
+
+def test_a_node_that_hosts_one_client_and_an_adapter_with_dropout_share_no_pass():
+    fed = federation(5, 1.0, 1)
+    assert [len(g) for g in fed.groups(list(fed.clients))] == [2, 3]
+    assert [len(g) for g in federation(5, 1.0, 1, "lora.dropout=0.1").groups(list(fed.clients))] == [1] * 5
+    fed.hosts = {client: 500 + i for i, client in enumerate(fed.clients)}
+    assert [len(g) for g in fed.groups(list(fed.clients))] == [1] * 5
+
+
+def test_small_batches_share_a_pass_with_more():
+    sizes = {batch: federation(5, 1.0, 1, f"train.batch_size={batch}").config.cohort_size for batch in (1, 4, 16, 32, 256)}
+    assert sizes == {1: 64, 4: 16, 16: 4, 32: 4, 256: 4}

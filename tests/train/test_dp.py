@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
-from fedlab.models import LoadedModel, initial_state
+from fedlab.models import LoadedModel
 from fedlab.session import Session, open_session
 from fedlab.train.dp import PerExampleGradients
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.errors import RunFailed
-from fedlab.models import initial_state
+from fedlab.lora.ranks import narrow
 from fedlab.privacy.plan import DPPlan
 from fedlab.seeds import stream
 from fedlab.session import Session, open_session
@@ -28,6 +29,39 @@ def train(
     state = initial_state(session.model, session.config.lora, 0)
     names = [n for n in state if n.endswith(parts) or ("head" in parts and n.startswith("head."))]
     return train_client(session.model, session.data, client, state, names, session.config, round_number, plan)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_client_of_lower_rank_trains_as_if_the_adapter_were_that_small(optimizer: str, tiny_toml: str):
+    """Without DP, from a start with B ≠ 0: the same steps as a model whose adapter has this rank and the same scale."""
+    settings = [f"train.optimizer={optimizer}", "train.momentum=0.0", "train.lr=0.05", "train.weight_decay=0.01", "train.prox=0.1"]
+    large, small = session_of(tiny_toml, *settings), None
+    g = torch.Generator().manual_seed(0)
+    state = {n: torch.randn(v.shape, generator=g).mul(0.3) for n, v in initial_state(large.model, large.config.lora, 0).items()}
+    names = sorted(state)
+    found = train_client(large.model, large.data, "client-0", state, names, large.config, 1, None, rank=2).update
+    small = session_of(tiny_toml, *settings, "lora.rank=2", "lora.alpha=4")
+    wanted = train_client(small.model, small.data, "client-0", narrow(state, 2), names, small.config, 1, None).update
+    for name in names:
+        assert found[name].shape == wanted[name].shape
+        assert torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6), name
+        assert found[name].any(), name
+
+
+@pytest.mark.parametrize("parts", [("lora_B", "head"), ("lora_A", "lora_B", "head")])
+def test_no_noise_falls_into_directions_that_a_client_does_not_have(parts: tuple[str, ...], tiny_toml: str):
+    session = session_of(tiny_toml)
+    state = initial_state(session.model, session.config.lora, 0)
+    names = [n for n in state if n.endswith(parts) or n.startswith("head.")]
+    plan = plan_of(session)
+    update = train_client(session.model, session.data, "client-0", state, names, session.config, 1, plan, rank=3).update
+    left = session.model.state()
+    for name in names:
+        if ".lora_" in name:
+            assert update[name].shape == narrow(state, 3)[name].shape
+            assert update[name].abs().min() > 0, "noise in every entry that is trained"
+            tail = left[name][3:] if name.endswith("lora_A") else left[name][:, 3:]
+            assert not tail.any()
 
 
 def plan_of(session: Session, client: str = "client-0", **change) -> DPPlan:

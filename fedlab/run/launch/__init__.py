@@ -67,6 +67,7 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
 def check(config: RunConfig) -> None:
     """Everything that can be known to be wrong before a process is started: names and files first, then keys, then the data."""
     from fedlab.data import corpus_and_shards
+    from fedlab.data.public import check_public
     from fedlab.data.sources import check_source
 
     if config.privacy.unit == "client":
@@ -74,6 +75,7 @@ def check(config: RunConfig) -> None:
 
         make_client_plan(config)
     check_source(config.data)
+    check_public(config)
     from fedlab.hub import check_model
 
     check_model(config.model)
@@ -105,6 +107,7 @@ def check_strategy(config: RunConfig) -> None:
             fields = ["name", "weights", *known[name].Options.model_fields]
             raise ConfigError(f'{unknown_key(f"strategy.{key}", key, fields)} (strategy "{name}")') from None
         raise ConfigError(f"strategy.{key}: {detail['msg'].replace('Input should', 'must')}, got {detail['input']!r}") from None
+    known[name].check(config)
 
 
 def _prepare_environment(config: RunConfig) -> None:

@@ -1,0 +1,40 @@
+"""What a client keeps of a model for itself between rounds: tensors that are trained but never sent.
+
+One file per round and client below a directory that the client's node can reach; a round starts from the newest file of an *earlier*
+round, so that a resumed run, which repeats a round, starts from what that round started from. The two newest are kept.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from fedlab.lora.state import State
+
+
+def load_personal(directory: Path, client: str, round_number: int) -> State:
+    """A client's own tensors as they were before a round (counted from 1); empty if it has none yet."""
+    files = [(number, path) for number, path in _files(directory, client) if number < round_number]
+    return dict(load_file(str(files[-1][1]))) if files else {}
+
+
+def save_personal(directory: Path, client: str, round_number: int, tensors: State) -> None:
+    """Keep what a round left, whole or not at all, and on the disk when this returns."""
+    folder = directory / client
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"round-{round_number}.safetensors"
+    temporary = folder / f".{path.name}.tmp"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, str(temporary))
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    for number, old in _files(directory, client):  # later ones belong to a run that was cut off
+        if number > round_number or old not in [p for _, p in _files(directory, client)][-2:]:
+            old.unlink()
+
+
+def _files(directory: Path, client: str) -> list[tuple[int, Path]]:
+    found = [(int(path.stem.removeprefix("round-")), path) for path in (directory / client).glob("round-*.safetensors")]
+    return sorted(found)

@@ -1,0 +1,304 @@
+"""Many clients in one pass: the frozen base is computed once for the rows of all of them, everything else is each client's own.
+
+What a client does is what ``trainer.train_client`` does for it alone: the same batches from the same streams, its own clip, noise, momentum
+and rank, a step of noise alone where its Poisson batch is empty. Rows of all clients are sorted by length and cut into chunks of
+``train.physical_batch``, so many small batches fill large products, and padding is less. Per-client tensors are stacked, [K, *shape].
+The equality with one client at a time is in tests/train/test_cohort.py; which clients share a pass never changes what they compute
+beyond rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from fedlab.config import RunConfig
+from fedlab.data import FederatedData
+from fedlab.errors import FedlabError, RunFailed
+from fedlab.lora.ranks import narrow, widen
+from fedlab.lora.state import State
+from fedlab.models import LoadedModel
+from fedlab.privacy.clipping import clip_factors
+from fedlab.privacy.noise import GaussianNoise
+from fedlab.privacy.plan import DPPlan
+from fedlab.privacy.sampling import fixed_batches
+from fedlab.seeds import stream
+from fedlab.train.fused import CohortLayers
+from fedlab.train.trainer import Trained, learning_rate_factor, local_steps
+
+
+@dataclass
+class Member:
+    """One client of a cohort: what it starts from and under which plan."""
+
+    client: str
+    state: State
+    plan: DPPlan | None = None
+    rank: int | None = None  # its own, where that is below the state's
+
+
+@dataclass
+class _Worker:
+    """What is kept of a member while the cohort trains."""
+
+    member: Member
+    own: State  # the state at its own rank
+    indices: np.ndarray
+    steps: int
+    draws: np.random.Generator
+    fixed: list[np.ndarray]
+    noise: GaussianNoise | None
+    losses: float = 0.0
+    seen: int = 0
+    clipped: int = 0
+    executed: int = 0
+
+    def batch(self, step: int) -> np.ndarray:
+        """Corpus positions of one step's examples."""
+        plan = self.member.plan
+        chosen: np.ndarray = self.indices[plan.batch(self.draws) if plan else self.fixed[step]]
+        return chosen
+
+
+@dataclass
+class _Batch:
+    """The rows of one step over all clients that still train."""
+
+    rows: np.ndarray  # corpus positions [N]
+    owner: np.ndarray  # position of each row's client in the cohort [N]
+    counts: np.ndarray  # rows of each client [K]
+
+
+@dataclass
+class _Sums:
+    """Per-client sums over the rows of one step, [K, *shape], float64."""
+
+    gradients: dict[str, Tensor]
+    losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    clipped: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+def train_cohort(
+    model: LoadedModel, data: FederatedData, members: Sequence[Member], trained: Sequence[str], config: RunConfig, round_number: int
+) -> dict[str, Trained | FedlabError]:
+    """Train all members for one round; per client its result, or why its update cannot be used (it diverged).
+
+    All states share the same residual and the same frozen tensors but for those a client keeps to itself (which are trained). Raises what
+    concerns everybody: nothing trainable, a trained layer that is not linear, ``lora.dropout`` (whose masks belong to one client's pass).
+    """
+    started = time.perf_counter()
+    names = sorted(trained)
+    if not names:
+        raise RunFailed("nothing is trainable: the strategy trains no adapter factor and train.head is frozen")
+    if config.lora.dropout:
+        raise RunFailed(f"lora.dropout = {config.lora.dropout} in a cohort: its masks would depend on who shares the pass")
+    workers = sorted((_worker(data, member, config, round_number) for member in members), key=lambda w: -w.steps)
+    model.load(workers[0].member.state)
+    start = {name: _stack(workers, name, model.device) for name in _needed(names, workers[0].own)}
+    tensors = {name: value.clone() for name, value in start.items()}
+    shared = {name for name in tensors if name not in names and all(torch.equal(value, tensors[name][0]) for value in tensors[name])}
+    seen = {name: value[0] if name in shared else value for name, value in tensors.items()}  # as the layers use them
+    inside = _inside(workers, names, model.device)
+    optimizer = _Optimizer(config, names, tensors, learning_rate_factor(config.train, round_number, config.run.rounds))
+    with CohortLayers(model, seen, names) as layers:
+        for step in range(max(w.steps for w in workers)):
+            active = [w for w in workers if w.steps > step]  # sorted: the first ones of the stack
+            batch = _draw(active, step)
+            sums = _gradients(model, data, batch, active, layers, config.train.physical_batch, {n: tensors[n] for n in names})
+            gradients = _finish(sums, active, batch, inside, {n: tensors[n] for n in names})
+            for w, losses, clipped, count in zip(active, sums.losses, sums.clipped, batch.counts, strict=True):
+                w.losses, w.clipped, w.seen = w.losses + float(losses), w.clipped + int(clipped), w.seen + int(count)
+                w.executed += 1
+            if config.train.prox:
+                for name in names:
+                    gradients[name] += config.train.prox * (tensors[name][: len(active)] - start[name][: len(active)])
+            optimizer.step(gradients, len(active))
+    seconds = (time.perf_counter() - started) / len(workers)
+    return {w.member.client: _result(w, k, tensors, names, config, seconds) for k, w in enumerate(workers)}
+
+
+def _worker(data: FederatedData, member: Member, config: RunConfig, round_number: int) -> _Worker:
+    seed, client, plan = config.run.seed, member.client, member.plan
+    indices = data.train(client)
+    steps = plan.steps if plan else local_steps(config.train, len(indices))
+    draws = stream(seed, "batches", client, round_number)
+    fixed = [] if plan else list(fixed_batches(len(indices), config.train.batch_size, steps, draws))
+    noise = plan.noise_source(stream(seed, "noise", client, round_number)) if plan else None
+    own = narrow(member.state, member.rank) if member.rank is not None else member.state
+    return _Worker(member, own, indices, steps, draws, fixed, noise)
+
+
+def _needed(names: Sequence[str], state: State) -> list[str]:
+    """The trained tensors, and the other factor of every pair of which one is trained."""
+    pairs = {f"{name.rpartition('.')[0]}.{part}" for name in names if not name.startswith("head.") for part in ("lora_A", "lora_B")}
+    return sorted({*names, *pairs} & state.keys())
+
+
+def _stack(workers: list[_Worker], name: str, device: torch.device) -> Tensor:
+    return torch.stack([widen({name: w.own[name]}, w.member.state)[name] for w in workers]).to(device)
+
+
+def _inside(workers: list[_Worker], names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """1 where a client trains, 0 in directions beyond its rank; empty if nobody's rank is lower."""
+    if all(w.member.rank is None for w in workers):
+        return {}
+    ones = [widen({n: torch.ones_like(w.own[n]) for n in names}, w.member.state) for w in workers]
+    return {name: torch.stack([one[name] for one in ones]).to(device) for name in names}
+
+
+def _draw(active: list[_Worker], step: int) -> _Batch:
+    batches = [w.batch(step) for w in active]
+    counts = np.array([len(b) for b in batches])
+    return _Batch(np.concatenate(batches), np.repeat(np.arange(len(active)), counts), counts)
+
+
+def _gradients(
+    model: LoadedModel,
+    data: FederatedData,
+    batch: _Batch,
+    active: list[_Worker],
+    layers: CohortLayers,
+    size: int,
+    like: dict[str, Tensor],
+) -> _Sums:
+    """Per-client sums of the clipped (or, without DP, plain) per-example gradients of one step, in float64."""
+    count = len(active)
+    total = {name: torch.zeros((count, *value.shape[1:]), dtype=torch.float64, device=value.device) for name, value in like.items()}
+    losses, clipped = np.zeros(count), np.zeros(count, dtype=np.int64)
+    limits = torch.tensor([w.member.plan.clip if w.member.plan else math.inf for w in active], dtype=torch.float64, device=model.device)
+    order = np.argsort(data.tokens.lengths(batch.rows), kind="stable") if len(batch.rows) else batch.rows
+    for i in range(0, len(order), size):
+        chunk = order[i : i + size]
+        chunk = chunk[np.argsort(batch.owner[chunk], kind="stable")]  # each client's rows together
+        owner = batch.owner[chunk]
+        layers.rows.owner = torch.from_numpy(owner).to(model.device)
+        tokens = data.tokens.batch(batch.rows[chunk], model.tokenizer.pad_token_id)
+        each = cross_entropy(model.logits(tokens), tokens["labels"].to(model.device), reduction="none")
+        each.sum().backward()
+        gradients = layers.take()
+        private = torch.isfinite(limits)
+        factors, over = _factors(gradients, limits[layers.rows.owner]) if bool(private.any()) else (None, None)
+        _add_by_client(total, gradients, factors, owner)
+        np.add.at(losses, owner, each.detach().double().cpu().numpy())
+        if over is not None:
+            np.add.at(clipped, owner, over.cpu().numpy())
+    return _Sums(total, losses, clipped)
+
+
+def _factors(gradients: dict[str, Tensor], limits: Tensor) -> tuple[Tensor, Tensor]:
+    """Clip factor per row, 0 for a gradient that is not finite, and whether it was above its clip."""
+    squares = [g.flatten(1).double().square().sum(1) for _, g in sorted(gradients.items())]
+    norms = torch.stack(squares).sum(0).sqrt()
+    factors = torch.ones_like(norms)
+    for limit in limits.unique().tolist():
+        if math.isfinite(limit):
+            mine = limits == limit
+            factors[mine] = clip_factors(norms[mine], limit)
+    return factors, ~(norms <= limits)
+
+
+def _add_by_client(total: dict[str, Tensor], gradients: dict[str, Tensor], factors: Tensor | None, owner: np.ndarray) -> None:
+    """total[k] += Σ over rows of client k. Rows are sorted by client; a row of factor 0 is left out, since 0·NaN is NaN."""
+    edges = np.flatnonzero(np.diff(owner, prepend=-1, append=-1))
+    for first, last in pairwise(edges):
+        k = int(owner[first])
+        own = slice(int(first), int(last))
+        for name, gradient in gradients.items():
+            rows = gradient[own].double()
+            if factors is None:
+                total[name][k] += rows.sum(0)
+                continue
+            weight = factors[own]
+            usable = weight > 0
+            if not bool(usable.all()):
+                rows, weight = rows[usable], weight[usable]
+            total[name][k] += torch.einsum("n,n...->...", weight, rows)
+
+
+def _finish(sums: _Sums, active: list[_Worker], batch: _Batch, inside: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the optimiser gets, [active, *shape]: noised and divided by the expected size under DP, else the mean over the batch."""
+    result = {name: torch.empty_like(value[: len(active)]) for name, value in like.items()}
+    for k, w in enumerate(active):
+        mine = {name: value[k] for name, value in sums.gradients.items()}
+        if w.member.plan and w.noise:
+            mine = w.member.plan.privatise(mine, w.noise)
+        else:
+            mine = {name: value / max(1, int(batch.counts[k])) for name, value in mine.items()}
+        for name, value in mine.items():
+            result[name][k] = value.to(result[name].dtype)
+    for name, mask in inside.items():
+        result[name] *= mask[: len(active)]
+    return result
+
+
+class _Optimizer:
+    """The run's optimiser on stacked tensors: elementwise, so each client's steps are its own. Fresh in every round."""
+
+    def __init__(self, config: RunConfig, names: Sequence[str], tensors: dict[str, Tensor], factor: float) -> None:
+        self._train, self._tensors = config.train, tensors
+        head_lr = config.train.lr if config.train.head_lr is None else config.train.head_lr
+        self._groups = [
+            (head_lr * factor, [n for n in names if n.startswith("head.")]),
+            (config.train.lr * factor, [n for n in names if not n.startswith("head.")]),
+        ]
+        self._first: dict[str, Tensor] = {}
+        self._second: dict[str, Tensor] = {}
+        self._steps = 0
+
+    @torch.no_grad()
+    def step(self, gradients: dict[str, Tensor], active: int) -> None:
+        """One step of the first ``active`` clients of the stack."""
+        train = self._train
+        for lr, names in self._groups:
+            if not names:
+                continue
+            values, grads = [self._tensors[n][:active] for n in names], [gradients[n] for n in names]
+            if train.optimizer == "adamw":
+                for n in names:
+                    self._first.setdefault(n, torch.zeros_like(self._tensors[n]))
+                    self._second.setdefault(n, torch.zeros_like(self._tensors[n]))
+                first, second = [self._first[n][:active] for n in names], [self._second[n][:active] for n in names]
+                counts = [torch.tensor(float(self._steps)) for _ in names]
+                decay = train.weight_decay
+                options = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "lr": lr, "weight_decay": decay, "eps": 1e-8, "maximize": False}
+                adamw(values, grads, first, second, [], counts, **options)  # type: ignore[arg-type]
+                continue
+            buffers: list[Tensor | None] = [self._first[n][:active] if n in self._first else None for n in names]
+            sgd(
+                values,
+                grads,
+                buffers,
+                weight_decay=train.weight_decay,
+                momentum=train.momentum,
+                lr=lr,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
+            if train.momentum and self._steps == 0:
+                self._first |= {n: b for n, b in zip(names, buffers, strict=True) if b is not None}
+        self._steps += 1
+
+
+def _result(
+    w: _Worker, k: int, tensors: dict[str, Tensor], names: Sequence[str], config: RunConfig, seconds: float
+) -> Trained | FedlabError:
+    end = {name: tensors[name][k].to("cpu") for name in names}
+    if w.member.rank is not None:
+        end = narrow(end, w.member.rank)
+    update = {name: end[name] - w.own[name] for name in names}
+    if not all(bool(torch.isfinite(value).all()) for value in update.values()):
+        return RunFailed(f"{w.member.client}: local training diverged (NaN or infinite weights); lower train.lr = {config.train.lr}")
+    loss = w.losses / w.seen if w.seen else math.nan
+    clip_fraction = w.clipped / w.seen if w.member.plan and w.seen else math.nan
+    return Trained(update, len(w.indices), w.executed, loss, clip_fraction, seconds)

@@ -1,0 +1,177 @@
+"""Linear layers that many clients share in one pass: the frozen base once, every client's own small tensors, gradients per example.
+
+A row (example) of a batch belongs to a client; ``Rows.owner`` says to which. Per adapted module the forward pass is
+y = x·Wᵀ + b + s·(x·A_kᵀ)·B_kᵀ with the row's own client k, as one autograd function. Its backward pass hands the per-example gradients
+s·Σ_t g_t h_tᵀ [m, r] and s·Σ_t (B_kᵀ g_t) x_tᵀ [r, n] to a sink and the gradient of x to the layer below. Nothing is computed for W, and
+the backward pass ends at the lowest adapted layer. A head's linear layers have whole weights per client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedlab.errors import ConfigError
+from fedlab.models import LoadedModel
+
+
+@dataclass
+class Rows:
+    """Whose tensors the rows of the pass under way use, and where their gradients go."""
+
+    owner: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # [N]
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # State name → [N, *shape]
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Sum over the uses of a layer that runs more than once in a pass."""
+        self.gradients[name] = self.gradients[name] + gradient if name in self.gradients else gradient
+
+
+class _Adapted(torch.autograd.Function):
+    """One adapted layer. ``A`` is [K, r, n] and ``B`` [K, m, r]; without the K where all clients have the same and it is not trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tick: Tensor, layer: AdaptedLayer, A: Tensor, B: Tensor) -> Tensor:
+        owner, count = layer.rows.owner, x.shape[0]
+        flat = x.reshape(count, -1, x.shape[-1])  # [N, T, n]
+        wide = flat.to(A.dtype)
+        own_a, own_b = _of(A, owner), _of(B, owner)
+        h = wide @ own_a.mT  # [N, T, r]
+        base = layer.base(flat)
+        y = base + layer.scale * (h @ own_b.mT)
+        ctx.layer, ctx.shape = layer, x.shape
+        ctx.save_for_backward(h if layer.train_b else None, wide if layer.train_a else None, own_a, own_b)
+        return y.to(base.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        layer: AdaptedLayer = ctx.layer
+        h, x, A, B = ctx.saved_tensors
+        g = gradients[0].reshape(ctx.shape[0], -1, gradients[0].shape[-1])  # [N, T, m]
+        small = g.to(B.dtype)
+        if layer.train_b:
+            layer.rows.add(layer.name_b, torch.bmm(small.mT, h) * layer.scale)
+        below = ctx.needs_input_grad[0]
+        u = layer.scale * (small @ B) if layer.train_a or below else None  # [N, T, r]
+        if layer.train_a:
+            assert u is not None
+            layer.rows.add(layer.name_a, torch.bmm(u.mT, x))
+        if not below:
+            return None, None, None, None, None
+        dx = g @ layer.weight_mn
+        dx = dx + (cast(Tensor, u) @ A).to(dx.dtype)
+        return dx.view(ctx.shape), None, None, None, None
+
+
+def _of(tensors: Tensor, owner: Tensor) -> Tensor:
+    """Each row's own factor: [N, *shape], or the one [*shape] that all rows share."""
+    return tensors if tensors.ndim == 2 else tensors[0] if len(tensors) == 1 else tensors[owner]
+
+
+class _Whole(torch.autograd.Function):
+    """A head's linear layer with weights [K, out, in] and biases [K, out] of its own per client."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tick: Tensor, layer: WholeLayer, weight: Tensor, bias: Tensor | None) -> Tensor:
+        owner, count = layer.rows.owner, x.shape[0]
+        flat = x.reshape(count, -1, x.shape[-1]).to(weight.dtype)
+        own = weight[owner]  # [N, out, in]
+        y = torch.bmm(flat, own.mT)
+        if bias is not None:
+            y = y + bias[owner][:, None]
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        ctx.save_for_backward(flat, own)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        layer: WholeLayer = ctx.layer
+        x, weight = ctx.saved_tensors
+        g = gradients[0].reshape(ctx.shape[0], -1, gradients[0].shape[-1])
+        layer.rows.add(layer.name_weight, torch.bmm(g.mT, x))
+        if layer.name_bias is not None:
+            layer.rows.add(layer.name_bias, g.sum(1))
+        dx = torch.bmm(g, weight).view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None
+
+
+class AdaptedLayer:
+    """What stands in for one peft layer while a cohort trains."""
+
+    def __init__(self, model: LoadedModel, module: str, tensors: Mapping[str, Tensor], trained: set[str], rows: Rows, tick: Tensor) -> None:
+        self.rows, self._tick, self.scale = rows, tick, model.scale[module]
+        self.name_a, self.name_b = f"{module}.lora_A", f"{module}.lora_B"
+        self.train_a, self.train_b = self.name_a in trained, self.name_b in trained
+        self.layer = cast(Any, model.layer(module))
+        self.base: Callable[[Tensor], Tensor] = self.layer.base_layer
+        self._transposed, self._tensors = model.transposed(module), tensors
+
+    @property
+    def weight_mn(self) -> Tensor:
+        """The base weight as [m, n]."""
+        weight: Tensor = self.layer.base_layer.weight
+        return weight.mT if self._transposed else weight
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return cast(Tensor, _Adapted.apply(x, self._tick, self, self._tensors[self.name_a], self._tensors[self.name_b]))  # type: ignore[no-untyped-call]
+
+
+class WholeLayer:
+    """What stands in for a head's linear layer while a cohort trains."""
+
+    def __init__(self, weight: str, bias: str | None, tensors: Mapping[str, Tensor], rows: Rows, tick: Tensor) -> None:
+        self.rows, self._tick, self._tensors = rows, tick, tensors
+        self.name_weight, self.name_bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        bias = self._tensors[self.name_bias] if self.name_bias else None
+        return cast(Tensor, _Whole.apply(x, self._tick, self, self._tensors[self.name_weight], bias))  # type: ignore[no-untyped-call]
+
+
+class CohortLayers:
+    """Context manager: while it is open the model's trained layers work with ``tensors``, name → [K, *shape] (a shared A: [r, n]).
+
+    ``rows.owner`` must be set before each forward pass; after ``loss.backward()`` of a loss summed over rows, ``take()`` gives the
+    per-example gradients, name → [N, *shape]. Raises ConfigError for a trained tensor of a layer that is not linear.
+    """
+
+    def __init__(self, model: LoadedModel, tensors: Mapping[str, Tensor], trained: Iterable[str]) -> None:
+        self.rows = Rows()
+        self._trained = set(trained)
+        tick = torch.zeros((), device=model.device, requires_grad=True)  # makes the lowest layer's output differentiable
+        self._stand_ins: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+        modules = sorted({n.rpartition(".")[0] for n in self._trained if not n.startswith("head.")})
+        for module in modules:
+            adapted = AdaptedLayer(model, module, tensors, self._trained, self.rows, tick)
+            self._stand_ins.append((adapted.layer, adapted))
+        heads: dict[nn.Module, dict[str, str]] = {}
+        for name in sorted(n for n in self._trained if n.startswith("head.")):
+            owner = model.owners[name]
+            if not isinstance(owner, nn.Linear):
+                raise ConfigError(f"{name} belongs to a {type(owner).__name__}: a cohort trains linear layers only; set run.cohort = 1")
+            heads.setdefault(owner, {})["weight" if model.parameters[name] is owner.weight else "bias"] = name
+        for owner, found in heads.items():
+            if found.keys() != {leaf for leaf, _ in owner.named_parameters(recurse=False)}:
+                raise ConfigError(f"{next(iter(found.values()))} is trained without the rest of its layer; set run.cohort = 1")
+            self._stand_ins.append((owner, WholeLayer(found["weight"], found.get("bias"), tensors, self.rows, tick)))
+
+    def __enter__(self) -> CohortLayers:
+        for layer, stand_in in self._stand_ins:
+            layer.forward = stand_in
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for layer, _ in self._stand_ins:
+            del layer.forward  # the instance's own; the class's shows again
+
+    def take(self) -> dict[str, Tensor]:
+        """The gradients of the last backward pass; raises if a trained layer took no part in it (a silent no-op)."""
+        gradients, self.rows.gradients = self.rows.gradients, {}
+        if missing := self._trained - gradients.keys():
+            raise RuntimeError(f"no gradient reached {sorted(missing)[0]}: the model does not use this layer; adapt other modules")
+        return gradients

@@ -1,0 +1,50 @@
+"""FedEx-LoRA (arXiv 2410.09432): A and B are averaged, and what that loses goes into a residual that is folded into the base.
+
+Σ p_k B_k·A_k = B̄·Ā + R exactly, with R of rank at most (K + 1)·r. R is kept and sent as factors, never as an m×n matrix. The published
+code adds it transposed on ``nn.Linear``; ``tests/strategies/test_conformance.py`` holds the identity for both layouts.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from fedlab.config import RunConfig
+from fedlab.lora.exact import residual_of_mean
+from fedlab.lora.state import State, local_pairs, modules
+from strategies.base import LoraStrategy
+from strategies.folding import fold, in_order, require_float32
+from strategies.options import NoOptions
+
+
+class FedExOptions(NoOptions):
+    """Own keys of ``[strategy]`` with ``name = "fedex"``."""
+
+    residual_rank: int | None = Field(default=None, gt=0, description="keep at most this rank of the residual; default: all of it, exact")
+
+
+class FedEx(LoraStrategy):
+    """W_t+1 = W_t + s·Σ p_k B_k·A_k for any number of clients that train both factors."""
+
+    effective: ClassVar[str] = "mean of products, exactly (residual)"
+    folds: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
+    ranks: ClassVar[str] = ""
+    Options: ClassVar[type[NoOptions]] = FedExOptions
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """A residual needs a base that keeps it."""
+        super().check(config)
+        require_float32(config)
+
+    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+        """Mean of the factors, and its residual to the mean of the products."""
+        averaged = super().aggregate(state, updates, weights, round_number)
+        options = self.options
+        assert isinstance(options, FedExOptions)
+        for module in modules(state):
+            lost = residual_of_mean(local_pairs(state, updates, module), in_order(weights, updates))
+            averaged = fold(averaged, module, lost, options.residual_rank)
+        return averaged

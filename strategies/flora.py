@@ -1,0 +1,63 @@
+"""FLoRA (arXiv 2409.05976): the clients' adapters are stacked, merged into the base, and a new adapter is begun in the next round.
+
+State machine, which the paper leaves open: a round begins with B = 0 and a newly drawn A; clients train; Σ p_k B_k·A_k, which is exact,
+is added to the residual; B returns to 0 and A is drawn anew from the run's seed and the round. Nothing of a client's factors outlives it.
+``train = "B"`` keeps the drawn A fixed within a round: half the bytes, half the values to noise, and still a new subspace each round.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from fedlab.adapters import draw_a
+from fedlab.config import RunConfig
+from fedlab.lora.exact import mean_of_products
+from fedlab.lora.state import State, local_pairs, modules
+from strategies.base import LoraStrategy
+from strategies.folding import fold, in_order, require_float32
+from strategies.options import NoOptions
+
+
+class FLoraOptions(NoOptions):
+    """Own keys of ``[strategy]`` with ``name = "flora"``."""
+
+    train: Literal["both", "B"] = "both"
+    redraw: Literal["orthonormal", "kaiming"] = "orthonormal"
+    residual_rank: int | None = Field(default=None, gt=0, description="keep at most this rank of the residual; default: all of it, exact")
+
+
+class FLora(LoraStrategy):
+    """W_t+1 = W_t + s·Σ p_k B_k·A_k, then a new adapter."""
+
+    effective: ClassVar[str] = "mean of products, exactly (merged)"
+    folds: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
+    ranks: ClassVar[str] = "stacking, exact"
+    Options: ClassVar[type[NoOptions]] = FLoraOptions
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """A residual needs a base that keeps it."""
+        super().check(config)
+        require_float32(config)
+
+    @classmethod
+    def factors(cls, config: RunConfig) -> frozenset[str]:
+        """B alone where A is fixed within a round."""
+        return frozenset({"lora_B"}) if config.strategy.options.get("train") == "B" else cls.trains
+
+    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+        """Fold the mean of the products, average the head, begin a new adapter."""
+        averaged = super().aggregate(state, updates, weights, round_number)
+        options = self.options
+        assert isinstance(options, FLoraOptions)
+        for module in modules(state):
+            mean = mean_of_products(local_pairs(state, updates, module), in_order(weights, updates))
+            averaged = fold(averaged, module, mean, options.residual_rank)
+            A = state[f"{module}.lora_A"]
+            averaged[f"{module}.lora_B"] = torch.zeros_like(state[f"{module}.lora_B"])
+            averaged[f"{module}.lora_A"] = draw_a(options.redraw, A.shape, self.config.run.seed, "redraw", module, round_number)
+        return averaged

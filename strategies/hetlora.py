@@ -1,0 +1,85 @@
+"""HetLoRA (arXiv 2401.06432): clients of different ranks; their factors are padded with zeros, *both* of them, and averaged.
+
+A client starts from the first r_k directions. Weights follow ‖B_k·A_k‖_F of what a client sends (noised, if it adds noise), so that a
+client that learned much counts more; ``norm_weights = false`` keeps the usual ones. With ``prune`` = γ a client whose last directions,
+those beyond γ·r_k, carry less after training than before loses them for good. Both look at uploads only and cost no privacy.
+The paper adds a penalty on these directions to the local loss; clients here train the plain loss.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from pydantic import Field
+
+from fedlab.lora.average import weighted_mean
+from fedlab.lora.ranks import frobenius_norm, pad
+from fedlab.lora.state import State, local_pairs, modules, select
+from fedlab.seeds import client_order
+from strategies.base import LoraStrategy
+from strategies.options import NoOptions
+
+
+class HetLoraOptions(NoOptions):
+    """Own keys of ``[strategy]`` with ``name = "hetlora"``."""
+
+    norm_weights: bool = True
+    prune: float | None = Field(default=None, gt=0, lt=1, description="γ: share of its rank that a client keeps when it is pruned")
+    min_rank: int = Field(default=1, gt=0)
+
+
+class HetLora(LoraStrategy):
+    """A_t+1 = Σ p_k pad(A_k), B_t+1 = Σ p_k pad(B_k), p_k ∝ ‖B_k·A_k‖_F."""
+
+    effective: ClassVar[str] = "product of means of the padded factors"
+    linear: ClassVar[bool] = False
+    ranks: ClassVar[str] = "zero-padded factors"
+    Options: ClassVar[type[NoOptions]] = HetLoraOptions
+
+    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+        """Padded mean of the factors; the head keeps the usual weights."""
+        options = self.options
+        assert isinstance(options, HetLoraOptions)
+        clients = sorted(updates, key=client_order)
+        held = {client: local_factors(state, updates[client]) for client in clients}
+        shares = norm_weights(held, weights) if options.norm_weights else weights
+        padded: dict[str, State] = {client: {} for client in clients}
+        for module in modules(state):
+            B, A = f"{module}.lora_B", f"{module}.lora_A"
+            for client in clients:
+                padded[client][B], padded[client][A] = pad(held[client][B], held[client][A], len(state[A]))
+        head = weighted_mean({client: select(updates[client], {"head"}) for client in clients}, weights)
+        if options.prune is not None:
+            self._prune(state, held, options.prune, options.min_rank)
+        factors = {name: value.float() for name, value in weighted_mean(padded, shares).items()}
+        return {name: state[name] + head[name] if name in head else factors.get(name, state[name]) for name in state}
+
+    def _prune(self, state: State, held: dict[str, State], share: float, least: int) -> None:
+        """Lower the rank of clients whose tail shrank in this round."""
+        for client, after in held.items():
+            rank = self.federation.ranks.get(client, self.config.lora.rank)
+            cut = max(least, math.ceil(share * rank))
+            if cut < rank and tail_norm(after, cut, rank) < tail_norm(state, cut, rank):
+                self.federation.ranks[client] = cut
+
+
+def local_factors(state: State, update: State) -> State:
+    """What one client ended with: its own factors of every module, float64, at its own rank."""
+    result: State = {}
+    for module in modules(state):
+        ((result[f"{module}.lora_B"], result[f"{module}.lora_A"]),) = local_pairs(state, {"": update}, module)
+    return result
+
+
+def norm_weights(held: dict[str, State], weights: dict[str, float]) -> dict[str, float]:
+    """Weights ∝ ‖ΔW_k‖_F over all modules; the given ones if every product is zero."""
+    norms = {c: math.hypot(*(frobenius_norm(own[f"{m}.lora_B"], own[f"{m}.lora_A"]) for m in modules(own))) for c, own in held.items()}
+    total = math.fsum(norms.values())
+    return {c: norm / total for c, norm in norms.items()} if total > 0 else weights
+
+
+def tail_norm(factors: State, first: int, last: int) -> float:
+    """‖B_tail·A_tail‖_F over all modules, of directions ``first`` to ``last``."""
+    norms = (frobenius_norm(factors[f"{m}.lora_B"][:, first:last], factors[f"{m}.lora_A"][first:last]) for m in modules(factors))
+    return math.hypot(*norms)

@@ -1,0 +1,44 @@
+"""LoRA-FAIR (arXiv 2411.14961): A and B are averaged, then B̄ is corrected so that B·Ā comes closest to the mean of the products.
+
+The paper maximises the cosine of (B̄ + ΔB)·Ā and Σ p_k B_k·A_k, less λ‖ΔB‖, by gradient steps. A cosine leaves the length open; here the
+squared error takes its place, which has one closed solution: ΔB = (D − B̄·Ā)·Āᵀ·(Ā·Āᵀ + λI)⁻¹ with D = Σ p_k B_k·A_k, λ relative to the mean
+of Ā·Āᵀ's diagonal. With λ → 0 that is the best approximation of D in Ā's row space.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from fedlab.lora.exact import corrected_b
+from fedlab.lora.state import State, local_pairs, modules
+from strategies.base import LoraStrategy
+from strategies.folding import in_order
+from strategies.options import NoOptions
+
+
+class LoraFairOptions(NoOptions):
+    """Own keys of ``[strategy]`` with ``name = "lora-fair"``."""
+
+    ridge: float = Field(default=1e-6, gt=0, description="λ, as a share of the mean squared row norm of Ā; larger stays closer to B̄")
+
+
+class LoraFair(LoraStrategy):
+    """B_t+1 = B̄ + ΔB, A_t+1 = Ā."""
+
+    effective: ClassVar[str] = "best of the mean of products in the row space of the mean A"
+    linear: ClassVar[bool] = False
+    ranks: ClassVar[str] = ""
+    Options: ClassVar[type[NoOptions]] = LoraFairOptions
+
+    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+        """Mean of the factors and of the head, then the correction."""
+        averaged = super().aggregate(state, updates, weights, round_number)
+        options = self.options
+        assert isinstance(options, LoraFairOptions)
+        for module in modules(state):
+            B, A = averaged[f"{module}.lora_B"], averaged[f"{module}.lora_A"]
+            pairs = local_pairs(state, updates, module)
+            averaged[f"{module}.lora_B"] = corrected_b(B, A, pairs, in_order(weights, updates), options.ridge)
+        return averaged

@@ -1,0 +1,101 @@
+"""Runs whose clients share a pass: the numbers of one after the other, the same bits on any number of nodes, failures by themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import clients.train
+import fedlab
+from fedlab.config import RunConfig
+from fedlab.errors import RunFailed
+from fedlab.privacy.audit.run import audit_run
+from fedlab.privacy.ledger import parse_lines
+
+STRATEGIES = ["fedavg", "ffa", "fedsvd", "fedex", "flora", "flexlora", "hetlora", "lora-fair", "rolora", "fedsa", "head"]
+
+
+def simulate(toml: str, out: Path, *overrides: str) -> fedlab.Run:
+    return fedlab.simulate(RunConfig.parse(toml, overrides), out, quiet=True)
+
+
+def adapters(run: fedlab.Run) -> dict[str, torch.Tensor]:
+    """The final adapter, or every client's own, flat."""
+    found = sorted(run.path.glob("personal/*/adapter/adapter_model.safetensors")) or [run.path / "adapter" / "adapter_model.safetensors"]
+    return {f"{path.relative_to(run.path)}/{name}": value for path in found for name, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "dp"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_ends_where_one_client_at_a_time_ends(name: str, private: bool, tiny_toml: str, tmp_path: Path):
+    settings = [f"strategy.name={name}", "run.rounds=2", "train.lr=0.1", *([] if private else ["privacy={unit='none'}"])]
+    alone, together = (simulate(tiny_toml, tmp_path / f"{k}", *settings, f"run.cohort={k}") for k in (1, 3))
+    one, other = adapters(alone), adapters(together)
+    assert one.keys() == other.keys()
+    products = {n for n in one if "lora_" not in n}  # factors may turn, and in flora A is redrawn: compare what they amount to
+    for name_ in products:
+        assert torch.allclose(one[name_], other[name_], atol=2e-5)
+    for name_ in (n for n in one if "lora_A" in n):
+        b = name_.replace("lora_A", "lora_B")
+        assert torch.allclose(one[b] @ one[name_], other[b] @ other[name_], atol=2e-5)
+    assert together.result["epsilon"] == alone.result["epsilon"]
+    assert [c["epsilon"] for c in together.result["clients"].values()] == [c["epsilon"] for c in alone.result["clients"].values()]
+    if private:
+        assert not audit_run(together.path).findings
+
+
+@pytest.mark.parametrize("cohort", [1, 2, 5])
+def test_the_same_bits_on_any_number_of_nodes(cohort: int, tiny_toml: str, tmp_path: Path):
+    settings = ["data.clients=5", "run.rounds=2", f"run.cohort={cohort}"]
+    digests = {simulate(tiny_toml, tmp_path / f"{n}", *settings, f"run.nodes={n}").result["adapter_digest"] for n in (1, 2, 4)}
+    assert len(digests) == 1
+
+
+def test_a_client_that_fails_in_a_shared_pass_is_excluded_alone_and_charged(
+    tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    original = clients.train.train_cohort
+
+    def one_diverges(*args, **kwargs):
+        return original(*args, **kwargs) | {"client-1": RunFailed("client-1: local training diverged")}
+
+    monkeypatch.setattr(clients.train, "train_cohort", one_diverges)
+    run = simulate(tiny_toml, tmp_path / "run", "run.rounds=2")
+    assert run.result["excluded"] == 2
+    entries = {c: parse_lines((run.path / "ledger" / f"{c}.jsonl").read_text()) for c in ("client-0", "client-1")}
+    assert [e["type"] for e in entries["client-0"]].count("COMMIT") == 2
+    assert [e["type"] for e in entries["client-1"]].count("ABORT") == 2
+    assert run.result["clients"]["client-0"]["epsilon"] > 0
+    assert run.result["clients"]["client-1"]["epsilon"] > 0, "it was charged before it failed"
+    assert not audit_run(run.path).findings
+
+
+def test_an_error_of_the_pass_excludes_its_clients_and_names_them(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def breaks(*args, **kwargs):
+        raise RuntimeError("the pass broke")
+
+    monkeypatch.setattr(clients.train, "train_cohort", breaks)
+    with pytest.raises(fedlab.RunFailed, match="usable updates"):
+        simulate(tiny_toml, tmp_path / "run")
+    counts = [parse_lines(path.read_text()) for path in (tmp_path / "run" / "ledger").glob("client-*.jsonl")]
+    assert all([e["type"] for e in entries].count("CHARGE") == 1 for entries in counts)
+    assert all([e["type"] for e in entries].count("ABORT") == 1 for entries in counts)
+
+
+def test_a_pass_that_does_not_fit_is_halved(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    original, sizes = clients.train.train_cohort, []
+
+    def small_memory(model, data, members, *args):
+        sizes.append(len(members))
+        if len(members) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return original(model, data, members, *args)
+
+    monkeypatch.setattr(clients.train, "train_cohort", small_memory)
+    run = simulate(tiny_toml, tmp_path / "run", "run.rounds=1", "data.clients=5", "run.cohort=5")
+    assert sizes == [5, 2, 3, 2], "halves of five are two and three, and of three one alone and two"
+    assert run.result["excluded"] == 0
+    assert not audit_run(run.path).findings

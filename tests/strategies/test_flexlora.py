@@ -1,0 +1,95 @@
+"""``strategy.fisher = "updates"``: the cut is best where the updates are large, and nothing else about FlexLoRA changes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from fedlab.config import RunConfig
+from fedlab.errors import ConfigError
+from fedlab.lora.state import State
+from strategies import STRATEGIES
+from strategies.federation import Federation
+
+SHAPES = {"wide.q": (12, 20), "tall.v": (20, 12)}  # m × n
+RANK = 3
+WEIGHTS = {"client-0": 0.3, "client-1": 0.1, "client-2": 0.6}
+
+
+def make(**options: str):
+    text = f'[run]\nrounds=2\n[lora]\nrank={RANK}\nalpha=8\n[train]\nlr=1\nsteps=1\n[strategy]\nname="flexlora"\n'
+    config = RunConfig.parse(text, [f"strategy.{k}={v}" for k, v in options.items()])
+    return STRATEGIES["flexlora"](config, Federation(config, {}, {}, []))
+
+
+def drawn() -> tuple[State, dict[str, State]]:
+    """A state, and updates whose rows of B differ in size by orders of magnitude."""
+    g = torch.Generator().manual_seed(0)
+    state: State = {"head.w": torch.randn(3, 5, generator=g)}
+    for module, (m, n) in SHAPES.items():
+        state[f"{module}.lora_A"] = torch.randn(RANK, n, generator=g)
+        state[f"{module}.lora_B"] = torch.randn(m, RANK, generator=g)
+    updates: dict[str, State] = {c: {n: torch.randn(v.shape, generator=g) for n, v in state.items()} for c in WEIGHTS}
+    for module, (m, _) in SHAPES.items():
+        size = torch.logspace(-2, 1, m)[:, None]
+        for update in updates.values():
+            update[f"{module}.lora_B"] = size * update[f"{module}.lora_B"]
+    return state, updates
+
+
+def errors(after: State, state: State, updates: dict[str, State]) -> list[float]:
+    """Per module, the error against the mean of the products under the weights Σ p_k Σ_j ΔB_ij², densely in float64."""
+    found = []
+    for module in SHAPES:
+        B, A = f"{module}.lora_B", f"{module}.lora_A"
+        exact = sum(p * (state[B].double() + updates[c][B]) @ (state[A].double() + updates[c][A]) for c, p in WEIGHTS.items())
+        rows = sum(p * updates[c][B].double().square().sum(1, keepdim=True) for c, p in WEIGHTS.items())
+        found.append(float((rows.sqrt() * (exact - after[B].double() @ after[A].double())).norm()))
+    return found
+
+
+@pytest.mark.parametrize("split", ["sqrt", "left"])
+def test_it_lowers_the_error_where_updates_are_large(split: str):
+    state, updates = drawn()
+    plain = make(split=split).aggregate(state, updates, WEIGHTS, 1)
+    weighted = make(split=split, fisher="updates").aggregate(state, updates, WEIGHTS, 1)
+    for before, after in zip(errors(plain, state, updates), errors(weighted, state, updates), strict=True):
+        assert after < 0.95 * before
+    assert torch.equal(plain["head.w"], weighted["head.w"])
+    assert {n: (v.shape, v.dtype) for n, v in weighted.items()} == {n: (v.shape, v.dtype) for n, v in state.items()}
+
+
+def test_none_is_the_default():
+    state, updates = drawn()
+    first, second = (make(**o).aggregate(state, updates, WEIGHTS, 1) for o in ({}, {"fisher": "none"}))
+    assert all(torch.equal(first[n], second[n]) for n in state)
+
+
+def test_permuting_the_clients_changes_no_bit():
+    state, updates = drawn()
+    strategy = make(fisher="updates")
+    first = strategy.aggregate(state, updates, WEIGHTS, 1)
+    again = strategy.aggregate(state, dict(reversed(updates.items())), dict(reversed(WEIGHTS.items())), 1)
+    assert all(torch.equal(first[n], again[n]) for n in state)
+
+
+def test_rows_that_all_weigh_the_same_fall_back_to_the_plain_svd_and_are_logged_once(caplog: pytest.LogCaptureFixture):
+    state, updates = drawn()
+    for update in updates.values():
+        update["wide.q.lora_B"] = torch.zeros_like(update["wide.q.lora_B"])
+        update["tall.v.lora_B"] = torch.ones_like(update["tall.v.lora_B"])
+    strategy = make(fisher="updates")
+    with caplog.at_level(logging.INFO, logger="fedlab"):
+        for number in (1, 2):
+            weighted = strategy.aggregate(state, updates, WEIGHTS, number)
+    told = [r.getMessage() for r in caplog.records if "plain SVD" in r.getMessage()]
+    assert told == ['tall.v: the updates weigh all rows alike; fisher = "updates" is the plain SVD there']
+    plain = make().aggregate(state, updates, WEIGHTS, 1)
+    assert all(torch.equal(plain[n], weighted[n]) for n in state)
+
+
+def test_other_values_are_refused():
+    with pytest.raises((ConfigError, ValueError), match="fisher"):
+        make(fisher="gradients")
