@@ -85,6 +85,15 @@ def test_an_error_of_the_pass_excludes_its_clients_and_names_them(tiny_toml: str
     assert all([e["type"] for e in entries].count("ABORT") == 1 for entries in counts)
 
 
+def test_what_cannot_share_a_pass_trains_one_by_one(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuses(*args, **kwargs):
+        raise fedlab.ConfigError("head.norm.weight belongs to a LayerNorm")
+
+    alone = simulate(tiny_toml, tmp_path / "alone", "run.rounds=1", "run.cohort=1").result["adapter_digest"]
+    monkeypatch.setattr(clients.train, "train_cohort", refuses)
+    assert simulate(tiny_toml, tmp_path / "refused", "run.rounds=1").result["adapter_digest"] == alone
+
+
 def test_a_pass_that_does_not_fit_is_halved(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     original, sizes = clients.train.train_cohort, []
 
