@@ -28,7 +28,7 @@ def adapters(run: fedlab.Run) -> dict[str, torch.Tensor]:
     return {f"{path.relative_to(run.path)}/{name}": value for path in found for name, value in load_file(path).items()}
 
 
-@pytest.mark.parametrize("private", [False, True], ids=["plain", "dp"])
+@pytest.mark.parametrize("private", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "dp"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_ends_where_one_client_at_a_time_ends(name: str, private: bool, tiny_toml: str, tmp_path: Path):
     settings = [f"strategy.name={name}", "run.rounds=2", "train.lr=0.1", *([] if private else ["privacy={unit='none'}"])]
