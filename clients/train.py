@@ -16,7 +16,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
 from clients.custody import Custody
-from fedlab.errors import FedlabError, PrivacyError
+from fedlab.errors import ConfigError, FedlabError, PrivacyError
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import State, digest, from_wire, select, to_wire
 from fedlab.personal import load_personal, save_personal
@@ -145,7 +145,7 @@ def _begin(session: Session, job: Job, state: State, received: str, order: Confi
 
 
 def _results(session: Session, members: list[Member], order: ConfigRecord) -> dict[str, Trained | FedlabError]:
-    """The members' results; a group that does not fit into a GPU's memory is halved."""
+    """The members' results; a group that does not fit into a GPU's memory is halved, one whose head is not linear goes one by one."""
     trained, number = cast(list[str], order["trained"]), cast(int, order["round"])
     if len(members) == 1:
         (m,) = members
@@ -154,6 +154,14 @@ def _results(session: Session, members: list[Member], order: ConfigRecord) -> di
         return {}
     try:
         return train_cohort(session.model, session.data, members, trained, session.config, number)
+    except ConfigError:
+        results: dict[str, Trained | FedlabError] = {}
+        for m in members:
+            try:
+                results |= _results(session, [m], order)
+            except FedlabError as error:
+                results[m.client] = error
+        return results
     except torch.cuda.OutOfMemoryError:
         logger.warning("%d clients in one pass do not fit into the GPU's memory; going on with half as many", len(members))
     torch.cuda.empty_cache()

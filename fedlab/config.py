@@ -16,7 +16,6 @@ import tomli_w
 from pydantic import ConfigDict, Field, model_validator
 
 from fedlab.errors import ConfigError
-from fedlab.seeds import stream
 
 
 class _Section(pydantic.BaseModel):
@@ -138,19 +137,19 @@ class ClientsSection(_Section):
     def _one_way(self) -> ClientsSection:
         shares = [key for key in self.rank if key.endswith("%")]
         for key, rank in self.rank.items():
-            if not (_percent(key) if key.endswith("%") else key.startswith("client-") and key[7:].isdigit()):
+            if not (percent(key) if key.endswith("%") else key.startswith("client-") and key[7:].isdigit()):
                 raise ValueError(f'rank: {key!r} is neither a client, such as "client-3", nor a share, such as "50%"')
             if rank < 1:
                 raise ValueError(f"rank: {key} must have a rank >= 1, got {rank}")
         if shares and len(shares) < len(self.rank):
             raise ValueError(f"rank: name clients or shares, not both: {', '.join(self.rank)}")
-        if (total := sum(_percent(key) for key in shares)) > 100:
+        if (total := sum(percent(key) for key in shares)) > 100:
             raise ValueError(f"rank: the shares add up to {total:g} %, more than all clients")
         return self
 
 
-def _percent(share: str) -> float:
-    """ "50%" → 50.0; 0 for what is no share in (0, 100]."""
+def percent(share: str) -> float:
+    """Number of a share: 50.0 of "50%"; 0 for what is none in (0, 100]."""
     try:
         value = float(share.removesuffix("%"))
     except ValueError:
@@ -302,19 +301,6 @@ class RunConfig(_Section):
         if self.privacy.participations is not None:
             return min(self.privacy.participations, self.run.rounds)
         return -(-self.clients_per_round * self.run.rounds // self.data.clients)
-
-    def ranks(self) -> dict[str, int]:
-        """client → rank of its adapter at the start of the run. Shares are dealt to the clients in a seeded order, the first one first."""
-        clients = [f"client-{i}" for i in range(self.data.clients)]
-        result = dict.fromkeys(clients, self.lora.rank)
-        rest = [clients[i] for i in stream(self.run.seed, "ranks").permutation(len(clients))]
-        for key, rank in self.clients.rank.items():
-            chosen = [key]
-            if key.endswith("%"):
-                count = round(_percent(key) / 100 * len(clients))
-                chosen, rest = rest[:count], rest[count:]
-            result |= dict.fromkeys(chosen, rank)
-        return result
 
     @property
     def private(self) -> bool:

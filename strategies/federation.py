@@ -16,7 +16,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedlab.config import RunConfig
+from fedlab.config import RunConfig, percent
 from fedlab.errors import PrivacyError, RunFailed
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.noise import SecureStream
@@ -71,7 +71,7 @@ class Federation:
     ranks: dict[str, int] = field(default_factory=dict)  # client → rank of its adapter; lora.rank unless clients.rank or pruning says less
 
     def __post_init__(self) -> None:
-        self.ranks = self.config.ranks() | self.ranks
+        self.ranks = initial_ranks(self.config) | self.ranks
 
     @classmethod
     def discover(
@@ -174,3 +174,17 @@ class Federation:
     def _work(self, client: str) -> int:
         """Expected examples of one round: with fixed steps all clients cost the same, with epochs the large ones cost more."""
         return 1 if self.config.train.steps is not None else self.clients[client].examples
+
+
+def initial_ranks(config: RunConfig) -> dict[str, int]:
+    """client → rank of its adapter at the start of the run. Shares are dealt to the clients in a seeded order, the first one first."""
+    clients = [f"client-{i}" for i in range(config.data.clients)]
+    result = dict.fromkeys(clients, config.lora.rank)
+    rest = [clients[i] for i in stream(config.run.seed, "ranks").permutation(len(clients))]
+    for key, rank in config.clients.rank.items():
+        chosen = [key]
+        if key.endswith("%"):
+            count = round(percent(key) / 100 * len(clients))
+            chosen, rest = rest[:count], rest[count:]
+        result |= dict.fromkeys(chosen, rank)
+    return result

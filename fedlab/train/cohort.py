@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -179,7 +178,6 @@ def _gradients(
     order = np.argsort(data.tokens.lengths(batch.rows), kind="stable") if len(batch.rows) else batch.rows
     for i in range(0, len(order), size):
         chunk = order[i : i + size]
-        chunk = chunk[np.argsort(batch.owner[chunk], kind="stable")]  # each client's rows together
         owner = batch.owner[chunk]
         layers.rows.owner = torch.from_numpy(owner).to(model.device)
         tokens = data.tokens.batch(batch.rows[chunk], model.tokenizer.pad_token_id)
@@ -188,7 +186,7 @@ def _gradients(
         gradients = layers.take()
         private = torch.isfinite(limits)
         factors, over = _factors(gradients, limits[layers.rows.owner]) if bool(private.any()) else (None, None)
-        _add_by_client(total, gradients, factors, owner)
+        _add_by_client(total, gradients, factors, layers.rows.owner)
         np.add.at(losses, owner, each.detach().double().cpu().numpy())
         if over is not None:
             np.add.at(clipped, owner, over.cpu().numpy())
@@ -207,22 +205,14 @@ def _factors(gradients: dict[str, Tensor], limits: Tensor) -> tuple[Tensor, Tens
     return factors, ~(norms <= limits)
 
 
-def _add_by_client(total: dict[str, Tensor], gradients: dict[str, Tensor], factors: Tensor | None, owner: np.ndarray) -> None:
-    """total[k] += Σ over rows of client k. Rows are sorted by client; a row of factor 0 is left out, since 0·NaN is NaN."""
-    edges = np.flatnonzero(np.diff(owner, prepend=-1, append=-1))
-    for first, last in pairwise(edges):
-        k = int(owner[first])
-        own = slice(int(first), int(last))
-        for name, gradient in gradients.items():
-            rows = gradient[own].double()
-            if factors is None:
-                total[name][k] += rows.sum(0)
-                continue
-            weight = factors[own]
-            usable = weight > 0
-            if not bool(usable.all()):
-                rows, weight = rows[usable], weight[usable]
-            total[name][k] += torch.einsum("n,n...->...", weight, rows)
+def _add_by_client(total: dict[str, Tensor], gradients: dict[str, Tensor], factors: Tensor | None, owner: Tensor) -> None:
+    """total[k] += Σ over rows of client k, in the order of the rows. A row of factor 0 is left out, since 0·NaN is NaN."""
+    if factors is not None and not bool((usable := factors > 0).all()):
+        gradients = {name: gradient[usable] for name, gradient in gradients.items()}
+        factors, owner = factors[usable], owner[usable]
+    for name, gradient in gradients.items():
+        rows = gradient.double()
+        total[name].index_add_(0, owner, rows if factors is None else torch.einsum("n,n...->n...", factors, rows))
 
 
 def _finish(sums: _Sums, active: list[_Worker], batch: _Batch, inside: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:

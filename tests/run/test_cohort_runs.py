@@ -28,7 +28,7 @@ def adapters(run: fedlab.Run) -> dict[str, torch.Tensor]:
     return {f"{path.relative_to(run.path)}/{name}": value for path in found for name, value in load_file(path).items()}
 
 
-@pytest.mark.parametrize("private", [False, True], ids=["plain", "dp"])
+@pytest.mark.parametrize("private", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "dp"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_ends_where_one_client_at_a_time_ends(name: str, private: bool, tiny_toml: str, tmp_path: Path):
     settings = [f"strategy.name={name}", "run.rounds=2", "train.lr=0.1", *([] if private else ["privacy={unit='none'}"])]
@@ -83,6 +83,15 @@ def test_an_error_of_the_pass_excludes_its_clients_and_names_them(tiny_toml: str
     counts = [parse_lines(path.read_text()) for path in (tmp_path / "run" / "ledger").glob("client-*.jsonl")]
     assert all([e["type"] for e in entries].count("CHARGE") == 1 for entries in counts)
     assert all([e["type"] for e in entries].count("ABORT") == 1 for entries in counts)
+
+
+def test_what_cannot_share_a_pass_trains_one_by_one(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuses(*args, **kwargs):
+        raise fedlab.ConfigError("head.norm.weight belongs to a LayerNorm")
+
+    alone = simulate(tiny_toml, tmp_path / "alone", "run.rounds=1", "run.cohort=1").result["adapter_digest"]
+    monkeypatch.setattr(clients.train, "train_cohort", refuses)
+    assert simulate(tiny_toml, tmp_path / "refused", "run.rounds=1").result["adapter_digest"] == alone
 
 
 def test_a_pass_that_does_not_fit_is_halved(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

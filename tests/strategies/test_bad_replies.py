@@ -30,7 +30,7 @@ def run_with(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
         real = launch.load_reference
         monkeypatch.setattr(launch, "load_reference", lambda r: app if r == launch.CLIENT_APP else real(r))
-        config = RunConfig.parse(tiny_toml, ["run.rounds=1", "run.nodes=3", *overrides])
+        config = RunConfig.parse(tiny_toml, ["run.rounds=1", "run.nodes=3", "run.cohort=1", *overrides])
         return fedlab.simulate(config, tmp_path / "run", quiet=True).result
 
     return run

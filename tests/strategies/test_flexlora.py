@@ -1,4 +1,4 @@
-"""``strategy.fisher = "updates"``: the cut is best where the updates are large, and nothing else about FlexLoRA changes."""
+"""FlexLoRA's own options: the cut that is best where updates are large (``fisher``), and a mean that a minority cannot steer (``mean``)."""
 
 from __future__ import annotations
 
@@ -93,3 +93,32 @@ def test_rows_that_all_weigh_the_same_fall_back_to_the_plain_svd_and_are_logged_
 def test_other_values_are_refused():
     with pytest.raises((ConfigError, ValueError), match="fisher"):
         make(fisher="gradients")
+
+
+def test_a_robust_mean_of_products_survives_a_minority_that_flips_its_sign():
+    """Ten clients near one product, three of them send minus ten times theirs; factors differ, since every client has its own basis."""
+    g = torch.Generator().manual_seed(0)
+    state = {n: torch.zeros_like(v) for n, v in drawn()[0].items()}
+    common = {m: (torch.randn(shape[0], RANK, generator=g), torch.randn(RANK, shape[1], generator=g)) for m, shape in SHAPES.items()}
+    updates: dict[str, State] = {}
+    for i in range(10):
+        mix = torch.linalg.qr(torch.randn(RANK, RANK, generator=g)).Q
+        own: State = {"head.w": 1 + 0.1 * torch.randn(3, 5, generator=g)}
+        for module, (B, A) in common.items():
+            own[f"{module}.lora_B"] = (B + 0.01 * torch.randn(B.shape, generator=g)) @ mix
+            own[f"{module}.lora_A"] = mix.T @ (A + 0.01 * torch.randn(A.shape, generator=g))
+        if i < 3:
+            own = {n: v if n.endswith("lora_A") else -10 * v for n, v in own.items()}
+        updates[f"client-{i}"] = own
+    weights = dict.fromkeys(updates, 0.1)
+    found = {mean: make(mean=mean).aggregate(state, updates, weights, 1) for mean in ("weighted", "robust")}
+    for module, (B, A) in common.items():
+        honest = B.double() @ A.double()
+        error = {
+            k: float((v[f"{module}.lora_B"].double() @ v[f"{module}.lora_A"].double() - honest).norm() / honest.norm())
+            for k, v in found.items()
+        }
+        assert error["robust"] < 0.05
+        assert error["weighted"] > 1
+    assert (found["robust"]["head.w"] - 1).abs().max() < 0.3
+    assert (found["weighted"]["head.w"] - 1).abs().max() > 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -43,11 +42,11 @@ def first_clip_for_all(gradients: dict[str, torch.Tensor], limits: torch.Tensor)
     return FACTORS(gradients, limits * 0 + limits[0] * 0.5)
 
 
-def everything_to_the_first(total: dict, gradients: dict, factors: Any, owner: np.ndarray) -> None:
+def everything_to_the_first(total: dict, gradients: dict, factors: Any, owner: torch.Tensor) -> None:
     ADD(total, gradients, factors, owner * 0)
 
 
-def last_row_left_out(total: dict, gradients: dict, factors: Any, owner: np.ndarray) -> None:
+def last_row_left_out(total: dict, gradients: dict, factors: Any, owner: torch.Tensor) -> None:
     ADD(total, {n: g[:-1] for n, g in gradients.items()}, factors[:-1], owner[:-1])
 
 
