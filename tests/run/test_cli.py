@@ -153,6 +153,7 @@ def test_ray_is_bitwise_the_local_backend_for_any_number_of_nodes(config_file: P
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_a_killed_actor_is_replaced_loudly_and_ray_listens_on_loopback_only(config_file: Path, tmp_path: Path):
     options = ["--set", 'run.backend="ray"', "--set", "run.nodes=1", "--set", "run.rounds=16", "--set", "evaluate.every=16"]
     process = subprocess.Popen(command("simulate", config_file, *options, "--out", tmp_path / "run", "--quiet"))
@@ -182,6 +183,7 @@ def connections(process: psutil.Process) -> list:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_interrupting_ray_leaves_no_process(config_file: Path, tmp_path: Path):
     before = ray_processes()
     options = ["--set", 'run.backend="ray"', "--set", "run.rounds=1000", "--set", "evaluate.every=1000"]

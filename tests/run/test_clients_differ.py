@@ -13,7 +13,7 @@ import fedlab
 from fedlab.config import RunConfig
 from fedlab.privacy.audit.run import audit_run
 
-PLAIN = "privacy={unit='none'}"
+slow = pytest.mark.slow
 
 
 def simulate(toml: str, out: Path, *overrides: str) -> fedlab.Run:
@@ -25,7 +25,9 @@ def losses(run: fedlab.Run) -> list[float]:
     return [line["loss"] for line in found if line["phase"] == "evaluate"]
 
 
-@pytest.mark.parametrize("name", ["fedavg", "ffa", "fedsvd", "flora", "flexlora", "hetlora", "rolora"])
+@pytest.mark.parametrize(
+    "name", ["fedsvd", "flexlora", "hetlora", *(pytest.param(n, marks=slow) for n in ("fedavg", "ffa", "flora", "rolora"))]
+)
 def test_clients_of_unequal_rank_learn_together_and_send_less(name: str, learnable_toml: str, tmp_path: Path):
     settings = [f"strategy.name={name}", "run.rounds=4", "train.steps=8", "train.lr=0.3"]
     run = simulate(learnable_toml, tmp_path / "run", *settings, "clients.rank={client-0=1, client-2=2}")
@@ -53,7 +55,7 @@ def test_pruned_ranks_survive_a_resume(learnable_toml: str, tmp_path: Path, monk
         assert resumed.result[key] == whole.result[key], key
 
 
-@pytest.mark.parametrize("server", ["momentum", "adam"])
+@pytest.mark.parametrize("server", ["momentum", pytest.param("adam", marks=slow)])
 def test_a_server_optimiser_survives_a_resume(server: str, tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = ["strategy.name=ffa", "run.rounds=4", f"strategy.server={{optimizer='{server}', lr=0.1}}"]
     whole = simulate(tiny_toml, tmp_path / "whole", *settings)

@@ -15,7 +15,9 @@ from fedlab.errors import RunFailed
 from fedlab.privacy.audit.run import audit_run
 from fedlab.privacy.ledger import parse_lines
 
-STRATEGIES = ["fedavg", "ffa", "fedsvd", "fedex", "flora", "flexlora", "hetlora", "lora-fair", "rolora", "fedsa", "head"]
+slow = pytest.mark.slow
+STRATEGIES = ["fedsvd", "flora", "fedsa"]  # and the others, in the slow suite
+STRATEGIES += [pytest.param(n, marks=slow) for n in ("fedavg", "ffa", "fedex", "flexlora", "hetlora", "lora-fair", "rolora", "head")]
 
 
 def simulate(toml: str, out: Path, *overrides: str) -> fedlab.Run:
@@ -28,7 +30,7 @@ def adapters(run: fedlab.Run) -> dict[str, torch.Tensor]:
     return {f"{path.relative_to(run.path)}/{name}": value for path in found for name, value in load_file(path).items()}
 
 
-@pytest.mark.parametrize("private", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "dp"])
+@pytest.mark.parametrize("private", [pytest.param(False, marks=slow), True], ids=["plain", "dp"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_ends_where_one_client_at_a_time_ends(name: str, private: bool, tiny_toml: str, tmp_path: Path):
     settings = [f"strategy.name={name}", "run.rounds=2", "train.lr=0.1", *([] if private else ["privacy={unit='none'}"])]
@@ -47,7 +49,7 @@ def test_every_strategy_ends_where_one_client_at_a_time_ends(name: str, private:
         assert not audit_run(together.path).findings
 
 
-@pytest.mark.parametrize("cohort", [1, 2, 5])
+@pytest.mark.parametrize("cohort", [pytest.param(1, marks=slow), 2, pytest.param(5, marks=slow)])
 def test_the_same_bits_on_any_number_of_nodes(cohort: int, tiny_toml: str, tmp_path: Path):
     settings = ["data.clients=5", "run.rounds=2", f"run.cohort={cohort}"]
     digests = {simulate(tiny_toml, tmp_path / f"{n}", *settings, f"run.nodes={n}").result["adapter_digest"] for n in (1, 2, 4)}

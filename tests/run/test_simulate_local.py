@@ -39,7 +39,10 @@ def test_a_run_leaves_what_the_design_promises(tiny_toml: str, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "strategy",
-    ["fedavg", "ffa", "fedsvd", "fedsvd refresh={every=2,keep=1}", "fedex", "flora", "flora train=B", "flexlora", "rolora", "head"],
+    [
+        *("fedavg", "fedsvd", "fedsvd refresh={every=2,keep=1}", "head"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ffa", "fedex", "flora", "flora train=B", "flexlora", "rolora")),
+    ],
 )
 def test_every_strategy_learns_without_dp(strategy: str, learnable_toml: str, tmp_path: Path):
     name, *options = strategy.split(" ")
