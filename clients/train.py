@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ class Job:
     client: str
     known: int
     rank: int
+    guarded: bool  # under example-level DP: a charge comes first, and a failure's reason gives no data away
     custody: Custody | None = None
     member: Member | None = None
     result: Trained | None = None
@@ -46,10 +47,10 @@ class Job:
     commit: Callable[[int, str], None] | None = None
 
     def fail(self, error: BaseException) -> None:
-        """Close the charge, which then counts in full, and keep the reason in words that give no data away."""
+        """Close the charge, which then counts in full, and keep the reason."""
         self.charge.__exit__(type(error), error, error.__traceback__)
         self.refused = isinstance(error, Refusal)
-        public = public_reason(error) if self.custody else f"{type(error).__name__}: {error}"
+        public = public_reason(error) if self.guarded else f"{type(error).__name__}: {error}"
         self.failure = str(error) if self.refused else public
         self.result, self.member = None, None
 
@@ -62,11 +63,15 @@ def train_message(session: Session, cohort: list[str], content: RecordDict, cont
     started = time.time()
     order = content.config_records["round"]
     state = received_state(content, cast(str, order["wire_dtype"]))
-    jobs = [Job(*row) for row in zip(cohort, cast(list[int], order["known"]), cast(list[int], order["ranks"]), strict=True)]
+    known, ranks, groups = (cast(list[int], order[key]) for key in ("known", "ranks", "groups"))
+    if min(groups) < 1 or sum(groups) != len(cohort):
+        raise FedlabError(f"groups {groups} do not add up to the {len(cohort)} clients of this message")
+    guarded = session.config.privacy.unit == "example"
+    jobs = [Job(client, k, rank, guarded) for client, k, rank in zip(cohort, known, ranks, strict=True)]
     rest = iter(jobs)
     lines: dict[str, str] = {}
     exhausted: list[str] = []
-    for size in cast(list[int], order["groups"]):
+    for size in groups:
         group = [next(rest) for _ in range(size)]
         _train_group(session, group, state, order, context)
         for job in group:
@@ -116,7 +121,7 @@ def _train_group(session: Session, group: list[Job], state: State, order: Config
         results = _results(session, [job.member for job in ready if job.member], order)
         for job in ready:
             try:
-                if isinstance(found := results[job.client], FedlabError):
+                if isinstance(found := results[job.client], Exception):
                     raise found
                 _end(job, found, order, home)
             except EXPECTED as error:
@@ -132,19 +137,19 @@ def _train_group(session: Session, group: list[Job], state: State, order: Config
 
 
 def _begin(session: Session, job: Job, state: State, received: str, order: ConfigRecord, context: Context, home: Path) -> None:
-    """Everything before the client's data is touched: its start, its scope, its charge."""
+    """Everything before the client's data is touched: its start and its scope, and last its charge."""
     number, keep, highest = cast(int, order["round"]), cast(list[str], order["keep"]), session.config.lora.rank
-    if session.config.privacy.unit == "example":
-        job.custody = Custody(session, job.client, order, context)
-        job.custody.check_scope(cast(list[str], order["trained"]))
-        job.commit = job.charge.enter_context(job.custody.guard.charge(job.custody.terms, number, received))
     if not 1 <= job.rank <= highest:
         raise FedlabError(f"rank {job.rank} was asked for, outside [1, {highest}]")
     start = state | (load_personal(home, job.client, number) if keep else {})
+    if job.guarded:
+        job.custody = Custody(session, job.client, order, context)
+        job.custody.check_scope(cast(list[str], order["trained"]))
+        job.commit = job.charge.enter_context(job.custody.guard.charge(job.custody.terms, number, received))
     job.member = Member(job.client, start, job.custody.plan if job.custody else None, job.rank if job.rank < highest else None)
 
 
-def _results(session: Session, members: list[Member], order: ConfigRecord) -> dict[str, Trained | FedlabError]:
+def _results(session: Session, members: list[Member], order: ConfigRecord) -> Mapping[str, Trained | Exception]:
     """The members' results; a group that does not fit into a GPU's memory is halved, one whose head is not linear goes one by one."""
     trained, number = cast(list[str], order["trained"]), cast(int, order["round"])
     if len(members) == 1:
@@ -155,18 +160,18 @@ def _results(session: Session, members: list[Member], order: ConfigRecord) -> di
     try:
         return train_cohort(session.model, session.data, members, trained, session.config, number)
     except ConfigError:
-        results: dict[str, Trained | FedlabError] = {}
+        results: dict[str, Trained | Exception] = {}
         for m in members:
             try:
                 results |= _results(session, [m], order)
-            except FedlabError as error:
+            except EXPECTED as error:
                 results[m.client] = error
         return results
     except torch.cuda.OutOfMemoryError:
         logger.warning("%d clients in one pass do not fit into the GPU's memory; going on with half as many", len(members))
     torch.cuda.empty_cache()
     half = len(members) // 2
-    return _results(session, members[:half], order) | _results(session, members[half:], order)
+    return {**_results(session, members[:half], order), **_results(session, members[half:], order)}
 
 
 def _end(job: Job, result: Trained, order: ConfigRecord, home: Path) -> None:

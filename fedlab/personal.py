@@ -9,15 +9,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fedlab.errors import RunFailed
 from fedlab.lora.state import State
 
 
 def load_personal(directory: Path, client: str, round_number: int) -> State:
-    """A client's own tensors as they were before a round (counted from 1); empty if it has none yet."""
-    files = [(number, path) for number, path in _files(directory, client) if number < round_number]
-    return dict(load_file(str(files[-1][1]))) if files else {}
+    """A client's own tensors as they were before a round (from 1); empty if it has none yet. RunFailed for a file that is broken."""
+    files = [path for number, path in _files(directory, client) if number < round_number]
+    try:
+        return dict(load_file(str(files[-1]))) if files else {}
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(f"{files[-1]} cannot be read ({error}); restore it, or remove it to go on from the round before") from None
 
 
 def save_personal(directory: Path, client: str, round_number: int, tensors: State) -> None:
@@ -30,8 +35,10 @@ def save_personal(directory: Path, client: str, round_number: int, tensors: Stat
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
-    for number, old in _files(directory, client):  # later ones belong to a run that was cut off
-        if number > round_number or old not in [p for _, p in _files(directory, client)][-2:]:
+    files = _files(directory, client)
+    kept = [path for number, path in files if number <= round_number][-2:]  # later ones belong to a run that was cut off
+    for _, old in files:
+        if old not in kept:
             old.unlink()
 
 

@@ -13,6 +13,7 @@ from clients.custody import Custody, code_versions
 from clients.train import train_message
 from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
+from fedlab.errors import FedlabError
 from fedlab.privacy.ledger import parse_lines
 from fedlab.session import open_session
 
@@ -54,6 +55,36 @@ def ask(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         return reply
 
     return run
+
+
+def test_whatever_breaks_before_the_charge_says_nothing_of_the_data_and_costs_nothing(
+    ask: Callable[..., RecordDict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for rank in (0, 5):
+        reply = ask(ranks=[rank])
+        assert "rank" in reason(reply)
+        assert reply.config_records["seen"]["trained"] == []
+
+    def breaks(self: Custody, trained: list[str]) -> None:
+        raise ValueError("the patient's name")
+
+    monkeypatch.setattr(Custody, "check_scope", breaks)
+    reply = ask()
+    assert "patient" not in reason(reply)
+
+    def unmade(*args: object) -> Custody:
+        raise ValueError("the patient's name")
+
+    monkeypatch.setattr(clients.train, "Custody", unmade)
+    assert "patient" not in reason(ask())
+    kinds = [entry["type"] for entry in parse_lines((tmp_path / "client-0.jsonl").read_text())]
+    assert "CHARGE" not in kinds
+
+
+@pytest.mark.parametrize("groups", [[0, 1], [2], [1, 1], [-1, 2]])
+def test_groups_that_are_not_the_cohort_are_refused(groups: list[int], ask: Callable[..., RecordDict]):
+    with pytest.raises(FedlabError, match="do not add up"):
+        ask(groups=groups)
 
 
 def reason(reply: RecordDict) -> str:
