@@ -20,9 +20,10 @@ def evaluate_cohort(session: Session, cohort: list[str], content: RecordDict, co
     state = received_state(content, cast(str, order["wire_dtype"]))
     batch_size, home = session.config.evaluate.batch_size, personal_directory(order, context)
     scored = []
+    session.model.load(state)
     for client in cohort:
-        own = load_personal(home, client, cast(int, order["round"]) + 1) if order["keep"] else {}
-        session.model.load(state | own)
+        if order["keep"]:
+            session.model.load(state | load_personal(home, client, cast(int, order["round"]) + 1))
         scored.append(classify(session.model, session.data, session.data.local_test(client), batch_size))
     return RecordDict(
         {

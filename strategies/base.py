@@ -28,6 +28,7 @@ from fedlab.privacy.ledger import Entry
 from fedlab.privacy.noise import SecureNoise, SeededNoise
 from fedlab.seeds import client_order, stream
 from strategies.federation import Federation
+from strategies.folding import require_float32
 from strategies.options import MeanOptions, NoOptions
 
 logger = logging.getLogger("fedlab")
@@ -93,6 +94,8 @@ class LoraStrategy(Strategy):
             raise ConfigError(
                 f'clients.rank with strategy.name = "{config.strategy.name}": its rule needs equal ranks; use flexlora, hetlora or flora'
             )
+        if cls.folds:
+            require_float32(config)
         if isinstance(options := cls.Options(**config.strategy.options), MeanOptions):
             options.check(config)
 

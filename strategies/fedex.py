@@ -8,20 +8,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
-
-from fedlab.config import RunConfig
 from fedlab.lora.exact import residual_of_mean
 from fedlab.lora.state import State, local_pairs, modules
 from strategies.base import LoraStrategy
-from strategies.folding import fold, in_order, require_float32
-from strategies.options import NoOptions
+from strategies.folding import fold, in_order
+from strategies.options import FoldingOptions, NoOptions
 
 
-class FedExOptions(NoOptions):
+class FedExOptions(FoldingOptions):
     """Own keys of ``[strategy]`` with ``name = "fedex"``."""
-
-    residual_rank: int | None = Field(default=None, gt=0, description="keep at most this rank of the residual; default: all of it, exact")
 
 
 class FedEx(LoraStrategy):
@@ -33,18 +28,13 @@ class FedEx(LoraStrategy):
     ranks: ClassVar[str] = ""
     Options: ClassVar[type[NoOptions]] = FedExOptions
 
-    @classmethod
-    def check(cls, config: RunConfig) -> None:
-        """A residual needs a base that keeps it."""
-        super().check(config)
-        require_float32(config)
-
     def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
         """Mean of the factors, and its residual to the mean of the products."""
         averaged = super().aggregate(state, updates, weights, round_number)
         options = self.options
         assert isinstance(options, FedExOptions)
+        shares = in_order(weights, updates)
         for module in modules(state):
-            lost = residual_of_mean(local_pairs(state, updates, module), in_order(weights, updates))
+            lost = residual_of_mean(local_pairs(state, updates, module), shares)
             averaged = fold(averaged, module, lost, options.residual_rank)
         return averaged

@@ -10,23 +10,21 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 
 from fedlab.adapters import draw_a
 from fedlab.config import RunConfig
 from fedlab.lora.exact import mean_of_products
 from fedlab.lora.state import State, local_pairs, modules
 from strategies.base import LoraStrategy
-from strategies.folding import fold, in_order, require_float32
-from strategies.options import NoOptions
+from strategies.folding import fold, in_order
+from strategies.options import FoldingOptions, NoOptions
 
 
-class FLoraOptions(NoOptions):
+class FLoraOptions(FoldingOptions):
     """Own keys of ``[strategy]`` with ``name = "flora"``."""
 
     train: Literal["both", "B"] = "both"
     redraw: Literal["orthonormal", "kaiming"] = "orthonormal"
-    residual_rank: int | None = Field(default=None, gt=0, description="keep at most this rank of the residual; default: all of it, exact")
 
 
 class FLora(LoraStrategy):
@@ -39,12 +37,6 @@ class FLora(LoraStrategy):
     Options: ClassVar[type[NoOptions]] = FLoraOptions
 
     @classmethod
-    def check(cls, config: RunConfig) -> None:
-        """A residual needs a base that keeps it."""
-        super().check(config)
-        require_float32(config)
-
-    @classmethod
     def factors(cls, config: RunConfig) -> frozenset[str]:
         """B alone where A is fixed within a round."""
         return frozenset({"lora_B"}) if config.strategy.options.get("train") == "B" else cls.trains
@@ -54,8 +46,9 @@ class FLora(LoraStrategy):
         averaged = super().aggregate(state, updates, weights, round_number)
         options = self.options
         assert isinstance(options, FLoraOptions)
+        shares = in_order(weights, updates)
         for module in modules(state):
-            mean = mean_of_products(local_pairs(state, updates, module), in_order(weights, updates))
+            mean = mean_of_products(local_pairs(state, updates, module), shares)
             averaged = fold(averaged, module, mean, options.residual_rank)
             A = state[f"{module}.lora_A"]
             averaged[f"{module}.lora_B"] = torch.zeros_like(state[f"{module}.lora_B"])

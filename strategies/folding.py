@@ -25,7 +25,8 @@ def require_float32(config: RunConfig) -> None:
 def in_order(weights: Mapping[str, float], updates: Mapping[str, State]) -> list[float]:
     """The weights of the clients that sent something, in client order, summing to 1."""
     mine = [weights[client] for client in sorted(updates, key=client_order)]
-    return [weight / sum(mine) for weight in mine]
+    total = sum(mine)
+    return [weight / total for weight in mine]
 
 
 def fold(state: State, module: str, factors: tuple[Tensor, Tensor], rank: int | None = None) -> State:

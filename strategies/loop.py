@@ -206,14 +206,15 @@ class Rounds:
         started = time.perf_counter()
         if not self.federation.hosts:
             with torch_threads(os.cpu_count() or 1):
+                self.session.model.load(self.state)
                 self._record_clients(number, {c: self._score_client(c, number) for c in self.federation.clients})
         return time.perf_counter() - started
 
     def _score_client(self, client: str, number: int) -> float:
-        """Accuracy of a simulated client's model on its held-out examples."""
+        """Accuracy of a simulated client on its held-out examples, with the model that is loaded or, where it keeps a part, its own."""
         data = self.session.data
-        own = load_personal(self.personal, client, number + 1) if self.strategy.personal else {}
-        self.session.model.load(self.state | own)
+        if self.strategy.personal:
+            self.session.model.load(self.state | load_personal(self.personal, client, number + 1))
         return classify(self.session.model, data, data.local_test(client), self.config.evaluate.batch_size).accuracy
 
     def save_personal_adapters(self) -> None:

@@ -37,8 +37,9 @@ class LoraFair(LoraStrategy):
         averaged = super().aggregate(state, updates, weights, round_number)
         options = self.options
         assert isinstance(options, LoraFairOptions)
+        shares = in_order(weights, updates)
         for module in modules(state):
             B, A = averaged[f"{module}.lora_B"], averaged[f"{module}.lora_A"]
             pairs = local_pairs(state, updates, module)
-            averaged[f"{module}.lora_B"] = corrected_b(B, A, pairs, in_order(weights, updates), options.ridge)
+            averaged[f"{module}.lora_B"] = corrected_b(B, A, pairs, shares, options.ridge)
         return averaged

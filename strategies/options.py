@@ -60,6 +60,12 @@ class Robust(NoOptions):
         return {key: value for key, value in self.model_dump(exclude={"rule"}).items() if value is not None}
 
 
+class FoldingOptions(NoOptions):
+    """Options of every strategy that folds what its clients did into a residual of the base."""
+
+    residual_rank: int | None = Field(default=None, gt=0, description="keep at most this rank of the residual; default: all of it, exact")
+
+
 class MeanOptions(NoOptions):
     """Options of every strategy that works from the clients' mean."""
 

@@ -1,4 +1,4 @@
-"""One product at several ranks: truncate, pad, share out. Compact: thin QR and small SVDs."""
+"""One product at several ranks: truncate, pad, narrow and widen. Compact: thin QR and small SVDs."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def pad(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def narrow(state: Mapping[str, Tensor], rank: int) -> State:
-    """The first ``rank`` directions of every LoRA pair (rows of A, columns of B), copied; head and residual as they are.
+    """The first ``rank`` directions of every LoRA pair (rows of A, columns of B), not copied; head and residual as they are.
 
     What a client of that rank starts from. Where the strategy keeps the directions sorted (FedSVD, FlexLoRA) it is the best approximation.
     """
     result = dict(state)
     for name, value in state.items():
         if (part := part_of(name)) in ("lora_A", "lora_B"):
-            result[name] = (value[:rank] if part == "lora_A" else value[:, :rank]).clone()
+            result[name] = value[:rank] if part == "lora_A" else value[:, :rank]
     return result
 
 
@@ -63,11 +63,6 @@ def widen(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
         if (shape := like[name].shape) != value.shape:
             result[name] = torch.nn.functional.pad(value, (0, shape[1] - value.shape[1], 0, shape[0] - value.shape[0]))
     return result
-
-
-def redistribute(B: Tensor, A: Tensor, ranks: Mapping[str, int], split: str = "sqrt") -> dict[str, tuple[Tensor, Tensor]]:
-    """FlexLoRA (arXiv 2402.11505): to each client the best approximation of B·A at its own rank."""
-    return {client: truncate(B, A, rank, split) for client, rank in ranks.items()}
 
 
 def frobenius_inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:

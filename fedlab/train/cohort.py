@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
 from fedlab.seeds import stream
 from fedlab.train.fused import CohortLayers
-from fedlab.train.trainer import Trained, learning_rate_factor, local_steps
+from fedlab.train.trainer import Trained, check_finite, learning_rate_factor, local_steps, rates
 
 
 @dataclass
@@ -83,8 +83,8 @@ class _Sums:
     """Per-client sums over the rows of one step, [K, *shape], float64."""
 
     gradients: dict[str, Tensor]
-    losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    clipped: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    losses: np.ndarray
+    clipped: np.ndarray
 
 
 def train_cohort(
@@ -107,14 +107,15 @@ def train_cohort(
     tensors = {name: value.clone() for name, value in start.items()}
     shared = {name for name in tensors if name not in names and all(torch.equal(value, tensors[name][0]) for value in tensors[name])}
     seen = {name: value[0] if name in shared else value for name, value in tensors.items()}  # as the layers use them
+    like = {name: tensors[name] for name in names}
     inside = _inside(workers, names, model.device)
     optimizer = _Optimizer(config, names, tensors, learning_rate_factor(config.train, round_number, config.run.rounds))
     with CohortLayers(model, seen, names) as layers:
         for step in range(max(w.steps for w in workers)):
             active = [w for w in workers if w.steps > step]  # sorted: the first ones of the stack
             batch = _draw(active, step)
-            sums = _gradients(model, data, batch, active, layers, config.train.physical_batch, {n: tensors[n] for n in names})
-            gradients = _finish(sums, active, batch, inside, {n: tensors[n] for n in names})
+            sums = _gradients(model, data, batch, active, layers, config.train.physical_batch, like)
+            gradients = _finish(sums, active, batch, inside, like)
             for w, losses, clipped, count in zip(active, sums.losses, sums.clipped, batch.counts, strict=True):
                 w.losses, w.clipped, w.seen = w.losses + float(losses), w.clipped + int(clipped), w.seen + int(count)
                 w.executed += 1
@@ -236,11 +237,7 @@ class _Optimizer:
 
     def __init__(self, config: RunConfig, names: Sequence[str], tensors: dict[str, Tensor], factor: float) -> None:
         self._train, self._tensors = config.train, tensors
-        head_lr = config.train.lr if config.train.head_lr is None else config.train.head_lr
-        self._groups = [
-            (head_lr * factor, [n for n in names if n.startswith("head.")]),
-            (config.train.lr * factor, [n for n in names if not n.startswith("head.")]),
-        ]
+        self._groups = rates(config.train, names, factor)
         self._first: dict[str, Tensor] = {}
         self._second: dict[str, Tensor] = {}
         self._steps = 0
@@ -250,8 +247,6 @@ class _Optimizer:
         """One step of the first ``active`` clients of the stack."""
         train = self._train
         for lr, names in self._groups:
-            if not names:
-                continue
             values, grads = [self._tensors[n][:active] for n in names], [gradients[n] for n in names]
             if train.optimizer == "adamw":
                 for n in names:
@@ -287,8 +282,10 @@ def _result(
     if w.member.rank is not None:
         end = narrow(end, w.member.rank)
     update = {name: end[name] - w.own[name] for name in names}
-    if not all(bool(torch.isfinite(value).all()) for value in update.values()):
-        return RunFailed(f"{w.member.client}: local training diverged (NaN or infinite weights); lower train.lr = {config.train.lr}")
+    try:
+        check_finite(w.member.client, update, config.train)
+    except RunFailed as error:
+        return error
     loss = w.losses / w.seen if w.seen else math.nan
     clip_fraction = w.clipped / w.seen if w.member.plan and w.seen else math.nan
     return Trained(update, len(w.indices), w.executed, loss, clip_fraction, seconds)

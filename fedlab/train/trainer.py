@@ -94,7 +94,8 @@ def train_client(
         (plan.batch(draws) for _ in range(steps)) if plan else iter(fixed_batches(len(indices), config.train.batch_size, steps, draws))
     )
     noise = plan.noise_source(stream(seed, "noise", client, round_number)) if plan else None
-    inside = widen({name: torch.ones_like(own[name], device=model.device) for name in names}, state)
+    ones = {name: torch.ones_like(own[name], device=model.device) for name in names} if rank is not None else {}
+    inside = widen(ones, state)
     start = {name: model.parameters[name].detach().clone() for name in names} if config.train.prox else {}
     losses, seen, clipped, executed = 0.0, 0, 0, 0
 
@@ -120,22 +121,29 @@ def train_client(
 
     new = model.state() if rank is None else narrow(model.state(), rank)
     update = {name: new[name] - own[name] for name in names}
-    if not all(bool(torch.isfinite(value).all()) for value in update.values()):
-        raise RunFailed(f"{client}: local training diverged (NaN or infinite weights); lower train.lr = {config.train.lr}")
-
+    check_finite(client, update, config.train)
     loss = losses / seen if seen else math.nan
     clip_fraction = clipped / seen if plan and seen else math.nan
     return Trained(update, len(indices), executed, loss, clip_fraction, time.perf_counter() - started)
 
 
+def check_finite(client: str, update: State, train: TrainSection) -> None:
+    """Raises RunFailed for an update that holds NaN or infinite values: training diverged."""
+    if not all(bool(torch.isfinite(value).all()) for value in update.values()):
+        raise RunFailed(f"{client}: local training diverged (NaN or infinite weights); lower train.lr = {train.lr}")
+
+
+def rates(train: TrainSection, names: Iterable[str], factor: float) -> list[tuple[float, list[str]]]:
+    """(learning rate, the tensors that it is for): the head's, and the adapter's. Groups without a tensor are left out."""
+    head = {name for name in names if name.startswith("head.")}
+    head_lr = train.lr if train.head_lr is None else train.head_lr
+    groups = [(head_lr * factor, sorted(head)), (train.lr * factor, sorted(set(names) - head))]
+    return [(lr, group) for lr, group in groups if group]
+
+
 def _optimizer(model: LoadedModel, names: list[str], config: RunConfig, factor: float) -> torch.optim.Optimizer:
     train = config.train
-    head_lr = train.lr if train.head_lr is None else train.head_lr
-    groups = [
-        {"params": [model.parameters[n] for n in names if n.startswith("head.")], "lr": head_lr * factor},
-        {"params": [model.parameters[n] for n in names if not n.startswith("head.")], "lr": train.lr * factor},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = [{"params": [model.parameters[n] for n in group], "lr": lr} for lr, group in rates(train, names, factor)]
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=train.weight_decay)
     return torch.optim.SGD(groups, momentum=train.momentum, weight_decay=train.weight_decay)
