@@ -23,6 +23,8 @@ from fedlab.personal import load_personal, save_personal
 from fedlab.privacy.guard import Refusal, public_reason
 from fedlab.session import Session
 from fedlab.train.cohort import Member, train_cohort
+from fedlab.train.dp import PerExampleGradients
+from fedlab.train.opacus import OpacusGradients
 from fedlab.train.trainer import Trained, train_client
 
 logger = logging.getLogger("fedlab")
@@ -152,26 +154,35 @@ def _begin(session: Session, job: Job, state: State, received: str, order: Confi
 def _results(session: Session, members: list[Member], order: ConfigRecord) -> Mapping[str, Trained | Exception]:
     """The members' results; a group that does not fit into a GPU's memory is halved, one whose head is not linear goes one by one."""
     trained, number = cast(list[str], order["trained"]), cast(int, order["round"])
-    if len(members) == 1:
-        (m,) = members
-        return {m.client: train_client(session.model, session.data, m.client, m.state, trained, session.config, number, m.plan, m.rank)}
     if not members:
         return {}
+    if session.config.train.gradients != "fused":
+        return _one_by_one(session, members, trained, number)
     try:
         return train_cohort(session.model, session.data, members, trained, session.config, number)
     except ConfigError:
-        results: dict[str, Trained | Exception] = {}
-        for m in members:
-            try:
-                results |= _results(session, [m], order)
-            except EXPECTED as error:
-                results[m.client] = error
-        return results
+        return _one_by_one(session, members, trained, number)
     except torch.cuda.OutOfMemoryError:
+        if len(members) == 1:
+            raise
         logger.warning("%d clients in one pass do not fit into the GPU's memory; going on with half as many", len(members))
     torch.cuda.empty_cache()
     half = len(members) // 2
     return {**_results(session, members[:half], order), **_results(session, members[half:], order)}
+
+
+def _one_by_one(session: Session, members: list[Member], trained: list[str], number: int) -> Mapping[str, Trained | Exception]:
+    """The members' results without fused layers; what fails for one is its own failure."""
+    results: dict[str, Trained | Exception] = {}
+    hooks = OpacusGradients if session.config.train.gradients == "opacus" else PerExampleGradients
+    for m in members:
+        try:
+            results[m.client] = train_client(
+                session.model, session.data, m.client, m.state, trained, session.config, number, m.plan, m.rank, hooks
+            )
+        except EXPECTED as error:
+            results[m.client] = error
+    return results
 
 
 def _end(job: Job, result: Trained, order: ConfigRecord, home: Path) -> None:

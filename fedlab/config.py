@@ -185,6 +185,11 @@ class TrainSection(_Section):
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="of the learning rate, over rounds")
     warmup_rounds: int = Field(default=0, ge=0)
     prox: float = Field(default=0.0, ge=0, description="FedProx µ")
+    gradients: Literal["fused", "hooks", "opacus"] = Field(
+        default="fused",
+        description="fused layers, in which clients share a pass; or, as references, one client at a time with per-example gradients by "
+        "fedlab's own hooks or by Opacus'",
+    )
     head: Literal["train", "freeze"] = "train"
 
     @model_validator(mode="after")
@@ -291,6 +296,8 @@ class RunConfig(_Section):
     @property
     def cohort_size(self) -> int:
         """Clients that share a pass at most. Nothing about nodes goes into it: they must not change a bit."""
+        if self.train.gradients != "fused":
+            return 1
         return self.run.cohort or min(64, max(4, -(-64 // self.train.batch_size)))
 
     @property

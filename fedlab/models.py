@@ -241,12 +241,6 @@ class LoadedModel:
         inputs = {k: v.to(self.device) for k, v in batch.items() if k != "labels"}
         return cast(Tensor, self.module(**inputs).logits.float())
 
-    def lora_dropout(self, on: bool) -> None:
-        """Switch the adapters' own dropout; the base stays without."""
-        for name, module in self.module.named_modules():
-            if "lora_dropout" in name:
-                module.train(on)
-
 
 def _state_name(parameter_name: str) -> str | None:
     """peft's parameter name → ``<module>.lora_A``, ``<module>.lora_B`` or ``head.<name>``; None for the frozen base."""

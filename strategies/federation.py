@@ -151,7 +151,7 @@ class Federation:
         shares its pass with nobody.
         """
         ordered = sorted(clients, key=lambda c: (-self._work(c), client_order(c)))
-        size = 1 if self.hosts or self.config.lora.dropout else self.config.cohort_size
+        size = 1 if self.hosts else self.config.cohort_size
         count = -(-len(ordered) // size)
         bounds = [round(i * len(ordered) / count) for i in range(count + 1)] if count else [0]
         return [sorted(ordered[a:b], key=client_order) for a, b in pairwise(bounds)]

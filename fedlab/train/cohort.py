@@ -31,7 +31,8 @@ from fedlab.privacy.clipping import clip_factors
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
-from fedlab.seeds import stream
+from fedlab.seeds import stream, stream_seed
+from fedlab.train.dropout import row_keys
 from fedlab.train.fused import CohortLayers
 from fedlab.train.trainer import Trained, check_finite, learning_rate_factor, local_steps, rates
 
@@ -57,6 +58,7 @@ class _Worker:
     draws: np.random.Generator
     fixed: list[np.ndarray]
     noise: GaussianNoise | None
+    drops: int  # names the stream of its dropout masks
     losses: float = 0.0
     seen: int = 0
     clipped: int = 0
@@ -76,6 +78,7 @@ class _Batch:
     rows: np.ndarray  # corpus positions [N]
     owner: np.ndarray  # position of each row's client in the cohort [N]
     counts: np.ndarray  # rows of each client [K]
+    keys: np.ndarray  # of the rows' dropout masks [N]
 
 
 @dataclass
@@ -93,14 +96,12 @@ def train_cohort(
     """Train all members for one round; per client its result, or why its update cannot be used (it diverged).
 
     All states share the same residual and the same frozen tensors but for those a client keeps to itself (which are trained). Raises what
-    concerns everybody: nothing trainable, a trained layer that is not linear, ``lora.dropout`` (whose masks belong to one client's pass).
+    concerns everybody: nothing trainable, a trained layer that is not linear.
     """
     started = time.perf_counter()
     names = sorted(trained)
     if not names:
         raise RunFailed("nothing is trainable: the strategy trains no adapter factor and train.head is frozen")
-    if config.lora.dropout:
-        raise RunFailed(f"lora.dropout = {config.lora.dropout} in a cohort: its masks would depend on who shares the pass")
     workers = sorted((_worker(data, member, config, round_number) for member in members), key=lambda w: -w.steps)
     model.load(workers[0].member.state)
     start = {name: _stack(workers, name, model.device) for name in _needed(names, workers[0].own)}
@@ -110,7 +111,7 @@ def train_cohort(
     like = {name: tensors[name] for name in names}
     inside = _inside(workers, names, model.device)
     optimizer = _Optimizer(config, names, tensors, learning_rate_factor(config.train, round_number, config.run.rounds))
-    with CohortLayers(model, seen, names) as layers:
+    with CohortLayers(model, seen, names, config.lora.dropout) as layers:
         for step in range(max(w.steps for w in workers)):
             active = [w for w in workers if w.steps > step]  # sorted: the first ones of the stack
             batch = _draw(active, step)
@@ -135,7 +136,8 @@ def _worker(data: FederatedData, member: Member, config: RunConfig, round_number
     fixed = [] if plan else list(fixed_batches(len(indices), config.train.batch_size, steps, draws))
     noise = plan.noise_source(stream(seed, "noise", client, round_number)) if plan else None
     own = narrow(member.state, member.rank) if member.rank is not None else member.state
-    return _Worker(member, own, indices, steps, draws, fixed, noise)
+    drops = stream_seed(seed, "dropout", client, round_number)
+    return _Worker(member, own, indices, steps, draws, fixed, noise, drops)
 
 
 def _needed(names: Sequence[str], state: State) -> list[str]:
@@ -159,7 +161,8 @@ def _inside(workers: list[_Worker], names: Sequence[str], device: torch.device) 
 def _draw(active: list[_Worker], step: int) -> _Batch:
     batches = [w.batch(step) for w in active]
     counts = np.array([len(b) for b in batches])
-    return _Batch(np.concatenate(batches), np.repeat(np.arange(len(active)), counts), counts)
+    keys = [row_keys(w.drops, step, b) for w, b in zip(active, batches, strict=True)]
+    return _Batch(np.concatenate(batches), np.repeat(np.arange(len(active)), counts), counts, np.concatenate(keys))
 
 
 def _gradients(
@@ -181,6 +184,7 @@ def _gradients(
         chunk = order[i : i + size]
         owner = batch.owner[chunk]
         layers.rows.owner = torch.from_numpy(owner).to(model.device)
+        layers.rows.masks.keys = torch.from_numpy(batch.keys[chunk]).to(model.device)
         tokens = data.tokens.batch(batch.rows[chunk], model.tokenizer.pad_token_id)
         each = cross_entropy(model.logits(tokens), tokens["labels"].to(model.device), reduction="none")
         each.sum().backward()

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from fedlab.errors import ConfigError
 from fedlab.models import LoadedModel
+from fedlab.train.dropout import Masks
 
 
 @dataclass
 class Rows:
     """Whose tensors the rows of the pass under way use, and where their gradients go."""
 
+    masks: Masks = field(default_factory=Masks)  # of adapter dropout
     owner: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # [N]
     gradients: dict[str, Tensor] = field(default_factory=dict)  # State name → [N, *shape]
 
@@ -33,44 +35,67 @@ class Rows:
 
 
 class _Adapted(torch.autograd.Function):
-    """One adapted layer. ``A`` is [K, r, n] and ``B`` [K, m, r]; without the K where all clients have the same and it is not trained."""
+    """One adapted layer. ``A`` is [K, r, n] and ``B`` [K, m, r]; without the K where all clients have the same and it is not trained.
+
+    Where all rows are one client's, W + s·B·A is formed for the pass and again for the way back: cheaper than two thin products per row.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tick: Tensor, layer: AdaptedLayer, A: Tensor, B: Tensor) -> Tensor:
-        owner, count = layer.rows.owner, x.shape[0]
+        masks, count = layer.rows.masks, x.shape[0]
         flat = x.reshape(count, -1, x.shape[-1])  # [N, T, n]
         wide = flat.to(A.dtype)
-        own_a, own_b = _of(A, owner), _of(B, owner)
-        h = wide @ own_a.mT  # [N, T, r]
-        base = layer.base(flat)
-        y = base + layer.scale * (h @ own_b.mT)
+        drop = masks.scale(wide, layer.module) if masks.rate else None
+        own_a, own_b = _of(A, layer.rows.owner), _of(B, layer.rows.owner)
+        ctx.merged = drop is None and own_a.ndim == own_b.ndim == 2 and layer.merges(flat)
+        dropped = wide if drop is None else wide * drop
+        h = dropped @ own_a.mT if layer.train_b or not ctx.merged else None  # [N, T, r]
+        if ctx.merged:
+            y = nn.functional.linear(flat, layer.merged(own_a, own_b), layer.bias)
+        else:
+            y = _add_product(layer.base(flat), h, own_b.mT, layer.scale)
         ctx.layer, ctx.shape = layer, x.shape
-        ctx.save_for_backward(h if layer.train_b else None, wide if layer.train_a else None, own_a, own_b)
-        return y.to(base.dtype).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(h if layer.train_b else None, dropped if layer.train_a else None, drop, own_a, own_b)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         layer: AdaptedLayer = ctx.layer
-        h, x, A, B = ctx.saved_tensors
+        h, x, drop, A, B = ctx.saved_tensors
         g = gradients[0].reshape(ctx.shape[0], -1, gradients[0].shape[-1])  # [N, T, m]
         small = g.to(B.dtype)
         if layer.train_b:
-            layer.rows.add(layer.name_b, torch.bmm(small.mT, h) * layer.scale)
+            layer.rows.add(layer.name_b, torch.bmm(small.mT, h).mul_(layer.scale))
         below = ctx.needs_input_grad[0]
-        u = layer.scale * (small @ B) if layer.train_a or below else None  # [N, T, r]
+        u = small @ B if layer.train_a or (below and not ctx.merged) else None  # [N, T, r]
         if layer.train_a:
-            assert u is not None
-            layer.rows.add(layer.name_a, torch.bmm(u.mT, x))
+            layer.rows.add(layer.name_a, torch.bmm(cast(Tensor, u).mT, x).mul_(layer.scale))
         if not below:
             return None, None, None, None, None
-        dx = g @ layer.weight_mn
-        dx = dx + (cast(Tensor, u) @ A).to(dx.dtype)
+        if ctx.merged:
+            dx = g @ layer.merged(A, B)
+        elif drop is None:
+            dx = _add_product(g @ layer.weight_mn, u, A, layer.scale)
+        else:
+            dx = g @ layer.weight_mn
+            dx += ((cast(Tensor, u) @ A).mul_(drop) * layer.scale).to(dx.dtype)
         return dx.view(ctx.shape), None, None, None, None
 
 
 def _of(tensors: Tensor, owner: Tensor) -> Tensor:
     """Each row's own factor: [N, *shape], or the one [*shape] that all rows share."""
     return tensors if tensors.ndim == 2 else tensors[0] if len(tensors) == 1 else tensors[owner]
+
+
+def _add_product(y: Tensor, left: Tensor | None, right: Tensor, scale: float) -> Tensor:
+    """y + scale·left·right, in place where the types agree. y [N, T, q], left [N, T, r], right [r, q] or [N, r, q]."""
+    assert left is not None
+    if y.dtype != left.dtype:
+        return y + (scale * (left @ right)).to(y.dtype)
+    if right.ndim == 2:
+        y.view(-1, y.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), right, alpha=scale)
+        return y
+    return y.baddbmm_(left, right, alpha=scale)
 
 
 class _Whole(torch.autograd.Function):
@@ -104,7 +129,7 @@ class AdaptedLayer:
     """What stands in for one peft layer while a cohort trains."""
 
     def __init__(self, model: LoadedModel, module: str, tensors: Mapping[str, Tensor], trained: set[str], rows: Rows, tick: Tensor) -> None:
-        self.rows, self._tick, self.scale = rows, tick, model.scale[module]
+        self.module, self.rows, self._tick, self.scale = module, rows, tick, model.scale[module]
         self.name_a, self.name_b = f"{module}.lora_A", f"{module}.lora_B"
         self.train_a, self.train_b = self.name_a in trained, self.name_b in trained
         self.layer = cast(Any, model.layer(module))
@@ -116,6 +141,20 @@ class AdaptedLayer:
         """The base weight as [m, n]."""
         weight: Tensor = self.layer.base_layer.weight
         return weight.mT if self._transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias [m]."""
+        return cast("Tensor | None", self.layer.base_layer.bias)
+
+    def merges(self, x: Tensor) -> bool:
+        """Whether forming W + s·B·A is the cheaper way for the rows x [N, T, n]. Never in 16 bits, where a small B·A would be lost."""
+        m, n = self.weight_mn.shape
+        return self.weight_mn.dtype == self._tensors[self.name_a].dtype and x.shape[0] * x.shape[1] * (m + n) > m * n
+
+    def merged(self, A: Tensor, B: Tensor) -> Tensor:
+        """W + s·B·A [m, n]."""
+        return torch.addmm(self.weight_mn, B, A, alpha=self.scale)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return cast(Tensor, _Adapted.apply(x, self._tick, self, self._tensors[self.name_a], self._tensors[self.name_b]))  # type: ignore[no-untyped-call]
@@ -136,12 +175,13 @@ class WholeLayer:
 class CohortLayers:
     """Context manager: while it is open the model's trained layers work with ``tensors``, name → [K, *shape] (a shared A: [r, n]).
 
-    ``rows.owner`` must be set before each forward pass; after ``loss.backward()`` of a loss summed over rows, ``take()`` gives the
-    per-example gradients, name → [N, *shape]. Raises ConfigError for a trained tensor of a layer that is not linear.
+    ``rows.owner`` (and with ``dropout`` > 0 ``rows.masks.keys``) must be set before each forward pass; after ``loss.backward()`` of a
+    loss summed over rows, ``take()`` gives the per-example gradients, name → [N, *shape]. Raises ConfigError for a trained tensor of a
+    layer that is not linear.
     """
 
-    def __init__(self, model: LoadedModel, tensors: Mapping[str, Tensor], trained: Iterable[str]) -> None:
-        self.rows = Rows()
+    def __init__(self, model: LoadedModel, tensors: Mapping[str, Tensor], trained: Iterable[str], dropout: float = 0.0) -> None:
+        self.rows = Rows(Masks(dropout))
         self._trained = set(trained)
         tick = torch.zeros((), device=model.device, requires_grad=True)  # makes the lowest layer's output differentiable
         self._stand_ins: list[tuple[nn.Module, Callable[..., Tensor]]] = []

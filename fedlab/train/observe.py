@@ -245,13 +245,14 @@ def observe(
     plan = replace(plan, log=log)
     lr = scale * plan.normaliser / plan.clip
     train = who.session.config.train if as_configured else who.config.train.model_copy(update={"lr": lr})
-    config = who.config.model_copy(update={"train": train})
+    no_dropout = who.config.lora.model_copy(update={"dropout": 0.0})  # gradients of the same record are then comparable between runs
+    config = who.config.model_copy(update={"train": train, "lora": no_dropout})
     own = np.arange(records.count)
     tokens = _LoggedTokens(who.session.data.tokens, records, log)
     nobody = np.array([], dtype=np.int64)
     data = FederatedData(tokens, Shards({client: own}, {client: nobody}, nobody), who.session.data.label_names)
     factory: Callable[..., PerExampleGradients] = partial(_Dictated, names_known=who.names, records=records, log=log)
-    with _watch(who, log, plan.normaliser / lr), _no_dropout(who.model):
+    with _watch(who, log, plan.normaliser / lr):
         found = trainer.train_client(who.model, data, client, who.state, who.names, config, round_number, plan, per_example=factory)
     released = {name: value.double() * (-plan.normaliser / lr) for name, value in found.update.items()}
     return Observation(released, found.update, lr, plan, log)
@@ -278,20 +279,6 @@ def _watch(who: Subject, log: Log, factor: float) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _no_dropout(model: LoadedModel) -> Iterator[None]:
-    """Adapter dropout at rate 0: gradients of the same record are then comparable between runs."""
-    layers = [m for name, m in model.module.named_modules() if "lora_dropout" in name and isinstance(m, torch.nn.Dropout)]
-    rates = [layer.p for layer in layers]
-    try:
-        for layer in layers:
-            layer.p = 0.0
-        yield
-    finally:
-        for layer, rate in zip(layers, rates, strict=True):
-            layer.p = rate
 
 
 def clipped_gradient(who: Subject, position: int, clip: float) -> tuple[dict[str, Tensor], float]:

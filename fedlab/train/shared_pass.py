@@ -30,7 +30,7 @@ def shared_pass(who: Subject) -> list[str]:
     """
     session, config = who.session, who.config
     others = [client for client in session.data.clients if client != who.client]
-    if not others or config.cohort_size == 1 or config.lora.dropout:
+    if config.train.gradients != "fused":
         return []
     members = []
     for client in [who.client, *others[: CLIENTS - 1]]:

@@ -29,6 +29,8 @@ from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
 from fedlab.seeds import stream, stream_seed
 from fedlab.train.dp import PerExampleGradients
+from fedlab.train.dropout import DropoutLayers, Masks, row_keys
+from fedlab.train.opacus import OpacusGradients
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def train_client(
     round_number: int,
     plan: DPPlan | None,
     rank: int | None = None,
-    per_example: Callable[[LoadedModel, Iterable[str]], PerExampleGradients] = PerExampleGradients,
+    per_example: Callable[[LoadedModel, Iterable[str]], PerExampleGradients | OpacusGradients] = PerExampleGradients,
 ) -> Trained:
     """Train the tensors named ``trained`` from ``state`` on one client's examples, for one round (counted from 1).
 
@@ -99,15 +101,23 @@ def train_client(
     start = {name: model.parameters[name].detach().clone() for name in names} if config.train.prox else {}
     losses, seen, clipped, executed = 0.0, 0, 0, 0
 
-    with _dropout(model, stream_seed(seed, "dropout", client, round_number)), per_example(model, names if plan else []) as hooks:
-        for batch in batches:
+    masks = Masks(config.lora.dropout)
+    drops = stream_seed(seed, "dropout", client, round_number)
+
+    with _left_as_it_was(model), DropoutLayers(model, masks), per_example(model, names if plan else []) as hooks:
+        for step, batch in enumerate(batches):
             chunks = _chunks(data, indices[batch], config.train.physical_batch)
+
+            def loss_of(chunk: np.ndarray, step: int = step) -> Tensor:
+                masks.keys = torch.from_numpy(row_keys(drops, step, chunk)).to(model.device)
+                return _loss(model, data, chunk)
+
             if plan and noise:
-                total, step_losses, step_clipped = _clipped_gradients(model, data, chunks, names, hooks, plan)
+                total, step_losses, step_clipped = _clipped_gradients(loss_of, chunks, model, names, hooks, plan)
                 gradients = plan.privatise(total, noise)
                 clipped += step_clipped
             else:
-                gradients, step_losses = _mean_gradients(model, data, chunks, names, len(batch))
+                gradients, step_losses = _mean_gradients(loss_of, chunks, model, names, len(batch))
             losses, seen = losses + step_losses, seen + len(batch)
             for name in names:
                 parameter = model.parameters[name]
@@ -150,18 +160,14 @@ def _optimizer(model: LoadedModel, names: list[str], config: RunConfig, factor: 
 
 
 @contextmanager
-def _dropout(model: LoadedModel, seed: int) -> Iterator[None]:
-    """Adapter dropout on, drawn from this client's own stream; the caller's random state is left alone."""
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed % 2**63)
-        model.lora_dropout(True)
-        try:
-            yield
-        finally:
-            model.lora_dropout(False)
-            model.module.requires_grad_(False)
-            for parameter in model.parameters.values():
-                parameter.grad = None
+def _left_as_it_was(model: LoadedModel) -> Iterator[None]:
+    """Afterwards nothing requires a gradient and none is kept."""
+    try:
+        yield
+    finally:
+        model.module.requires_grad_(False)
+        for parameter in model.parameters.values():
+            parameter.grad = None
 
 
 def _chunks(data: FederatedData, indices: np.ndarray, size: int) -> list[np.ndarray]:
@@ -176,13 +182,18 @@ def _loss(model: LoadedModel, data: FederatedData, chunk: np.ndarray) -> Tensor:
 
 
 def _clipped_gradients(
-    model: LoadedModel, data: FederatedData, chunks: list[np.ndarray], names: list[str], hooks: PerExampleGradients, plan: DPPlan
+    loss_of: Callable[[np.ndarray], Tensor],
+    chunks: list[np.ndarray],
+    model: LoadedModel,
+    names: list[str],
+    hooks: PerExampleGradients | OpacusGradients,
+    plan: DPPlan,
 ) -> tuple[dict[str, Tensor], float, int]:
     """Sum over a Poisson batch of the clipped per-example gradients, in float64; zeros for an empty batch."""
     total = {name: torch.zeros_like(model.parameters[name], dtype=torch.float64) for name in names}
     losses, clipped = 0.0, 0
     for chunk in chunks:
-        loss = _loss(model, data, chunk)
+        loss = loss_of(chunk)
         loss.backward()
         partial, norms = clipped_sum(hooks.take(), plan.clip)
         for name in names:
@@ -193,13 +204,13 @@ def _clipped_gradients(
 
 
 def _mean_gradients(
-    model: LoadedModel, data: FederatedData, chunks: list[np.ndarray], names: list[str], count: int
+    loss_of: Callable[[np.ndarray], Tensor], chunks: list[np.ndarray], model: LoadedModel, names: list[str], count: int
 ) -> tuple[dict[str, Tensor], float]:
     """Gradient of the mean loss over a batch, without DP."""
     parameters = [model.parameters[name].requires_grad_() for name in names]
     total, losses = {name: torch.zeros_like(p) for name, p in zip(names, parameters, strict=True)}, 0.0
     for chunk in chunks:
-        loss = _loss(model, data, chunk)
+        loss = loss_of(chunk)
         for name, gradient in zip(names, torch.autograd.grad(loss / count, parameters), strict=True):
             total[name] += gradient
         losses += float(loss.detach())

@@ -157,10 +157,39 @@ def test_the_model_is_left_as_it_was(tiny_toml: str):
     assert all(p.grad is None and not p.requires_grad for p in session.model.module.parameters())
 
 
-def test_what_a_cohort_cannot_do_is_refused(tiny_toml: str):
-    session = session_of(tiny_toml, "lora.dropout=0.1")
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "dp"])
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_gpt2"])
+def test_dropout_masks_belong_to_the_example_whoever_shares_the_pass(
+    model: str, private: bool, tiny_toml: str, tiny_bert, request: pytest.FixtureRequest
+):
+    toml = tiny_toml.replace(str(tiny_bert), str(request.getfixturevalue(model)))
+    everywhere = "lora.target_modules='all-linear'"
+    session = session_of(toml, "lora.dropout=0.4", everywhere, "train.lr=0.05")
+    state = {n: v.double() for n, v in moved_state(session).items()}
+    session.model.module.double()
+    try:
+        names = names_of(state, ("lora_A", "lora_B", "head"))
+        members = [Member(c, state, plan_of(session, c) if private else None) for c in CLIENTS]
+        dropped = compare(session, members, names, 1e-10)
+        without = session_of(toml, everywhere, "train.lr=0.05").config
+        kept = train_cohort(session.model, session.data, members, names, without, 2)
+    finally:
+        session.model.module.float()
+    for n in (n for n in names if "lora" in n):
+        assert all(not torch.allclose(dropped[c].update[n], kept[c].update[n], rtol=0.01) for c in CLIENTS), n  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("size", [1, 64], ids=["thin", "merged"])
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_one_client_alone_in_a_pass(size: int, parts: str, tiny_toml: str):
+    """With enough rows, W + s·B·A is formed for the pass."""
+    session = session_of(tiny_toml, f"train.physical_batch={size}", "lora.target_modules='all-linear'", "train.lr=0.05")
     state = moved_state(session)
-    with pytest.raises(RunFailed, match="dropout"):
-        train_cohort(session.model, session.data, [Member(CLIENTS[0], state)], names_of(state, ("lora_B",)), session.config, 1)
+    compare(session, [Member(CLIENTS[0], state, plan_of(session, CLIENTS[0]))], names_of(state, PARTS[parts]))
+
+
+def test_nothing_to_train_is_refused(tiny_toml: str):
+    session = session_of(tiny_toml)
+    state = moved_state(session)
     with pytest.raises(RunFailed, match="nothing is trainable"):
         train_cohort(session.model, session.data, [Member(CLIENTS[0], state)], [], session.config, 1)

@@ -13,6 +13,7 @@ from fedlab.errors import ConfigError
 from fedlab.models import LoadedModel
 from fedlab.session import Session, open_session
 from fedlab.train.dp import PerExampleGradients
+from fedlab.train.opacus import OpacusGradients
 
 
 def open_in_float64(toml: str, *overrides: str) -> Session:
@@ -59,22 +60,20 @@ def test_equal_to_a_loop_over_single_examples(parts: tuple[str, ...], session: S
 
 
 def test_equal_to_opacus(session: Session):
-    from opacus.grad_sample import GradSampleModule
-
     model = session.model
     names = [n for n in model.parameters if n.endswith("lora_B") or n.startswith("head.")]
     batch = session.data.tokens.batch(session.data.train("client-1")[:5], model.tokenizer.pad_token_id)
     with PerExampleGradients(model, names) as hooks:
         loss_of(model, batch).backward()
         found = hooks.take()
-    for name in names:
-        model.parameters[name].requires_grad_()
-        model.owners[name].train()  # Opacus looks at layers in training mode only; the rest keeps its dropout off
-    wrapped = GradSampleModule(model.module, batch_first=True, loss_reduction="sum", strict=False)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    cross_entropy(wrapped(**inputs).logits, batch["labels"], reduction="sum").backward()
-    for name in names:
-        assert torch.allclose(found[name], model.parameters[name].grad_sample, rtol=1e-9, atol=1e-12), name
+    with OpacusGradients(model, names) as reference:
+        loss_of(model, batch).backward()
+        wanted = reference.take()
+        with pytest.raises(RuntimeError, match="no gradient reached"):
+            reference.take()
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-9, atol=1e-12) for name in names)
+    assert not any(module.training for module in model.module.modules())
+    assert all(p.grad is None and not p.requires_grad for p in model.module.parameters())
 
 
 def test_nothing_below_the_lowest_trained_layer_is_differentiated(session: Session):

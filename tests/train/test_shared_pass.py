@@ -28,10 +28,18 @@ def test_a_correct_pass_is_believed(parts: tuple[str, ...], overrides: list[str]
     assert shared_pass(subject(session_of(tiny_toml, *overrides), parts=parts)) == []
 
 
-def test_nothing_is_said_where_nobody_shares_a_pass(tiny_toml: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("overrides", [["run.cohort=1"], ["lora.dropout=0.3"], ["data.clients=1"]])
+def test_one_client_alone_in_a_pass_and_dropout_are_looked_at_too(overrides: list[str], tiny_toml: str, monkeypatch: pytest.MonkeyPatch):
+    who = subject(session_of(tiny_toml, *overrides))
+    assert shared_pass(who) == []
+    monkeypatch.setattr(cohort, "_factors", first_clip_for_all)
+    assert shared_pass(who) != []
+
+
+@pytest.mark.parametrize("gradients", ["hooks", "opacus"])
+def test_nothing_is_said_where_no_pass_is_shared(gradients: str, tiny_toml: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fedlab.train.shared_pass.train_cohort", lambda *a: pytest.fail("no pass is shared"))
-    for overrides in (["run.cohort=1"], ["lora.dropout=0.1"], ["data.clients=1"]):
-        assert shared_pass(subject(session_of(tiny_toml, *overrides))) == []
+    assert shared_pass(subject(session_of(tiny_toml, f"train.gradients={gradients}"))) == []
 
 
 def unclipped(gradients: dict[str, torch.Tensor], limits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +60,7 @@ def last_row_left_out(total: dict, gradients: dict, factors: Any, owner: torch.T
 
 def one_step_less(active: list, step: int) -> Any:
     batch = DRAW(active, step)
-    return batch if step == 0 else cohort._Batch(batch.rows[:0], batch.owner[:0], batch.counts * 0)
+    return batch if step == 0 else cohort._Batch(batch.rows[:0], batch.owner[:0], batch.counts * 0, batch.keys[:0])
 
 
 def of_the_first(tensors: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
