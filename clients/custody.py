@@ -13,13 +13,13 @@ from typing import Any, cast
 
 from flwr.app import ConfigRecord, Context
 
-from fedlab.config import Budget
 from fedlab.data.sources import identity
 from fedlab.errors import PrivacyError
 from fedlab.lora.state import part_of
 from fedlab.privacy.guard import Guard, Refusal, budget_terms, scope_of
 from fedlab.privacy.keys import keyed_hash, load_or_create_key
 from fedlab.privacy.ledger import Ledger, lines_after
+from fedlab.sections import Budget
 from fedlab.session import Session
 
 PACKAGES = ("fedlab", "torch", "dp-accounting", "opacus", "cryptography")

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlab.config import LoraSection
 from fedlab.data.collate import tokenise
 from fedlab.data.corpus import Corpus
 from fedlab.data.public import public_texts
@@ -23,6 +22,7 @@ from fedlab.errors import ConfigError
 from fedlab.lora.subspace import open_rows
 from fedlab.lora.svd import principal_rows, row_signs
 from fedlab.models import PEFT_PREFIX, LoadedModel
+from fedlab.sections import LoraSection
 from fedlab.seeds import stream_seed
 from fedlab.session import torch_threads
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fedlab.activations import public_inputs
-from fedlab.config import LoraSection
 from fedlab.lora.state import State, modules, residual_of
 from fedlab.lora.svd import orthonormal_rows
 from fedlab.models import PEFT_PREFIX, LoadedModel
+from fedlab.sections import LoraSection
 from fedlab.seeds import stream_seed
 
 

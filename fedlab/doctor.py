@@ -13,8 +13,8 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from fedlab.config import DataSection, ModelSection
 from fedlab.errors import ConfigError
+from fedlab.sections import DataSection, ModelSection
 
 PINNED = {"flwr": "1.41.", "ray": "2.55.1"}
 NEEDED = ("torch", "flwr", "ray", "transformers", "peft", "opacus", "dp-accounting", "datasets", "flwr-datasets", "cryptography")

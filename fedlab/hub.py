@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from fedlab.config import ModelSection
 from fedlab.errors import ConfigError
+from fedlab.sections import ModelSection
 
 
 def locate(model: ModelSection) -> str:

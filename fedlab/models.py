@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedlab.config import LoraSection, ModelSection, RunConfig
+from fedlab.blocks import stepping_over
+from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.hub import locate
 from fedlab.lora.state import RESIDUAL, State, digest, part_of, residual_of
 from fedlab.lora.svd import principal_rows
+from fedlab.sections import LoraSection, ModelSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -148,8 +150,9 @@ def _target_modules(base: nn.Module, lora: LoraSection, head: list[str]) -> list
 
     linear = _linear_names(base, head)
     asked = lora.target_modules
-    if asked == "all-linear":
-        return linear
+    if asked == "all-linear":  # peft leaves whole names alone whatever layers_to_transform says
+        layers = lora.layers_to_transform
+        return linear if layers is None else [n for n in linear if not {*n.split(".")}.isdisjoint(map(str, layers))]
     if asked == "auto":
         model_type = getattr(base.config, "model_type", "")
         if model_type not in known:
@@ -179,6 +182,7 @@ class LoadedModel:
             for name, layer in peft_model.named_modules()
             if hasattr(layer, "lora_A") and hasattr(layer, "scaling")
         }
+        self.lower: tuple[list[nn.Module], int] = ([], -1)  # blocks that a batch with ``hidden`` steps over, and their output's form
         self._pristine: dict[str, Tensor] = {}  # module → its weight before any residual was folded in
         self._folded = digest({})
         self.module.requires_grad_(False)
@@ -237,9 +241,13 @@ class LoadedModel:
         return principal_rows(weight.mT @ weight, rank)[0].float()
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """Logits [N, labels] of one padded batch (``labels`` in it is ignored)."""
-        inputs = {k: v.to(self.device) for k, v in batch.items() if k != "labels"}
-        return cast(Tensor, self.module(**inputs).logits.float())
+        """Logits [N, labels] of one padded batch; ``labels`` in it is ignored, and from ``hidden``, if there, the model goes on."""
+        inputs = {k: v.to(self.device) for k, v in batch.items() if k not in ("labels", "hidden")}
+        if "hidden" not in batch:
+            return cast(Tensor, self.module(**inputs).logits.float())
+        blocks, extra = self.lower
+        with stepping_over(blocks, batch["hidden"].to(self.device), extra):
+            return cast(Tensor, self.module(**inputs).logits.float())
 
 
 def _state_name(parameter_name: str) -> str | None:
@@ -309,6 +317,12 @@ def _check_adapted(loaded: LoadedModel, base: nn.Module, lora: LoraSection) -> N
     for layer in lora.layers_to_transform or []:
         if not any(f".{layer}." in f".{name}." for name in adapted):
             raise ConfigError(f"lora.layers_to_transform: no adapted module in layer {layer}; layers count from 0")
+    if (layers := lora.layers_to_transform) is not None:
+        outside = [name for name in adapted if {*name.split(".")}.isdisjoint(map(str, layers))]
+        if outside:
+            raise ConfigError(
+                f"lora.layers_to_transform = {list(layers)}, but {outside[0]} is adapted too; name modules by their last part"
+            )
     owners: dict[int, list[str]] = {}
     for name, module in base.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):

@@ -12,6 +12,7 @@ import torch
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData, corpus_and_shards, open_data
 from fedlab.models import LoadedModel, build
+from fedlab.prefix import cache_prefix
 from fedlab.privacy.plan import DPPlan, make_plan
 
 
@@ -36,7 +37,11 @@ def open_session(config_toml: str) -> Session:
     config = RunConfig.parse(config_toml)
     corpus, _ = corpus_and_shards(config)
     model = build(config, len(corpus.label_names))
-    return Session(config, model, open_data(config, model.tokenizer))
+    data = open_data(config, model.tokenizer)
+    if config.run.cache_prefix:
+        with torch_threads(config.run.threads):
+            data = cache_prefix(model, data)
+    return Session(config, model, data)
 
 
 @contextmanager

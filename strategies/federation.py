@@ -16,11 +16,12 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedlab.config import RunConfig, percent
+from fedlab.config import RunConfig
 from fedlab.errors import PrivacyError, RunFailed
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.noise import SecureStream
 from fedlab.privacy.receipts import Book
+from fedlab.sections import percent
 from fedlab.seeds import client_order, stream
 from strategies.exchange import exchange
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from fedlab.config import RunConfig, StrategySection
+from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.lora.state import nbytes
+from fedlab.sections import StrategySection
 from strategies import STRATEGIES
 from strategies.base import LoraStrategy
 from strategies.federation import Federation

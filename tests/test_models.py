@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from fedlab.adapters import initial_state, save_adapter
-from fedlab.config import LoraSection, ModelSection, RunConfig
+from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.hub import check_model, locate
 from fedlab.models import _build as build_uncached
 from fedlab.models import build, load_base
+from fedlab.sections import LoraSection, ModelSection
 
 
 def config_of(toml: str, *overrides: str) -> RunConfig:
@@ -158,3 +159,13 @@ def test_adapters_are_written_whole_or_not_at_all(tiny_toml: str, tmp_path: Path
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
     with pytest.raises(FileExistsError):
         save_adapter(model, model.state(), tmp_path / "adapter")
+
+
+def test_layers_to_transform_holds_whatever_names_the_modules(tiny_toml: str):
+    for targets in ("'all-linear'", "['query', 'value']"):
+        adapted = fresh(config_of(tiny_toml, f"lora.target_modules={targets}", "lora.layers_to_transform=[1]")).scale
+        assert adapted
+        assert all(".layer.1." in name for name in adapted)
+    whole = "['bert.encoder.layer.0.attention.self.query', 'bert.encoder.layer.1.attention.self.query']"
+    with pytest.raises(ConfigError, match=r"layer\.0\.attention\.self\.query is adapted too"):
+        fresh(config_of(tiny_toml, f"lora.target_modules={whole}", "lora.layers_to_transform=[1]"))

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedlab.config import DataSection, RunConfig
+from fedlab.config import RunConfig
 from fedlab.data.cache import cached_arrays
 from fedlab.data.collate import Tokens, tokenise
 from fedlab.data.corpus import Corpus
 from fedlab.data.partition import Shards, deal
 from fedlab.data.sources import load_corpus
+from fedlab.sections import DataSection
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+    from fedlab.prefix import Prefix
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class FederatedData:
     tokens: Tokens
     shards: Shards
     label_names: tuple[str, ...]
+    prefix: Prefix | None = None  # hidden states below the lowest adapter
     _fingerprints: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -46,6 +51,13 @@ class FederatedData:
     def local_test(self, client: str) -> np.ndarray:
         """Positions of a client's held-out examples."""
         return self.shards.local_test[client]
+
+    def batch(self, indices: np.ndarray, pad_id: int) -> dict[str, Tensor]:
+        """A padded batch of these examples for ``LoadedModel.logits``."""
+        batch = self.tokens.batch(indices, pad_id)
+        if self.prefix is not None:
+            batch["hidden"] = self.prefix.batch(indices, self.tokens.lengths(indices))
+        return batch
 
     def size(self, client: str) -> int:
         """Number of a client's training examples."""

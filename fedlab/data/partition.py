@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fedlab.config import DataSection
 from fedlab.data.corpus import Corpus
 from fedlab.errors import ConfigError
+from fedlab.sections import DataSection
 from fedlab.seeds import stream, stream_seed
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedlab.config import LoraSection, RunConfig
+from fedlab.config import RunConfig
 from fedlab.data.tables import READERS, files_at, read_columns
 from fedlab.errors import ConfigError
+from fedlab.sections import LoraSection
 
 
 def public_texts(lora: LoraSection) -> list[str]:

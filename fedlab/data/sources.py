@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlab.config import DataSection
 from fedlab.data import docstrings, tables, wordnet
 from fedlab.data.corpus import Corpus
 from fedlab.errors import ConfigError
+from fedlab.sections import DataSection
 from fedlab.seeds import stream
 
 SOURCES: dict[str, Callable[[DataSection], Corpus]] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fedlab.config import DataSection
 from fedlab.data.corpus import Corpus, encode_labels
 from fedlab.errors import ConfigError
+from fedlab.sections import DataSection
 
 Columns = dict[str, list[Any]]
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

@@ -30,7 +30,7 @@ def classify(model: LoadedModel, data: FederatedData, indices: np.ndarray, batch
     predicted, labels, loss = [], [], 0.0
     with torch.inference_mode():
         for start in range(0, len(ordered), batch_size):
-            batch = data.tokens.batch(ordered[start : start + batch_size], model.tokenizer.pad_token_id)
+            batch = data.batch(ordered[start : start + batch_size], model.tokenizer.pad_token_id)
             logits = model.logits(batch).cpu()
             loss += float(cross_entropy(logits, batch["labels"], reduction="sum"))
             predicted.append(logits.argmax(-1).numpy())

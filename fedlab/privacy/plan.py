@@ -18,12 +18,12 @@ import numpy as np
 from torch import Tensor
 
 from fedlab._validate import positive
-from fedlab.config import PrivacySection, TrainSection
 from fedlab.errors import ConfigError, PrivacyError
 from fedlab.privacy.accounting import Event, calibrate_sigma, epsilon
 from fedlab.privacy.guard import plan_terms
 from fedlab.privacy.noise import GaussianNoise, SecureNoise, SecureStream, SeededNoise
 from fedlab.privacy.sampling import Uniform, poisson_batch
+from fedlab.sections import PrivacySection, TrainSection
 
 
 @dataclass(frozen=True)

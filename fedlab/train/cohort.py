@@ -185,7 +185,7 @@ def _gradients(
         owner = batch.owner[chunk]
         layers.rows.owner = torch.from_numpy(owner).to(model.device)
         layers.rows.masks.keys = torch.from_numpy(batch.keys[chunk]).to(model.device)
-        tokens = data.tokens.batch(batch.rows[chunk], model.tokenizer.pad_token_id)
+        tokens = data.batch(batch.rows[chunk], model.tokenizer.pad_token_id)
         each = cross_entropy(model.logits(tokens), tokens["labels"].to(model.device), reduction="none")
         each.sum().backward()
         gradients = layers.take()

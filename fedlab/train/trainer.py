@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedlab.config import RunConfig, TrainSection
+from fedlab.config import RunConfig
 from fedlab.data import FederatedData
 from fedlab.errors import RunFailed
 from fedlab.lora.ranks import narrow, widen
@@ -27,6 +27,7 @@ from fedlab.models import LoadedModel
 from fedlab.privacy.clipping import clipped_sum
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
+from fedlab.sections import TrainSection
 from fedlab.seeds import stream, stream_seed
 from fedlab.train.dp import PerExampleGradients
 from fedlab.train.dropout import DropoutLayers, Masks, row_keys
@@ -177,7 +178,7 @@ def _chunks(data: FederatedData, indices: np.ndarray, size: int) -> list[np.ndar
 
 
 def _loss(model: LoadedModel, data: FederatedData, chunk: np.ndarray) -> Tensor:
-    batch = data.tokens.batch(chunk, model.tokenizer.pad_token_id)
+    batch = data.batch(chunk, model.tokenizer.pad_token_id)
     return cross_entropy(model.logits(batch), batch["labels"].to(model.device), reduction="sum")
 
 

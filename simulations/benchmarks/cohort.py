@@ -104,7 +104,7 @@ def bare(session: Session, state: State, names: list[str]) -> None:
         rows = rng.choice(everyone, config.train.batch_size * len(data.clients))
         rows = rows[np.argsort(data.tokens.lengths(rows), kind="stable")]
         for i in range(0, len(rows), size):
-            batch = data.tokens.batch(rows[i : i + size], model.tokenizer.pad_token_id)
+            batch = data.batch(rows[i : i + size], model.tokenizer.pad_token_id)
             (cross_entropy(model.logits(batch), batch["labels"], reduction="sum") / len(rows)).backward()
         with torch.no_grad():
             for parameter in parameters:

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from fedlab.config import DataSection, Partition
 from fedlab.data.corpus import Corpus
 from fedlab.data.partition import Shards, deal, describe
 from fedlab.errors import ConfigError
+from fedlab.sections import DataSection, Partition
 
 
 def corpus(n: int = 300, test: int = 0) -> Corpus:

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlab.config import DataSection, Partition
 from fedlab.data import docstrings, wordnet
 from fedlab.data.partition import deal
 from fedlab.data.sources import check_source, load_corpus
 from fedlab.errors import ConfigError
+from fedlab.sections import DataSection, Partition
 
 SYNSETS = """\
   1 This software and database is being provided to you, the LICENSEE

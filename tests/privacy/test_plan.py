@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from fedlab.config import PrivacySection, TrainSection
 from fedlab.errors import ConfigError, PrivacyError
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.plan import DPPlan, default_delta, make_plan
 from fedlab.privacy.spent import Spent, summary
+from fedlab.sections import PrivacySection, TrainSection
 from fedlab.seeds import stream
 
 PLAN = DPPlan(n=200, batch_size=20, steps=5, sigma=1.5, clip=0.5, delta=1e-5, participations=4, noise="seeded")
