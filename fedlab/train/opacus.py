@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, cast
 
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor
 
 from fedlab.models import LoadedModel
@@ -17,9 +16,11 @@ class OpacusGradients:
 
     def __init__(self, model: LoadedModel, names: Iterable[str]) -> None:
         self._model, self._names = model, sorted(names)
-        self._wrapped: GradSampleModule | None = None
+        self._wrapped: Any = None
 
     def __enter__(self) -> OpacusGradients:
+        from opacus.grad_sample import GradSampleModule  # here: at its import it sets up logging for everybody
+
         if self._names:
             for name in self._names:
                 self._model.parameters[name].requires_grad_()

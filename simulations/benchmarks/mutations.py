@@ -93,8 +93,8 @@ MUTATIONS = (
     ),
     _trainer(
         "clip loosened after the first step",
-        "_clipped_gradients(model, data, chunks, names, hooks, plan)",
-        "_clipped_gradients(model, data, chunks, names, hooks, "
+        "_clipped_gradients(loss_of, chunks, model, names, hooks, plan)",
+        "_clipped_gradients(loss_of, chunks, model, names, hooks, "
         "__import__('dataclasses').replace(plan, clip=plan.clip * (2 if seen else 1)))",
     ),
     Mutation(
@@ -150,7 +150,7 @@ MUTATIONS = (
         ((plan, "poisson_batch", "np.flatnonzero(rng.random(n) < q)", "np.sort(np.argsort(rng.random(n))[: round(q * n)])"),),
     ),
     _trainer("same batches every round", 'stream(seed, "batches", client, round_number)', 'stream(seed, "batches", client)'),
-    _trainer("empty batches skipped", "for batch in batches:\n", "for batch in (b for b in batches if len(b)):\n"),
+    _trainer("empty batches skipped", "enumerate(batches):\n", "enumerate(b for b in batches if len(b)):\n"),
     _trainer("twice the steps charged", "range(steps)", "range(2 * steps)"),
 )
 

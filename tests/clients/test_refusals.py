@@ -140,7 +140,7 @@ def test_error_texts_that_may_quote_data_stay_on_the_client(ask: Callable[..., R
     def quote(*_: object, **__: object) -> None:
         raise ValueError("patient 4711 has a NaN")
 
-    monkeypatch.setattr(clients.train, "train_client", quote)
+    monkeypatch.setattr(clients.train, "train_cohort", quote)
     reply = ask()
     assert "4711" not in reason(reply)
     assert '"type":"ABORT"' in reply.config_records["charges"]["lines"][0]

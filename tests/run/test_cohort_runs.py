@@ -91,9 +91,20 @@ def test_what_cannot_share_a_pass_trains_one_by_one(tiny_toml: str, tmp_path: Pa
     def refuses(*args, **kwargs):
         raise fedlab.ConfigError("head.norm.weight belongs to a LayerNorm")
 
-    alone = simulate(tiny_toml, tmp_path / "alone", "run.rounds=1", "run.cohort=1").result["adapter_digest"]
+    alone = simulate(tiny_toml, tmp_path / "alone", "run.rounds=1", "train.gradients=hooks").result["adapter_digest"]
     monkeypatch.setattr(clients.train, "train_cohort", refuses)
     assert simulate(tiny_toml, tmp_path / "refused", "run.rounds=1").result["adapter_digest"] == alone
+
+
+@pytest.mark.parametrize("private", [True, False], ids=["dp", "plain"])
+def test_the_references_end_where_fused_layers_do(private: bool, tiny_toml: str, tmp_path: Path):
+    """``train.gradients``: fedlab's hooks and Opacus' give the same adapter, and the same charges."""
+    settings = ["run.rounds=2", "train.lr=0.1", "lora.dropout=0.2", *([] if private else ["privacy={unit='none'}"])]
+    fused, *others = (simulate(tiny_toml, tmp_path / g, *settings, f"train.gradients={g}") for g in ("fused", "hooks", "opacus"))
+    for other in others:
+        assert other.result["epsilon"] == fused.result["epsilon"]
+        for name, value in adapters(fused).items():
+            assert torch.allclose(value, adapters(other)[name], atol=2e-5), name
 
 
 def test_a_pass_that_does_not_fit_is_halved(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -107,6 +118,6 @@ def test_a_pass_that_does_not_fit_is_halved(tiny_toml: str, tmp_path: Path, monk
 
     monkeypatch.setattr(clients.train, "train_cohort", small_memory)
     run = simulate(tiny_toml, tmp_path / "run", "run.rounds=1", "data.clients=5", "run.cohort=5")
-    assert sizes == [5, 2, 3, 2], "halves of five are two and three, and of three one alone and two"
+    assert sizes == [5, 2, 3, 1, 2], "halves of five are two and three, and of three one and two"
     assert run.result["excluded"] == 0
     assert not audit_run(run.path).findings
