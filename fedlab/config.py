@@ -54,6 +54,8 @@ class RunConfig(Section):
             raise ValueError(
                 'run.sampling = "poisson" amplifies client-level DP only: participation is visible to the server; use balanced or uniform'
             )
+        if self.run.checkpointing and self.train.gradients != "fused":
+            raise ValueError(f'run.checkpointing = true needs train.gradients = "fused", got "{self.train.gradients}"')
         for key, rank in self.clients.rank.items():
             if rank > self.lora.rank:
                 raise ValueError(f"clients.rank: {key} = {rank} exceeds lora.rank = {self.lora.rank}, the largest that the server keeps")

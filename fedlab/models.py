@@ -259,7 +259,8 @@ def _state_name(parameter_name: str) -> str | None:
     return f"head.{name.replace('.modules_to_save.default', '')}" if ".modules_to_save.default" in name else None
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """What ``run.device`` names; ConfigError if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -280,10 +281,11 @@ def build(config: RunConfig, num_labels: int) -> LoadedModel:
 def _build(model: ModelSection, lora: LoraSection, num_labels: int, dtype: str, device_name: str) -> LoadedModel:
     from peft import LoraConfig, TaskType, get_peft_model
 
-    device = _device(device_name)
+    device = device_of(device_name)
     tokenizer = load_tokenizer(model)
     base, head = load_base(model, num_labels, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     cast(Any, base).config.pad_token_id = tokenizer.pad_token_id
+    cast(Any, base).config.use_cache = False  # keys and values are never read again: nothing is generated
     base.to(device)  # before the adapter is made: moving afterwards would detach what optimisers hold
     settings = LoraConfig(
         task_type=TaskType.SEQ_CLS,

@@ -30,7 +30,9 @@ class RunSection(Section):
     gpus_per_node: float = Field(default=0.0, ge=0)
     ray_address: str | None = Field(default=None, description="join this Ray cluster instead of starting one")
     device: str = "auto"
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the frozen base; adapters stay float32")
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        default="float32", description="of the frozen base, adapters stay float32; auto: bfloat16 where this machine multiplies it faster"
+    )
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     cohort: int | None = Field(
         default=None,
@@ -38,6 +40,12 @@ class RunSection(Section):
         description="clients that train in one pass (1: one after the other); part of what fixes the bits, like threads; default: 4, or as "
         "many as make 64 rows in a step",
     )
+    memory: float | None = Field(
+        default=None,
+        gt=0,
+        description="GB that one node may take, by letting fewer clients share a pass; default: its share of what is free",
+    )
+    checkpointing: bool = Field(default=False, description="compute a block again on the way back instead of keeping its activations")
     cache_prefix: bool = Field(
         default=False,
         description="keep what the frozen blocks below the lowest adapter compute for each text on disk, across rounds and runs",

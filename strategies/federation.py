@@ -71,6 +71,8 @@ class Federation:
     participations: Counter[str] = field(default_factory=Counter)
     ranks: dict[str, int] = field(default_factory=dict)  # client → rank of its adapter; lora.rank unless clients.rank or pruning says less
 
+    room: int = 0  # clients of a pass that fit into memory; 0: as many as the configuration says
+
     def __post_init__(self) -> None:
         self.ranks = initial_ranks(self.config) | self.ranks
 
@@ -152,7 +154,7 @@ class Federation:
         shares its pass with nobody.
         """
         ordered = sorted(clients, key=lambda c: (-self._work(c), client_order(c)))
-        size = 1 if self.hosts else self.config.cohort_size
+        size = 1 if self.hosts else min(self.config.cohort_size, self.room or self.config.cohort_size)
         count = -(-len(ordered) // size)
         bounds = [round(i * len(ordered) / count) for i in range(count + 1)] if count else [0]
         return [sorted(ordered[a:b], key=client_order) for a, b in pairwise(bounds)]

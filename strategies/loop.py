@@ -28,6 +28,7 @@ from fedlab.run.events import Events
 from fedlab.run.progress import Progress, RoundLine
 from fedlab.seeds import client_order
 from fedlab.session import open_session, torch_threads
+from fedlab.train.memory import plan_memory
 from strategies import STRATEGIES
 from strategies.accounts import NO_DP, Accounts
 from strategies.base import TrainOutcome, from_record, to_record
@@ -59,6 +60,17 @@ class Rounds:
         self.client_accuracy: dict[str, float] = {}
         self.totals = {"bytes_up": 0, "bytes_down": 0, "excluded": 0, "round_seconds": 0.0, "overhead_seconds": 0.0}
         self._restore()
+        self._plan_memory()
+
+    def _plan_memory(self) -> None:
+        """How many clients may share a pass. Said once and kept with the run, because it decides how sums are rounded."""
+        if self.federation.hosts or self.config.train.gradients != "fused":
+            return
+        asked = self.federation.room or min(self.config.cohort_size, self.config.clients_per_round)
+        plan = plan_memory(self.session, self.state, self.strategy.trained_names(self.state), asked)
+        self.federation.room = self.federation.room or plan.clients
+        logger.info("%s", plan)
+        self.progress.remark(str(plan))
 
     def run(self) -> str:
         """Run the remaining rounds. Returns the status, ``completed`` or ``budget-exhausted``; raises RunFailed."""
@@ -254,6 +266,7 @@ class Rounds:
             "scores": vars(self.scores) if self.scores else None,
             "client_accuracy": self.client_accuracy,
             "ranks": self.federation.ranks,
+            "room": self.federation.room,
         }
         save_checkpoint(self.directory, self.done, self.state, self.strategy.memory, extra)
 
@@ -261,7 +274,7 @@ class Rounds:
         if (found := load_checkpoint(self.directory)) is not None:
             self.done, self.state, memory, extra = found
             self.strategy.remember(memory)
-            self.federation.ranks = extra["ranks"]
+            self.federation.ranks, self.federation.room = extra["ranks"], extra["room"]
             self.adapter_moved = True
             self.federation.participations.update(extra["participations"])
             self.totals = extra["totals"]

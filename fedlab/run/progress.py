@@ -47,6 +47,9 @@ class Progress:
     def note(self, text: str) -> None:
         """What is being done right now."""
 
+    def remark(self, text: str) -> None:
+        """Something to know, on a line of its own."""
+
     def round_started(self, number: int, clients: int) -> None:
         """A round's messages are out."""
 
@@ -69,6 +72,9 @@ class PlainProgress(Progress):
     def __enter__(self) -> Progress:
         print(headline(self._config, self._path), flush=True)
         return self
+
+    def remark(self, text: str) -> None:
+        print(text, flush=True)
 
     def round_done(self, line: RoundLine) -> None:
         cells = dict(zip(COLUMNS, _cells(line), strict=True))
@@ -108,6 +114,9 @@ class LiveProgress(Progress):
 
     def note(self, text: str) -> None:
         self._bar.update(self._task, description=text)
+
+    def remark(self, text: str) -> None:
+        self._live.console.print(text, highlight=False)
 
     def round_started(self, number: int, clients: int) -> None:
         self.note(f"round {number}: {clients} clients training")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +22,14 @@ from torch.nn.functional import cross_entropy
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from fedlab.blocks import checkpointed, find_blocks
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
 from fedlab.errors import FedlabError, RunFailed
+from fedlab.hardware import return_large_blocks
 from fedlab.lora.ranks import narrow, widen
 from fedlab.lora.state import State
-from fedlab.models import LoadedModel
+from fedlab.models import PEFT_PREFIX, LoadedModel
 from fedlab.privacy.clipping import clip_factors
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import DPPlan
@@ -35,6 +38,8 @@ from fedlab.seeds import stream, stream_seed
 from fedlab.train.dropout import row_keys
 from fedlab.train.fused import CohortLayers
 from fedlab.train.trainer import Trained, check_finite, learning_rate_factor, local_steps, rates
+
+CHECKPOINTING = "run.checkpointing"
 
 
 @dataclass
@@ -111,7 +116,7 @@ def train_cohort(
     like = {name: tensors[name] for name in names}
     inside = _inside(workers, names, model.device)
     optimizer = _Optimizer(config, names, tensors, learning_rate_factor(config.train, round_number, config.run.rounds))
-    with CohortLayers(model, seen, names, config.lora.dropout) as layers:
+    with CohortLayers(model, seen, names, config.lora.dropout) as layers, _memory(model, config.run.checkpointing):
         for step in range(max(w.steps for w in workers)):
             active = [w for w in workers if w.steps > step]  # sorted: the first ones of the stack
             batch = _draw(active, step)
@@ -126,6 +131,16 @@ def train_cohort(
             optimizer.step(gradients, len(active))
     seconds = (time.perf_counter() - started) / len(workers)
     return {w.member.client: _result(w, k, tensors, names, config, seconds) for k, w in enumerate(workers)}
+
+
+def _memory(model: LoadedModel, checkpointing: bool) -> AbstractContextManager[None]:
+    """Blocks with adapters keep their inputs only, if asked; those below keep nothing anyway."""
+    if not checkpointing:
+        return nullcontext()
+    if model.device.type == "cpu":
+        return_large_blocks()
+    blocks, lowest = find_blocks(model.module, [PEFT_PREFIX + name for name in model.scale], CHECKPOINTING)
+    return checkpointed(blocks[lowest:])
 
 
 def _worker(data: FederatedData, member: Member, config: RunConfig, round_number: int) -> _Worker:

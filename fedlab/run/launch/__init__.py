@@ -49,8 +49,11 @@ def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = Fal
     is started if the configuration, the model or the data cannot work, RunFailed if the run could not be finished (``result.json``
     then says why), Interrupted on Ctrl-C.
     """
+    from fedlab.hardware import resolve_dtype
+
     _prepare_environment(config)
     check(config)
+    config = resolve_dtype(config)
     return _launch(RunDirectory.create(config, Path(out) if out is not None else None), quiet)
 
 
