@@ -156,6 +156,8 @@ class Federation:
         ordered = sorted(clients, key=lambda c: (-self._work(c), client_order(c)))
         size = 1 if self.hosts else min(self.config.cohort_size, self.room or self.config.cohort_size)
         count = -(-len(ordered) // size)
+        if self.config.run.cohort is None and not self.hosts:
+            count = min(len(ordered), _even(count))
         bounds = [round(i * len(ordered) / count) for i in range(count + 1)] if count else [0]
         return [sorted(ordered[a:b], key=client_order) for a, b in pairwise(bounds)]
 
@@ -177,6 +179,11 @@ class Federation:
     def _work(self, client: str) -> int:
         """Expected examples of one round: with fixed steps all clients cost the same, with epochs the large ones cost more."""
         return 1 if self.config.train.steps is not None else self.clients[client].examples
+
+
+def _even(groups: int) -> int:
+    """As many groups or a few more, in a number that the usual numbers of nodes divide: powers of two, at least 2, then multiples of 16."""
+    return max(2, 1 << (groups - 1).bit_length()) if groups <= 16 else -(-groups // 16) * 16
 
 
 def initial_ranks(config: RunConfig) -> dict[str, int]:

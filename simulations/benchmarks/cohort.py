@@ -81,7 +81,7 @@ def measure(session: Session, cohort: int, repeats: int) -> dict[str, list[float
     ways: dict[str, Callable[[], object]] = {
         "alone": lambda: [train_client(model, data, m.client, m.state, names, config, 1, m.plan) for m in members],
         "together": lambda: [train_cohort(model, data, members[i : i + cohort], names, config, 1) for i in range(0, len(members), cohort)],
-        "bare": lambda: bare(session, state, names),
+        "bare": lambda: bare(session, state, names, data.clients),
     }
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for repeat in range(repeats + 1):
@@ -93,15 +93,15 @@ def measure(session: Session, cohort: int, repeats: int) -> dict[str, list[float
     return seconds
 
 
-def bare(session: Session, state: State, names: list[str]) -> None:
+def bare(session: Session, state: State, names: list[str], clients: list[str]) -> None:
     """The same number of examples per step, drawn at random, sorted by length, in chunks of the same size: plain SGD, no DP."""
     config, model, data = session.config, session.model, session.data
     model.load(state)
-    everyone = np.concatenate([data.train(client) for client in data.clients])
+    everyone = np.concatenate([data.train(client) for client in clients])
     rng, size = np.random.default_rng(0), config.train.physical_batch
     parameters = [model.parameters[name].requires_grad_() for name in names]
     for _ in range(config.train.steps or 1):
-        rows = rng.choice(everyone, config.train.batch_size * len(data.clients))
+        rows = rng.choice(everyone, config.train.batch_size * len(clients))
         rows = rows[np.argsort(data.tokens.lengths(rows), kind="stable")]
         for i in range(0, len(rows), size):
             batch = data.batch(rows[i : i + size], model.tokenizer.pad_token_id)
