@@ -8,7 +8,8 @@ from __future__ import annotations
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError, Interrupted, PrivacyError, RunFailed
 from fedlab.run.launch import Run, resume, simulate
+from fedlab.run.launch.sweep import sweep
 
 __version__ = "0.1.0"
 
-__all__ = ["ConfigError", "FedlabError", "Interrupted", "PrivacyError", "Run", "RunConfig", "RunFailed", "resume", "simulate"]
+__all__ = ["ConfigError", "FedlabError", "Interrupted", "PrivacyError", "Run", "RunConfig", "RunFailed", "resume", "simulate", "sweep"]

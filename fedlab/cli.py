@@ -16,7 +16,12 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Private federated fine-tuning of language models."
 )
 
-ConfigArgument = Annotated[Path, typer.Argument(help="TOML file, for example simulations/quickstart.toml", metavar="CONFIG.toml")]
+ConfigsArgument = Annotated[
+    list[Path], typer.Argument(help="TOML file, for example simulations/quickstart.toml; several make a sweep", metavar="CONFIG.toml")
+]
+VaryOption = Annotated[
+    list[str] | None, typer.Option("--vary", help="run once for each value: section.key=[value, ...]", metavar="KEY=[VALUES]")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="override one key: section.key=value (the value is TOML)", metavar="KEY=VALUE")
 ]
@@ -27,15 +32,26 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="show a traceback wit
 
 @app.command()
 def simulate(
-    config: ConfigArgument, set_: SetOption = None, out: OutOption = None, quiet: QuietOption = False, debug: DebugOption = False
+    configs: ConfigsArgument,
+    set_: SetOption = None,
+    vary: VaryOption = None,
+    out: OutOption = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Fine-tune one model with simulated clients."""
+    """Fine-tune one model with simulated clients; with several configurations or --vary one after the other, on one Ray."""
 
     def run() -> None:
         from fedlab.config import RunConfig
         from fedlab.run.launch import simulate as start
 
-        start(RunConfig.load(config, set_ or []), out, quiet)
+        if len(configs) == 1 and not vary:
+            start(RunConfig.load(configs[0], set_ or []), out, quiet)
+            return
+        from fedlab.run.launch.sweep import combinations, report, sweep
+
+        found = sweep(combinations(configs, set_ or [], vary or []), out, quiet)
+        raise SystemExit(report(found))
 
     _guarded(run, debug)
 

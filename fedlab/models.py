@@ -279,11 +279,21 @@ def build(config: RunConfig, num_labels: int) -> LoadedModel:
 
 @lru_cache(maxsize=1)
 def _build(model: ModelSection, lora: LoraSection, num_labels: int, dtype: str, device_name: str) -> LoadedModel:
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    device = device_of(device_name)
     tokenizer = load_tokenizer(model)
     base, head = load_base(model, num_labels, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    return adapt(base, head, tokenizer, lora, model.name, device_of(device_name))
+
+
+def adapt(
+    base: nn.Module, head: list[str], tokenizer: PreTrainedTokenizerBase, lora: LoraSection, name: str, device: torch.device
+) -> LoadedModel:
+    """Put an adapter into a base, whose ``head`` modules are trained beside it. ``name`` is what a saved adapter calls its base.
+
+    Raises ConfigError where the adapter would do less, or more, than ``lora`` says.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    sixteen_bits = next(base.parameters()).dtype == torch.bfloat16
     cast(Any, base).config.pad_token_id = tokenizer.pad_token_id
     cast(Any, base).config.use_cache = False  # keys and values are never read again: nothing is generated
     base.to(device)  # before the adapter is made: moving afterwards would detach what optimisers hold
@@ -305,10 +315,10 @@ def _build(model: ModelSection, lora: LoraSection, num_labels: int, dtype: str, 
                 layers = ", ".join(map(str, lora.layers_to_transform))
                 raise ConfigError(f"lora.layers_to_transform: no adapted module in layer {layers}; layers count from 0") from None
             raise ConfigError(f"lora: peft found nothing to adapt ({str(error).splitlines()[0]})") from None
-    cast(Any, wrapped.peft_config["default"]).base_model_name_or_path = model.name
+    cast(Any, wrapped.peft_config["default"]).base_model_name_or_path = name
     loaded = LoadedModel(cast("PeftModel", wrapped), tokenizer, device)
     _check_adapted(loaded, base, lora)
-    if dtype == "bfloat16":
+    if sixteen_bits:
         _float32_head(loaded)
     return loaded
 

@@ -49,12 +49,16 @@ def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = Fal
     is started if the configuration, the model or the data cannot work, RunFailed if the run could not be finished (``result.json``
     then says why), Interrupted on Ctrl-C.
     """
+    return _launch(RunDirectory.create(prepared(config), Path(out) if out is not None else None), quiet)
+
+
+def prepared(config: RunConfig) -> RunConfig:
+    """The configuration as it will run. Raises ConfigError for everything that can be known to be wrong before a process is started."""
     from fedlab.hardware import resolve_dtype
 
     _prepare_environment(config)
     check(config)
-    config = resolve_dtype(config)
-    return _launch(RunDirectory.create(config, Path(out) if out is not None else None), quiet)
+    return resolve_dtype(config)
 
 
 def resume(path: str | Path, quiet: bool = False) -> Run:

@@ -11,6 +11,8 @@ import json
 import logging
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -42,16 +44,21 @@ class NodeLost(RuntimeError):
 
 
 class ResilientRayBackend(RayBackend):
-    """Flower's Ray backend with as many actors as nodes can use, and dead ones replaced."""
+    """Flower's Ray backend with as many actors as nodes can use, dead ones replaced, and a life beyond one run."""
 
-    def __init__(self, backend_config: dict[str, Any], max_actors: int, retry: bool) -> None:
+    def __init__(self, backend_config: dict[str, Any], max_actors: int) -> None:
         super().__init__(backend_config)
-        self._max_actors, self._retry = max_actors, retry
+        self._max_actors = max_actors
+        self.retry = True
+        self.resting = False  # between two runs: nothing is asked of it, and Flower's end of a run does not end it
         self._lock = threading.Lock()
         self._stopping = False
         self._actors: list[Any] = []
 
     def build(self, app_fn: Any) -> None:
+        if self.pool is not None:  # it served another run before
+            self.app_fn = app_fn
+            return
         super().build(app_fn)
         assert self.pool is not None
         while self.pool.num_actors > self._max_actors:
@@ -85,7 +92,7 @@ class ResilientRayBackend(RayBackend):
                     self._actors.remove(actor)
                     actor = pool.create_actor_fn()
                     self._actors.append(actor)
-                if attempt == 2 or not self._retry:
+                if attempt == 2 or not self.retry:
                     raise NodeLost("its process died" + (" twice" if attempt == 2 else "")) from error
             finally:
                 with self._lock:
@@ -104,7 +111,36 @@ class ResilientRayBackend(RayBackend):
 
     def terminate(self) -> None:
         """Called by Flower when its loop ends."""
-        self.stop()
+        if not self.resting:
+            self.stop()
+
+
+class _Kept:
+    """The backend that the next run may use, and what it was started for."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.backend: ResilientRayBackend | None = None
+        self.terms: tuple[Any, ...] = ()
+
+    def drop(self) -> None:
+        if self.backend is not None:
+            self.backend.stop()
+        self.backend = None
+
+
+_kept = _Kept()
+
+
+@contextmanager
+def keep_ray() -> Iterator[None]:
+    """While it is open, runs that need the same Ray (nodes, resources) use one, with its processes and the models that they loaded."""
+    _kept.wanted = True
+    try:
+        yield
+    finally:
+        _kept.wanted = False
+        _kept.drop()
 
 
 def run_ray(server_app: Any, client_app: Any, config: RunConfig, run_config: dict[str, Any]) -> None:
@@ -116,7 +152,7 @@ def run_ray(server_app: Any, client_app: Any, config: RunConfig, run_config: dic
     grid.set_run(run)
     mapping = vce_api._register_nodes(config.run.nodes, state_factory)
     stores = vce_api._register_node_info_stores(mapping, run)
-    backend = _start_ray(config)
+    backend = _backend(config)
     stop, crash = threading.Event(), list[BaseException]()
 
     def fleet() -> None:
@@ -129,14 +165,34 @@ def run_ray(server_app: Any, client_app: Any, config: RunConfig, run_config: dic
     thread.start()
     try:
         server_app(grid, Context(run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), run_config))
+        backend.resting = _kept.wanted
     except BaseException as error:
         if crash and not isinstance(error, KeyboardInterrupt):
             raise RunFailed(f"Flower's simulation runtime crashed: {crash[0]}") from crash[0]
         raise
     finally:
         stop.set()
-        backend.stop()
+        if not backend.resting:
+            backend.stop()
         thread.join(timeout=30)
+        if not backend.resting or thread.is_alive():  # something still works at a message: it must not meet the next run
+            _kept.backend = None
+            backend.stop()
+
+
+def _backend(config: RunConfig) -> ResilientRayBackend:
+    """A new backend, or the kept one if it fits."""
+    run = config.run
+    terms = (run.ray_address, run.nodes, run.cpus_per_node, run.gpus_per_node)
+    if _kept.backend is None or _kept.terms != terms:
+        _kept.drop()
+        backend = _start_ray(config)
+        if _kept.wanted:
+            _kept.backend, _kept.terms = backend, terms
+    else:
+        backend = _kept.backend
+    backend.retry, backend.resting = not config.private or config.privacy.noise == "seeded", False
+    return backend
 
 
 def _check_reachable(address: str) -> None:
@@ -162,7 +218,6 @@ def _start_ray(config: RunConfig) -> ResilientRayBackend:
         backend = ResilientRayBackend(
             json.loads(json.dumps({"init_args": init, "client_resources": resources})),
             max_actors=run.nodes,
-            retry=not config.private or config.privacy.noise == "seeded",
         )
     except (ConnectionError, RuntimeError) as error:
         raise ConfigError(f"run.ray_address = {run.ray_address!r}: no Ray cluster could be joined or started ({error})") from None

@@ -1,0 +1,105 @@
+"""Several runs one after the other: every combination of configurations and varied values, on one Ray, each in its own directory."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fedlab.config import RunConfig
+from fedlab.errors import ConfigError, FedlabError, Interrupted
+from fedlab.run.directory import RunDirectory
+from fedlab.run.launch import Run, prepared, resume, simulate
+
+FINISHED = ("completed", "budget-exhausted")
+
+
+def combinations(configs: Sequence[Path], overrides: Sequence[str] = (), vary: Sequence[str] = ()) -> dict[str, RunConfig]:
+    """Name → configuration of every combination. ``vary`` holds ``section.key=[value, ...]``; a name says what differs.
+
+    Raises ConfigError for what is no list, an empty one, or two combinations that are the same.
+    """
+    axes = [_axis(text) for text in vary]
+    found: dict[str, RunConfig] = {}
+    for config in configs:
+        for values in itertools.product(*(texts for _, texts in axes)):
+            settings = [f"{key}={value}" for (key, _), value in zip(axes, values, strict=True)]
+            parts = [config.stem] * (len(configs) > 1) + settings
+            name = re.sub(r"[^\w.=+-]", "_", ",".join(part.replace('"', "") for part in parts).replace(",", "+"))
+            if name in found:
+                raise ConfigError(f"two runs of the sweep would be called {name!r}; give each configuration file and each value once")
+            found[name] = RunConfig.load(config, [*overrides, *settings])
+    return found
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    """Key, and its values as TOML."""
+    import tomli_w
+
+    key, equals, raw = text.partition("=")
+    try:
+        values = tomllib.loads(f"v = {raw}")["v"] if equals else None
+    except tomllib.TOMLDecodeError:
+        values = None
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"--vary {text!r}: write section.key=[value, value], for example --vary 'train.lr=[0.5, 1.5]'")
+    return key.strip(), [tomli_w.dumps({"v": [value]}).partition("=")[2].strip()[1:-1].strip().removesuffix(",") for value in values]
+
+
+def sweep(configs: Mapping[str, RunConfig], out: str | Path | None = None, quiet: bool = False) -> dict[str, Run | FedlabError]:
+    """Run every configuration; name → its run, or why it failed (which does not stop the others).
+
+    Each lies in ``out/<name>`` (default ``runs/sweep-<time>``) and has the bits that it has alone. All configurations are checked before
+    the first run starts (ConfigError). What is finished in ``out`` already is not run again, and what was cut off is resumed; Ctrl-C
+    raises Interrupted, after which the same call goes on.
+    """
+    from fedlab.run.launch.ray import keep_ray
+
+    ready = {name: prepared(config) for name, config in configs.items()}
+    folder = Path(out) if out is not None else Path("runs") / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+    for name, config in ready.items():
+        if (folder / name / "run.toml").is_file() and RunDirectory.open(folder / name).config != config:
+            raise ConfigError(f"{str(folder / name)!r} holds a run of another configuration; choose another --out")
+    found: dict[str, Run | FedlabError] = {}
+    with keep_ray():
+        for number, (name, config) in enumerate(ready.items(), 1):
+            if not quiet:
+                print(f"\n[{number}/{len(ready)}] {name}", flush=True)
+            try:
+                found[name] = _one(folder / name, config, quiet)
+            except Interrupted:
+                raise Interrupted(f"interrupted in {name}; the same command with --out {folder} goes on") from None
+            except FedlabError as error:
+                found[name] = error
+    return found
+
+
+def _one(path: Path, config: RunConfig, quiet: bool) -> Run:
+    if not (path / "run.toml").is_file():
+        return simulate(config, path, quiet)
+    result = RunDirectory.open(path).result
+    return Run(path.absolute(), result) if result and result["status"] in FINISHED else resume(path, quiet)
+
+
+def report(found: Mapping[str, Run | FedlabError]) -> int:
+    """Print a line per run; returns the exit code, that of the gravest failure."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "status", "accuracy", "clients' mean", "ε", "seconds"):
+        table.add_column(column, overflow="fold")
+    for name, run in found.items():
+        if isinstance(run, FedlabError):
+            table.add_row(name, f"failed: {str(run).splitlines()[0]}", "", "", "", "")
+            continue
+        result, epsilon = run.result, run.result["epsilon"]
+        mean = result["client_accuracy"]["mean"]
+        numbers = ["–" if value is None else f"{value:.4f}" for value in (result["accuracy"], mean)]
+        shown = epsilon if isinstance(epsilon, str) else f"{epsilon:.3f}"
+        table.add_row(name, result["status"], *numbers, shown, f"{result['seconds']:.1f}")
+    Console().print(table, highlight=False)
+    return max((run.exit_code for run in found.values() if isinstance(run, FedlabError)), default=0)
