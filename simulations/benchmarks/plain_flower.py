@@ -101,20 +101,23 @@ def fit(config: RunConfig, model: torch.nn.Module, data: FederatedData, client: 
             noise_multiplier=config.privacy.sigma or 0.0,
             max_grad_norm=config.privacy.clip or 0.0,
         )
-        seen, losses = 0, 0.0
+    seen, losses = 0, 0.0
+    try:
         for batch in islice(endless(private_loader), config.train.steps):
             private_optimizer.zero_grad()
-            if isinstance(batch, dict):  # for an empty draw Opacus' loader gives a list, with which its optimiser can do nothing
-                inputs = {key: value for key, value in batch.items() if key != "labels"}
-                loss = cross_entropy(private(**inputs).logits, batch["labels"])
-                loss.backward()
-                seen, losses = seen + len(batch["labels"]), losses + float(loss.detach()) * len(batch["labels"])
-                private_optimizer.step()
-    private.remove_hooks()
-    for parameter in model.parameters():
-        parameter.grad = None
-        if hasattr(parameter, "grad_sample"):
-            del parameter.grad_sample
+            if not isinstance(batch, dict) or not len(batch["labels"]):
+                continue  # an empty draw: Opacus' loader gives a list, or tensors without rows, which the model cannot take
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            loss = cross_entropy(private(**inputs).logits, batch["labels"])
+            loss.backward()
+            seen, losses = seen + len(batch["labels"]), losses + float(loss.detach()) * len(batch["labels"])
+            private_optimizer.step()
+    finally:
+        private.remove_hooks()
+        for parameter in model.parameters():
+            parameter.grad = None
+            if hasattr(parameter, "grad_sample"):
+                del parameter.grad_sample
     return seen, losses / max(1, seen)
 
 
@@ -159,7 +162,7 @@ class TimedFedAvg(FedAvg):
         replies = list(replies)
         metrics = [reply.content.metric_records["metrics"] for reply in replies if not reply.has_error()]
         if len(metrics) < len(replies):
-            raise RuntimeError(next(str(reply.error.reason) for reply in replies if reply.has_error()))
+            raise RuntimeError(" / ".join({str(reply.error.reason) for reply in replies if reply.has_error()}))
         result = super().aggregate_train(server_round, replies)
         seen = sum(float(m["seen"]) for m in metrics)  # type: ignore[arg-type]
         loss = sum(float(m["seen"]) * float(m["loss"]) for m in metrics) / max(1.0, seen)  # type: ignore[arg-type]
