@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?=
 
-.PHONY: simulate test lint data setup bench clean
+.PHONY: simulate test lint data setup bench bench-accuracy clean
 
 simulate: setup ## fine-tune MiniLM on the embedded data with FedSVD under DP
 	$(BIN)/fedlab simulate simulations/quickstart.toml $(RUN)
@@ -20,7 +20,14 @@ lint: setup ## ruff and mypy
 data: ## install WordNet's text (Debian, Ubuntu) for simulations/wordnet.toml
 	@test -f /usr/share/wordnet/data.noun || (apt-get update && apt-get install -y wordnet-base) || (sudo apt-get update && sudo apt-get install -y wordnet-base)
 
-bench: setup ## accuracy table on WordNet: strategies × (no DP, ε = 6), three seeds
+bench: setup ## speed: rounds beside plain Flower, shared passes, the DP step, many clients; JSON in runs/bench
+	$(BIN)/python simulations/benchmarks/dp_step.py --json runs/bench/dp_step.json
+	$(BIN)/python simulations/benchmarks/cohort.py --json runs/bench/cohort.json
+	$(BIN)/python simulations/benchmarks/rounds.py --json runs/bench/rounds.json
+	$(BIN)/python simulations/benchmarks/scale.py --json runs/bench/scale.json
+	$(BIN)/python simulations/benchmarks/gpu.py $(if $(shell command -v nvidia-smi),,--small) --json runs/bench/gpu.json
+
+bench-accuracy: setup ## accuracy table on WordNet: strategies × (no DP, ε = 6), three seeds
 	$(BIN)/python simulations/benchmarks/wordnet_table.py
 
 setup: $(VENV)/.ready

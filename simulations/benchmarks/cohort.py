@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         cells = [f"{median[way]:.2f} ± {spread[way]:.2f}" for way in WAYS] + [f"{ratio:.2f}" for ratio in ratios.values()]
         print(f"| {batch} | " + " | ".join(cells) + " |", flush=True)
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
             json.dumps({"arguments": vars(args) | {"config": str(args.config), "json": None}, "results": results}, indent=2)
         )

@@ -1,41 +1,47 @@
-"""One DP-SGD step of LoRA-B and head on MiniLM: fedlab's hooks and Opacus' hooks against the non-private step, interleaved.
+"""One DP-SGD step of LoRA-B and head on MiniLM: fused layers, fedlab's hooks and Opacus' hooks against the non-private step, interleaved.
 
-    python simulations/benchmarks/dp_step.py [--repeats 7] [--batch 16] [--length 64]
+    python simulations/benchmarks/dp_step.py [--repeats 7] [--batch 16] [--length 64] [--json FILE]
 
-Prints processor seconds (one thread, median) and ratios to the non-private step of the same model. All three clip nothing and add no noise
-in the timed part: it is the cost of per-example gradients and their norms that is compared.
+Prints processor seconds (one thread, median, half the range) and ratios to the non-private step of the same model. All end with the clipped
+sum and add no noise: it is the cost of per-example gradients, their norms and their sum that is compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch.nn.functional import cross_entropy
 
 from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
-from fedlab.models import LoadedModel, build
+from fedlab.models import build
 from fedlab.privacy.clipping import clipped_sum
 from fedlab.train.dp import PerExampleGradients
+from fedlab.train.fused import CohortLayers
+from fedlab.train.opacus import OpacusGradients
 
 CONFIG = '[run]\nrounds=1\n[lora]\nrank=8\nalpha=8\ntarget_modules="all-linear"\n[train]\nlr=1\nsteps=1\n'
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
+    """Measure, print, and return way → seconds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     config = RunConfig.parse(CONFIG)
     model = build(config, 10)
-    model.load(initial_state(model, config.lora, 0))
+    state = initial_state(model, config.lora, 0)
+    model.load(state)
     names = [n for n in model.parameters if n.endswith("lora_B") or n.startswith("head.")]
     generator = torch.Generator().manual_seed(0)
     batch = {
@@ -44,53 +50,46 @@ def main() -> None:
     }
     labels = torch.randint(0, 10, (args.batch,), generator=generator)
 
-    def loss(module: Callable[..., object] | None = None) -> torch.Tensor:
-        logits = model.logits(batch) if module is None else module(**batch).logits  # type: ignore[attr-defined]
-        return cross_entropy(logits, labels, reduction="sum")
+    def loss() -> torch.Tensor:
+        return cross_entropy(model.logits(batch), labels, reduction="sum")
 
     def plain() -> None:
-        torch.autograd.grad(loss(), [model.parameters[n] for n in names])
+        parameters = [model.parameters[n].requires_grad_() for n in names]
+        torch.autograd.grad(loss(), parameters)
+        model.module.requires_grad_(False)
 
-    def ours() -> None:
-        with PerExampleGradients(model, names) as hooks:
+    def fused() -> None:
+        with CohortLayers(model, {n: v[None] if n in names else v for n, v in state.items()}, names) as layers:
+            layers.rows.owner = torch.zeros(args.batch, dtype=torch.long)
             loss().backward()
-            clipped_sum(hooks.take(), 1.0)
+            clipped_sum(layers.take(), 1.0)
 
-    seconds: dict[str, list[float]] = {"non-private": [], "fedlab": [], "opacus hooks": []}
-    for _ in range(args.repeats + 1):
-        require(model, names, True)
-        seconds["non-private"].append(timed(plain))
-        require(model, names, False)
-        seconds["fedlab"].append(timed(ours))
-        require(model, names, True)
-        for name in names:
-            model.owners[name].train()
-        wrapped = GradSampleModule(model.module, batch_first=True, loss_reduction="sum", strict=False)
+    def hooked(hooks: type[PerExampleGradients] | type[OpacusGradients]) -> None:
+        with hooks(model, names) as found:
+            loss().backward()
+            clipped_sum(found.take(), 1.0)
 
-        def opacus(wrapped: GradSampleModule = wrapped) -> None:
-            loss(wrapped).backward()
-            clipped_sum({n: model.parameters[n].grad_sample for n in names}, 1.0)
-
-        seconds["opacus hooks"].append(timed(opacus))
-        wrapped.remove_hooks()
-        for name in names:
-            model.parameters[name].grad = model.parameters[name].grad_sample = None
-            model.owners[name].eval()
-    base = statistics.median(seconds["non-private"][1:])  # the first round warms up
+    ways: dict[str, Callable[[], None]] = {
+        "non-private": plain,
+        "fused": fused,
+        "fedlab hooks": lambda: hooked(PerExampleGradients),
+        "opacus hooks": lambda: hooked(OpacusGradients),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for repeat in range(args.repeats + 1):
+        for way, step in ways.items():
+            started = time.process_time()
+            step()
+            if repeat:  # the first time warms up
+                seconds[way].append(time.process_time() - started)
+    base = statistics.median(seconds["non-private"])
     for way, times in seconds.items():
-        median = statistics.median(times[1:])
-        print(f"{way:14s} {median:.3f} s  {median / base:.2f}")
-
-
-def require(model: LoadedModel, names: list[str], on: bool) -> None:
-    for name in names:
-        model.parameters[name].requires_grad_(on)
-
-
-def timed(step: Callable[[], None]) -> float:
-    started = time.process_time()
-    step()
-    return time.process_time() - started
+        median = statistics.median(times)
+        print(f"{way:14s} {median:.3f} ± {(max(times) - min(times)) / 2:.3f} s  {median / base:.2f}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"batch": args.batch, "length": args.length, "seconds": seconds}, indent=2))
+    return seconds
 
 
 if __name__ == "__main__":

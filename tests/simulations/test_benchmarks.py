@@ -1,0 +1,108 @@
+"""The speed benchmarks run in their small forms, and what they print is what they measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "simulations" / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its siblings import it by this name
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_small_form_measures_all_three_ways(tiny_toml: str, tmp_path: Path):
+    module = script("cohort")
+    (tmp_path / "tiny.toml").write_text(tiny_toml)
+    found = module.main(["--small", "--config", str(tmp_path / "tiny.toml"), "--json", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text())["results"] == found
+    (row,) = found.values()
+    assert all(row[way] > 0 for way in module.WAYS)
+    assert row["alone / together"] == row["alone"] / row["together"]
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path):
+    module = script("gpu")
+    found = module.main(["--small", "--json", str(tmp_path / "gpu.json")])
+    assert json.loads((tmp_path / "gpu.json").read_text())["models"].keys() == {"roberta-large", "llama-1b"}
+    for model in found["models"].values():
+        (figures,) = model.values()
+        assert all(figures[way] > 0 for way in module.WAYS)
+        assert 0 < figures["share"] < 1
+        assert figures["overhead"] == figures["bare"] / figures["cohort"]
+
+
+def test_the_scale_benchmark_measures_rounds_memory_and_what_remains_per_client(tmp_path: Path):
+    private, plain = script("scale").main(["--small", "--json", str(tmp_path / "scale.json")])
+    for row in (private, plain):
+        assert row["clients_per_round"] == 10
+        assert row["gigabytes"] > 0.1
+        assert 0 < row["overhead_ms"] / 1000 * 10 <= row["round"]
+        assert row["round"] <= row["seconds"]
+
+
+def test_rounds_are_summed_up_by_medians():
+    module = script("rounds")
+    rounds = {"cohort": [1.0, 2.0, 9.0], "flower": [6.0, 8.0, 10.0]}
+    found = module.summary({way: [{"seconds": s, "examples": 40.0} for s in values] for way, values in rounds.items()})
+    assert found["ways"]["cohort"]["median"] == 2
+    assert found["ways"]["cohort"]["spread"] == 4
+    assert found["ratios"] == {"flower / cohort": 4}
+
+
+def test_the_plain_flower_app_is_fedlab_without_fedlab(tiny_toml: str, monkeypatch: pytest.MonkeyPatch):
+    """Without noise and at q = 1, its client's update is that of fedlab's: the two ways that are timed do the same work."""
+    import torch
+
+    from fedlab.config import RunConfig
+    from fedlab.privacy.plan import DPPlan
+    from fedlab.session import open_session
+    from fedlab.train.trainer import train_client
+
+    module = script("plain_flower")
+    settings = ["privacy={unit='example', sigma=1e-9, clip=0.3}", "train.batch_size=96", "train.steps=2", "train.momentum=0.5"]
+    config = RunConfig.parse(tiny_toml, settings)
+    session = open_session(config.to_toml())
+    assert session.data.size("client-0") == 96, "so that every step of both sees every example"
+    model = module.make_model(config)
+    data = module.data_of(config)
+    mine, names = module.trained(model), {}
+    for name in mine:
+        short = name.removeprefix("base_model.model.").replace(".default", "")
+        names[f"head.{short.replace('.modules_to_save', '')}" if "modules_to_save" in short else short.removesuffix(".weight")] = name
+    state = {n: p.detach().clone() for n, p in session.model.parameters.items()}
+    for n, p in model.named_parameters():
+        if "lora_A" in n:
+            state[n.removeprefix("base_model.model.").replace(".default.weight", "")] = p.detach().clone()
+    state |= {short: mine[long].detach().clone() for short, long in names.items()}
+    before = {short: mine[long].detach().clone() for short, long in names.items()}
+    seen, _ = module.fit(config, model, data, "client-0")
+    assert seen == 2 * 96
+    plan = DPPlan(96, 96, 2, 1e-9, 0.3, 1e-5, 1, "seeded")
+    wanted = train_client(session.model, session.data, "client-0", state, list(names), config, 1, plan).update
+    for short, long in names.items():
+        change = mine[long].detach() - before[short]
+        assert float((change - wanted[short]).norm()) < 1e-3 * float(wanted[short].norm()), short
+        assert torch.isfinite(change).all()
+    module._kept.clear()
+
+
+@pytest.mark.slow
+def test_all_ways_run_side_by_side(tmp_path: Path):
+    module = script("rounds")
+    found = module.main(["--small", "--json", str(tmp_path / "rounds.json")])
+    (result,) = found.values()
+    assert set(result["ways"]) == set(module.WAYS)
+    assert all(figures["median"] > 0 for figures in result["ways"].values())
