@@ -56,7 +56,7 @@ def make_model(config: RunConfig) -> torch.nn.Module:
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.eval()
+            module.p = 0.0  # (attention reads p itself, so eval() would not turn it off)
     return model  # type: ignore[no-any-return]
 
 
