@@ -78,7 +78,7 @@ class RunConfig(Section):
         """Clients that share a pass at most. Nothing about nodes goes into it: they must not change a bit."""
         if self.train.gradients != "fused":
             return 1
-        return self.run.cohort or min(64, max(4, -(-64 // self.train.batch_size)))
+        return self.run.cohort or min(64, max(4, -(-128 // self.train.batch_size)))
 
     @property
     def participations(self) -> int:

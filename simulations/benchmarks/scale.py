@@ -6,7 +6,8 @@
 
 Model (a random two-layer BERT), tokenizer and texts are made in a temporary directory. Per run: seconds until the first round (reading,
 tokenising, dealing, and 10,000 clients that declare themselves), seconds per round, of them training and evaluation, what remains per
-client (*overhead*), and the peak memory of all processes together (proportional set size: shared pages are counted once).
+client (*overhead*), the peak memory of all processes together (proportional set size: shared pages are counted once), and how long
+``fedlab audit`` takes, which must find nothing wrong.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import statistics
 import tempfile
 import threading
@@ -26,6 +28,7 @@ import psutil
 
 import fedlab
 from fedlab.config import RunConfig
+from fedlab.privacy.audit.run import audit_run
 
 WORDS = [f"w{i}" for i in range(200)]
 AXES: dict[str, tuple[str, list[Any]]] = {
@@ -54,7 +57,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         args.overrides = ["run.backend=local", "run.nodes=1", *args.overrides]
     rows: list[dict[str, Any]] = []
     print(
-        "| privacy | setting | set-up s | round s | training s | evaluation s | overhead per client ms | peak GB |\n" + "|---" * 8 + "|",
+        "| privacy | setting | set-up s | round s | training s | evaluation s | overhead per client ms | peak GB | audit s |\n"
+        + "|---" * 9
+        + "|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +71,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 off = ['privacy={unit="none"}'] if privacy == "no DP" else []
                 config = RunConfig.parse(toml, [*off, setting, *args.overrides])
                 rows.append({"privacy": privacy, "setting": setting, **measure(config, Path(folder) / f"run-{len(rows)}")})
-                shown = [f"{rows[-1][k]:.2f}" for k in ("setup", "round", "training", "evaluation", "overhead_ms", "gigabytes")]
+                shown = [f"{rows[-1][k]:.2f}" for k in ("setup", "round", "training", "evaluation", "overhead_ms", "gigabytes", "audit")]
                 print(f"| {privacy} | {setting} | " + " | ".join(shown) + " |", flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +157,13 @@ def measure(config: RunConfig, out: Path) -> dict[str, float]:
         "gigabytes": memory.peak / 1e9,
         "clients_per_round": len(rounds[-1]["clients"]),
         "seconds": run.result["seconds"],
+        "audit": math.nan,
     }
+    if config.privacy.unit != "none":
+        started = time.time()
+        if wrong := audit_run(run.path).findings:
+            raise RuntimeError(f"the audit of {run.path} found {wrong[:3]}")
+        found["audit"] = time.time() - started
     return found
 
 
