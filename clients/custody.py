@@ -45,7 +45,7 @@ class Custody:
         self.guard = Guard(_ledger(directory, client, identity(session.config.data), run), run)
         budget = _own_budget(context) if own else session.config.privacy.budget
         parts = cast(list[str], order["parts"])
-        shapes = {name: tuple(p.shape) for name, p in session.model.parameters.items() if part_of(name) in parts}
+        shapes = {name: shape for name, shape in session.shapes.items() if part_of(name) in parts}
         self.terms: dict[str, Any] = {
             **plan.terms(),
             "scope": scope_of(shapes),

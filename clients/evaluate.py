@@ -17,7 +17,7 @@ def evaluate_cohort(session: Session, cohort: list[str], content: RecordDict, co
     """Reply to an evaluate message: per-client lists ``accuracy`` and ``examples`` (of the held-out part, never trained on)."""
     started = time.time()
     order = content.config_records["round"]
-    state = received_state(content, cast(str, order["wire_dtype"]))
+    state = received_state(content, cast(str, order["wire_dtype"])) | session.basis
     batch_size, home = session.config.evaluate.batch_size, personal_directory(order, context)
     scored = []
     session.model.load(state)

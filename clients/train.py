@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, Re
 from clients.custody import Custody
 from fedlab.errors import ConfigError, FedlabError, PrivacyError
 from fedlab.lora.ranks import widen
-from fedlab.lora.state import State, digest, from_wire, select, to_wire
+from fedlab.lora.state import BASIS, PAST, State, digest, from_wire, part_of, select, to_wire
 from fedlab.personal import load_personal, save_personal
 from fedlab.privacy.guard import Refusal, public_reason
 from fedlab.session import Session
@@ -64,7 +64,9 @@ def train_message(session: Session, cohort: list[str], content: RecordDict, cont
     """
     started = time.time()
     order = content.config_records["round"]
-    state = received_state(content, cast(str, order["wire_dtype"]))
+    received = received_state(content, cast(str, order["wire_dtype"]))
+    state = received | session.basis
+    sent = digest(received) if session.config.private else ""
     known, ranks, groups = (cast(list[int], order[key]) for key in ("known", "ranks", "groups"))
     if min(groups) < 1 or sum(groups) != len(cohort):
         raise FedlabError(f"groups {groups} do not add up to the {len(cohort)} clients of this message")
@@ -75,7 +77,7 @@ def train_message(session: Session, cohort: list[str], content: RecordDict, cont
     exhausted: list[str] = []
     for size in groups:
         group = [next(rest) for _ in range(size)]
-        _train_group(session, group, state, order, context)
+        _train_group(session, group, state, sent, order, context)
         for job in group:
             _after(job, cast(int, order["round"]), lines, exhausted)
     done = {job.client: job.result for job in jobs if job.result is not None}
@@ -109,10 +111,9 @@ def train_message(session: Session, cohort: list[str], content: RecordDict, cont
     )
 
 
-def _train_group(session: Session, group: list[Job], state: State, order: ConfigRecord, context: Context) -> None:
+def _train_group(session: Session, group: list[Job], state: State, received: str, order: ConfigRecord, context: Context) -> None:
     """Charge every client of a group, train them together, commit each. What fails for one is its own failure; else it is everybody's."""
     home = personal_directory(order, context)
-    received = digest(state) if session.config.private else ""
     try:
         for job in group:
             try:
@@ -140,7 +141,8 @@ def _train_group(session: Session, group: list[Job], state: State, order: Config
 
 def _begin(session: Session, job: Job, state: State, received: str, order: ConfigRecord, context: Context, home: Path) -> None:
     """Everything before the client's data is touched: its start and its scope, and last its charge."""
-    number, keep, highest = cast(int, order["round"]), cast(list[str], order["keep"]), session.config.lora.rank
+    number, keep = cast(int, order["round"]), cast(list[str], order["keep"])
+    highest = max(len(value) for name, value in state.items() if name.endswith(".lora_A"))
     if not 1 <= job.rank <= highest:
         raise FedlabError(f"rank {job.rank} was asked for, outside [1, {highest}]")
     start = state | (load_personal(home, job.client, number) if keep else {})
@@ -173,6 +175,8 @@ def _results(session: Session, members: list[Member], order: ConfigRecord) -> Ma
 
 def _one_by_one(session: Session, members: list[Member], trained: list[str], number: int) -> Mapping[str, Trained | Exception]:
     """The members' results without fused layers; what fails for one is its own failure."""
+    if any(part_of(name) in (BASIS, PAST) for name in members[0].state):
+        raise FedlabError(f'strategy.name = "{session.config.strategy.name}" needs a linear head and train.gradients = "fused"')
     results: dict[str, Trained | Exception] = {}
     hooks = OpacusGradients if session.config.train.gradients == "opacus" else PerExampleGradients
     for m in members:

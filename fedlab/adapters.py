@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlab.activations import public_inputs
-from fedlab.lora.state import State, modules, residual_of
+from fedlab.lora.state import State, modules, outer_b, residual_of
 from fedlab.lora.svd import orthonormal_rows
 from fedlab.models import PEFT_PREFIX, LoadedModel
 from fedlab.sections import LoraSection
@@ -70,24 +70,28 @@ def save_adapter(loaded: LoadedModel, state: State, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded.module.save_pretrained(str(temporary))
-    if any(residual_of(state, module) is not None for module in modules(state)):
-        _widen_adapter(temporary, loaded, state)
+    _widen_adapter(temporary, loaded, state)
     if path.exists():
         raise FileExistsError(f"{path} exists; a run never overwrites an adapter")
     temporary.replace(path)
 
 
 def _widen_adapter(path: Path, loaded: LoadedModel, state: State) -> None:
-    """Put the residual into the saved adapter as further directions: [B, R_B]·[A; R_A] with peft's own rank and alpha patterns."""
+    """Put the residual into the saved adapter as further directions: [B, R_B]·[A; R_A] with peft's own rank and alpha patterns.
+
+    So also for modules whose adapter has another rank than ``lora.rank``. Does nothing where all have that rank and no residual.
+    """
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(str(path / "adapter_model.safetensors"))
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    for module in modules(state):
-        if (residual := residual_of(state, module)) is None:
-            continue
-        B = torch.cat([state[f"{module}.lora_B"], residual[0]], 1)
-        A = torch.cat([state[f"{module}.lora_A"], residual[1]], 0)
+    changed = [m for m in modules(state) if residual_of(state, m) is not None or len(state[f"{m}.lora_A"]) != config["r"]]
+    if not changed:
+        return
+    for module in changed:
+        B, A = outer_b(state, module), state[f"{module}.lora_A"]
+        if (residual := residual_of(state, module)) is not None:
+            B, A = torch.cat([B, residual[0]], 1), torch.cat([A, residual[1]], 0)
         for part, value in (("lora_A", A), ("lora_B", B)):
             key = f"{PEFT_PREFIX}{module}.{part}.weight"
             if key not in tensors:

@@ -28,6 +28,7 @@ from fedlab.sections import (
     StrategySection,
     TrainSection,
 )
+from fedlab.stream import READS_INPUTS, Gram, StageSection, StreamSection, TaskSection
 
 
 class RunConfig(Section):
@@ -42,6 +43,24 @@ class RunConfig(Section):
     train: TrainSection
     privacy: PrivacySection = PrivacySection()
     evaluate: EvaluateSection = EvaluateSection()
+    tasks: tuple[TaskSection, ...] = ()
+    stream: StreamSection = StreamSection()
+    stage: StageSection | None = None
+
+    @model_validator(mode="after")
+    def _a_stream(self) -> RunConfig:
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks: two are called {next(n for n in names if names.count(n) > 1)!r}; give each a name of its own")
+        if not names and (self.stream != StreamSection() or self.stage is not None):
+            raise ValueError("[stream] and [stage] belong to a configuration with [[tasks]]; add tasks or remove them")
+        if self.stage is not None and self.stage.task >= len(names):
+            raise ValueError(f"stage.task = {self.stage.task}, but there are {len(names)} tasks, counted from 0")
+        for task in self.tasks:
+            DataSection.model_validate({**self.data.model_dump(), **task.data})
+            if odd := sorted(task.data.keys() & {"clients"}):
+                raise ValueError(f"tasks: {task.name} sets data.{odd[0]}, which all tasks share")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -90,6 +109,27 @@ class RunConfig(Section):
         return -(-self.clients_per_round * self.run.rounds // self.data.clients)
 
     @property
+    def task_rounds(self) -> list[int]:
+        """Rounds of each task of a stream."""
+        return [task.rounds or self.run.rounds for task in self.tasks]
+
+    @property
+    def gram(self) -> Gram | None:
+        """The release at the end of each task but the last; None if the strategy asks for none."""
+        asked = self.tasks and not self.stream.joint and self.strategy.name in READS_INPUTS
+        return Gram.model_validate(self.strategy.options.get("gram", {})) if asked else None
+
+    def at_stage(self, task: int, previous: str | None) -> RunConfig:
+        """The configuration of one link of a stream. Under ``stream.joint`` there is one, with all rounds."""
+        rounds = self.task_rounds
+        tree = self.model_dump(mode="json", exclude_none=True)
+        for entry, count in zip(tree["tasks"], rounds, strict=True):
+            entry["rounds"] = count
+        tree["run"]["rounds"] = sum(rounds) if self.stream.joint else rounds[task]
+        tree["stage"] = {"task": task, **({"previous": previous} if previous else {})}
+        return RunConfig.model_validate(tree)
+
+    @property
     def private(self) -> bool:
         """Whether noise is added at all."""
         return self.privacy.unit != "none"
@@ -121,12 +161,15 @@ class RunConfig(Section):
 
     def to_toml(self) -> str:
         """The resolved configuration, defaults included; ``parse(to_toml())`` gives the same object."""
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+        outside = set() if self.tasks else {"tasks", "stream"}
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json", exclude=outside)))
 
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_none(v) for v in value]
     return value
 
 

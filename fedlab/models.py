@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +25,7 @@ from fedlab.blocks import stepping_over
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.hub import locate
-from fedlab.lora.state import RESIDUAL, State, digest, part_of, residual_of
+from fedlab.lora.state import BASIS, RESIDUAL, UNTRAINED, State, digest, outer_b, part_of, residual_of
 from fedlab.lora.svd import principal_rows
 from fedlab.sections import LoraSection, ModelSection
 
@@ -190,13 +190,29 @@ class LoadedModel:
 
     @torch.no_grad()
     def load(self, state: State) -> None:
-        """Overwrite every adapter and head tensor and the residual. All names must be there, so that nothing of another client stays."""
-        own = {name for name in state if part_of(name) not in RESIDUAL}
+        """Overwrite every adapter and head tensor and the residual. All names must be there, so that nothing of another client stays.
+
+        An adapter may have another rank than before; B is written out of the coordinates of a ``basis_U``.
+        """
+        own = {name for name in state if part_of(name) not in UNTRAINED}
         if missing := self.parameters.keys() ^ own:
             raise ValueError(f"state and model differ in {len(missing)} names, for example {sorted(missing)[0]!r}")
-        for name, parameter in self.parameters.items():
-            parameter.copy_(state[name])
-        self._fold({name: value for name, value in state.items() if name not in own})
+        for name in sorted(own):
+            module, _, part = name.rpartition(".")
+            self._overwrite(name, outer_b(state, module) if part == "lora_B" and f"{module}.{BASIS}" in state else state[name])
+        self._fold({name: value for name, value in state.items() if part_of(name) in RESIDUAL})
+
+    def _overwrite(self, name: str, value: Tensor) -> None:
+        parameter = self.parameters[name]
+        if parameter.shape == value.shape:
+            parameter.copy_(value)
+            return
+        if part_of(name) == "head":
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, want {tuple(parameter.shape)}")
+        owner = cast(nn.Linear, self.owners[name])
+        owner.weight = nn.Parameter(value.to(parameter.device, parameter.dtype, copy=True), requires_grad=False)
+        owner.out_features, owner.in_features = value.shape
+        self.parameters[name] = owner.weight
 
     def _fold(self, residual: State) -> None:
         """Base weights = pristine + s·residual. Done once for all clients that carry the same residual, which is told by its bytes."""
@@ -233,21 +249,26 @@ class LoadedModel:
         """A copy of every adapter and head tensor on the CPU, float32 unless the model is float64."""
         return {name: p.detach().to("cpu", torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in self.parameters.items()}
 
+    def pristine(self, module: str) -> Tensor:
+        """A module's weight [m, n] as it was loaded, without any residual; float64 on the CPU."""
+        weight = self._pristine.get(module, self._weight(module)).detach().to("cpu", torch.float64)
+        return weight.mT if self.transposed(module) else weight
+
     def leading_inputs(self, module: str, rank: int) -> Tensor:
         """The ``rank`` leading right singular vectors of a module's pristine weight, as orthonormal rows [rank, n], signs fixed."""
-        pristine: Tensor = self._pristine.get(module, self._weight(module))
-        weight = pristine.detach().to("cpu", torch.float64)
-        weight = weight.mT if self.transposed(module) else weight  # [m, n]
+        weight = self.pristine(module)
         return principal_rows(weight.mT @ weight, rank)[0].float()
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """Logits [N, labels] of one padded batch; ``labels`` in it is ignored, and from ``hidden``, if there, the model goes on."""
-        inputs = {k: v.to(self.device) for k, v in batch.items() if k not in ("labels", "hidden")}
-        if "hidden" not in batch:
-            return cast(Tensor, self.module(**inputs).logits.float())
+        """Logits [N, labels] of one padded batch.
+
+        ``labels`` in it is ignored, from ``hidden``, if there, the model goes on, and where ``allowed`` is False a logit is −∞.
+        """
+        inputs = {k: v.to(self.device) for k, v in batch.items() if k not in ("labels", "hidden", "allowed")}
         blocks, extra = self.lower
-        with stepping_over(blocks, batch["hidden"].to(self.device), extra):
-            return cast(Tensor, self.module(**inputs).logits.float())
+        with stepping_over(blocks, batch["hidden"].to(self.device), extra) if "hidden" in batch else nullcontext():
+            logits = cast(Tensor, self.module(**inputs).logits.float())
+        return logits if "allowed" not in batch else logits.masked_fill(~batch["allowed"].to(self.device), -torch.inf)
 
 
 def _state_name(parameter_name: str) -> str | None:

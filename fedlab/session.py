@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData, corpus_and_shards, open_data
+from fedlab.lora.state import BASIS, State
 from fedlab.models import LoadedModel, build
 from fedlab.prefix import cache_prefix
-from fedlab.privacy.plan import DPPlan, make_plan
+from fedlab.privacy.plan import DPPlan, plan_of
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,30 @@ class Session:
     config: RunConfig
     model: LoadedModel
     data: FederatedData
+    basis: State = field(default_factory=dict)  # what stays as it is during this task of a stream, beside the base
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """State name → shape of every tensor that a strategy may train."""
+        rank = self.config.lora.rank
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, parameter in self.model.parameters.items():
+            module, _, part = name.rpartition(".")
+            rows = len(self.basis[f"{module}.lora_A"]) if f"{module}.lora_A" in self.basis else rank
+            if part == "lora_A":
+                shapes[name] = (rows, parameter.shape[1])
+            elif part == "lora_B":
+                left = self.basis.get(f"{module}.{BASIS}")
+                shapes[name] = (parameter.shape[0] if left is None else len(left), rows)
+            else:
+                shapes[name] = tuple(parameter.shape)
+        return shapes
 
     def plan(self, client: str) -> DPPlan | None:
         """The client's privacy plan, made from its own size; None when it adds no noise itself."""
         if self.config.privacy.unit != "example":
             return None
-        return make_plan(self.config.privacy, self.config.train, self.data.size(client), self.config.participations)
+        return plan_of(self.config, self.data.size(client))
 
 
 @lru_cache(maxsize=1)

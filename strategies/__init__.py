@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from strategies.base import LoraStrategy
+from strategies.continual import OSFT, FedSVDContinual, FullFineTuning, OLoRA, OSFTData
 from strategies.fedavg import FedAvg
 from strategies.fedex import FedEx
 from strategies.fedsa import FedSA
@@ -15,7 +16,7 @@ from strategies.hetlora import HetLora
 from strategies.lora_fair import LoraFair
 from strategies.rolora import RoLora
 
-STRATEGIES: dict[str, type[LoraStrategy]] = {
+AGGREGATORS: dict[str, type[LoraStrategy]] = {
     "fedavg": FedAvg,
     "ffa": FFALora,
     "fedsvd": FedSVD,
@@ -28,5 +29,13 @@ STRATEGIES: dict[str, type[LoraStrategy]] = {
     "fedsa": FedSA,
     "head": HeadOnly,
 }
+CONTINUAL: dict[str, type[LoraStrategy]] = {
+    "osft": OSFT,
+    "osft-data": OSFTData,
+    "fedsvd-continual": FedSVDContinual,
+    "o-lora": OLoRA,
+    "full": FullFineTuning,
+}
+STRATEGIES = AGGREGATORS | CONTINUAL
 
-__all__ = ["STRATEGIES", "LoraStrategy"]
+__all__ = ["AGGREGATORS", "CONTINUAL", "STRATEGIES", "LoraStrategy"]

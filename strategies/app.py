@@ -22,6 +22,7 @@ from fedlab.run.directory import RunDirectory
 from fedlab.run.events import Events
 from fedlab.run.progress import make_progress
 from strategies.loop import Rounds
+from strategies.stage import end_stage
 
 app = ServerApp()
 logger = logging.getLogger("fedlab")
@@ -43,6 +44,7 @@ def main(grid: Grid, context: Context) -> None:
             directory.write_text("partition.json", describe(shards, corpus))
             rounds = Rounds(grid, config, directory, events, progress)
             status = rounds.run()
+            end_stage(rounds)
             result = _finish(directory, rounds, status, started)
             progress.finished(result)
     except BaseException as error:

@@ -16,19 +16,22 @@ from typing import Any, ClassVar, cast
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError, PrivacyError, RunFailed
 from fedlab.lora.average import client_weights, weighted_mean
 from fedlab.lora.ranks import narrow, widen
 from fedlab.lora.server_optimizer import Moments, server_step
-from fedlab.lora.state import State, check_update, digest, from_wire, nbytes, part_of, select, to_wire
+from fedlab.lora.state import RESIDUAL, State, check_update, digest, from_wire, nbytes, part_of, select, to_wire
+from fedlab.models import LoadedModel
 from fedlab.privacy.client_level import make_client_plan
 from fedlab.privacy.ledger import Entry
 from fedlab.privacy.noise import SecureNoise, SeededNoise
 from fedlab.seeds import client_order, stream
 from strategies.federation import Federation
 from strategies.folding import require_float32
+from strategies.heads import frozen_layers, keep_other_heads
 from strategies.options import MeanOptions, NoOptions
 
 logger = logging.getLogger("fedlab")
@@ -69,6 +72,7 @@ class LoraStrategy(Strategy):
     linear: ClassVar[bool] = True  # aggregate depends on the updates through their weighted mean alone: what client-level DP can noise
     ranks: ClassVar[str] = "zero-padded changes"  # what clients of lower rank amount to; "" if all must have the same
     personal: ClassVar[frozenset[str]] = frozenset()  # parts that clients train and keep
+    static: ClassVar[frozenset[str]] = frozenset()  # parts that stay as they are during a task of a stream: sent once, not per round
     Options: ClassVar[type[NoOptions]] = MeanOptions
 
     def __init__(self, config: RunConfig, federation: Federation) -> None:
@@ -134,9 +138,25 @@ class LoraStrategy(Strategy):
         )
         self.moments = Moments(first, second)
 
+    @classmethod
+    def begin_task(cls, config: RunConfig, state: State, memory: Mapping[str, Tensor], model: LoadedModel, task: int) -> State:
+        """The state that a task of a stream starts from; ``state`` is a fresh one, ``memory`` what the task before left. Default: go on."""
+        return state | {name: value for name, value in memory.items() if name in state or part_of(name) in RESIDUAL}
+
+    def end_task(self, state: State, memory: Mapping[str, Tensor], grams: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the next task needs to know. ``grams``: module → [n, n] of its inputs, for strategies in ``fedlab.stream.READS_INPUTS``."""
+        return dict(state)
+
     def trained_names(self, state: State, server_round: int = 1) -> list[str]:
-        """Names of the tensors that clients train in a round."""
-        return sorted(select(state, self.trained_parts(self.config)))
+        """Names of the tensors that clients train in a round.
+
+        Of a head with several layers, those that all tasks share stay as the first task left them.
+        """
+        return sorted(select(state, self.trained_parts(self.config)).keys() - frozen_layers(self.config, state))
+
+    def travelling(self, state: State) -> State:
+        """What goes to the clients in every round."""
+        return {name: value for name, value in state.items() if part_of(name) not in self.static}
 
     def sent_names(self, state: State, server_round: int = 1) -> list[str]:
         """Those of them that they send back."""
@@ -164,9 +184,9 @@ class LoraStrategy(Strategy):
         count = sum(map(len, cohorts.values()))
         wire = self.config.run.wire_dtype
         self.train_outcome = TrainOutcome(
-            silent={c for cohort in cohorts.values() for c in cohort}, bytes_down=count * nbytes(self._state, wire)
+            silent={c for cohort in cohorts.values() for c in cohort}, bytes_down=count * nbytes(self.travelling(self._state), wire)
         )
-        self.sent_digest = digest(from_wire(to_wire(self._state, wire), wire))
+        self.sent_digest = digest(from_wire(to_wire(self.travelling(self._state), wire), wire))
         passes = {node: {"groups": [len(group) for group in groups]} for node, groups in dealt.items()}
         return self._messages(MessageType.TRAIN, cohorts, {"round": server_round, "trained": trained}, passes)
 
@@ -182,7 +202,7 @@ class LoraStrategy(Strategy):
             return None, None
         sizes = {client: self.federation.clients[client].examples for client in outcome.updates}
         weights = client_weights(sizes, self.config.strategy.weights)
-        state = self.aggregate(self._state, outcome.updates, weights, server_round)
+        state = keep_other_heads(self.config, self._state, self.aggregate(self._state, outcome.updates, weights, server_round))
         return to_record(state, "float32"), MetricRecord({"clients": len(outcome.updates), "excluded": len(outcome.excluded)})
 
     def _aggregate_privately(self, server_round: int, trained: list[str]) -> ArrayRecord:
@@ -193,7 +213,8 @@ class LoraStrategy(Strategy):
         noise = seeded if plan.noise == "seeded" else SecureNoise()
         updates = {client: widen(update, self._state) for client, update in self.train_outcome.updates.items()}
         mean = plan.mean(updates, {name: self._state[name] for name in trained}, noise)
-        return to_record(self.aggregate(self._state, {"everyone": mean}, {"everyone": 1.0}, server_round), "float32")
+        state = self.aggregate(self._state, {"everyone": mean}, {"everyone": 1.0}, server_round)
+        return to_record(keep_other_heads(self.config, self._state, state), "float32")
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """One message per node: every client scores the global model on its own held-out examples."""
@@ -274,7 +295,7 @@ class LoraStrategy(Strategy):
     ) -> list[Message]:
         self._sent = cohorts
         wire = self.config.run.wire_dtype
-        state, common = to_record(self._state, wire), {"wire_dtype": wire, **values}
+        state, common = to_record(self.travelling(self._state), wire), {"wire_dtype": wire, **values}
         return [
             Message(RecordDict({"state": state, "round": self._order(cohort, common | dict((own or {}).get(node, {})))}), node, kind)
             for node, cohort in cohorts.items()

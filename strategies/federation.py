@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlab.config import RunConfig
@@ -43,6 +43,8 @@ class RunOrder:
     ledger: str
     parts: list[str]
     personal: str = ""  # directory where simulated clients keep what is theirs alone
+    basis: str = ""  # hash of what stays as it is during this task of a stream; "" if nothing does
+    bases: str = ""  # directory where simulated nodes keep it
 
     def record(self, config: RunConfig, clients: list[str], **values: Any) -> ConfigRecord:
         """The ``round`` record of one message to the node of these clients."""
@@ -53,6 +55,8 @@ class RunOrder:
             "ledger": self.ledger,
             "parts": self.parts,
             "personal": self.personal,
+            "basis": self.basis,
+            "bases": self.bases,
         }
         return ConfigRecord({**common, **values})
 
@@ -78,17 +82,24 @@ class Federation:
 
     @classmethod
     def discover(
-        cls, grid: Grid, config: RunConfig, order: RunOrder, book: Book | None, meanwhile: Callable[[], object] = lambda: None
+        cls,
+        grid: Grid,
+        config: RunConfig,
+        order: RunOrder,
+        book: Book | None,
+        meanwhile: Callable[[], object] = lambda: None,
+        basis: ArrayRecord | None = None,
     ) -> Federation:
         """Ask every node which clients it hosts, and let the clients declare sizes, privacy plans and ledgers.
 
-        ``meanwhile`` runs between asking and collecting. Raises RunFailed if a node fails or does not answer, PrivacyError if the
-        clients that refuse leave too few.
+        ``basis`` goes along, once for the whole task of a stream. ``meanwhile`` runs between asking and collecting. Raises RunFailed if a
+        node fails or does not answer, PrivacyError if the clients that refuse leave too few.
         """
         nodes = sorted(grid.get_node_ids())
         everyone = [f"client-{i}" for i in range(config.data.clients)]
+        along = {"basis": basis} if basis is not None else {}
         messages = [
-            Message(RecordDict({"round": order.record(config, everyone[i :: len(nodes)])}), node, f"{MessageType.QUERY}.describe")
+            Message(RecordDict({"round": order.record(config, everyone[i :: len(nodes)]), **along}), node, f"{MessageType.QUERY}.describe")
             for i, node in enumerate(nodes)
         ]
         found = cls(config, {}, {}, nodes, order, book)

@@ -63,7 +63,8 @@ class FedSVD(LoraStrategy):
     def check(cls, config: RunConfig) -> None:
         """A residual needs a base that keeps it, and a refresh something to refresh."""
         super().check(config)
-        options = FedSVDOptions(**config.strategy.options)
+        options = cls.Options(**config.strategy.options)
+        assert isinstance(options, FedSVDOptions)
         if options.server is not None and options.server.optimizer != "momentum":
             raise ConfigError(
                 f'strategy.server.optimizer = "{options.server.optimizer}" with fedsvd: its second moments have no meaning in the next '

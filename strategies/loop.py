@@ -10,16 +10,18 @@ import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
+from torch import Tensor
 
-from fedlab.adapters import initial_state, save_adapter
+from fedlab.adapters import save_adapter
 from fedlab.config import RunConfig
 from fedlab.errors import RunFailed
 from fedlab.evaluate.classification import Scores, classify
-from fedlab.lora.state import State, digest
+from fedlab.lora.state import State, digest, nbytes, part_of
 from fedlab.personal import load_personal
 from fedlab.privacy.ledger import Entry
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
@@ -31,9 +33,10 @@ from fedlab.session import open_session, torch_threads
 from fedlab.train.memory import plan_memory
 from strategies import STRATEGIES
 from strategies.accounts import NO_DP, Accounts
-from strategies.base import TrainOutcome, from_record, to_record
+from strategies.base import LoraStrategy, TrainOutcome, from_record, to_record
 from strategies.exchange import exchange
 from strategies.federation import Federation, RunOrder
+from strategies.stage import first_state
 
 logger = logging.getLogger("fedlab")
 RECEIPT_SECONDS = 60.0  # to wait for clients that keep a receipt: nothing of the round depends on it
@@ -45,22 +48,41 @@ class Rounds:
     def __init__(self, grid: Grid, config: RunConfig, directory: RunDirectory, events: Events, progress: Progress) -> None:
         self.grid, self.config = grid, config
         self.directory, self.events, self.progress = directory, events, progress
+        self.basis_bytes = 0
+        self.state: State = {}
+        self.memory: dict[str, Tensor] = {}  # what the task before left, in a stream
         strategy = STRATEGIES[config.strategy.name]
         self.accounts = Accounts(config, directory)
         self.personal = directory.path / "personal"  # of simulated clients
         order = RunOrder(directory.run_id, str(self.accounts.ledgers), strategy.trained_parts(config), str(self.personal))
-        # Nodes load their model while the server loads its own.
-        self.federation = Federation.discover(grid, config, order, self.accounts.book, meanwhile=lambda: open_session(config.to_toml()))
-        self.session = session = open_session(config.to_toml())
+        self.federation = self._discover(order, strategy)
         self.strategy = strategy(config, self.federation)
-        self.state: State = initial_state(session.model, config.lora, config.run.seed)
         self.accounts.begin(self.federation, {name: tuple(self.state[name].shape) for name in self.strategy.trained_names(self.state)})
         self.done, self.adapter_moved = 0, False
         self.scores: Scores | None = None
         self.client_accuracy: dict[str, float] = {}
-        self.totals = {"bytes_up": 0, "bytes_down": 0, "excluded": 0, "round_seconds": 0.0, "overhead_seconds": 0.0}
+        self.totals = {"bytes_up": 0, "bytes_down": self.basis_bytes, "excluded": 0, "round_seconds": 0.0, "overhead_seconds": 0.0}
         self._restore()
         self._plan_memory()
+
+    def _discover(self, order: RunOrder, strategy: type[LoraStrategy]) -> Federation:
+        """Find the clients, open the session and make the first state. Nodes load their model while the server loads its own."""
+        config, book = self.config, self.accounts.book
+        if not strategy.static:
+            federation = Federation.discover(self.grid, config, order, book, meanwhile=lambda: open_session(config.to_toml()))
+            self.session = open_session(config.to_toml())
+            self.state, self.memory = first_state(config, strategy, self.session)
+            return federation
+        self.session = open_session(config.to_toml())  # first, because the clients are told what stays as it is
+        self.state, self.memory = first_state(config, strategy, self.session)
+        basis = {name: value for name, value in self.state.items() if part_of(name) in strategy.static}
+        self.session = replace(self.session, basis=basis)
+        order = replace(order, basis=digest(basis), bases=str(self.directory.path / "bases"))
+        federation = Federation.discover(self.grid, config, order, book, basis=to_record(basis, "float32"))
+        widest = max(len(value) for name, value in self.state.items() if name.endswith(".lora_A"))
+        federation.ranks = dict.fromkeys(federation.ranks, widest)
+        self.basis_bytes = len(federation.clients) * nbytes(basis)
+        return federation
 
     def _plan_memory(self) -> None:
         """How many clients may share a pass. Said once and kept with the run, because it decides how sums are rounded."""

@@ -153,3 +153,24 @@ clip = 1.0
 [evaluate]
 every = 1
 """
+
+
+@pytest.fixture(scope="session")
+def stream_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file of 480 short sentences on four topics, the fourth of filler words alone."""
+    rng = np.random.default_rng(1)
+    path = tmp_path_factory.mktemp("stream") / "topics.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(480):
+            topic = [*TOPICS, "dry"][i % 4]
+            words = [*rng.choice(TOPICS.get(topic, FILLER), 3), *rng.choice(FILLER, int(rng.integers(2, 6)))]
+            rng.shuffle(words)
+            file.write(json.dumps({"text": " ".join(words), "topic": topic}) + "\n")
+    return path
+
+
+@pytest.fixture
+def stream_toml(learnable_toml: str, tiny_data: Path, stream_data: Path) -> str:
+    """Two tasks of two topics each, without DP, on the mean-pooling encoder."""
+    text = learnable_toml.replace(str(tiny_data), str(stream_data)).replace('name = "fedsvd"', 'name = "osft-data"\nenergy = 0.9\nfree = 4')
+    return text + '\n[[tasks]]\nname = "wet"\nlabels = ["fruit", "ocean"]\n[[tasks]]\nname = "hard"\nlabels = ["metal", "dry"]\n'

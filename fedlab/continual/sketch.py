@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedlab._validate import positive
 from fedlab.privacy.noise import GaussianNoise
+
+STEP, LIMIT = 2.0**24, 2.0**28  # of fixed point: resolution, and the largest entry of one client, so that 2,000 of them fit 63 bits
 
 
 def clipped_grams(inputs: Mapping[str, Tensor], mask: Tensor, clip: float) -> tuple[dict[str, Tensor], float]:
@@ -62,4 +65,23 @@ def noise_floor(n: int, sigma: float, clip: float, clients: int = 1) -> float:
 
     The edge of the semicircle law and, with 99 % probability, what is beyond it (Tracy–Widom).
     """
-    return sigma * clip * math.sqrt(clients) * (2 * math.sqrt(n) + 2 * n ** (-1 / 6))
+    edge: float = 2 * math.sqrt(n) + 2 * float(n) ** (-1 / 6)
+    return sigma * clip * math.sqrt(clients) * edge
+
+
+def to_fixed(grams: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Fixed point (2⁻²⁴, int64): sums are exact in any order, so neither the number of nodes nor masks change a bit.
+
+    Raises ValueError for a value that is not finite or beyond ±2²⁸.
+    """
+    fixed = {}
+    for name, gram in grams.items():
+        if not bool((gram.abs() < LIMIT).all()):
+            raise ValueError(f"the Gram matrix of {name} holds values that are not finite or above {LIMIT:g}; lower strategy.gram.clip")
+        fixed[name] = np.rint(gram.double().numpy() * STEP).astype(np.int64)
+    return fixed
+
+
+def from_fixed(values: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Inverse of ``to_fixed``, float64."""
+    return {name: torch.from_numpy(value.astype(np.float64) / STEP) for name, value in values.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,9 @@ from fedlab.data.collate import Tokens, tokenise
 from fedlab.data.corpus import Corpus
 from fedlab.data.partition import Shards, deal
 from fedlab.data.sources import load_corpus
+from fedlab.data.tasks import TaskData, one_corpus, shifted
 from fedlab.sections import DataSection
+from fedlab.stream import TaskSection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +34,7 @@ class FederatedData:
     shards: Shards
     label_names: tuple[str, ...]
     prefix: Prefix | None = None  # hidden states below the lowest adapter
+    tasks: TaskData | None = None  # of a stream
     _fingerprints: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -57,7 +60,18 @@ class FederatedData:
         batch = self.tokens.batch(indices, pad_id)
         if self.prefix is not None:
             batch["hidden"] = self.prefix.batch(indices, self.tokens.lengths(indices))
+        if self.tasks is not None and self.tasks.groups is not None:
+            import torch  # here, as in collate
+
+            groups = torch.from_numpy(self.tasks.groups)
+            batch["allowed"] = groups[None] == groups[batch["labels"]][:, None]  # [N, labels]: those of the text's own task
         return batch
+
+    def at(self, task: int) -> FederatedData:
+        """The same texts as one task of the stream deals them, for evaluation."""
+        if self.tasks is None:
+            raise ValueError("these data are no stream: there is one task only")
+        return replace(self, shards=self.tasks.shards[task], _fingerprints={})
 
     def size(self, client: str) -> int:
         """Number of a client's training examples."""
@@ -75,21 +89,50 @@ class FederatedData:
 
 
 def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:
-    """Corpus and partition of a run; needs no tokenizer. Read once per process."""
-    return _corpus_and_shards(config.data.model_dump_json(), config.run.seed)
+    """Corpus and partition of a run, of a stream's task if it is one; needs no tokenizer. Read once per process."""
+    if not config.tasks:
+        return _corpus_and_shards(config.data.model_dump_json(), config.run.seed)
+    corpus, tasks = task_data(config)
+    return corpus, tasks.training(config.stage.task if config.stage else 0, config.stream.replay, config.stream.joint, config.run.seed)
+
+
+def task_data(config: RunConfig) -> tuple[Corpus, TaskData]:
+    """The one corpus of a stream and who holds what of each task. Read once per process."""
+    texts = tuple((task.name, task.labels, _of_task(config.data, task).model_dump_json()) for task in config.tasks)
+    return _task_data(texts, config.stream.heads == "shared", config.run.seed)
+
+
+def _of_task(data: DataSection, task: TaskSection) -> DataSection:
+    return DataSection.model_validate({**data.model_dump(), **task.data})
+
+
+@lru_cache(maxsize=1)
+def _task_data(tasks: tuple[tuple[str, tuple[str, ...], str], ...], shared: bool, seed: int) -> tuple[Corpus, TaskData]:
+    sections = [DataSection.model_validate_json(text) for _, _, text in tasks]
+    parts = [load_corpus(data, seed, labels, name) for (name, labels, _), data in zip(tasks, sections, strict=True)]
+    corpus, offsets, groups = one_corpus(parts, [TaskSection(name=name) for name, _, _ in tasks], shared)
+    dealt = [_dealt(part, data, seed) for part, data in zip(parts, sections, strict=True)]
+    return corpus, TaskData(tuple(shifted(own, by) for own, by in zip(dealt, offsets, strict=True)), groups)
 
 
 @lru_cache(maxsize=1)
 def _corpus_and_shards(data_json: str, seed: int) -> tuple[Corpus, Shards]:
     data = DataSection.model_validate_json(data_json)
     corpus = load_corpus(data, seed)
+    return corpus, _dealt(corpus, data, seed)
+
+
+def _dealt(corpus: Corpus, data: DataSection, seed: int) -> Shards:
+    """The partition, from the cache on disk if another process made it."""
     settings = data.model_dump(mode="json", include={"clients", "partition", "min_client_size", "test_fraction"})
     content = hashlib.sha256(corpus.labels.tobytes() + repr((corpus.natural, corpus.test)).encode()).hexdigest()
-    arrays = cached_arrays("shards", {"labels": content, "seed": seed, **settings}, lambda: deal(corpus, data, seed).to_arrays())
-    return corpus, Shards.from_arrays(arrays)
+    return Shards.from_arrays(
+        cached_arrays("shards", {"labels": content, "seed": seed, **settings}, lambda: deal(corpus, data, seed).to_arrays())
+    )
 
 
 def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
     """The run's data, tokenised (from the cache on disk if another run did it before)."""
     corpus, shards = corpus_and_shards(config)
-    return FederatedData(tokenise(corpus, tokenizer, config.data.max_length), shards, corpus.label_names)
+    tasks = task_data(config)[1] if config.tasks else None
+    return FederatedData(tokenise(corpus, tokenizer, config.data.max_length), shards, corpus.label_names, tasks=tasks)

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedlab.data import docstrings, tables, wordnet
 from fedlab.data.corpus import Corpus
+from fedlab.data.tasks import with_labels
 from fedlab.errors import ConfigError
 from fedlab.sections import DataSection
 from fedlab.seeds import stream
@@ -42,9 +43,12 @@ def identity(data: DataSection) -> str:
     return json.dumps([data.source, place, data.subset, data.split])
 
 
-def load_corpus(data: DataSection, seed: int) -> Corpus:
-    """The corpus of a configuration; ``data.limit`` keeps a seeded choice of the training examples and the whole test split."""
-    corpus = SOURCES[data.source](data)
+def load_corpus(data: DataSection, seed: int, labels: tuple[str, ...] = (), task: str = "") -> Corpus:
+    """The corpus of a configuration, or of one ``task`` of a stream, with only its ``labels``.
+
+    ``data.limit`` keeps a seeded choice of the training examples and the whole test split.
+    """
+    corpus = with_labels(SOURCES[data.source](data), labels, task)
     if len(corpus.label_names) < 2:
         raise ConfigError(f"data: {corpus.name} has {len(corpus.label_names)} label(s); a classifier needs at least 2")
     trainable = len(corpus) - corpus.test

@@ -3,6 +3,9 @@
 ``<module>.lora_A`` [r, n], ``<module>.lora_B`` [m, r], ``head.<name>``; float32 on the CPU everywhere but on the wire. A strategy that
 folds something into the base keeps it low-rank: ``<module>.residual_A`` [k, n] and ``<module>.residual_B`` [m, k], any k, never trained:
 effective weight W + s·(lora_B·lora_A + residual_B·residual_A).
+
+Two more parts belong to continual learning and stay as they are during a task: ``<module>.basis_U`` [p, m], orthonormal rows, in whose
+coordinates lora_B [p, r] is then written (effective B = basis_Uᵀ·lora_B), and ``<module>.past_A`` [k, n], the A of earlier tasks.
 """
 
 from __future__ import annotations
@@ -20,15 +23,17 @@ State = dict[str, Tensor]
 
 PARTS = ("lora_A", "lora_B", "head")
 RESIDUAL = ("residual_A", "residual_B")
+BASIS, PAST = "basis_U", "past_A"
+UNTRAINED = (*RESIDUAL, BASIS, PAST)  # parts that a model does not hold as parameters
 
 
 def part_of(name: str) -> str:
-    """``lora_A``, ``lora_B``, ``head``, ``residual_A`` or ``residual_B``; ValueError for a name that is none of them."""
+    """The part that a tensor's name says: ``lora_A``, ``lora_B``, ``head`` or one of ``UNTRAINED``; ValueError for any other name."""
     if name.startswith("head."):
         return "head"
     part = name.rpartition(".")[2]
-    if part not in PARTS[:2] + RESIDUAL:
-        raise ValueError(f"{name!r} is no state name: want <module>.lora_A, <module>.lora_B, <module>.residual_A or _B, or head.<name>")
+    if part not in PARTS[:2] + UNTRAINED:
+        raise ValueError(f"{name!r} is no state name: want head.<name> or <module>.<part>, a part of {', '.join(PARTS[:2] + UNTRAINED)}")
     return part
 
 
@@ -98,10 +103,16 @@ def from_wire(arrays: Mapping[str, np.ndarray], wire_dtype: str = "float32") -> 
 
 def effective_delta(state: Mapping[str, Tensor], module: str, scale: float) -> Tensor:
     """scale·(B·A + residual) [m, n]: what is added to the module's weight (scale = α/r, or α/√r with rsLoRA)."""
-    delta = state[f"{module}.lora_B"] @ state[f"{module}.lora_A"]
+    delta = outer_b(state, module) @ state[f"{module}.lora_A"]
     if (residual := residual_of(state, module)) is not None:
         delta = delta + residual[0] @ residual[1]
     return scale * delta
+
+
+def outer_b(state: Mapping[str, Tensor], module: str) -> Tensor:
+    """B [m, r] of a module, out of the coordinates of ``basis_U`` if it is written in them."""
+    B, basis = state[f"{module}.lora_B"], state.get(f"{module}.{BASIS}")
+    return B if basis is None else basis.to(B.dtype).mT @ B
 
 
 def local_pairs(state: Mapping[str, Tensor], updates: Mapping[str, Mapping[str, Tensor]], module: str) -> list[tuple[Tensor, Tensor]]:

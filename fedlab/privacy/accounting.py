@@ -82,8 +82,12 @@ def epsilon(
     return math.inf if math.isnan(result) else max(0.0, result)  # a number that is none must not pass for 0
 
 
-def calibrate_sigma(q: float, steps: int, epsilon: float, delta: float, accountant: Accountant = "pld") -> float:
+def calibrate_sigma(
+    q: float, steps: int, epsilon: float, delta: float, accountant: Accountant = "pld", beside: tuple[Event, ...] = ()
+) -> float:
     """Smallest noise multiplier (to about 5e-4 relative, never below) with which ``steps`` Poisson steps at rate q spend at most ε.
+
+    The events ``beside`` are spent as well and count towards ε.
 
     Raises ValueError for ε <= 0 or δ outside (0, 1), PrivacyError if no σ below 10⁴ suffices.
     """
@@ -93,15 +97,15 @@ def calibrate_sigma(q: float, steps: int, epsilon: float, delta: float, accounta
         raise ValueError(f"delta must be in (0, 1), got {delta}")
     if steps <= 0 or q == 0:
         return 0.0
-    return _calibrate(q, steps, epsilon, delta, accountant)
+    return _calibrate(q, steps, epsilon, delta, accountant, beside)
 
 
 @lru_cache(maxsize=4096)
-def _calibrate(q: float, steps: int, target: float, delta: float, accountant: Accountant) -> float:
+def _calibrate(q: float, steps: int, target: float, delta: float, accountant: Accountant, beside: tuple[Event, ...]) -> float:
     from scipy.optimize import brentq
 
     def excess(log_sigma: float, by: Accountant = accountant, interval: float = COARSE) -> float:
-        spent = epsilon([Event("poisson", q, math.exp(log_sigma), steps)], delta, by, interval=interval)
+        spent = epsilon([Event("poisson", q, math.exp(log_sigma), steps), *beside], delta, by, interval=interval)
         return math.log(max(spent, 1e-9) / target)
 
     # RDP is cheap and never below PLD, so its σ bounds the search from above and keeps PLD away from absurdly small σ.

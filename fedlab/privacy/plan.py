@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from fedlab._validate import positive
+from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, PrivacyError
 from fedlab.privacy.accounting import Event, calibrate_sigma, epsilon
 from fedlab.privacy.guard import plan_terms
@@ -119,9 +120,28 @@ def delta_of(privacy: PrivacySection, n: int) -> float:
     return delta
 
 
+def plan_of(config: RunConfig, n: int) -> DPPlan:
+    """The plan of a client of n examples in this run.
+
+    In a stream σ is calibrated for the rounds of all its tasks and the releases between them, as if n were the same in every task: the
+    rounds that a client takes part in spend ε over the whole stream, not in each task.
+    """
+    if not config.tasks:
+        return make_plan(config.privacy, config.train, n, config.participations)
+    rounds = sum(config.task_rounds)
+    whole = -(-config.participations * rounds // config.run.rounds)
+    gram = config.gram
+    beside = (Event("full", 1.0, gram.sigma, len(config.tasks) - 1),) if gram is not None and len(config.tasks) > 1 else ()
+    return make_plan(config.privacy, config.train, n, config.participations, whole, beside)
+
+
 @lru_cache(maxsize=4096)
-def make_plan(privacy: PrivacySection, train: TrainSection, n: int, participations: int) -> DPPlan:
+def make_plan(
+    privacy: PrivacySection, train: TrainSection, n: int, participations: int, calibrated: int | None = None, beside: tuple[Event, ...] = ()
+) -> DPPlan:
     """The plan of a client of n examples; σ is given, or calibrated so that ``participations`` whole rounds spend at most ε.
+
+    ``calibrated`` (default ``participations``) is the number of rounds that σ is calibrated for, together with the events ``beside``.
 
     Raises ConfigError for a unit that is not available, PrivacyError for a δ that promises nothing.
     """
@@ -136,5 +156,5 @@ def make_plan(privacy: PrivacySection, train: TrainSection, n: int, participatio
     sigma = privacy.sigma
     if sigma is None:
         assert privacy.epsilon is not None
-        sigma = calibrate_sigma(q, steps * participations, privacy.epsilon, delta)
+        sigma = calibrate_sigma(q, steps * (calibrated or participations), privacy.epsilon, delta, beside=beside)
     return DPPlan(n, train.batch_size, steps, sigma, privacy.clip, delta, participations, privacy.noise)

@@ -37,6 +37,21 @@ def bar_chart(title: str, names: Sequence[str], values: Sequence[float], ylabel:
     return _svg(figure)
 
 
+def heat_map(title: str, matrix: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str]) -> str:
+    """SVG of numbers in [0, 1] as colours, each written into its cell; NaN cells stay empty."""
+    figure = Figure(figsize=(2.2 + 1.1 * len(columns), 1.4 + 0.6 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_title(title, fontsize=10)
+    for i, row in enumerate(matrix):
+        for j, value in enumerate(row):
+            if value == value:
+                axes.text(j, i, f"{value:.3f}", ha="center", va="center", color="white" if value > 0.6 else INK)
+    return _svg(figure)
+
+
 def _figure() -> tuple[Figure, matplotlib.axes.Axes]:
     figure = Figure(figsize=(5.2, 3.0), layout="constrained")
     axes = figure.add_subplot()

@@ -28,7 +28,7 @@ from fedlab.data import FederatedData
 from fedlab.errors import FedlabError, RunFailed
 from fedlab.hardware import return_large_blocks
 from fedlab.lora.ranks import narrow, widen
-from fedlab.lora.state import State
+from fedlab.lora.state import BASIS, PAST, State, part_of
 from fedlab.models import PEFT_PREFIX, LoadedModel
 from fedlab.privacy.clipping import clip_factors
 from fedlab.privacy.noise import GaussianNoise
@@ -113,8 +113,10 @@ def train_cohort(
     tensors = {name: value.clone() for name, value in start.items()}
     shared = {name for name in tensors if name not in names and all(torch.equal(value, tensors[name][0]) for value in tensors[name])}
     seen = {name: value[0] if name in shared else value for name, value in tensors.items()}  # as the layers use them
+    seen |= {name: value.to(model.device) for name, value in workers[0].own.items() if part_of(name) == BASIS}
     like = {name: tensors[name] for name in names}
     inside = _inside(workers, names, model.device)
+    pasts = _pasts(workers[0].own, names, model.device)
     optimizer = _Optimizer(config, names, tensors, learning_rate_factor(config.train, round_number, config.run.rounds))
     with CohortLayers(model, seen, names, config.lora.dropout) as layers, _memory(model, config.run.checkpointing):
         for step in range(max(w.steps for w in workers)):
@@ -128,6 +130,8 @@ def train_cohort(
             if config.train.prox:
                 for name in names:
                     gradients[name] += config.train.prox * (tensors[name][: len(active)] - start[name][: len(active)])
+            for name, past in pasts.items():
+                gradients[name] += penalty_gradient(tensors[name][: len(active)], past, config.stream.penalty)
             optimizer.step(gradients, len(active))
     seconds = (time.perf_counter() - started) / len(workers)
     return {w.member.client: _result(w, k, tensors, names, config, seconds) for k, w in enumerate(workers)}
@@ -153,6 +157,17 @@ def _worker(data: FederatedData, member: Member, config: RunConfig, round_number
     own = narrow(member.state, member.rank) if member.rank is not None else member.state
     drops = stream_seed(seed, "dropout", client, round_number)
     return _Worker(member, own, indices, steps, draws, fixed, noise, drops)
+
+
+def _pasts(state: State, names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """lora_A → the A of earlier tasks [k, n], from which it is kept apart; empty outside O-LoRA."""
+    pasts = {f"{n.rpartition('.')[0]}.lora_A": value.to(device) for n, value in state.items() if part_of(n) == PAST}
+    return {name: past for name, past in pasts.items() if name in names and len(past)}
+
+
+def penalty_gradient(A: Tensor, past: Tensor, weight: float) -> Tensor:
+    """Gradient of weight·Σ|A·pastᵀ| in A [K, r, n] (O-LoRA, arXiv 2310.14152, Eq. 8). It depends on no data and comes after the noise."""
+    return weight * (torch.sign(A @ past.mT) @ past)
 
 
 def _needed(names: Sequence[str], state: State) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlab.errors import ConfigError
+from fedlab.lora.state import BASIS
 from fedlab.models import LoadedModel
 from fedlab.train.dropout import Masks
 
@@ -38,6 +39,7 @@ class _Adapted(torch.autograd.Function):
     """One adapted layer. ``A`` is [K, r, n] and ``B`` [K, m, r]; without the K where all clients have the same and it is not trained.
 
     Where all rows are one client's, W + s·B·A is formed for the pass and again for the way back: cheaper than two thin products per row.
+    With ``layer.basis`` U [p, m] the B of every client is Uᵀ·B with its own B [p, r]: outputs and gradients pass through U.
     """
 
     @staticmethod
@@ -52,8 +54,10 @@ class _Adapted(torch.autograd.Function):
         h = dropped @ own_a.mT if layer.train_b or not ctx.merged else None  # [N, T, r]
         if ctx.merged:
             y = nn.functional.linear(flat, layer.merged(own_a, own_b), layer.bias)
-        else:
+        elif layer.basis is None:
             y = _add_product(layer.base(flat), h, own_b.mT, layer.scale)
+        else:
+            y = _add_product(layer.base(flat), cast(Tensor, h) @ own_b.mT, layer.basis, layer.scale)
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(h if layer.train_b else None, dropped if layer.train_a else None, drop, own_a, own_b)
         return y.view(*x.shape[:-1], -1)
@@ -64,6 +68,8 @@ class _Adapted(torch.autograd.Function):
         h, x, drop, A, B = ctx.saved_tensors
         g = gradients[0].reshape(ctx.shape[0], -1, gradients[0].shape[-1])  # [N, T, m]
         small = g.to(B.dtype)
+        if layer.basis is not None and (layer.train_a or layer.train_b or not ctx.merged):
+            small = small @ layer.basis.mT  # [N, T, p]
         if layer.train_b:
             layer.rows.add(layer.name_b, torch.bmm(small.mT, h).mul_(layer.scale))
         below = ctx.needs_input_grad[0]
@@ -135,6 +141,7 @@ class AdaptedLayer:
         self.layer = cast(Any, model.layer(module))
         self.base: Callable[[Tensor], Tensor] = self.layer.base_layer
         self._transposed, self._tensors = model.transposed(module), tensors
+        self.basis = tensors.get(f"{module}.{BASIS}")
 
     @property
     def weight_mn(self) -> Tensor:
@@ -154,7 +161,7 @@ class AdaptedLayer:
 
     def merged(self, A: Tensor, B: Tensor) -> Tensor:
         """W + s·B·A [m, n]."""
-        return torch.addmm(self.weight_mn, B, A, alpha=self.scale)
+        return torch.addmm(self.weight_mn, B if self.basis is None else self.basis.mT @ B, A, alpha=self.scale)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return cast(Tensor, _Adapted.apply(x, self._tick, self, self._tensors[self.name_a], self._tensors[self.name_b]))  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedlab.blocks import find_blocks
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
-from fedlab.lora.state import State
+from fedlab.lora.state import BASIS, State, part_of
 from fedlab.models import PEFT_PREFIX
 from fedlab.session import Session
 from fedlab.train.cohort import CHECKPOINTING
@@ -96,6 +96,7 @@ def _activations(session: Session, state: State, names: list[str]) -> int:
     batch = {name: torch.ones(ROWS, length, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     model.load(state)
     parts = {n: state[n][None].to(model.device) for n in state if n in names or ".lora_" in n}
+    parts |= {n: state[n].to(model.device) for n in state if part_of(n) == BASIS}
     frozen |= {value.untyped_storage().data_ptr() for value in parts.values()}
     with CohortLayers(model, parts, names, config.lora.dropout) as layers:
         layers.rows.owner = torch.zeros(ROWS, dtype=torch.long, device=model.device)

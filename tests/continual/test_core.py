@@ -115,7 +115,7 @@ def test_a_rank_deficient_weight_still_learns():
     assert float(core.core.detach().abs().max()) > 0.05, "OSFT's factors have no gradient where the singular values are zero"
 
 
-@pytest.mark.parametrize("m, n", [(1, 9), (9, 1)])
+@pytest.mark.parametrize(("m", "n"), [(1, 9), (9, 1)])
 def test_thin_layers(m, n):
     core = CoreLinear(layer(0, m, n), None, torch.eye(n))
     core(torch.randn(3, n)).sum().backward()
@@ -155,5 +155,5 @@ def test_wrap_freezes_replaces_and_refuses_what_is_tied_or_not_linear():
 def test_bases_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="for a 24×20 layer"):
         CoreLinear(layer(), None, torch.eye(7))
-    with pytest.raises(ValueError, match="left .* not orthonormal"):
+    with pytest.raises(ValueError, match=r"left .* not orthonormal"):
         CoreLinear(layer(), 2 * torch.eye(M), torch.eye(N))

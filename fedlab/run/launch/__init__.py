@@ -19,6 +19,7 @@ from fedlab.errors import ConfigError, FedlabError, RunFailed
 from fedlab.run.directory import RunDirectory
 
 SERVER_APP, CLIENT_APP, STRATEGIES = "strategies.app:app", "clients.app:app", "strategies:STRATEGIES"
+FINISHED = ("completed", "budget-exhausted")
 
 # Set before flwr or ray is imported: no telemetry, no update check, no installing at run time.
 QUIET_ENVIRONMENT = {
@@ -47,8 +48,12 @@ def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = Fal
 
     ``out`` is the run directory (default ``runs/<name>-<time>``); it must not hold anything yet. Raises ConfigError before anything
     is started if the configuration, the model or the data cannot work, RunFailed if the run could not be finished (``result.json``
-    then says why), Interrupted on Ctrl-C.
+    then says why), Interrupted on Ctrl-C. A configuration with ``[[tasks]]`` is a stream of runs, one per task (``launch.stream``).
     """
+    if config.tasks and config.stage is None:
+        from fedlab.run.launch.stream import simulate_stream
+
+        return simulate_stream(config, out, quiet)
     return _launch(RunDirectory.create(prepared(config), Path(out) if out is not None else None), quiet)
 
 
@@ -65,7 +70,11 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
     """Continue a run that was interrupted or killed, from its last complete round. The bits are those of an unbroken run."""
     directory = RunDirectory.open(Path(path))
     _prepare_environment(directory.config)
-    if (result := directory.result) is not None and result["status"] in ("completed", "budget-exhausted"):
+    if directory.config.tasks and directory.config.stage is None:
+        from fedlab.run.launch.stream import resume_stream
+
+        return resume_stream(path, quiet)
+    if (result := directory.result) is not None and result["status"] in FINISHED:
         raise ConfigError(f"{str(path)!r} is {result['status']}; there is nothing to resume")
     check(directory.config)
     return _launch(directory, quiet)

@@ -15,9 +15,7 @@ from rich.table import Table
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch import Run, prepared, resume, simulate
-
-FINISHED = ("completed", "budget-exhausted")
+from fedlab.run.launch import FINISHED, Run, prepared, resume, simulate
 
 
 def combinations(configs: Sequence[Path], overrides: Sequence[str] = (), vary: Sequence[str] = ()) -> dict[str, RunConfig]:

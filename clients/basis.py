@@ -1,0 +1,48 @@
+"""What stays as it is during a task: it reaches a node once, is kept under the hash of its content, and is never mixed with another."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedlab.errors import FedlabError
+from fedlab.lora.state import State, digest
+
+
+def bases_directory(order: ConfigRecord, context: Context) -> Path:
+    """Where this node keeps bases: as the run says, or, on a node of one client, as its owner says."""
+    if "client" not in context.node_config:
+        return Path(str(order["bases"]))
+    return Path(str(context.node_config.get("bases", Path.home() / ".fedlab" / "bases")))
+
+
+def keep(directory: Path, basis: State) -> str:
+    """Write a basis, whole or not at all, unless it is there; returns its hash."""
+    name = digest(basis)
+    path = directory / f"{name}.safetensors"
+    if not path.is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = directory / f".{name}.{os.getpid()}.tmp"
+        save_file({key: value.contiguous() for key, value in basis.items()}, str(temporary))
+        temporary.replace(path)
+    return name
+
+
+@lru_cache(maxsize=2)
+def held(directory: Path, name: str) -> State:
+    """The basis of this hash. Raises FedlabError if it is not here, or is not what its name says."""
+    path = directory / f"{name}.safetensors"
+    try:
+        basis: State = load_file(str(path))
+    except (OSError, SafetensorError):
+        raise FedlabError(
+            f"basis {name[:12]} is not on this node: it never came, or belongs to another task; start the task anew"
+        ) from None
+    if digest(basis) != name:
+        raise FedlabError(f"{path} does not hold the basis that it is named after; remove it and resume the run")
+    return basis

@@ -1,0 +1,110 @@
+"""The data of a stream: every task's texts in one corpus, each dealt to the same clients, under one label space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from fedlab.data.corpus import Corpus
+from fedlab.data.partition import Shards
+from fedlab.errors import ConfigError
+from fedlab.seeds import stream
+from fedlab.stream import TaskSection
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Who holds what of each task, and which labels a text is classified among."""
+
+    shards: tuple[Shards, ...]  # per task, positions in the one corpus
+    groups: np.ndarray | None  # label → task, for heads of their own; None if all share one label space
+
+    def training(self, task: int, replay: float, joint: bool, seed: int) -> Shards:
+        """What is trained on in a task: its own examples and a seeded share of each client's of earlier ones; all tasks' if ``joint``."""
+        mine = self.shards[task]
+        if joint:
+            return Shards(
+                {c: _union([s.train[c] for s in self.shards]) for c in mine.train},
+                {c: _union([s.local_test[c] for s in self.shards]) for c in mine.train},
+                _union([s.test for s in self.shards]),
+            )
+        if not replay or not task:
+            return mine
+        train = {}
+        for client, own in mine.train.items():
+            parts = [own]
+            for earlier in range(task):
+                held = self.shards[earlier].train[client]
+                count = round(replay * len(held))
+                parts.append(stream(seed, "replay", client, earlier).choice(held, count, replace=False))
+            train[client] = _union(parts)
+        return Shards(train, mine.local_test, mine.test)
+
+    def outside(self, task: int, replay: float, joint: bool) -> np.ndarray:
+        """Labels (bool [labels]) that this task's training has no example of, where heads are the tasks' own; none where shared."""
+        if self.groups is None or joint:
+            return np.zeros(0 if self.groups is None else len(self.groups), dtype=bool)
+        return self.groups > task if replay else self.groups != task
+
+
+def one_corpus(parts: Sequence[Corpus], tasks: Sequence[TaskSection], shared: bool) -> tuple[Corpus, list[int], np.ndarray | None]:
+    """The tasks' corpora one after the other, where each begins, and label → task (None if the label space is shared).
+
+    With heads of their own, label names that two tasks use are told apart by the task's name. Raises ConfigError for a mix of texts and
+    sentence pairs, and where a task with a head of its own has fewer than 2 labels.
+    """
+    if len({part.pairs is None for part in parts}) > 1:
+        raise ConfigError("tasks: some have sentence pairs and some single texts; one model cannot take both")
+    names = [list(part.label_names) for part in parts]
+    if shared:
+        space = list(dict.fromkeys(name for own in names for name in own))
+        groups = None
+    else:
+        for task, own in zip(tasks, names, strict=True):
+            if len(own) < 2:
+                raise ConfigError(f'tasks: {task.name} has {len(own)} label(s), a head of its own needs 2; or set stream.heads = "shared"')
+        if len({name for own in names for name in own}) < sum(map(len, names)):
+            names = [[f"{task.name}/{name}" for name in own] for task, own in zip(tasks, names, strict=True)]
+        space = [name for own in names for name in own]
+        groups = np.concatenate([np.full(len(own), i) for i, own in enumerate(names)])
+    position = {name: i for i, name in enumerate(space)}
+    labels = [np.array([position[name] for name in own], dtype=np.int64)[part.labels] for part, own in zip(parts, names, strict=True)]
+    corpus = Corpus(
+        "+".join(dict.fromkeys(part.name for part in parts)),
+        [text for part in parts for text in part.texts],
+        np.concatenate(labels),
+        tuple(space),
+        None if parts[0].pairs is None else [pair for part in parts for pair in part.pairs or []],
+    )
+    offsets = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+    return corpus, offsets[:-1], groups
+
+
+def with_labels(corpus: Corpus, patterns: Sequence[str], task: str) -> Corpus:
+    """The texts whose label matches a pattern, with those labels alone. Raises ConfigError for a pattern that matches none."""
+    if not patterns:
+        return corpus
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in corpus.label_names):
+            shown = ", ".join(corpus.label_names[:8])
+            raise ConfigError(f"tasks: {task}: {pattern!r} matches no label; {corpus.name} has {shown}, …")
+    kept = [i for i, name in enumerate(corpus.label_names) if any(fnmatchcase(name, p) for p in patterns)]
+    positions = np.flatnonzero(np.isin(corpus.labels, kept))
+    test = int((positions >= len(corpus) - corpus.test).sum())
+    taken = corpus.take(positions, test)
+    renumbered = np.searchsorted(kept, taken.labels)
+    return Corpus(corpus.name, taken.texts, renumbered, tuple(corpus.label_names[i] for i in kept), taken.pairs, taken.natural, test)
+
+
+def shifted(shards: Shards, by: int) -> Shards:
+    """The same shards in a corpus where they begin ``by`` positions later."""
+    train, local = ({c: p + by for c, p in half.items()} for half in (shards.train, shards.local_test))
+    return Shards(train, local, shards.test + by)
+
+
+def _union(parts: Sequence[np.ndarray]) -> np.ndarray:
+    joined: np.ndarray = np.sort(np.concatenate(parts))
+    return joined

@@ -1,0 +1,67 @@
+"""``report.html`` of a stream: the accuracy matrix as a heat map, the metrics, and a link to each task's own report."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from fedlab.report.plots import heat_map
+from fedlab.run.directory import RunDirectory
+
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ name }} – fedlab</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem } table { border-collapse: collapse }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left } svg { max-width: 100%; height: auto }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto }
+</style></head><body>
+<h1>{{ name }}: {{ result.strategy }}, {{ result.tasks | length }} tasks</h1>
+{{ figure | safe }}
+<table>{% for key, value in facts %}<tr><th>{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
+<h2>Tasks</h2><ul>{% for folder in folders %}<li><a href="{{ folder }}/report.html">{{ folder }}</a></li>{% endfor %}</ul>
+<h2>Configuration</h2><pre>{{ toml }}</pre></body></html>
+"""
+FACTS = {
+    "average_accuracy": "average accuracy after the last task",
+    "learning_accuracy": "learning accuracy (each task just after it)",
+    "backward_transfer": "backward transfer (negative: forgetting)",
+    "forgetting": "forgetting",
+    "forward_transfer": "forward transfer",
+    "worst_tenth": "worst tenth of the clients, mean over tasks",
+    "leak": "largest share of a change inside what was protected",
+    "epsilon": "ε over the whole stream",
+    "bytes_up": "bytes up",
+    "bytes_down": "bytes down, bases included",
+    "seconds": "seconds",
+}
+
+
+def write_stream_report(path: Path) -> Path:
+    """Write ``report.html`` beside a stream's ``result.json`` and return its path."""
+    directory = RunDirectory.open(path)
+    result: dict[str, Any] = directory.result or {}
+    matrix = [[math.nan if value is None else value for value in row] for row in result["matrix"]]
+    rows = result["tasks"] if len(matrix) == len(result["tasks"]) else ["all"]
+    facts = [(label, _shown(result[key])) for key, label in FACTS.items() if result.get(key) is not None]
+    page = (
+        Environment(autoescape=True)
+        .from_string(TEMPLATE)
+        .render(
+            name=directory.config.run.name,
+            result=result,
+            figure=heat_map("Accuracy on each task (columns) after each task (rows)", matrix, rows, result["tasks"]),
+            facts=facts,
+            folders=sorted(p.parent.name for p in path.glob("*/report.html")),
+            toml=directory.config.to_toml(),
+        )
+    )
+    directory.write_text("report.html", page)
+    return path / "report.html"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1e-3 else f"{value:.4f}" if isinstance(value, float) else str(value)

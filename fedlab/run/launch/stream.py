@@ -1,0 +1,131 @@
+"""A stream of tasks: a chain of runs, each from what the one before left, on one Ray; and one result over all of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlab.config import RunConfig
+from fedlab.continual.metrics import forward_transfer, summary
+from fedlab.errors import ConfigError, RunFailed
+from fedlab.run.directory import RunDirectory
+from fedlab.run.launch import FINISHED, Run, prepared, resume, simulate
+
+TASK = "task.json"
+
+
+def simulate_stream(config: RunConfig, out: str | Path | None = None, quiet: bool = False) -> Run:
+    """Run every task of ``config.tasks`` in order, in ``out/task-<n>-<name>``; ``out/result.json`` has the accuracy matrix.
+
+    Raises what ``simulate`` raises; ``fedlab resume out`` then goes on where it stopped.
+    """
+    config = with_ledger(prepared(config), out)
+    return _go_on(RunDirectory.create(config, Path(out) if out is not None else None), quiet)
+
+
+def resume_stream(path: str | Path, quiet: bool = False) -> Run:
+    """Go on with a stream: finished tasks stay, the one that was cut off is resumed, the others follow."""
+    directory = RunDirectory.open(Path(path))
+    if (result := directory.result) is not None and result["status"] in FINISHED:
+        raise ConfigError(f"{str(path)!r} is {result['status']}; there is nothing to resume")
+    return _go_on(directory, quiet)
+
+
+def with_ledger(config: RunConfig, out: str | Path | None) -> RunConfig:
+    """Private streams charge one ledger over all tasks: the same texts may come again."""
+    if config.privacy.unit != "example" or config.privacy.ledger is not None:
+        return config
+    if out is None:
+        raise ConfigError("a stream under DP needs --out, or privacy.ledger: all its tasks charge one ledger, which must have a place")
+    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"ledger": str(Path(out).absolute() / "ledger")})})
+
+
+def stages(config: RunConfig, path: Path) -> list[tuple[Path, RunConfig]]:
+    """Directory and configuration of every link of the chain."""
+    found: list[tuple[Path, RunConfig]] = []
+    for number, task in enumerate(config.tasks):
+        previous = str(found[-1][0]) if found else None
+        name = "joint" if config.stream.joint else f"task-{number}-{task.name}"
+        found.append((path / name, config.at_stage(number, previous)))
+        if config.stream.joint:
+            break
+    return found
+
+
+def _go_on(directory: RunDirectory, quiet: bool) -> Run:
+    from fedlab.report.stream import write_stream_report
+    from fedlab.run.launch.ray import keep_ray
+
+    config, links = directory.config, stages(directory.config, directory.path)
+    status = "completed"
+    with keep_ray():
+        for number, (path, stage) in enumerate(links, 1):
+            if not quiet:
+                print(f"\n[{number}/{len(links)}] {path.name}", flush=True)
+            status = _one(path, stage, quiet).result["status"]
+            if not (path / TASK).is_file():
+                raise RunFailed(f"{path} ended without {TASK}; see {path / 'log.txt'}")
+    result = collect(config, [path for path, _ in links])
+    directory.write_json("result.json", {"status": status, **result})
+    write_stream_report(directory.path)
+    if not quiet:
+        print(render(result))
+    finished = directory.result
+    assert finished is not None
+    return Run(directory.path, finished)
+
+
+def _one(path: Path, config: RunConfig, quiet: bool) -> Run:
+    if not (path / "run.toml").is_file():
+        return simulate(config, path, quiet)
+    result = RunDirectory.open(path).result
+    return Run(path, result) if result and result["status"] in FINISHED else resume(path, quiet)
+
+
+def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
+    """The accuracy matrix R[t, i], its metrics, cost and privacy over all tasks."""
+    rows = [json.loads((path / TASK).read_text(encoding="utf-8")) for path in paths]
+    results = [RunDirectory.open(path).result or {} for path in paths]
+    R = np.array([[math.nan if value is None else value for value in row["accuracy"]] for row in rows])
+    square = len(R) == len(config.tasks)
+    found = summary(R) if square else {"average_accuracy": float(R[-1].mean())}
+    if square and config.stream.heads == "shared" and rows[0].get("before"):
+        found["forward_transfer"] = forward_transfer(R, rows[0]["before"])
+    worst = [s.get("worst_tenth") for s in rows[-1]["spread"]]
+    last = results[-1]
+    leaks = [row["leak"] for row in rows if row["leak"] is not None]
+    return {
+        "strategy": config.strategy.name,
+        "tasks": [task.name for task in config.tasks],
+        "matrix": R.tolist(),
+        **found,
+        "worst_tenth": float(np.mean(worst)) if worst and None not in worst else None,
+        "leak": max(leaks) if leaks else None,
+        "protected": rows[-1]["protected"],
+        "bytes_up": sum(result["bytes_up"] for result in results),
+        "bytes_down": sum(result["bytes_down"] for result in results),
+        "boundary_seconds": [row["boundary_seconds"] for row in rows],
+        "epsilon": last["epsilon"],
+        "epsilon_per_task": [result["epsilon"] for result in results],
+        "seconds": round(sum(result["seconds"] for result in results), 2),
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    """The matrix and the metrics, for a terminal."""
+    names = result["tasks"]
+    width = max(10, *(len(name) for name in names))
+    lines = ["\naccuracy on each task (columns) after each task (rows)", " " * width + "".join(f"{name:>{width + 1}}" for name in names)]
+    labels = names if len(result["matrix"]) == len(names) else ["all"]
+    for name, row in zip(labels, result["matrix"], strict=True):
+        lines.append(f"{name:<{width}}" + "".join(f"{'–' if math.isnan(v) else f'{v:.4f}':>{width + 1}}" for v in row))
+    shown = {"average_accuracy": "average accuracy", "backward_transfer": "backward transfer", "forgetting": "forgetting"}
+    shown |= {"learning_accuracy": "learning accuracy"}
+    lines += [f"{label}: {result[key]:.4f}" for key, label in shown.items() if key in result]
+    epsilon = result["epsilon"]
+    lines.append(f"ε over the whole stream: {epsilon if isinstance(epsilon, str) else f'{epsilon:.3f}'}")
+    return "\n".join(lines)

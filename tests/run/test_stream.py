@@ -1,0 +1,156 @@
+"""A stream end to end: ``fedlab simulate`` on a configuration with [[tasks]]."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+import fedlab
+from fedlab.config import RunConfig
+from fedlab.continual.metrics import average_accuracy, backward_transfer
+from fedlab.errors import ConfigError, FedlabError
+
+PLAIN = {"osft", "o-lora", "full", "fedavg"}  # strategies without the keys of osft-data
+DP = ["privacy={unit='example', sigma=1.0, clip=1.0}"]
+
+
+def run(toml: str, out: Path, *settings: str, name: str = "osft-data"):
+    chosen = [f"strategy={{name='{name}'}}"] if name in PLAIN else [f"strategy.name={name}"]
+    return fedlab.simulate(RunConfig.parse(toml, [*chosen, *settings]), out, quiet=True)
+
+
+def matrix(result: dict) -> np.ndarray:
+    return np.array([[np.nan if v is None else v for v in row] for row in result["matrix"]])
+
+
+@pytest.mark.parametrize("name", ["osft-data", "osft", "fedsvd-continual", "o-lora", "full", "fedavg"])
+def test_every_strategy_runs_a_stream_and_reports_the_matrix(name: str, stream_toml: str, tmp_path: Path):
+    result = run(stream_toml, tmp_path / "run", name=name).result
+    assert result["status"] == "completed"
+    R = matrix(result)
+    assert np.isnan(R[0, 1])
+    assert not np.isnan(R[[0, 1, 1], [0, 0, 1]]).any()
+    assert result["average_accuracy"] == pytest.approx(average_accuracy(R))
+    assert result["backward_transfer"] == pytest.approx(backward_transfer(R))
+    if name in ("osft", "osft-data", "fedsvd-continual"):
+        assert result["leak"] < 1e-5
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+    first, second = (load_file(str(tmp_path / "run" / t / "memory.safetensors")) for t in ("task-0-wet", "task-1-hard"))
+    assert not np.array_equal(*(m["head.classifier.weight"] for m in (first, second)))
+    assert (first["head.classifier.weight"][:2] == second["head.classifier.weight"][:2]).all(), "rows of the other task's labels stay"
+
+
+def test_the_protected_basis_grows_by_what_the_first_task_used_and_keeps_it(stream_toml: str, tmp_path: Path):
+    out = tmp_path / "run"
+    toml = stream_toml + '[[tasks]]\nname = "again"\nlabels = ["fruit", "ocean"]\n'
+    result = run(toml, out, "strategy.energy=0.8").result
+    memories = [load_file(str(path / "memory.safetensors")) for path in sorted(out.glob("task-*"))]
+    for name in (n for n in memories[0] if n.endswith(".protected")):
+        sizes = [len(m[name]) for m in memories]
+        assert 0 < sizes[0] <= sizes[1] == sizes[2]
+        assert (memories[1][name][: sizes[0]] == memories[0][name]).all()
+    assert result["leak"] < 1e-5
+
+
+def test_the_masked_sum_is_the_clear_sum_and_leaves_no_key(stream_toml: str, tmp_path: Path):
+    hidden, clear = (run(stream_toml, tmp_path / n, *s) for n, s in (("hidden", []), ("clear", ["strategy.gram={clear=true}"])))
+    assert hidden.result["matrix"] == clear.result["matrix"]
+    same = [load_file(str(r.path / "task-0-wet" / "memory.safetensors")) for r in (hidden, clear)]
+    assert same[0].keys() == same[1].keys()
+    assert all((same[0][n] == same[1][n]).all() for n in same[0])
+    assert not list(hidden.path.rglob("*.key"))
+
+
+def test_any_number_of_nodes_gives_the_same_bits(stream_toml: str, tmp_path: Path):
+    one, two = (run(stream_toml, tmp_path / str(n), f"run.nodes={n}") for n in (1, 2))
+    ends = [json.loads((r.path / "task-1-hard" / "result.json").read_text())["adapter_digest"] for r in (one, two)]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("name", ["osft-data", "fedsvd-continual"])
+def test_under_dp_the_release_is_charged_to_one_ledger_for_all_tasks(name: str, stream_toml: str, tmp_path: Path):
+    from fedlab.privacy.audit.run import audit_run
+
+    run_ = run(stream_toml, tmp_path / "run", *DP, name=name)
+    lines = [json.loads(line) for line in next((run_.path / "ledger").rglob("client-0.jsonl")).read_text().splitlines()]
+    charges = [line["event"] for line in lines if line["type"] == "CHARGE"]
+    assert [event["sampler"] for event in charges] == ["poisson"] * 3 + ["full"] + ["poisson"] * 3
+    per_task = run_.result["epsilon_per_task"]
+    assert per_task[0] < per_task[1] == run_.result["epsilon"]
+    for path in sorted(run_.path.glob("task-*")):
+        assert not audit_run(path).findings
+
+
+def test_an_epsilon_is_for_the_whole_stream(stream_toml: str, tmp_path: Path):
+    result = run(stream_toml, tmp_path / "run", "privacy={unit='example', epsilon=8.0, clip=1.0}").result
+    assert 7.0 < result["epsilon"] <= 8.0
+
+
+def test_replay_and_joint_training_see_earlier_texts(stream_toml: str, tmp_path: Path):
+    from fedlab.data import task_data
+
+    config = RunConfig.parse(stream_toml, ["strategy={name='fedavg'}"])
+    _, tasks = task_data(config)
+    alone = tasks.training(1, 0.0, False, 3)
+    replayed = tasks.training(1, 0.5, False, 3)
+    for client, own in alone.train.items():
+        extra = np.setdiff1d(replayed.train[client], own)
+        assert set(own) <= set(replayed.train[client])
+        assert set(extra) <= set(tasks.shards[0].train[client])
+        assert len(extra) == round(0.5 * len(tasks.shards[0].train[client]))
+    joint = run(stream_toml, tmp_path / "joint", "stream.joint=true", name="fedavg").result
+    assert len(joint["matrix"]) == 1
+    assert None not in joint["matrix"][0]
+    again = run(stream_toml, tmp_path / "replay", "stream.replay=0.5", name="fedavg").result
+    assert again["status"] == "completed"
+
+
+def test_a_stream_that_was_cut_off_goes_on_with_the_same_bits(stream_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from fedlab.run.launch import resume
+    from strategies import loop
+
+    whole = run(stream_toml, tmp_path / "whole")
+    calls, real = [], loop.Rounds._round
+
+    def broken(self, number):
+        calls.append(number)
+        if len(calls) == 5:  # the second task's second round
+            raise KeyboardInterrupt
+        return real(self, number)
+
+    monkeypatch.setattr(loop.Rounds, "_round", broken)
+    with pytest.raises((KeyboardInterrupt, FedlabError)):
+        run(stream_toml, tmp_path / "cut")
+    monkeypatch.setattr(loop.Rounds, "_round", real)
+    assert resume(tmp_path / "cut", quiet=True).result["matrix"] == whole.result["matrix"]
+    ends = [json.loads((tmp_path / n / "task-1-hard" / "result.json").read_text())["adapter_digest"] for n in ("whole", "cut")]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["train.gradients=hooks"], "needs train.gradients"),
+        (["data.clients=2"], "sums would be of too few"),
+        (["strategy.energy=0"], "energy"),
+        (["clients.rank={'50%' = 2}"], "equal ranks"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(settings: list[str], reason: str, stream_toml: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=reason):
+        run(stream_toml, tmp_path / "run", *settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pattern_that_matches_no_label_names_those_there_are(stream_toml: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"'wood' matches no label; .*dry, fruit"):
+        run(stream_toml.replace('"metal", "dry"', '"wood", "dry"'), tmp_path / "run")
+
+
+def test_capacity_that_runs_out_ends_the_run_with_its_reason(stream_toml: str, tmp_path: Path):
+    with pytest.raises(FedlabError, match="input directions would be protected"):
+        run(stream_toml, tmp_path / "run", "strategy.energy=0.9999")
+    result = json.loads((tmp_path / "run" / "task-0-wet" / "result.json").read_text())
+    assert result["status"] == "failed"
