@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlab.config import RunConfig
 from fedlab.data import corpus_and_shards
 from fedlab.data.partition import describe
-from fedlab.errors import FedlabError, Interrupted
+from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.privacy.statement import write_statement
 from fedlab.run.directory import RunDirectory
 from fedlab.run.events import Events
@@ -33,6 +33,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run to the end, to the budget, or to an exception; ``result.json`` says which."""
     directory = _directory(context)
     config = directory.config
+    if config.tasks and config.stage is None:
+        raise ConfigError("a configuration with [[tasks]] is a chain of runs: start it with fedlab simulate, or give one task as [stage]")
     progress = make_progress(config, directory.path, quiet=bool(context.run_config.get("quiet", False)))
     events = Events(directory, config.run.tensorboard)
     started = time.time()

@@ -1,0 +1,102 @@
+"""How much a federation forgets: every continual strategy and its baselines on one stream, several seeds.
+
+    python simulations/benchmarks/continual_table.py                          # simulations/continual-wordnet.toml, three seeds
+    python simulations/benchmarks/continual_table.py --methods fedavg osft-data --seeds 1 --set run.rounds=2
+
+Rows: average accuracy (AA) after the last task, backward transfer (BWT, negative: forgetting), forgetting (F), learning accuracy (LA: each
+task just after it was trained), largest share of a change inside what was protected, bytes with bases, ε, seconds. The adapter's learning rate of every method is the best
+AA of ``--rates`` on a seed of its own; replay trains on 20 % of every earlier task's texts again, joint on all tasks at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fedlab
+from fedlab.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+DP = ['privacy={unit="example", epsilon=8.0, clip=1.0}']
+# method → settings that differ from the configuration's
+METHODS: dict[str, list[str]] = {
+    "fedavg (sequential LoRA)": ['strategy={name="fedavg"}'],
+    "full (sequential)": ['strategy={name="full"}'],
+    "o-lora": ['strategy={name="o-lora"}'],
+    "osft": ['strategy={name="osft"}'],
+    "osft-data": [],
+    "fedsvd-continual": ["strategy.name=fedsvd-continual"],
+    "replay (fedavg)": ['strategy={name="fedavg"}', "stream.replay=0.2"],
+    "joint (fedavg)": ['strategy={name="fedavg"}', "stream.joint=true"],
+    "fedsvd-continual, ε = 8": ["strategy.name=fedsvd-continual", *DP],
+    "osft-data, ε = 8": DP,
+    "ffa (sequential), ε = 8": ['strategy={name="ffa"}', *DP],
+}
+COLUMNS = ("average_accuracy", "backward_transfer", "forgetting", "learning_accuracy")
+
+
+def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Run, print the table, and return method → its results, one per seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "simulations" / "continual-wordnet.toml")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names of rows, or their first words")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.15, 0.5], help="of the adapter; one: no tuning")
+    parser.add_argument("--tuning-seed", type=int, default=100)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--json", type=Path, help="finished runs are kept there and not run again")
+    args = parser.parse_args(arguments)
+    kept: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
+    found: dict[str, list[dict[str, Any]]] = {}
+    print("| method | lr | AA % | BWT | F | LA % | leak | MB up | MB down | ε | s |\n" + "|---" * 11 + "|", flush=True)
+    for method in METHODS:
+        if not any(method == name or method.startswith(name + " ") or method.startswith(name + ",") for name in args.methods):
+            continue
+        rate = _best_rate(args, method, kept)
+        found[method] = [_one(args, method, rate, seed, kept) for seed in args.seeds]
+        print(row(method, rate, found[method]), flush=True)
+    return found
+
+
+def _best_rate(args: argparse.Namespace, method: str, kept: dict[str, Any]) -> float | None:
+    if len(args.rates) < 2:
+        return args.rates[0] if args.rates else None
+    scores = {rate: _one(args, method, rate, args.tuning_seed, kept)["average_accuracy"] for rate in args.rates}
+    return max(scores, key=lambda rate: -math.inf if scores[rate] is None else scores[rate])
+
+
+def _one(args: argparse.Namespace, method: str, rate: float | None, seed: int, kept: dict[str, Any]) -> dict[str, Any]:
+    settings = [*METHODS[method], f"run.seed={seed}", *([f"train.lr={rate}"] if rate is not None else []), *args.overrides]
+    name = json.dumps([str(args.config.name), *settings])
+    if name not in kept:
+        with tempfile.TemporaryDirectory() as folder:
+            kept[name] = dict(fedlab.simulate(RunConfig.load(args.config, settings), Path(folder) / "run", quiet=True).result)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(kept))
+    return dict(kept[name])
+
+
+def row(method: str, rate: float | None, results: list[dict[str, Any]]) -> str:
+    """One line of the table: mean ± standard deviation over seeds."""
+    cells = [method, "–" if rate is None else f"{rate:g}"]
+    for column in COLUMNS:
+        values = [100 * r[column] for r in results if r.get(column) is not None]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        cells.append(f"{statistics.fmean(values):.2f}{spread}" if values else "–")
+    leaks = [r["leak"] for r in results if r["leak"] is not None]
+    cells.append(f"{max(leaks):.0e}" if leaks else "–")
+    cells += [f"{statistics.fmean(r[key] for r in results) / 1e6:.1f}" for key in ("bytes_up", "bytes_down")]
+    epsilons = [r["epsilon"] for r in results]
+    cells.append(f"{max(epsilons):.2f}" if all(isinstance(e, float) for e in epsilons) else "no DP")
+    cells.append(f"{statistics.fmean(r['seconds'] for r in results):.0f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
