@@ -3,9 +3,9 @@
     python simulations/benchmarks/continual_table.py                          # simulations/continual-wordnet.toml, three seeds
     python simulations/benchmarks/continual_table.py --methods fedavg osft-data --seeds 1 --set run.rounds=2
 
-Rows: average accuracy (AA) after the last task, backward transfer (BWT, negative: forgetting), forgetting (F), learning accuracy (LA: each
-task just after it was trained), largest share of a change inside what was protected, bytes with bases, ε, seconds. The adapter's learning rate of every method is the best
-AA of ``--rates`` on a seed of its own; replay trains on 20 % of every earlier task's texts again, joint on all tasks at once.
+Columns: average accuracy (AA) after the last task, backward transfer (BWT, negative: forgetting), forgetting (F), learning accuracy (LA,
+each task just after it was trained), largest share of a change inside what was protected, bytes with bases, ε, seconds. The learning rate
+of every method is the best AA of ``--rates`` on a seed of its own; replay trains on 20 % of every earlier task's texts again, joint on all.
 """
 
 from __future__ import annotations

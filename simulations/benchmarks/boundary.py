@@ -1,0 +1,124 @@
+"""What the boundary between two tasks costs on a large encoder: bases, complements, Gram matrices; seconds and memory.
+
+    python simulations/benchmarks/boundary.py               # RoBERTa-base's shape, random weights; a few minutes on one core
+    python simulations/benchmarks/boundary.py --small       # seconds; what the test suite runs
+
+All linear layers of the encoder are adapted. Rows: OSFT's leading singular triplets and both complements (``preserve`` 5 % by subspace
+iteration, 50 % by whole decompositions); one client's Gram matrices of ``--texts`` texts; extending the protected basis by them and making
+its complement. Peak is the process's resident memory beyond what it had before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import torch
+
+from fedlab.continual.observed import input_groups, observe
+from fedlab.continual.subspace import complement, extend, leading_triplets
+from fedlab.data import FederatedData
+from fedlab.data.collate import Tokens
+from fedlab.data.partition import Shards
+from fedlab.models import LoadedModel, adapt
+from fedlab.sections import LoraSection
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print a table and return its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=int, default=200)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--energy", type=float, default=0.9)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    model = roberta(args.small)
+    weights = {module: model.pristine(module) for module in sorted(model.scale)}
+    data = texts(8 if args.small else args.texts, args.length)
+    groups = input_groups(model)
+    rows: dict[str, Any] = {}
+    print(f"{len(weights)} layers, {len(set(groups.values()))} distinct inputs\n| what | seconds | peak MB |\n|---|---|---|", flush=True)
+
+    def osft(preserve: float) -> None:
+        for weight in weights.values():
+            found = leading_triplets(weight, int(preserve * min(weight.shape)))
+            complement(found.left.float())
+            complement(found.right.float())
+
+    def grow(grams: dict[str, torch.Tensor]) -> None:
+        for gram in grams.values():
+            n = len(gram)
+            complement(extend(torch.zeros(0, n), gram, args.energy, n))
+
+    grams: dict[str, torch.Tensor] = {}
+    for preserve in (0.05, 0.5):
+        rows[f"osft, preserve = {preserve:g}: triplets and complements"] = cost(lambda p=preserve: osft(p))  # type: ignore[misc]
+        show(rows)
+    name = f"Gram matrices of {len(data.train('client-0'))} texts of {args.length} tokens, forward passes included"
+    rows[name] = cost(lambda: grams.update(observe(model, data, data.train("client-0"), groups, 1.0, 16)))
+    show(rows)
+    rows[f"protected basis (energy {args.energy:g}) and complement"] = cost(lambda: grow(grams))
+    show(rows)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(rows, indent=2))
+    return rows
+
+
+def roberta(small: bool) -> LoadedModel:
+    """The model with an adapter on every linear layer of its encoder."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, num_labels=4, **(tiny if small else {}))
+    lora = LoraSection(rank=8, alpha=8, target_modules="all-linear")
+    tokenizer = cast(Any, SimpleNamespace(pad_token_id=1))
+    return adapt(RobertaForSequenceClassification(config), ["classifier"], tokenizer, lora, "roberta", torch.device("cpu"))
+
+
+def texts(count: int, length: int) -> FederatedData:
+    """Random texts of one client."""
+    ids = np.random.default_rng(0).integers(4, 50_000, count * length).astype(np.int32)
+    tokens = Tokens(ids, np.arange(count + 1, dtype=np.int64) * length, np.zeros(count, dtype=np.int64))
+    everything = np.arange(count)
+    return FederatedData(tokens, Shards({"client-0": everything}, {"client-0": everything[:0]}, everything[:0]), ("a", "b"))
+
+
+def cost(action: Callable[[], object]) -> dict[str, float]:
+    """Seconds, and the most memory beyond what there was."""
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+    peak = [before]
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    started = time.perf_counter()
+    action()
+    seconds = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    return {"seconds": seconds, "megabytes": (peak[0] - before) / 1e6}
+
+
+def show(rows: dict[str, Any]) -> None:
+    """The newest row."""
+    name, figures = list(rows.items())[-1]
+    print(f"| {name} | {figures['seconds']:.2f} | {figures['megabytes']:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
