@@ -25,10 +25,16 @@ bench: setup ## speed: rounds beside plain Flower, shared passes, the DP step, m
 	$(BIN)/python simulations/benchmarks/cohort.py --json runs/bench/cohort.json
 	$(BIN)/python simulations/benchmarks/rounds.py --json runs/bench/rounds.json
 	$(BIN)/python simulations/benchmarks/scale.py --json runs/bench/scale.json
+	for axis in clients rank modules length; do \
+	  $(BIN)/python simulations/benchmarks/scale.py --vary $$axis --clients 1000 --fraction 0.2 --privacy DP --json runs/bench/scale_$$axis.json || exit 1; \
+	done
 	$(BIN)/python simulations/benchmarks/gpu.py $(if $(shell command -v nvidia-smi),,--small) --json runs/bench/gpu.json
+	$(BIN)/python simulations/benchmarks/boundary.py --json runs/bench/boundary.json
+	$(BIN)/python simulations/benchmarks/plots.py
 
-bench-accuracy: setup ## accuracy table on WordNet: strategies × (no DP, ε = 6), three seeds
+bench-accuracy: setup ## WordNet, three seeds: strategies × (no DP, ε = 6), and what a stream of tasks forgets
 	$(BIN)/python simulations/benchmarks/wordnet_table.py
+	$(BIN)/python simulations/benchmarks/continual_table.py --json runs/bench/continual.json
 
 setup: $(VENV)/.ready
 

@@ -94,10 +94,15 @@ class RunConfig(Section):
 
     @property
     def cohort_size(self) -> int:
-        """Clients that share a pass at most. Nothing about nodes goes into it: they must not change a bit."""
+        """Clients that share a pass at most. Nothing about nodes goes into it: they must not change a bit.
+
+        As many as make 128 rows in a step, and up to 512 (texts of like length meet, so less is padding) while 8 groups are left to share
+        among nodes.
+        """
         if self.train.gradients != "fused":
             return 1
-        return self.run.cohort or min(64, max(4, -(-128 // self.train.batch_size)))
+        enough, most = (-(-rows // self.train.batch_size) for rows in (128, 512))
+        return self.run.cohort or min(64, max(4, enough, min(most, -(-self.clients_per_round // 8))))
 
     @property
     def participations(self) -> int:

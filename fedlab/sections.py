@@ -38,7 +38,7 @@ class RunSection(Section):
         default=None,
         gt=0,
         description="clients that train in one pass (1: one after the other); part of what fixes the bits, like threads; default: 4, or as "
-        "many as make 128 rows in a step",
+        "many as make 128 to 512 rows in a step",
     )
     memory: float | None = Field(
         default=None,
