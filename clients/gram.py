@@ -33,6 +33,7 @@ from fedlab.session import Session
 from fedlab.stream import Gram
 
 logger = logging.getLogger("fedlab")
+ATTEMPTS = 3  # a run that is cut off here asks again when it is resumed; with secure noise that is a release, and a charge, of its own
 
 
 def gram_message(session: Session, cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
@@ -144,7 +145,7 @@ def gram_terms(custody: Custody, settings: Gram, shapes: dict[str, tuple[int, in
         normaliser=1.0,
         delta=plan.delta,
         n=plan.n,
-        participations=1,
+        participations=ATTEMPTS,
         noise=plan.noise,
     )
     return {**custody.terms, **own, "scope": scope_of(shapes)}

@@ -97,9 +97,11 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], debug: D
 
     def run() -> None:
         from fedlab.report.html import write_report
+        from fedlab.report.stream import write_stream_report
         from fedlab.run.directory import RunDirectory
 
-        print(write_report(RunDirectory.open(run_dir).path))
+        directory = RunDirectory.open(run_dir)
+        print((write_stream_report if directory.config.is_stream else write_report)(directory.path))
 
     _guarded(run, debug)
 

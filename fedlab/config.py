@@ -114,6 +114,11 @@ class RunConfig(Section):
         return -(-self.clients_per_round * self.run.rounds // self.data.clients)
 
     @property
+    def is_stream(self) -> bool:
+        """Whether this is a chain of runs, not one of its links."""
+        return bool(self.tasks) and self.stage is None
+
+    @property
     def task_rounds(self) -> list[int]:
         """Rounds of each task of a stream."""
         return [task.rounds or self.run.rounds for task in self.tasks]

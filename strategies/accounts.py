@@ -131,16 +131,19 @@ class Accounts:
                 self.spent.record(client, self.book.events(client))
 
     def finish(self, state: str, status: str) -> None:
-        """Seal a run that ended by itself; keys that only it used are destroyed, so that nobody can add a line later."""
+        """Seal a run that ended by itself."""
         if self._book is None:
             return
         adapter = self._directory.path / "adapter"
         files = {f"adapter/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(adapter.iterdir()) if f.is_file()}
         self._book.final(files, state, status, {SERVER: self._guard.ledger.entries[-1]} if self._guard else {})
-        if self.config.privacy.ledger is None:
-            shutil.rmtree(self._directory.path / "ledger" / "keys", ignore_errors=True)
-        elif self._guard:  # a copy for the run directory: the original goes on
+        if self.config.privacy.ledger is not None and self._guard:  # a copy for the run directory: the original goes on
             shutil.copy(self._guard.ledger.path, self._directory.path / "ledger" / f"{SERVER}.jsonl")
+
+    def destroy_keys(self) -> None:
+        """Keys that only this run used go, so that nobody can add a line later. Last of all: a run cut off before can still be resumed."""
+        if self._book is not None and self.config.privacy.ledger is None:
+            shutil.rmtree(self._directory.path / "ledger" / "keys", ignore_errors=True)
 
     def result(self) -> dict[str, Any]:
         """``epsilon``, its median, the accountant, and per client ε in all, of this run alone, and δ."""

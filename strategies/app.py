@@ -33,7 +33,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run to the end, to the budget, or to an exception; ``result.json`` says which."""
     directory = _directory(context)
     config = directory.config
-    if config.tasks and config.stage is None:
+    if config.is_stream:
         raise ConfigError("a configuration with [[tasks]] is a chain of runs: start it with fedlab simulate, or give one task as [stage]")
     progress = make_progress(config, directory.path, quiet=bool(context.run_config.get("quiet", False)))
     events = Events(directory, config.run.tensorboard)
@@ -72,11 +72,13 @@ def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float
     from fedlab.report.html import write_report
 
     rounds.save_personal_adapters()
-    save_adapter(rounds.session.model, rounds.state, directory.path / "adapter")
+    if not (directory.path / "adapter").is_dir():  # whole, if it is there: the run was cut off after it
+        save_adapter(rounds.session.model, rounds.state, directory.path / "adapter")
     rounds.finish(status)
     write_statement(directory.path, list(rounds.federation.clients))
     result = {"status": status, **rounds.result(), "seconds": round(time.time() - started, 2)}
     directory.write_json("result.json", result)
+    rounds.accounts.destroy_keys()
     write_report(directory.path)
     return result
 

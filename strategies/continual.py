@@ -74,6 +74,11 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f'strategy.name = "{name}" needs a stream: add [[tasks]], or use fedsvd or ffa for one task')
     if config.train.gradients != "fused":
         raise ConfigError(f'strategy.name = "{name}" needs train.gradients = "fused", got "{config.train.gradients}"')
+    if config.gram is not None and config.privacy.unit == "client":
+        raise ConfigError(
+            f'strategy.name = "{name}" with privacy.unit = "client": what it asks at a task\'s end is noised per example; '
+            'use unit = "example", or osft, which looks at weights alone'
+        )
     if (gram := config.gram) is not None and not config.private and not gram.clear and config.data.clients < gram.cohort:
         raise ConfigError(f"strategy.gram.cohort = {gram.cohort} with data.clients = {config.data.clients}: sums would be of too few")
     require_float32(config)

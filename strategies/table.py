@@ -8,6 +8,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.lora.state import nbytes
 from fedlab.sections import StrategySection
+from fedlab.stream import READS_INPUTS
 from strategies import STRATEGIES
 from strategies.base import LoraStrategy
 from strategies.federation import Federation
@@ -44,7 +45,7 @@ def markdown() -> str:
 def _row(name: str, strategy: type[LoraStrategy]) -> tuple[str, ...]:
     keys = ", ".join(f"`{key}`" for key in strategy.Options.model_fields) or "–"
     linear = "yes" if strategy.linear else "no"
-    noised = "no" if strategy.personal else linear
+    noised = "no" if strategy.personal or name in READS_INPUTS else linear
     trained, kept = parts({*strategy.trains, "head"}), parts(strategy.personal) or "–"
     return (f"`{name}`", trained, kept, strategy.effective, strategy.ranks or "refused", noised, linear, keys)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from fedlab.errors import ConfigError
 from fedlab.report.plots import heat_map
 from fedlab.run.directory import RunDirectory
 
@@ -44,6 +45,8 @@ def write_stream_report(path: Path) -> Path:
     """Write ``report.html`` beside a stream's ``result.json`` and return its path."""
     directory = RunDirectory.open(path)
     result: dict[str, Any] = directory.result or {}
+    if "matrix" not in result:
+        raise ConfigError(f"{str(path)!r} has no finished result to report on; fedlab resume goes on with it")
     matrix = [[math.nan if value is None else value for value in row] for row in result["matrix"]]
     rows = result["tasks"] if len(matrix) == len(result["tasks"]) else ["all"]
     facts = [(label, _shown(result[key])) for key, label in FACTS.items() if result.get(key) is not None]

@@ -7,16 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlab.config import RunConfig
+from fedlab.errors import ConfigError
 from fedlab.run.directory import RunDirectory, jsonable
 
 
 def audit_directory(path: Path, keys: Path | None, as_json: bool) -> bool:
-    """Audit a run from its files alone; True if something is wrong."""
+    """Audit a run, or every task of a stream, from its files alone; True if something is wrong."""
     from fedlab.privacy.audit.run import audit_run, load_keys, render
 
-    found = audit_run(path, load_keys(keys) if keys else None)
-    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else render(found))
-    return bool(found.findings)
+    stream = (path / "run.toml").is_file() and RunDirectory.open(path).config.is_stream
+    parts = [folder.parent for folder in sorted(path.glob("*/run.toml"))] if stream else [path]
+    if not parts:
+        raise ConfigError(f"{str(path)!r} is a stream of which no task has begun; there is nothing to audit")
+    found = {part.name: audit_run(part, load_keys(keys) if keys else None) for part in parts}
+    if as_json:
+        shown = {name: one.to_dict() for name, one in found.items()}
+        print(json.dumps(shown if stream else shown[path.name], indent=2, allow_nan=False))
+    else:
+        print("\n\n".join((f"{name}\n" if stream else "") + render(one) for name, one in found.items()))
+    return any(one.findings for one in found.values())
 
 
 def audit_trainer(config: Path, overrides: Sequence[str], canaries: int, seed: int, production: bool, as_json: bool) -> bool:

@@ -193,3 +193,25 @@ def test_diverging_clients_are_excluded_and_the_run_fails_loudly(tiny_toml: str,
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "failed"
     assert "usable updates" in result["reason"]
+
+
+def test_a_run_cut_off_after_its_seal_can_still_be_resumed(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The keys of its ledgers go last of all."""
+    from fedlab.privacy.audit.run import audit_run
+    from strategies import app
+
+    real, calls = app.write_statement, []
+
+    def broken(*args: object) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(app, "write_statement", broken)
+    with pytest.raises(fedlab.Interrupted):
+        fedlab.simulate(RunConfig.parse(tiny_toml), tmp_path / "run", quiet=True)
+    resumed = fedlab.resume(tmp_path / "run", quiet=True)
+    assert resumed.result["status"] == "completed"
+    assert not list(resumed.path.rglob("*.pem"))
+    assert not audit_run(resumed.path).findings

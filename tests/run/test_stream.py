@@ -135,6 +135,7 @@ def test_a_stream_that_was_cut_off_goes_on_with_the_same_bits(stream_toml: str, 
         (["train.gradients=hooks"], "needs train.gradients"),
         (["data.clients=2"], "sums would be of too few"),
         (["strategy.energy=0"], "energy"),
+        (["privacy={unit='client', sigma=1.0, clip=1.0}", "run.sampling=poisson"], "noised per example"),
         (["clients.rank={'50%' = 2}"], "equal ranks"),
     ],
 )
@@ -154,3 +155,37 @@ def test_capacity_that_runs_out_ends_the_run_with_its_reason(stream_toml: str, t
         run(stream_toml, tmp_path / "run", "strategy.energy=0.9999")
     result = json.loads((tmp_path / "run" / "task-0-wet" / "result.json").read_text())
     assert result["status"] == "failed"
+
+
+def test_the_command_line_runs_audits_and_reports_a_stream(stream_toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from typer.testing import CliRunner
+
+    from fedlab.cli import app
+
+    file, out = tmp_path / "stream.toml", tmp_path / "run"
+    file.write_text(stream_toml)
+    settings = ["--set", "strategy.name=fedsvd-continual", "--set", DP[0]]
+    done = CliRunner().invoke(app, ["simulate", str(file), "--out", str(out), *settings])
+    assert done.exit_code == 0, done.output
+    assert "average accuracy" in done.output
+    audited = CliRunner().invoke(app, ["audit", str(out)])
+    assert audited.exit_code == 0, audited.output
+    assert "task-0-wet" in audited.output
+    assert "task-1-hard" in audited.output
+    (out / "report.html").unlink()
+    assert CliRunner().invoke(app, ["report", str(out)]).exit_code == 0
+    assert (out / "report.html").is_file()
+    again = CliRunner().invoke(app, ["resume", str(out)])
+    assert again.exit_code == 2
+    ledger = next((out / "task-0-wet" / "ledger").glob("client-0.jsonl"))
+    ledger.write_text(ledger.read_text().replace('"steps":3', '"steps":2', 1))
+    assert CliRunner().invoke(app, ["audit", str(out)]).exit_code == 3
+
+
+def test_a_stream_has_no_single_server_app(stream_toml: str, tmp_path: Path):
+    from fedlab.run.directory import RunDirectory
+    from fedlab.run.launch import _launch
+
+    directory = RunDirectory.create(RunConfig.parse(stream_toml), tmp_path / "run")
+    with pytest.raises(FedlabError, match="chain of runs"):
+        _launch(directory, True)

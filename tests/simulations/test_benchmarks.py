@@ -106,3 +106,36 @@ def test_all_ways_run_side_by_side(tmp_path: Path):
     (result,) = found.values()
     assert set(result["ways"]) == set(module.WAYS)
     assert all(figures["median"] > 0 for figures in result["ways"].values())
+
+
+def test_the_boundary_benchmark_times_every_step(tmp_path: Path):
+    rows = script("boundary").main(["--small", "--json", str(tmp_path / "boundary.json")])
+    assert len(rows) == 4
+    assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_the_continual_table_tunes_and_keeps_what_is_done(stream_toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config, kept = tmp_path / "stream.toml", tmp_path / "kept.json"
+    config.write_text(stream_toml)
+    module = script("continual_table")
+    arguments = ["--config", str(config), "--methods", "full", "--seeds", "1", "2", "--rates", "0.1", "0.2", "--json", str(kept)]
+    arguments += ["--set", "run.rounds=1"]
+    first = module.main(arguments)
+    printed = capsys.readouterr().out
+    assert "| full (sequential) | 0." in printed
+    assert len(first["full (sequential)"]) == 2
+    size = len(kept.read_text())
+    assert module.main(arguments) == first
+    assert len(kept.read_text()) == size
+
+
+def test_plots_are_drawn_from_what_was_measured(tmp_path: Path):
+    import json
+
+    ways = {"cohort": {"median": 1.0, "spread": 0.1}, "bare": {"median": 0.9, "spread": 0.1}}
+    (tmp_path / "rounds.json").write_text(json.dumps({"results": {"4": {"ways": ways}}}))
+    row = {"setting": "lora.rank=4", "training": 0.5, "overhead_ms": 3.0, "clients_per_round": 100}
+    (tmp_path / "scale_rank.json").write_text(json.dumps({"rows": [row]}))
+    drawn = script("plots").main(tmp_path, tmp_path / "out")
+    assert [path.name for path in drawn] == ["rounds.svg", "scale.svg"]
+    assert all("<svg" in path.read_text() for path in drawn)

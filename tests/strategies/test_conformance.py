@@ -21,7 +21,7 @@ from fedlab.lora import conformance
 from fedlab.lora.average import client_weights
 from fedlab.lora.state import State, effective_delta, modules, select
 from fedlab.models import build
-from strategies import STRATEGIES
+from strategies import AGGREGATORS
 from strategies.federation import Federation
 
 SHAPES = {"wide.q": (12, 20), "tall.v": (20, 12), "square.k": (16, 16)}  # m × n
@@ -79,14 +79,14 @@ each_row = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.title)
 
 
 def test_every_strategy_has_a_row():
-    assert {row.name for row in ROWS} == set(STRATEGIES)
+    assert {row.name for row in ROWS} == set(AGGREGATORS)
 
 
 def make(name: str, model: str = "", alpha: float = 8, rslora: bool = False, **options):
     text = f"[run]\nrounds=2\n[lora]\nrank={RANK}\nalpha={alpha}\nrslora={str(rslora).lower()}\ntarget_modules='all-linear'\n"
     text += f"[train]\nlr=1\nsteps=1\n[strategy]\nname='{name}'\n" + (f"[model]\nname='{model}'\n" if model else "")
     config = RunConfig.parse(text, [f"strategy.{k}={v}" for k, v in options.items()])
-    return STRATEGIES[name](config, Federation(config, {}, {}, []))
+    return AGGREGATORS[name](config, Federation(config, {}, {}, []))
 
 
 @cache
@@ -292,7 +292,7 @@ def test_meaningless_combinations_are_refused_with_the_reason(name: str, overrid
     text = f'[run]\nrounds=2\n[lora]\nrank={RANK}\nalpha=8\n[train]\nlr=1\nsteps=1\n[strategy]\nname="{name}"\n'
     config = RunConfig.parse(text, overrides)
     with pytest.raises(ConfigError, match=reason):
-        STRATEGIES[name](config, Federation(config, {}, {}, []))
+        AGGREGATORS[name](config, Federation(config, {}, {}, []))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from fedlab.errors import ConfigError, RunFailed
 from fedlab.lora.robust import RULES
 from fedlab.lora.state import State, modules
 from fedlab.lora.svd import orthonormal_rows
-from strategies import STRATEGIES
+from strategies import AGGREGATORS
 from strategies.federation import Federation
 from strategies.options import MeanOptions, Robust
 
 CLIENTS = 10
-LINEAR = sorted(name for name, strategy in STRATEGIES.items() if issubclass(strategy.Options, MeanOptions))
+LINEAR = sorted(name for name, strategy in AGGREGATORS.items() if issubclass(strategy.Options, MeanOptions))
 OPTIONS = {
     "coordinate_median": "",
     "geometric_median": "",
@@ -31,7 +31,7 @@ OPTIONS = {
 def make(name: str, *overrides: str):
     text = f'[run]\nrounds=3\n[lora]\nrank=3\nalpha=6\n[data]\nclients={CLIENTS}\n[train]\nlr=1\nsteps=1\n[strategy]\nname="{name}"\n'
     config = RunConfig.parse(text, overrides)
-    return STRATEGIES[name](config, Federation(config, {}, {}, []))
+    return AGGREGATORS[name](config, Federation(config, {}, {}, []))
 
 
 def start() -> State:

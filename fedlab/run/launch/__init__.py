@@ -50,7 +50,7 @@ def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = Fal
     is started if the configuration, the model or the data cannot work, RunFailed if the run could not be finished (``result.json``
     then says why), Interrupted on Ctrl-C. A configuration with ``[[tasks]]`` is a stream of runs, one per task (``launch.stream``).
     """
-    if config.tasks and config.stage is None:
+    if config.is_stream:
         from fedlab.run.launch.stream import simulate_stream
 
         return simulate_stream(config, out, quiet)
@@ -70,7 +70,7 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
     """Continue a run that was interrupted or killed, from its last complete round. The bits are those of an unbroken run."""
     directory = RunDirectory.open(Path(path))
     _prepare_environment(directory.config)
-    if directory.config.tasks and directory.config.stage is None:
+    if directory.config.is_stream:
         from fedlab.run.launch.stream import resume_stream
 
         return resume_stream(path, quiet)
