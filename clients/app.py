@@ -78,7 +78,7 @@ def _open(message: Message, context: Context) -> tuple[Session, list[str]]:
     """The process's session and the cohort; a node that belongs to one client serves no other."""
     record = message.content.config_records["round"]
     session = open_session(cast(str, record["config"]))
-    if name := cast(str, record["basis"]):
+    if name := cast(str, record.get("basis", "")):
         directory = bases_directory(record, context)
         if "basis" in message.content.array_records:  # sent once, before a task's first round
             arrays = message.content.array_records["basis"]

@@ -91,7 +91,7 @@ def test_a_node_that_hosts_one_client_and_the_references_share_no_pass():
     assert [len(g) for g in fed.groups(list(fed.clients))] == [1] * 5
 
 
-@pytest.mark.parametrize(("clients", "sizes"), [(4, [2, 2]), (6, [3, 3]), (50, [3] * 14 + [4] * 2), (1, [1])])
+@pytest.mark.parametrize(("clients", "sizes"), [(4, [2, 2]), (6, [3, 3]), (50, [6] * 6 + [7] * 2), (1, [1])])
 def test_by_default_the_groups_are_as_many_as_nodes_can_share_evenly(clients: int, sizes: list[int]):
     fed = federation(clients, 1.0, 1)
     assert sorted(len(g) for g in fed.groups(list(fed.clients))) == sizes
@@ -99,4 +99,9 @@ def test_by_default_the_groups_are_as_many_as_nodes_can_share_evenly(clients: in
 
 def test_small_batches_share_a_pass_with_more():
     sizes = {batch: federation(5, 1.0, 1, f"train.batch_size={batch}").config.cohort_size for batch in (1, 4, 16, 32, 256)}
-    assert sizes == {1: 64, 4: 16, 16: 4, 32: 4, 256: 4}
+    assert sizes == {1: 64, 4: 32, 16: 8, 32: 4, 256: 4}
+
+
+def test_groups_grow_to_512_rows_while_eight_are_left():
+    sizes = {clients: federation(clients, 1.0, 1, "train.batch_size=32").config.cohort_size for clients in (5, 50, 100, 1000)}
+    assert sizes == {5: 4, 50: 7, 100: 13, 1000: 16}
