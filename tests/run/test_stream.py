@@ -135,7 +135,7 @@ def test_a_stream_that_was_cut_off_goes_on_with_the_same_bits(stream_toml: str, 
         (["train.gradients=hooks"], "needs train.gradients"),
         (["data.clients=2"], "sums would be of too few"),
         (["strategy.energy=0"], "energy"),
-        (["privacy={unit='client', sigma=1.0, clip=1.0}", "run.sampling=poisson"], "noised per example"),
+        (["privacy={unit='client', sigma=1.0, clip=1.0}", "run.sampling=poisson", "strategy.weights=uniform"], "noised per example"),
         (["clients.rank={'50%' = 2}"], "equal ranks"),
     ],
 )
