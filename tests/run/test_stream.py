@@ -25,7 +25,10 @@ def matrix(result: dict) -> np.ndarray:
     return np.array([[np.nan if v is None else v for v in row] for row in result["matrix"]])
 
 
-@pytest.mark.parametrize("name", ["osft-data", "osft", "fedsvd-continual", "o-lora", "full", "fedavg"])
+@pytest.mark.parametrize(
+    "name",
+    ["osft-data", "osft", "fedsvd-continual", *(pytest.param(name, marks=pytest.mark.slow) for name in ("o-lora", "full", "fedavg"))],
+)
 def test_every_strategy_runs_a_stream_and_reports_the_matrix(name: str, stream_toml: str, tmp_path: Path):
     result = run(stream_toml, tmp_path / "run", name=name).result
     assert result["status"] == "completed"
