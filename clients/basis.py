@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fedlab.errors import FedlabError
-from fedlab.lora.state import State, digest
+from fedlab.lora.state import State, digest, write_state
 
 
 def bases_directory(order: ConfigRecord, context: Context) -> Path:
@@ -27,9 +26,7 @@ def keep(directory: Path, basis: State) -> str:
     path = directory / f"{name}.safetensors"
     if not path.is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / f".{name}.{os.getpid()}.tmp"
-        save_file({key: value.contiguous() for key, value in basis.items()}, str(temporary))
-        temporary.replace(path)
+        write_state(path, basis)
     return name
 
 
@@ -40,9 +37,7 @@ def held(directory: Path, name: str) -> State:
     try:
         basis: State = load_file(str(path))
     except (OSError, SafetensorError):
-        raise FedlabError(
-            f"basis {name[:12]} is not on this node: it never came, or belongs to another task; start the task anew"
-        ) from None
+        raise FedlabError(f"basis {name[:12]} is not on this node: it never came, or belongs to another task; resume the run") from None
     if digest(basis) != name:
         raise FedlabError(f"{path} does not hold the basis that it is named after; remove it and resume the run")
     return basis

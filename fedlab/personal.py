@@ -6,14 +6,13 @@ round, so that a resumed run, which repeats a round, starts from what that round
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fedlab.errors import RunFailed
-from fedlab.lora.state import State
+from fedlab.lora.state import State, write_state
 
 
 def load_personal(directory: Path, client: str, round_number: int) -> State:
@@ -29,12 +28,7 @@ def save_personal(directory: Path, client: str, round_number: int, tensors: Stat
     """Keep what a round left, whole or not at all, and on the disk when this returns."""
     folder = directory / client
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"round-{round_number}.safetensors"
-    temporary = folder / f".{path.name}.tmp"
-    save_file({name: value.contiguous() for name, value in tensors.items()}, str(temporary))
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_state(folder / f"round-{round_number}.safetensors", tensors)
     files = _files(directory, client)
     kept = [path for number, path in files if number <= round_number][-2:]  # later ones belong to a run that was cut off
     for _, old in files:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedlab.adapters import initial_state
@@ -24,7 +24,7 @@ from fedlab.continual.metrics import worst_share
 from fedlab.continual.subspace import complement, leak
 from fedlab.errors import ConfigError
 from fedlab.evaluate.classification import classify
-from fedlab.lora.state import BASIS, State, modules, nbytes, outer_b, part_of
+from fedlab.lora.state import BASIS, State, modules, nbytes, outer_b, part_of, write_state
 from fedlab.session import Session, torch_threads
 from strategies.base import LoraStrategy
 from strategies.continual import PROTECTED
@@ -58,14 +58,14 @@ def end_stage(rounds: Rounds) -> None:
         return
     rounds.progress.note("scoring every task")
     scores = score_tasks(rounds.session, rounds.state, config)
+    if stage.task == 0 and config.stream.heads == "shared":  # what forward transfer is measured from
+        scores["before"] = score_tasks(rounds.session, first_state(config, type(rounds.strategy), rounds.session)[0], config)["accuracy"]
     started = time.perf_counter()
     last = stage.task == len(config.tasks) - 1 or config.stream.joint
     grams = {} if last or config.gram is None else collect_grams(rounds)
     with torch_threads(1):
         memory = rounds.strategy.end_task(rounds.state, rounds.memory, grams)
-    temporary = rounds.directory.path / f".{MEMORY}.tmp"
-    save_file({name: value.contiguous() for name, value in memory.items()}, str(temporary))
-    temporary.replace(rounds.directory.path / MEMORY)
+    write_state(rounds.directory.path / MEMORY, memory)
     rows = {name.removesuffix(f".{PROTECTED}"): value for name, value in memory.items() if name.endswith(f".{PROTECTED}")}
     rounds.directory.write_json(
         TASK,

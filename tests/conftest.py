@@ -21,6 +21,18 @@ TOPICS = {
 FILLER = ["the", "a", "of", "and", "with", "under", "near", "some", "very", "old", "new", "small", "large", "thing"]
 
 
+def _sentences(path: Path, seed: int, count: int, topics: list[str], filler: int, sites: int = 0) -> Path:
+    """Write short sentences on topics in turn: three of the topic's words and two to ``filler`` others, shuffled."""
+    rng = np.random.default_rng(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(count):
+            topic = topics[i % len(topics)]
+            words = [*rng.choice(TOPICS.get(topic, FILLER), 3), *rng.choice(FILLER, int(rng.integers(2, filler + 1)))]
+            rng.shuffle(words)
+            file.write(json.dumps({"text": " ".join(words), "topic": topic} | ({"site": f"site{i % sites}"} if sites else {})) + "\n")
+    return path
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every test caches below one temporary directory, never in the user's home."""
@@ -32,15 +44,7 @@ def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A jsonl file of 360 short sentences on three topics."""
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "topics.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for i in range(360):
-            topic = list(TOPICS)[i % 3]
-            words = [*rng.choice(TOPICS[topic], 3), *rng.choice(FILLER, int(rng.integers(2, 8)))]
-            rng.shuffle(words)
-            file.write(json.dumps({"text": " ".join(words), "topic": topic, "site": f"site{i % 5}"}) + "\n")
-    return path
+    return _sentences(tmp_path_factory.mktemp("data") / "topics.jsonl", 0, 360, list(TOPICS), filler=7, sites=5)
 
 
 @pytest.fixture(scope="session")
@@ -158,15 +162,7 @@ every = 1
 @pytest.fixture(scope="session")
 def stream_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A jsonl file of 480 short sentences on four topics, the fourth of filler words alone."""
-    rng = np.random.default_rng(1)
-    path = tmp_path_factory.mktemp("stream") / "topics.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for i in range(480):
-            topic = [*TOPICS, "dry"][i % 4]
-            words = [*rng.choice(TOPICS.get(topic, FILLER), 3), *rng.choice(FILLER, int(rng.integers(2, 6)))]
-            rng.shuffle(words)
-            file.write(json.dumps({"text": " ".join(words), "topic": topic}) + "\n")
-    return path
+    return _sentences(tmp_path_factory.mktemp("stream") / "topics.jsonl", 1, 480, [*TOPICS, "dry"], filler=5)
 
 
 @pytest.fixture

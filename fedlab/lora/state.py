@@ -11,10 +11,13 @@ coordinates lora_B [p, r] is then written (effective B = basis_Uᵀ·lora_B), an
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlab.seeds import client_order
@@ -75,6 +78,15 @@ def digest(state: Mapping[str, Tensor]) -> str:
         result.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
         result.update(array.tobytes())
     return result.hexdigest()
+
+
+def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors to a safetensors file whole or not at all, and on the disk when this returns; its directory must be there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
+    save_file({name: value.contiguous() for name, value in state.items()}, str(temporary))
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def nbytes(state: Mapping[str, Tensor], wire_dtype: str = "float32") -> int:

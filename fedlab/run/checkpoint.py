@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from fedlab.lora.state import State, digest
+from fedlab.lora.state import State, digest, write_state
 from fedlab.run.directory import RunDirectory
 
 POINTER = "checkpoints/latest.json"
@@ -25,7 +25,7 @@ def save_checkpoint(directory: RunDirectory, round_number: int, state: State, me
     folder.mkdir(exist_ok=True)
     name = f"round-{round_number}.safetensors"
     tensors = {**state, **{f"{MEMORY}{k}": v for k, v in memory.items()}}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, str(folder / name))
+    write_state(folder / name, tensors)
     directory.write_text(POINTER, json.dumps({"round": round_number, "file": name, "digest": digest(tensors), "extra": extra}))
     for old in folder.glob("round-*.safetensors"):
         if old.name != name:

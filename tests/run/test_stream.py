@@ -45,6 +45,25 @@ def test_every_strategy_runs_a_stream_and_reports_the_matrix(name: str, stream_t
     assert (first["head.classifier.weight"][:2] == second["head.classifier.weight"][:2]).all(), "rows of the other task's labels stay"
 
 
+def test_one_label_space_for_all_tasks_has_a_forward_transfer(stream_toml: str, tmp_path: Path):
+    toml = (
+        stream_toml.partition("[[tasks]]")[0]
+        + """
+[[tasks]]
+name = "early"
+data = {limit = 200}
+[[tasks]]
+name = "late"
+"""
+    )
+    result = run(toml, tmp_path / "run", "stream.heads=shared", name="fedavg").result
+    before = json.loads((tmp_path / "run" / "task-0-early" / "task.json").read_text())["before"]
+    R = matrix(result)
+    assert not np.isnan(R).any(), "a shared head scores every task at any time"
+    assert result["forward_transfer"] == pytest.approx(R[0, 1] - before[1])
+    assert result["forward_transfer"] > 0, "the second task has the first one's labels"
+
+
 def test_the_protected_basis_grows_by_what_the_first_task_used_and_keeps_it(stream_toml: str, tmp_path: Path):
     out = tmp_path / "run"
     toml = stream_toml + '[[tasks]]\nname = "again"\nlabels = ["fruit", "ocean"]\n'

@@ -93,7 +93,7 @@ def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
     R = np.array([[math.nan if value is None else value for value in row["accuracy"]] for row in rows])
     square = len(R) == len(config.tasks)
     found = summary(R) if square else {"average_accuracy": float(R[-1].mean())}
-    if square and config.stream.heads == "shared" and rows[0].get("before"):
+    if square and "before" in rows[0]:  # only a shared head can score a task before it was trained
         found["forward_transfer"] = forward_transfer(R, rows[0]["before"])
     worst = [s.get("worst_tenth") for s in rows[-1]["spread"]]
     last = results[-1]
@@ -124,7 +124,7 @@ def render(result: dict[str, Any]) -> str:
     for name, row in zip(labels, result["matrix"], strict=True):
         lines.append(f"{name:<{width}}" + "".join(f"{'–' if math.isnan(v) else f'{v:.4f}':>{width + 1}}" for v in row))
     shown = {"average_accuracy": "average accuracy", "backward_transfer": "backward transfer", "forgetting": "forgetting"}
-    shown |= {"learning_accuracy": "learning accuracy"}
+    shown |= {"forward_transfer": "forward transfer", "learning_accuracy": "learning accuracy"}
     lines += [f"{label}: {result[key]:.4f}" for key, label in shown.items() if key in result]
     epsilon = result["epsilon"]
     lines.append(f"ε over the whole stream: {epsilon if isinstance(epsilon, str) else f'{epsilon:.3f}'}")
