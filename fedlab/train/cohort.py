@@ -209,6 +209,8 @@ def _gradients(
     total = {name: torch.zeros((count, *value.shape[1:]), dtype=torch.float64, device=value.device) for name, value in like.items()}
     losses, clipped = np.zeros(count), np.zeros(count, dtype=np.int64)
     limits = torch.tensor([w.member.plan.clip if w.member.plan else math.inf for w in active], dtype=torch.float64, device=model.device)
+    private = bool(torch.isfinite(limits).any())
+    layers.rows.totals = None if private else total
     order = np.argsort(data.tokens.lengths(batch.rows), kind="stable") if len(batch.rows) else batch.rows
     for i in range(0, len(order), size):
         chunk = order[i : i + size]
@@ -219,8 +221,7 @@ def _gradients(
         each = cross_entropy(model.logits(tokens), tokens["labels"].to(model.device), reduction="none")
         each.sum().backward()
         gradients = layers.take()
-        private = torch.isfinite(limits)
-        factors, over = _factors(gradients, limits[layers.rows.owner]) if bool(private.any()) else (None, None)
+        factors, over = _factors(gradients, limits[layers.rows.owner]) if private else (None, None)
         _add_by_client(total, gradients, factors, layers.rows.owner)
         np.add.at(losses, owner, each.detach().double().cpu().numpy())
         if over is not None:

@@ -29,6 +29,22 @@ class Rows:
     masks: Masks = field(default_factory=Masks)  # of adapter dropout
     owner: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # [N]
     gradients: dict[str, Tensor] = field(default_factory=dict)  # State name → [N, *shape]
+    totals: dict[str, Tensor] | None = None  # State name → [K, *shape], float64; given where no row is clipped
+    summed: set[str] = field(default_factory=set)  # what went into ``totals`` instead of ``gradients``
+
+    def product(self, name: str, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+        """Take scale·Σ_t left_t·right_tᵀ of every row; left [N, T, a], right [N, T, b].
+
+        Where nothing is clipped and it would be larger than its factors, it is never formed per row but summed over each client's.
+        """
+        tokens, a, b = left.shape[1], left.shape[2], right.shape[2]
+        if self.totals is None or a * b <= tokens * (a + b):
+            self.add(name, torch.bmm(left.mT, right).mul_(scale))
+            return
+        for client in self.owner.unique().tolist():
+            mine = self.owner == client
+            self.totals[name][client].add_(left[mine].flatten(0, 1).mT @ right[mine].flatten(0, 1), alpha=scale)
+        self.summed.add(name)
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Sum over the uses of a layer that runs more than once in a pass."""
@@ -71,11 +87,11 @@ class _Adapted(torch.autograd.Function):
         if layer.basis is not None and (layer.train_a or layer.train_b or not ctx.merged):
             small = small @ layer.basis.mT  # [N, T, p]
         if layer.train_b:
-            layer.rows.add(layer.name_b, torch.bmm(small.mT, h).mul_(layer.scale))
+            layer.rows.product(layer.name_b, small, h, layer.scale)
         below = ctx.needs_input_grad[0]
         u = small @ B if layer.train_a or (below and not ctx.merged) else None  # [N, T, r]
         if layer.train_a:
-            layer.rows.add(layer.name_a, torch.bmm(cast(Tensor, u).mT, x).mul_(layer.scale))
+            layer.rows.product(layer.name_a, cast(Tensor, u), x, layer.scale)
         if not below:
             return None, None, None, None, None
         if ctx.merged:
@@ -124,7 +140,7 @@ class _Whole(torch.autograd.Function):
         layer: WholeLayer = ctx.layer
         x, weight = ctx.saved_tensors
         g = gradients[0].reshape(ctx.shape[0], -1, gradients[0].shape[-1])
-        layer.rows.add(layer.name_weight, torch.bmm(g.mT, x))
+        layer.rows.product(layer.name_weight, g, x)
         if layer.name_bias is not None:
             layer.rows.add(layer.name_bias, g.sum(1))
         dx = torch.bmm(g, weight).view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
@@ -183,7 +199,8 @@ class CohortLayers:
     """Context manager: while it is open the model's trained layers work with ``tensors``, name → [K, *shape] (a shared A: [r, n]).
 
     ``rows.owner`` (and with ``dropout`` > 0 ``rows.masks.keys``) must be set before each forward pass; after ``loss.backward()`` of a
-    loss summed over rows, ``take()`` gives the per-example gradients, name → [N, *shape]. Raises ConfigError for a trained tensor of a
+    loss summed over rows, ``take()`` gives the per-example gradients, name → [N, *shape]; where nothing is clipped, ``rows.totals`` may be
+    set to what each client's rows are added to, and large gradients then go there alone. Raises ConfigError for a trained tensor of a
     layer that is not linear.
     """
 
@@ -219,6 +236,7 @@ class CohortLayers:
     def take(self) -> dict[str, Tensor]:
         """The gradients of the last backward pass; raises if a trained layer took no part in it (a silent no-op)."""
         gradients, self.rows.gradients = self.rows.gradients, {}
-        if missing := self._trained - gradients.keys():
+        found, self.rows.summed = gradients.keys() | self.rows.summed, set()
+        if missing := self._trained - found:
             raise RuntimeError(f"no gradient reached {sorted(missing)[0]}: the model does not use this layer; adapt other modules")
         return gradients
