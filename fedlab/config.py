@@ -7,6 +7,7 @@ The sections and their keys are in ``fedlab.sections``.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
@@ -184,7 +185,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
-    """Apply one ``section.key=value``; the value is read as TOML, a bare word as a string."""
+    """Apply one ``section.key=value``; the value is read as TOML; a bare word, path or address as a string."""
     key, equals, raw = override.partition("=")
     path = key.strip().split(".")
     section = len(path) == 1 and raw.strip().startswith("{")  # privacy={unit="none"} replaces the whole section
@@ -193,7 +194,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"v = {raw.strip()}")["v"]
     except tomllib.TOMLDecodeError:
-        if not raw.strip().replace("-", "").replace("_", "").replace("/", "").replace(".", "").isalnum():
+        if not re.fullmatch(r"[\w./:~@+-]*\w[\w./:~@+-]*", raw.strip()):
             raise ConfigError(f"--set {override!r}: {raw.strip()!r} is not a TOML value") from None
         value = raw.strip()
     for part in path[:-1]:

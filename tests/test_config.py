@@ -73,6 +73,8 @@ def test_malformed_overrides(override: str):
 def test_overrides_are_toml_and_bare_words_are_strings():
     config = RunConfig.parse(MINIMAL, ["run.name=abc", "train.lr=0.5", "lora.target_modules=['q', 'v']", "run.tensorboard=true"])
     assert (config.run.name, config.train.lr, config.lora.target_modules, config.run.tensorboard) == ("abc", 0.5, ("q", "v"), True)
+    config = RunConfig.parse(MINIMAL, ["run.ray_address=10.0.0.7:6379", "run.backend=ray", "data.path=~/texts/a_b.csv"])
+    assert (config.run.ray_address, config.data.path) == ("10.0.0.7:6379", "~/texts/a_b.csv")
 
 
 def test_a_missing_file_and_bad_toml_are_configuration_errors(tmp_path):
@@ -89,7 +91,7 @@ def test_default_cap_is_what_balanced_sampling_needs(clients: int, fraction: flo
     assert config.participations == expected
 
 
-@pytest.mark.parametrize("preset", ["quickstart", "wordnet", "glue"])
+@pytest.mark.parametrize("preset", ["quickstart", "wordnet", "glue", "continual-wordnet"])
 def test_presets_are_valid(preset: str, request: pytest.FixtureRequest):
     config = RunConfig.load(request.config.rootpath / "simulations" / f"{preset}.toml")
     from fedlab.run.launch import check_strategy
