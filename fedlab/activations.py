@@ -8,7 +8,7 @@ minus its mean; uncentred, the first direction is close to the mean activation).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,14 +37,33 @@ def public_inputs(loaded: LoadedModel, lora: LoraSection, seed: int) -> dict[str
 
     One torch thread, so that the bits do not depend on the machine's cores. Raises ConfigError for a file that cannot be used.
     """
+    ranks = {module: len(loaded.parameters[f"{module}.lora_A"]) for module in loaded.scale}
+    with torch_threads(1):
+        return principal_inputs(loaded, public_batches(loaded, lora), ranks, seed)
+
+
+def public_batches(loaded: LoadedModel, lora: LoraSection) -> Iterator[dict[str, Tensor]]:
+    """The texts of ``lora.public``, tokenised; texts of like length together. Raises ConfigError for a file that cannot be used."""
     texts = public_texts(lora)
     limits = (TOKENS, loaded.tokenizer.model_max_length, getattr(loaded.module.config, "max_position_embeddings", TOKENS))
     tokens = tokenise(Corpus("public", texts, np.zeros(len(texts), np.int64), ("",)), loaded.tokenizer, min(limits))
     order = np.argsort(tokens.lengths(np.arange(len(texts))), kind="stable")  # texts of like length together
-    batches = (tokens.batch(order[start : start + BATCH], loaded.tokenizer.pad_token_id) for start in range(0, len(order), BATCH))
-    ranks = {module: len(loaded.parameters[f"{module}.lora_A"]) for module in loaded.scale}
-    with torch_threads(1):
-        return principal_inputs(loaded, batches, ranks, seed)
+    for start in range(0, len(order), BATCH):
+        yield tokens.batch(order[start : start + BATCH], loaded.tokenizer.pad_token_id)
+
+
+def real_tokens(module: str, x: Tensor, mask: Tensor) -> Tensor:
+    """Activations [..., n] of the tokens that are no padding, [tokens, n]; ``mask`` [N, T] says which. Raises ConfigError if it cannot."""
+    if x.shape[:-1] == mask.shape:  # [N, T, n]
+        return x[mask]
+    if x.shape[:-1] == (mask.numel(),):  # [N·T, n]
+        return x[mask.flatten()]
+    if x.shape[:-1] == mask.shape[:1]:  # [N, n]: one per text, after pooling
+        return x
+    raise ConfigError(
+        f"lora.public: {module} is fed {tuple(x.shape)} for {tuple(mask.shape)} tokens, of which padding cannot be told; adapt other "
+        "modules, or do without public texts"
+    )
 
 
 def principal_inputs(
@@ -105,16 +124,7 @@ class _Watch:
         return add
 
     def _product(self, module: str, x: Tensor) -> Tensor:
-        if x.shape[:-1] == self.mask.shape:  # [N, T, n]
-            x = x[self.mask]
-        elif x.shape[:-1] == (self.mask.numel(),):  # [N·T, n]
-            x = x[self.mask.flatten()]
-        elif x.shape[:-1] != self.mask.shape[:1]:  # [N, n]: one per text, after pooling
-            raise ConfigError(
-                f'lora.init_a = "eva": {module} is fed {tuple(x.shape)} for {tuple(self.mask.shape)} tokens, of which padding cannot be '
-                "told; adapt other modules, or use another init_a"
-            )
-        x = x.double()
+        x = real_tokens(module, x, self.mask).double()
         omega = self.omega(x.shape[-1])
         return x.mT @ (x if omega is None else x @ omega.to(x.device))
 

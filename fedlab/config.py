@@ -65,6 +65,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        if self.lora.public is not None and self.lora.init_a != "eva" and not self.strategy.options.get("importance"):
+            raise ValueError(
+                f'lora.public is read for init_a = "eva" (it is "{self.lora.init_a}") and for strategy.importance = true only; '
+                'remove it, or set init_a = "eva"'
+            )
         if self.run.min_clients > self.clients_per_round:
             raise ValueError(
                 f"run.min_clients = {self.run.min_clients} can never be reached: {self.clients_per_round} of "

@@ -77,7 +77,8 @@ class LoraSection(Section):
     rslora: bool = False
     init_a: Literal["orthonormal", "kaiming", "random", "weights", "eva"] = "orthonormal"
     public: str | None = Field(
-        default=None, description="eva: public texts that the server reads; one per line, or a csv, jsonl or parquet file"
+        default=None,
+        description="for eva, and osft's importance: public texts, which the server reads; lines, or a csv, jsonl or parquet file",
     )
     public_texts: int = Field(default=512, gt=0, description="use at most this many of them")
     layers_to_transform: tuple[int, ...] | None = None
@@ -89,8 +90,6 @@ class LoraSection(Section):
                 'init_a = "eva" needs lora.public, a file of public texts: activations of clients\' texts would be a private release, '
                 'which is not made here; init_a = "weights" needs no text'
             )
-        if self.init_a != "eva" and self.public is not None:
-            raise ValueError(f'lora.public is read for init_a = "eva" only, but init_a = "{self.init_a}"; remove it, or set init_a = "eva"')
         return self
 
 

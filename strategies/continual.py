@@ -14,8 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedlab.activations import public_batches
 from fedlab.adapters import draw_a
 from fedlab.config import RunConfig
+from fedlab.continual.importance import layer_importance, preserved_ranks
 from fedlab.continual.subspace import CapacityExhausted, complement, extend, leading_triplets
 from fedlab.errors import ConfigError
 from fedlab.lora.state import BASIS, PAST, RESIDUAL, State, effective_delta, modules, outer_b, part_of, select
@@ -30,6 +32,7 @@ from strategies.folding import fold, require_float32
 from strategies.options import MeanOptions, NoOptions
 
 PROTECTED = "protected"
+LOWEST = 0.1  # share that OSFT preserves of a layer of no importance
 Memory = Mapping[str, Tensor]
 
 
@@ -37,6 +40,7 @@ class OSFTOptions(MeanOptions):
     """[strategy] keys of OSFT."""
 
     preserve: float = Field(default=0.5, ge=0, lt=1, description="share of every layer's singular directions that a task may not touch")
+    importance: bool = Field(default=False, description="less of it where lora.public shows that a layer changes its input much")
 
 
 class InputsOptions(MeanOptions):
@@ -90,12 +94,24 @@ class OSFT(_InTasks):
     Options: ClassVar[type[NoOptions]] = OSFTOptions
 
     @classmethod
+    def check(cls, config: RunConfig) -> None:
+        super().check(config)
+        if OSFTOptions(**config.strategy.options).importance and config.lora.public is None:
+            raise ConfigError("strategy.importance = true needs lora.public, a file of public texts; or remove it")
+
+    @classmethod
     def begin_task(cls, config: RunConfig, state: State, memory: Memory, model: LoadedModel, task: int) -> State:
         options = OSFTOptions(**config.strategy.options)
         state = carried(state, memory)
-        for module in modules(state):
-            weight = current_weight(model, state, module)
-            top = leading_triplets(weight, min(int(options.preserve * min(weight.shape)), min(weight.shape) - 1))
+        weights = {module: current_weight(model, state, module) for module in modules(state)}
+        relative = None
+        if options.importance:
+            model.load(state)
+            relative = layer_importance(model, public_batches(model, config.lora))
+        shapes = {module: (weight.shape[0], weight.shape[1]) for module, weight in weights.items()}
+        kept = preserved_ranks(shapes, relative, min(LOWEST, options.preserve), options.preserve)
+        for module, weight in weights.items():
+            top = leading_triplets(weight, kept[module])
             state = _placed(state, module, complement(top.right.float()), complement(top.left.float()))
         return state
 

@@ -8,8 +8,6 @@ still changes its output. The factor form that the paper trains is the two-sided
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -171,38 +169,6 @@ def extend(rows: Tensor, gram: Tensor, energy: float, most: int, floor: float = 
         new = torch.linalg.qr(new.mT).Q.mT
         new = new * row_signs(new)[:, None]
     return torch.cat([P, new]).to(rows.dtype)
-
-
-def importance(inputs: Tensor, outputs: Tensor) -> float:
-    """Mean cosine of a linear layer's inputs [N, n] and outputs [N, m] (OSFT, section 3.3), on their first min(m, n) coordinates.
-
-    The paper leaves m ≠ n undefined; its released code cuts both to the shorter. Zero rows count as cosine 0.
-    """
-    width = min(inputs.shape[-1], outputs.shape[-1])
-    cosines = torch.nn.functional.cosine_similarity(inputs[:, :width].double(), outputs[:, :width].double(), dim=-1)
-    return float(cosines.mean()) if len(cosines) else 0.0
-
-
-def preserved_ranks(
-    shapes: Mapping[str, tuple[int, int]], importances: Mapping[str, float] | None = None, low: float = 0.1, high: float = 0.8
-) -> dict[str, int]:
-    """Directions to preserve per layer: k = ⌊r·min(m, n)⌋ with r = low + I·(high − low), at most min(m, n) − 1.
-
-    ``importances`` below 0 count as 0 and are normalised to mean 1; r is clamped to [low, 1] (the paper's r exceeds 1 for I > 1.29). None,
-    or no positive one, gives I = 1 everywhere. Raises ValueError unless 0 <= low <= high <= 1 and every importance is finite.
-    """
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"want 0 <= low <= high <= 1, got low = {low}, high = {high}")
-    if importances is not None and not all(math.isfinite(importances[name]) for name in shapes):
-        raise ValueError(f"importances must be finite, got {dict(importances)}")
-    raw = {name: max(0.0, importances[name]) if importances is not None else 1.0 for name in shapes}
-    mean = sum(raw.values()) / len(raw) if raw else 0.0
-    ranks = {}
-    for name, (m, n) in shapes.items():
-        relative = raw[name] / mean if mean else 1.0
-        ratio = min(1.0, max(low, low + relative * (high - low)))
-        ranks[name] = max(0, min(int(ratio * min(m, n)), min(m, n) - 1))
-    return ranks
 
 
 def _finite(name: str, value: Tensor) -> None:

@@ -38,7 +38,9 @@ def check_public(config: RunConfig) -> None:
     """Raise ConfigError if ``lora.public`` is given and cannot be read, or is the clients' own text."""
     if config.lora.public is None:
         return
-    own = [Path(path).expanduser().resolve() for path in (config.data.path, config.data.test_path) if path and config.data.source != "hub"]
+    sections = [config.data.model_dump() | dict(task.data) for task in config.tasks] or [config.data.model_dump()]
+    paths = [section[key] for section in sections if section["source"] != "hub" for key in ("path", "test_path")]
+    own = [Path(path).expanduser().resolve() for path in paths if path]
     public = Path(config.lora.public).expanduser().resolve()
     if any(public == path or public in path.parents or path in public.parents for path in own):
         raise ConfigError(

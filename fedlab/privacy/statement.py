@@ -159,7 +159,7 @@ def _uncovered(config: RunConfig) -> str:
         "the choice of settings: earlier runs on the same data count only if they are in the same ledgers",
     ]
     if config.lora.public is not None:
-        items.append(f"the texts of `{config.lora.public}` (`lora.public`): the adapter starts from what the base model makes of them")
+        items.append(f"the texts of `{config.lora.public}` (`lora.public`): what is trained depends on what the model makes of them")
     if config.privacy.share_metrics:
         items.insert(0, "**training loss, clip fraction and local accuracy, which `privacy.share_metrics` sent without noise**")
     return "**Not protected**:\n" + "\n".join(f"- {item};" for item in items).rstrip(";") + ".\n"

@@ -10,10 +10,8 @@ from fedlab.continual.subspace import (
     CapacityExhausted,
     complement,
     extend,
-    importance,
     leading_triplets,
     leak,
-    preserved_ranks,
     project,
 )
 from fedlab.lora.svd import orthonormal_rows
@@ -176,25 +174,3 @@ def test_an_energy_is_a_share(energy):
 def test_a_gram_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="gram holds NaN"):
         extend(torch.zeros(0, 4), torch.full((4, 4), math.nan), 0.9, 4)
-
-
-def test_importance_is_a_mean_cosine_on_the_shared_coordinates():
-    X = random(50, 8)
-    assert importance(X, X) == pytest.approx(1)
-    assert importance(X, -X) == pytest.approx(-1)
-    assert importance(X, torch.cat([X, random(50, 4, seed=1)], 1)) == pytest.approx(1)
-    assert importance(torch.zeros(3, 8), X[:3]) == 0
-
-
-def test_preserved_ranks_are_clamped_and_defined_for_every_importance():
-    shapes = {"a": (10, 10), "b": (10, 20), "c": (1, 9), "d": (10, 10)}
-    assert preserved_ranks(shapes) == {"a": 8, "b": 8, "c": 0, "d": 8}
-    some = preserved_ranks(shapes, {"a": 0.9, "b": 0.5, "c": 0.1, "d": -0.3})
-    assert some["a"] == 9, "r > 1 in the paper; one direction is left to train"
-    assert some["d"] == 1, "a negative importance counts as 0: the lower ratio"
-    assert preserved_ranks(shapes, dict.fromkeys(shapes, -1.0)) == preserved_ranks(shapes)
-    with pytest.raises(ValueError, match="low"):
-        preserved_ranks(shapes, low=0.9, high=0.5)
-    for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="finite"):
-            preserved_ranks(shapes, dict.fromkeys(shapes, bad))
