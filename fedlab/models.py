@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedlab.attention import attend_in_float32
 from fedlab.blocks import stepping_over
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
@@ -317,6 +318,8 @@ def adapt(
     sixteen_bits = next(base.parameters()).dtype == torch.bfloat16
     cast(Any, base).config.pad_token_id = tokenizer.pad_token_id
     cast(Any, base).config.use_cache = False  # keys and values are never read again: nothing is generated
+    if sixteen_bits and device.type == "cpu":
+        attend_in_float32(base)
     base.to(device)  # before the adapter is made: moving afterwards would detach what optimisers hold
     settings = LoraConfig(
         task_type=TaskType.SEQ_CLS,

@@ -29,11 +29,11 @@ class Masks:
     keys: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))  # of ``row_keys``
 
     def scale(self, x: Tensor, module: str) -> Tensor:
-        """What x [N, ..., n] is multiplied with before the module's A: 0, or 1/(1 − rate)."""
+        """What x [N, ..., n] is multiplied with before the module's A: 0, or 1/(1 − rate); at least float32."""
         if x.shape[0] != len(self.keys):
             raise RuntimeError(f"dropout in {module}: {x.shape[0]} rows, but {len(self.keys)} examples")
         kept = keep(self.keys, module, x[0, ..., 0].numel(), x.shape[-1], self.rate)
-        return kept.view(x.shape).to(x.dtype) / (1 - self.rate)
+        return kept.view(x.shape).to(torch.promote_types(x.dtype, torch.float32)) / (1 - self.rate)
 
 
 def row_keys(seed: int, step: int, examples: np.ndarray) -> np.ndarray:

@@ -5,8 +5,8 @@
 
 Columns: average accuracy (AA) after the last task, backward transfer (BWT, negative: forgetting), forgetting (F), learning accuracy (LA,
 each task just after it was trained), largest share of a change inside what was protected, bytes with bases, ε, seconds. The learning rate
-of every method is the best AA of ``--rates`` on the first two tasks and a seed of its own; replay trains on 20 % of every earlier task's
-texts again, joint on all.
+of every method is the best AA of ``--rates`` on the first two tasks and a seed of its own, a fifth of these for methods that train whole
+matrices, whose entries all add up; replay trains on 20 % of every earlier task's texts again, joint on all.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ METHODS: dict[str, list[str]] = {
     "osft-data, ε = 8": DP,
     "ffa (sequential), ε = 8": ['strategy={name="ffa"}', *DP],
 }
+WHOLE = 0.2  # rates of methods that train whole matrices, relative to those of factors of rank 8
 COLUMNS = ("average_accuracy", "backward_transfer", "forgetting", "learning_accuracy")
 
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     parser.add_argument("--config", type=Path, default=ROOT / "simulations" / "continual-wordnet.toml")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names of rows, or the first words of several")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rates", type=float, nargs="*", default=[0.0005, 0.002, 0.006], help="of the adapter; one: no tuning")
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.0005, 0.002, 0.006], help="of rank-8 factors; one: no tuning")
     parser.add_argument("--tuning-seed", type=int, default=100)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, help="finished runs are kept there and not run again")
@@ -67,9 +68,10 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
 
 
 def _best_rate(args: argparse.Namespace, method: str, kept: dict[str, Any]) -> float | None:
-    if len(args.rates) < 2:
-        return args.rates[0] if args.rates else None
-    scores = {rate: _one(args, method, rate, args.tuning_seed, kept, tasks=2)["average_accuracy"] for rate in args.rates}
+    rates = [round(rate * (WHOLE if method.startswith(("full", "osft")) else 1), 9) for rate in args.rates]
+    if len(rates) < 2:
+        return rates[0] if rates else None
+    scores = {rate: _one(args, method, rate, args.tuning_seed, kept, tasks=2)["average_accuracy"] for rate in rates}
     return max(scores, key=lambda rate: -math.inf if scores[rate] is None else scores[rate])
 
 

@@ -19,7 +19,8 @@ from fedlab.train.cohort import Member, penalty_gradient, train_cohort
 
 
 def session_of(toml: str) -> Session:
-    return open_session(RunConfig.parse(toml, ["privacy={unit='none'}", "train.momentum=0.0", "train.lr=0.2"]).to_toml())
+    """Steps long enough that an update is more than the spacing of float32 around B."""
+    return open_session(RunConfig.parse(toml, ["privacy={unit='none'}", "train.momentum=0.0", "train.lr=2.0"]).to_toml())
 
 
 def core_state(session: Session, left: bool) -> State:
