@@ -10,7 +10,7 @@ NAME = "sdpa_float32"
 
 
 def attend_in_float32(base: nn.Module) -> None:
-    """Let the transformers models in ``base`` that use torch's scaled-dot-product attention compute it in float32; others stay as they are."""
+    """Models in ``base`` that use torch's scaled-dot-product attention compute it in float32; others stay as they are."""
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 
