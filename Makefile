@@ -9,8 +9,8 @@ RUN    ?=
 simulate: setup ## fine-tune MiniLM on the embedded data with FedSVD under DP
 	$(BIN)/fedlab simulate simulations/quickstart.toml $(RUN)
 
-test: setup ## the default test suite
-	$(BIN)/python -m pytest
+test: setup ## the default test suite, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
@@ -20,10 +20,11 @@ lint: setup ## ruff and mypy
 data: ## install WordNet's text (Debian, Ubuntu) for simulations/wordnet.toml
 	@test -f /usr/share/wordnet/data.noun || (apt-get update && apt-get install -y wordnet-base) || (sudo apt-get update && sudo apt-get install -y wordnet-base)
 
-bench: setup ## speed: rounds beside plain Flower, shared passes, the DP step, many clients; JSON in runs/bench
+bench: setup data ## speed: rounds beside plain Flower, WordNet's by every way, shared passes, the DP step, many clients; JSON in runs/bench
 	$(BIN)/python simulations/benchmarks/dp_step.py --json runs/bench/dp_step.json
 	$(BIN)/python simulations/benchmarks/cohort.py --json runs/bench/cohort.json
 	$(BIN)/python simulations/benchmarks/rounds.py --json runs/bench/rounds.json
+	$(BIN)/python simulations/benchmarks/curves.py --seeds 1 --json runs/bench/curves.json
 	$(BIN)/python simulations/benchmarks/scale.py --json runs/bench/scale.json
 	for axis in clients rank modules length; do \
 	  $(BIN)/python simulations/benchmarks/scale.py --vary $$axis --clients 1000 --fraction 0.2 --privacy DP --json runs/bench/scale_$$axis.json || exit 1; \

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     parser.add_argument("--config", type=Path, default=ROOT / "simulations" / "continual-wordnet.toml")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names of rows, or the first words of several")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rates", type=float, nargs="*", default=[0.0005, 0.002, 0.006], help="of rank-8 factors; one: no tuning")
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.002, 0.006, 0.02], help="of rank-8 factors; one: no tuning")
     parser.add_argument("--tuning-seed", type=int, default=100)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, help="finished runs are kept there and not run again")

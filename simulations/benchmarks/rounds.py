@@ -8,6 +8,7 @@ DP-SGD, in ``--nodes`` processes with one torch thread each. The ways:
 
 - sequential: fedlab, one client at a time (``run.cohort=1``);
 - cohort: fedlab as it comes;
+- cohort auto: the same with ``run.dtype=auto``, a bfloat16 base where the processor multiplies it faster;
 - flower kept: a plain Flower message-API app (``plain_flower.py``) whose model stays loaded between messages;
 - flower: the same app as Flower's example is written, with a model built for each message;
 - bare: the floor. As many processes as nodes, each a loop of stock peft and autograd over its share of the examples, without DP, clients,
@@ -32,8 +33,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-WAYS = ("sequential", "cohort", "flower kept", "flower", "bare")
-RATIOS = (("sequential", "cohort"), ("flower kept", "cohort"), ("flower", "cohort"), ("cohort", "bare"))
+WAYS = ("sequential", "cohort", "cohort auto", "flower kept", "flower", "bare")
+RATIOS = tuple((slow, fast) for fast in ("cohort", "cohort auto") for slow in ("sequential", "flower kept", "flower"))
+RATIOS += (("cohort", "bare"), ("cohort auto", "bare"))
+SETTINGS = {"sequential": ["run.cohort=1"], "cohort auto": ["run.dtype=auto"]}
 QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1"}
 
 
@@ -112,7 +115,7 @@ def one(args: argparse.Namespace) -> list[dict[str, float]]:
         "train.schedule=constant",
         "privacy={unit='example', sigma=1.0, clip=1.0}",
         "evaluate={every=1000, clients='never'}",
-        *(["run.cohort=1"] if args.one == "sequential" else []),
+        *SETTINGS.get(args.one, []),
         *args.overrides,
     ]
     config = RunConfig.load(args.config, settings)

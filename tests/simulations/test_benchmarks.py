@@ -139,3 +139,19 @@ def test_plots_are_drawn_from_what_was_measured(tmp_path: Path):
     drawn = script("plots").main(tmp_path, tmp_path / "out")
     assert [path.name for path in drawn] == ["rounds.svg", "scale.svg"]
     assert all("<svg" in path.read_text() for path in drawn)
+
+
+def test_curves_of_every_way_are_the_same_but_for_rounding(tiny_toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "tiny.toml").write_text(tiny_toml)
+    settings = ["run.backend='local'", "lora.layers_to_transform=[1]", "lora.target_modules=['query']", "train.steps=2"]
+    arguments = ["--config", str(tmp_path / "tiny.toml"), "--rounds", "2", "--seeds", "1", "--json", str(tmp_path / "curves.json")]
+    module = script("curves")
+    found = module.main([*arguments, *(text for value in settings for text in ("--set", value))])
+    assert found.keys() == module.WAYS.keys()
+    assert "| accuracy % after round | 0 | 1 | 2 |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "curves.json").read_text())["ways"] == found
+    for row in found.values():
+        assert row["seconds"] > 0
+        assert 0 <= row["overhead"] < 1
+        assert len(row["curves"][0]) == 3
+    assert found["cohort"]["curves"] == found["sequential"]["curves"] == found["prefix cached"]["curves"]
