@@ -33,6 +33,7 @@ from strategies.federation import Federation
 from strategies.folding import require_float32
 from strategies.heads import frozen_layers, keep_other_heads
 from strategies.options import MeanOptions, NoOptions
+from strategies.records import from_record, to_record
 
 logger = logging.getLogger("fedlab")
 UNUSABLE = "unusable update"  # what the reason of an exclusion begins with where a client sent what cannot be used
@@ -352,7 +353,7 @@ class LoraStrategy(Strategy):
             if client in outcome.excluded:
                 continue
             try:
-                update = from_record(ArrayRecord(received[client]), self.config.run.wire_dtype)
+                update = from_record(received[client], self.config.run.wire_dtype)
                 problem = check_update(update, narrow(self._state, self.federation.ranks[client]), trained)
                 if problem is None and self.federation.book is not None:
                     outcome.commits[client] = self._witness(server_round, client, update)
@@ -373,16 +374,6 @@ class LoraStrategy(Strategy):
         assert book is not None
         assert event is not None
         return book.witness(client, server_round, event, self.sent_digest, digest(update))
-
-
-def to_record(state: State, wire_dtype: str) -> ArrayRecord:
-    """State → what Flower carries, in the wire dtype."""
-    return ArrayRecord({name: Array(value) for name, value in to_wire(state, wire_dtype).items()})
-
-
-def from_record(record: ArrayRecord, wire_dtype: str) -> State:
-    """Inverse of ``to_record``; tensors are float32."""
-    return from_wire({name: array.numpy() for name, array in record.items()}, wire_dtype)
 
 
 def _last_line(reason: str | None) -> str:

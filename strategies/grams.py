@@ -14,8 +14,8 @@ from fedlab.continual.observed import input_groups
 from fedlab.continual.sketch import from_fixed
 from fedlab.errors import FedlabError, RunFailed
 from fedlab.privacy.masking import add
-from strategies.base import to_record
 from strategies.exchange import exchange
+from strategies.records import to_record
 
 if TYPE_CHECKING:
     from strategies.loop import Rounds

@@ -33,9 +33,10 @@ from fedlab.session import open_session, torch_threads
 from fedlab.train.memory import plan_memory
 from strategies import STRATEGIES
 from strategies.accounts import NO_DP, Accounts
-from strategies.base import LoraStrategy, TrainOutcome, from_record, to_record
+from strategies.base import LoraStrategy, TrainOutcome
 from strategies.exchange import exchange
 from strategies.federation import Federation, RunOrder
+from strategies.records import from_record, to_record
 from strategies.stage import first_state
 
 logger = logging.getLogger("fedlab")
