@@ -84,10 +84,10 @@ class RunConfig(Section):
         for key, rank in self.clients.rank.items():
             if rank > self.lora.rank:
                 raise ValueError(f"clients.rank: {key} = {rank} exceeds lora.rank = {self.lora.rank}, the largest that the server keeps")
-            if not key.endswith("%") and int(key[7:]) >= self.data.clients:
-                raise ValueError(
-                    f"clients.rank: {key} is none of the {self.data.clients} clients; they are client-0 to client-{self.data.clients - 1}"
-                )
+        count = self.data.clients
+        for name, key in [("rank", key) for key in self.clients.rank] + [("lr", key) for key in self.clients.lr]:
+            if not key.endswith("%") and int(key[7:]) >= count:
+                raise ValueError(f"clients.{name}: {key} is none of the {count} clients; they are client-0 to client-{count - 1}")
         cap = self.privacy.participations
         if cap is not None and cap * self.data.clients < self.run.min_clients:
             raise ValueError(f"privacy.participations = {cap} cannot cover one round of {self.run.min_clients} clients")

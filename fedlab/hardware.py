@@ -15,7 +15,7 @@ from fedlab.models import device_of
 
 logger = logging.getLogger("fedlab")
 GAIN = 1.3  # of a bfloat16 product, below which conversions eat it up
-ROWS, WIDTH = 64, 384
+SHAPES = {"cpu": (512, 384), "cuda": (4096, 4096)}  # rows and width of the product that is timed, so large that its start is nothing
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
@@ -40,7 +40,8 @@ def bfloat16_gain(device: str) -> float:
     """Speed of a bfloat16 matrix product relative to float32, the better of three, in about 0.1 s."""
     seconds: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((ROWS, WIDTH), (WIDTH, WIDTH)))
+        rows, width = SHAPES.get(device, SHAPES["cpu"])
+        a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, width), (width, width)))
         for _ in range(4):
             started = time.perf_counter()
             a @ b

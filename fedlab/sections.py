@@ -5,6 +5,7 @@ The keys of one strategy are checked by that strategy (``strategies.<name>.Optio
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import pydantic
@@ -132,25 +133,28 @@ class DataSection(Section):
 
 
 class ClientsSection(Section):
-    """[clients]: what differs between clients."""
+    """[clients]: what differs between clients, by id ({"client-3" = 4}) or by share of the clients ({"50%" = 4})."""
 
-    rank: dict[str, int] = Field(
-        default={},
-        description='of a client\'s adapter, by id ({"client-3" = 4}) or by share of the clients ({"50%" = 4}); others: lora.rank',
-    )
+    rank: dict[str, int] = Field(default={}, description="of a client's adapter; others: lora.rank")
+    lr: dict[str, float] = Field(default={}, description="what train.lr and train.head_lr are multiplied with; others: 1")
 
     @model_validator(mode="after")
     def _one_way(self) -> ClientsSection:
-        shares = [key for key in self.rank if key.endswith("%")]
+        for name, own in (("rank", self.rank), ("lr", self.lr)):
+            shares = [key for key in own if key.endswith("%")]
+            for key in own:
+                if not (percent(key) if key.endswith("%") else key.startswith("client-") and key[7:].isdigit()):
+                    raise ValueError(f'{name}: {key!r} is neither a client, such as "client-3", nor a share, such as "50%"')
+            if shares and len(shares) < len(own):
+                raise ValueError(f"{name}: name clients or shares, not both: {', '.join(own)}")
+            if (total := sum(percent(key) for key in shares)) > 100:
+                raise ValueError(f"{name}: the shares add up to {total:g} %, more than all clients")
         for key, rank in self.rank.items():
-            if not (percent(key) if key.endswith("%") else key.startswith("client-") and key[7:].isdigit()):
-                raise ValueError(f'rank: {key!r} is neither a client, such as "client-3", nor a share, such as "50%"')
             if rank < 1:
                 raise ValueError(f"rank: {key} must have a rank >= 1, got {rank}")
-        if shares and len(shares) < len(self.rank):
-            raise ValueError(f"rank: name clients or shares, not both: {', '.join(self.rank)}")
-        if (total := sum(percent(key) for key in shares)) > 100:
-            raise ValueError(f"rank: the shares add up to {total:g} %, more than all clients")
+        for key, factor in self.lr.items():
+            if not (factor > 0 and math.isfinite(factor)):
+                raise ValueError(f"lr: {key} must have a positive factor, got {factor}")
         return self
 
 

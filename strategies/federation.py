@@ -21,8 +21,8 @@ from fedlab.errors import PrivacyError, RunFailed
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.noise import SecureStream
 from fedlab.privacy.receipts import Book
-from fedlab.sections import percent
 from fedlab.seeds import client_order, stream
+from fedlab.shares import initial_ranks
 from strategies.exchange import exchange
 
 
@@ -195,17 +195,3 @@ class Federation:
 def _even(groups: int) -> int:
     """As many groups or a few more, in a number that the usual numbers of nodes divide: powers of two, at least 2, then multiples of 16."""
     return max(2, 1 << (groups - 1).bit_length()) if groups <= 16 else -(-groups // 16) * 16
-
-
-def initial_ranks(config: RunConfig) -> dict[str, int]:
-    """client → rank of its adapter at the start of the run. Shares are dealt to the clients in a seeded order, the first one first."""
-    clients = [f"client-{i}" for i in range(config.data.clients)]
-    result = dict.fromkeys(clients, config.lora.rank)
-    rest = [clients[i] for i in stream(config.run.seed, "ranks").permutation(len(clients))]
-    for key, rank in config.clients.rank.items():
-        chosen = [key]
-        if key.endswith("%"):
-            count = round(percent(key) / 100 * len(clients))
-            chosen, rest = rest[:count], rest[count:]
-        result |= dict.fromkeys(chosen, rank)
-    return result

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
 from fedlab.seeds import stream, stream_seed
+from fedlab.shares import rate_factor
 from fedlab.train.dropout import row_keys
 from fedlab.train.fused import CohortLayers
 from fedlab.train.trainer import Trained, check_finite, learning_rate_factor, local_steps, rates
@@ -117,7 +119,8 @@ def train_cohort(
     like = {name: tensors[name] for name in names}
     inside = _inside(workers, names, model.device)
     pasts = _pasts(workers[0].own, names, model.device)
-    optimizer = _Optimizer(config, names, tensors, learning_rate_factor(config.train, round_number, config.run.rounds))
+    factors = torch.tensor([rate_factor(config, w.member.client) for w in workers], dtype=torch.float64, device=model.device)
+    optimizer = _Optimizer(config, names, tensors, learning_rate_factor(config.train, round_number, config.run.rounds), factors)
     with CohortLayers(model, seen, names, config.lora.dropout) as layers, _memory(model, config.run.checkpointing):
         for step in range(max(w.steps for w in workers)):
             active = [w for w in workers if w.steps > step]  # sorted: the first ones of the stack
@@ -268,10 +271,14 @@ def _finish(sums: _Sums, active: list[_Worker], batch: _Batch, inside: dict[str,
 
 
 class _Optimizer:
-    """The run's optimiser on stacked tensors: elementwise, so each client's steps are its own. Fresh in every round."""
+    """The run's optimiser on stacked tensors: elementwise, so each client's steps are its own. Fresh in every round.
 
-    def __init__(self, config: RunConfig, names: Sequence[str], tensors: dict[str, Tensor], factor: float) -> None:
+    ``factors`` [K]: what each client's learning rates are multiplied with. A step is linear in its rate, so it is the step that is scaled.
+    """
+
+    def __init__(self, config: RunConfig, names: Sequence[str], tensors: dict[str, Tensor], factor: float, factors: Tensor) -> None:
         self._train, self._tensors = config.train, tensors
+        self._factors = None if bool((factors == 1).all()) else factors
         self._groups = rates(config.train, names, factor)
         self._first: dict[str, Tensor] = {}
         self._second: dict[str, Tensor] = {}
@@ -280,6 +287,14 @@ class _Optimizer:
     @torch.no_grad()
     def step(self, gradients: dict[str, Tensor], active: int) -> None:
         """One step of the first ``active`` clients of the stack."""
+        before = {} if self._factors is None else {n: self._tensors[n][:active].clone() for n in gradients}
+        self._plain(gradients, active)
+        for name, start in before.items():
+            value = self._tensors[name][:active]
+            factors = cast(Tensor, self._factors)[:active].to(value.dtype).view(-1, *[1] * (value.ndim - 1))
+            value.copy_(start + factors * (value - start))
+
+    def _plain(self, gradients: dict[str, Tensor], active: int) -> None:
         train = self._train
         for lr, names in self._groups:
             values, grads = [self._tensors[n][:active] for n in names], [gradients[n] for n in names]

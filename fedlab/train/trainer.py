@@ -29,6 +29,7 @@ from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
 from fedlab.sections import TrainSection
 from fedlab.seeds import stream, stream_seed
+from fedlab.shares import rate_factor
 from fedlab.train.dp import PerExampleGradients
 from fedlab.train.dropout import DropoutLayers, Masks, row_keys
 from fedlab.train.opacus import OpacusGradients
@@ -91,7 +92,8 @@ def train_client(
     indices = data.train(client)
     seed = config.run.seed
     steps = plan.steps if plan else local_steps(config.train, len(indices))
-    optimizer = _optimizer(model, names, config, learning_rate_factor(config.train, round_number, config.run.rounds))
+    factor = learning_rate_factor(config.train, round_number, config.run.rounds) * rate_factor(config, client)
+    optimizer = _optimizer(model, names, config, factor)
     draws = stream(seed, "batches", client, round_number)
     batches = (
         (plan.batch(draws) for _ in range(steps)) if plan else iter(fixed_batches(len(indices), config.train.batch_size, steps, draws))

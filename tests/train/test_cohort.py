@@ -98,6 +98,24 @@ def test_each_client_has_its_own_plan_rank_and_start(tiny_toml: str):
     compare(session, list(reversed(members)), names_of(common, ("lora_B", "head")))
 
 
+@pytest.mark.parametrize("settings", [["train.momentum=0.9", "train.prox=0.1"], ["train.optimizer=adamw", "train.momentum=0.0"]], ids=str)
+def test_each_client_has_its_own_learning_rate(settings: list[str], tiny_toml: str):
+    own = ["clients.lr={client-0=0.25, client-2=3}", "train.lr=0.2", "train.head_lr=0.1", "train.weight_decay=0.1"]
+    session = session_of(tiny_toml, *settings, *own)
+    state = moved_state(session)
+    members = [Member(c, state, plan_of(session, c, sigma=1e-6) if c == "client-1" else None) for c in CLIENTS]
+    names = names_of(state, ("lora_A", "lora_B", "head"))
+    found = compare(session, members, names, 1e-4 if "adamw" in str(settings) else 1e-5)
+    same = train_cohort(session.model, session.data, members, names, session_of(tiny_toml, *settings, *own[1:]).config, 2)
+
+    def size(trained: dict, client: str) -> float:
+        return sum(float(v.double().square().sum()) for v in trained[client].update.values()) ** 0.5
+
+    assert size(found, "client-0") < 0.5 * size(same, "client-0")
+    assert size(found, "client-1") == pytest.approx(size(same, "client-1"), rel=1e-6)
+    assert size(found, "client-2") > 1.5 * size(same, "client-2")
+
+
 def test_an_empty_poisson_batch_is_a_step_of_noise_alone(tiny_toml: str):
     session = session_of(tiny_toml)
     state = moved_state(session)
