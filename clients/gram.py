@@ -6,6 +6,7 @@ server sees nothing but the sum over all clients (``fedlab.privacy.masking``), u
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -90,7 +91,11 @@ def keys_message(cohort: list[str], content: RecordDict, context: Context) -> Re
 
 
 def _masked(values: dict[str, np.ndarray], client: str, settings: Gram, order: ConfigRecord, context: Context) -> dict[str, np.ndarray]:
-    """The values under this client's masks; its key is used once and gone."""
+    """The values under this client's masks; its key is used once and gone.
+
+    Two sums over different clients differ by what those have who are in one of them alone. So a client is in sums over one set of clients:
+    the first, which it writes down before it sends anything. Raises PrivacyError for another.
+    """
     path = _key_file(client, order, context)
     try:
         private = path.read_bytes()
@@ -98,6 +103,13 @@ def _masked(values: dict[str, np.ndarray], client: str, settings: Gram, order: C
         raise PrivacyError(f"{client} has no key for this sum: none was asked for, or it was used already") from None
     path.unlink()
     peers = dict(zip(cast(list[str], order["peers"]), cast(list[str], order["public"]), strict=True))
+    first, now = path.with_suffix(".peers"), "\n".join(sorted(peers))
+    with contextlib.suppress(FileExistsError), os.fdopen(os.open(first, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(now)
+        file.flush()
+        os.fsync(file.fileno())
+    if first.read_text() != now:
+        raise PrivacyError(f"{client} was asked for a sum over other clients before: the difference of both would show single ones")
     return masked(values, private, client, peers, f"{cast(str, order['run'])}|{cast(int, order['attempt'])}", settings.cohort)
 
 
@@ -122,7 +134,7 @@ def _release(
     guard = Guard(custody.guard.ledger, release_run(custody.guard.run))
     if refusal := guard.plan(terms, {}):
         raise refusal
-    seeded = SeededNoise(stream(session.config.run.seed, "noise", client, "gram", custody.guard.run))
+    seeded = SeededNoise(stream(session.config.draws, "noise", client, "gram"))
     noise = seeded if custody.plan.noise == "seeded" else SecureNoise()
     with guard.charge(terms, 1, sent) as commit:
         released = to_fixed(privatise(look(), settings.sigma, settings.clip, noise))

@@ -29,6 +29,7 @@ from fedlab.sections import (
     StrategySection,
     TrainSection,
 )
+from fedlab.seeds import stream_seed
 from fedlab.stream import READS_INPUTS, Gram, StageSection, StreamSection, TaskSection
 
 
@@ -59,7 +60,7 @@ class RunConfig(Section):
             raise ValueError(f"stage.task = {self.stage.task}, but there are {len(names)} tasks, counted from 0")
         for task in self.tasks:
             DataSection.model_validate({**self.data.model_dump(), **task.data})
-            if odd := sorted(task.data.keys() & {"clients"}):
+            if odd := sorted(task.data.keys() & {"clients", "max_length"}):
                 raise ValueError(f"tasks: {task.name} sets data.{odd[0]}, which all tasks share")
         return self
 
@@ -123,6 +124,11 @@ class RunConfig(Section):
     def is_stream(self) -> bool:
         """Whether this is a chain of runs, not one of its links."""
         return bool(self.tasks) and self.stage is None
+
+    @property
+    def draws(self) -> int:
+        """Seed of what is drawn from round to round (batches, noise, masks, who takes part): in a stream each task has its own."""
+        return self.run.seed if self.stage is None else stream_seed(self.run.seed, "task", self.stage.task)
 
     @property
     def task_rounds(self) -> list[int]:

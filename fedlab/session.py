@@ -47,7 +47,11 @@ class Session:
         """The client's privacy plan, made from its own size; None when it adds no noise itself."""
         if self.config.privacy.unit != "example":
             return None
-        return plan_of(self.config, self.data.size(client))
+        tasks, stream = self.data.tasks, self.config.stream
+        if tasks is None or stream.joint:
+            return plan_of(self.config, self.data.size(client), (self.data.size(client),))
+        sizes = [tasks.size(client, task, stream.replay) for task in range(len(tasks.shards))]
+        return plan_of(self.config, self.data.size(client), sizes)
 
 
 @lru_cache(maxsize=1)

@@ -16,6 +16,7 @@ from typing import Any
 from fedlab.config import RunConfig
 from fedlab.data.sources import identity
 from fedlab.errors import PrivacyError
+from fedlab.privacy.accounting import Event
 from fedlab.privacy.client_level import ClientPlan, make_client_plan
 from fedlab.privacy.guard import Guard, budget_terms, scope_of
 from fedlab.privacy.keys import keyed_hash
@@ -123,6 +124,11 @@ class Accounts:
     def unseen(self) -> list[str]:
         """Clients whose ledger is behind what they were asked to do."""
         return self.spent.unseen() if self.book is not None else []
+
+    def expect(self, clients: list[str], event: Event) -> None:
+        """These clients are asked for a release beside the rounds: it counts as spent until their ledger is seen."""
+        for client in clients if self.book is not None else []:
+            self.spent.assume(client, event)
 
     def see(self, clients: list[str]) -> None:
         """These clients' ledgers are complete now: nothing needs to be assumed of them."""

@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
             directory.write_text("partition.json", describe(shards, corpus))
             rounds = Rounds(grid, config, directory, events, progress)
             status = rounds.run()
-            end_stage(rounds)
+            end_stage(rounds, status)
             result = _finish(directory, rounds, status, started)
             progress.finished(result)
     except BaseException as error:

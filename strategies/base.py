@@ -99,6 +99,11 @@ class LoraStrategy(Strategy):
             raise ConfigError(
                 f'clients.rank with strategy.name = "{config.strategy.name}": its rule needs equal ranks; use flexlora, hetlora or flora'
             )
+        if config.tasks and cls.personal:
+            raise ConfigError(
+                f'strategy.name = "{config.strategy.name}" with [[tasks]]: clients keep {", ".join(sorted(cls.personal))}, so there '
+                "is no one model to score after a task; use fedavg"
+            )
         if cls.folds:
             require_float32(config)
         if isinstance(options := cls.Options(**config.strategy.options), MeanOptions):
@@ -210,7 +215,7 @@ class LoraStrategy(Strategy):
         """Client-level DP: one noised mean of the clipped updates takes the place of the clients' own (post-processing from there on)."""
         plan = self.client_plan
         assert plan is not None
-        seeded = SeededNoise(stream(self.config.run.seed, "noise", "server", server_round))
+        seeded = SeededNoise(stream(self.config.draws, "noise", "server", server_round))
         noise = seeded if plan.noise == "seeded" else SecureNoise()
         updates = {client: widen(update, self._state) for client, update in self.train_outcome.updates.items()}
         mean = plan.mean(updates, {name: self._state[name] for name in trained}, noise)

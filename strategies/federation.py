@@ -146,7 +146,7 @@ class Federation:
         sample; ``poisson`` takes each with probability ``run.fraction``, unforeseeably if the noise is secure. May return fewer than
         ``clients_per_round``, also none.
         """
-        eligible, rng = self.eligible, stream(self.config.run.seed, "clients", round_number)
+        eligible, rng = self.eligible, stream(self.config.draws, "clients", round_number)
         if self.config.run.sampling == "poisson":
             coins = SecureStream() if self.config.privacy.noise == "secure" else rng
             drawn = [client for client, coin in zip(eligible, coins.random(len(eligible)), strict=True) if coin < self.config.run.fraction]

@@ -52,5 +52,5 @@ class FLora(LoraStrategy):
             averaged = fold(averaged, module, mean, options.residual_rank)
             A = state[f"{module}.lora_A"]
             averaged[f"{module}.lora_B"] = torch.zeros_like(state[f"{module}.lora_B"])
-            averaged[f"{module}.lora_A"] = draw_a(options.redraw, A.shape, self.config.run.seed, "redraw", module, round_number)
+            averaged[f"{module}.lora_A"] = draw_a(options.redraw, A.shape, self.config.draws, "redraw", module, round_number)
         return averaged

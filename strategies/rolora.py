@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from fedlab.lora.state import State, select
 from strategies.base import LoraStrategy
+from strategies.heads import frozen_layers
 
 
 class RoLora(LoraStrategy):
@@ -20,4 +21,4 @@ class RoLora(LoraStrategy):
         """One factor and the head."""
         factor = "lora_B" if server_round % 2 else "lora_A"
         head = {"head"} & set(self.trained_parts(self.config))
-        return sorted(select(state, {factor} | head))
+        return sorted(select(state, {factor} | head).keys() - frozen_layers(self.config, state))

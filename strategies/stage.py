@@ -2,7 +2,7 @@
 
 At the end of a task, after its last round: every task's texts are scored (a row of the accuracy matrix), what was learnt is merged, the
 inputs that were used are protected (a release of their own, ``clients.gram``), and ``memory.safetensors`` and ``task.json`` are written.
-Both are written again, with the same bits, if the run is cut off in between.
+The sums that clients released are kept first, so that nothing is released again if the run is cut off in between.
 """
 
 from __future__ import annotations
@@ -51,17 +51,20 @@ def first_state(config: RunConfig, strategy: type[LoraStrategy], session: Sessio
         return strategy.begin_task(config, fresh, memory, session.model, config.stage.task), memory
 
 
-def end_stage(rounds: Rounds) -> None:
-    """Score, protect, write. Does nothing outside a stream."""
+def end_stage(rounds: Rounds, status: str) -> None:
+    """Score, protect, write. Does nothing outside a stream, or where it was done before the run was cut off.
+
+    If the budget ended the task, no further release is asked for: no task follows.
+    """
     config, stage = rounds.config, rounds.config.stage
-    if stage is None:
+    if stage is None or all((rounds.directory.path / name).is_file() for name in (MEMORY, TASK)):
         return
     rounds.progress.note("scoring every task")
     scores = score_tasks(rounds.session, rounds.state, config)
     if stage.task == 0 and config.stream.heads == "shared":  # what forward transfer is measured from
         scores["before"] = score_tasks(rounds.session, first_state(config, type(rounds.strategy), rounds.session)[0], config)["accuracy"]
     started = time.perf_counter()
-    last = stage.task == len(config.tasks) - 1 or config.stream.joint
+    last = stage.task == len(config.tasks) - 1 or config.stream.joint or status == "budget-exhausted"
     grams = {} if last or config.gram is None else collect_grams(rounds)
     with torch_threads(1):
         memory = rounds.strategy.end_task(rounds.state, rounds.memory, grams)

@@ -34,7 +34,7 @@ def clipped_grams(inputs: Mapping[str, Tensor], mask: Tensor, clip: float) -> tu
     """
     count = mask.shape[0]
     squares = torch.zeros(count, dtype=torch.float64)
-    kept = {name: (x.detach() * mask.unsqueeze(-1)).to("cpu", torch.float64) for name, x in sorted(inputs.items())}
+    kept = {name: x.detach().to("cpu", torch.float64) * mask.cpu().unsqueeze(-1) for name, x in sorted(inputs.items())}
     for x in kept.values():
         small = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x  # ‖XᵀX‖ = ‖XXᵀ‖
         squares += small.square().flatten(1).sum(1)
@@ -70,7 +70,9 @@ def noise_floor(n: int, sigma: float, clip: float, clients: int = 1) -> float:
 
 
 def to_fixed(grams: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Fixed point (2⁻²⁴, int64): sums are exact in any order, so neither the number of nodes nor masks change a bit.
+    """The upper triangles, row by row, in fixed point (2⁻²⁴, int64 [n(n+1)/2]).
+
+    Sums of these are exact in any order, so neither the number of nodes nor masks change a bit.
 
     Raises ValueError for a value that is not finite or beyond ±2²⁸.
     """
@@ -78,10 +80,24 @@ def to_fixed(grams: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     for name, gram in grams.items():
         if not bool((gram.abs() < LIMIT).all()):
             raise ValueError(f"the Gram matrix of {name} holds values that are not finite or above {LIMIT:g}; lower strategy.gram.clip")
-        fixed[name] = np.rint(gram.double().numpy() * STEP).astype(np.int64)
+        fixed[name] = np.rint(gram.double().numpy()[np.triu_indices(len(gram))] * STEP).astype(np.int64)
     return fixed
 
 
 def from_fixed(values: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Inverse of ``to_fixed``, float64."""
-    return {name: torch.from_numpy(value.astype(np.float64) / STEP) for name, value in values.items()}
+    """Inverse of ``to_fixed``: symmetric, float64."""
+    grams = {}
+    for name, value in values.items():
+        n = side(len(value))
+        upper = np.zeros((n, n))
+        upper[np.triu_indices(n)] = value.astype(np.float64) / STEP
+        grams[name] = torch.from_numpy(upper + np.triu(upper, 1).T)
+    return grams
+
+
+def side(length: int) -> int:
+    """n of an upper triangle of n(n+1)/2 entries. Raises ValueError for a length that is none."""
+    n = (math.isqrt(8 * length + 1) - 1) // 2
+    if n * (n + 1) // 2 != length:
+        raise ValueError(f"{length} entries are no triangle of a square matrix")
+    return n

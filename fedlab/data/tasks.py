@@ -43,6 +43,10 @@ class TaskData:
             train[client] = _union(parts)
         return Shards(train, mine.local_test, mine.test)
 
+    def size(self, client: str, task: int, replay: float) -> int:
+        """Examples that ``training`` gives a client in a task, without ``joint``."""
+        return len(self.shards[task].train[client]) + sum(round(replay * len(s.train[client])) for s in self.shards[:task])
+
     def outside(self, task: int, replay: float, joint: bool) -> np.ndarray:
         """Labels (bool [labels]) that this task's training has no example of, where heads are the tasks' own; none where shared."""
         if self.groups is None or joint:

@@ -83,11 +83,17 @@ def epsilon(
 
 
 def calibrate_sigma(
-    q: float, steps: int, epsilon: float, delta: float, accountant: Accountant = "pld", beside: tuple[Event, ...] = ()
+    q: float,
+    steps: int,
+    epsilon: float,
+    delta: float,
+    accountant: Accountant = "pld",
+    beside: tuple[Event, ...] = (),
+    also: tuple[tuple[float, int], ...] = (),
 ) -> float:
     """Smallest noise multiplier (to about 5e-4 relative, never below) with which ``steps`` Poisson steps at rate q spend at most ε.
 
-    The events ``beside`` are spent as well and count towards ε.
+    The events ``beside`` are spent as well and count towards ε; so are the Poisson steps ``also``, pairs (q, steps), under the same σ.
 
     Raises ValueError for ε <= 0 or δ outside (0, 1), PrivacyError if no σ below 10⁴ suffices.
     """
@@ -97,23 +103,27 @@ def calibrate_sigma(
         raise ValueError(f"delta must be in (0, 1), got {delta}")
     if steps <= 0 or q == 0:
         return 0.0
-    return _calibrate(q, steps, epsilon, delta, accountant, beside)
+    return _calibrate(((q, steps), *also), epsilon, delta, accountant, beside)
 
 
 @lru_cache(maxsize=4096)
-def _calibrate(q: float, steps: int, target: float, delta: float, accountant: Accountant, beside: tuple[Event, ...]) -> float:
+def _calibrate(
+    parts: tuple[tuple[float, int], ...], target: float, delta: float, accountant: Accountant, beside: tuple[Event, ...]
+) -> float:
     from scipy.optimize import brentq
 
     def excess(log_sigma: float, by: Accountant = accountant, interval: float = COARSE) -> float:
-        spent = epsilon([Event("poisson", q, math.exp(log_sigma), steps), *beside], delta, by, interval=interval)
+        own = [Event("poisson", q, math.exp(log_sigma), steps) for q, steps in parts]
+        spent = epsilon([*own, *beside], delta, by, interval=interval)
         return math.log(max(spent, 1e-9) / target)
 
     # RDP is cheap and never below PLD, so its σ bounds the search from above and keeps PLD away from absurdly small σ.
     lowest, highest = math.log(1e-2), math.log(1e4)
-    if q * steps <= delta:  # an example is drawn at all with probability at most δ
+    steps = sum(count for _, count in parts)
+    if sum(q * count for q, count in parts) <= delta:  # an example is drawn at all with probability at most δ
         return math.exp(lowest)
     if excess(highest, "rdp") > 0:
-        raise PrivacyError(f"epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q = {q:g}")
+        raise PrivacyError(f"epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q = {parts[0][0]:g}")
     high = float(brentq(excess, lowest, highest, args=("rdp",), xtol=0.05)) + 0.06 if excess(lowest, "rdp") > 0 else lowest
     width = 0.02
     while (over := excess(high)) > 0:  # only a rounding away: PLD <= RDP, and PRV's error is 0.01

@@ -80,7 +80,7 @@ class ClientPlan:
 
 
 def make_client_plan(config: RunConfig) -> ClientPlan:
-    """The server's plan; σ is given, or calibrated so that all rounds together spend at most ε.
+    """The server's plan; σ is given, or calibrated so that all rounds together, of all tasks in a stream, spend at most ε.
 
     Raises ConfigError for weights that differ between clients, PrivacyError for a δ that promises nothing.
     """
@@ -98,8 +98,9 @@ def make_client_plan(config: RunConfig) -> ClientPlan:
     else:
         sampler, q = "fixed_wor", config.clients_per_round / n
     delta, rounds, sigma = delta_of(privacy, n), config.run.rounds, privacy.sigma
+    whole = sum(config.task_rounds) if config.tasks else rounds
     if sigma is None:
         assert privacy.epsilon is not None
         # Without amplification n releases are one Gaussian; fixed-size draws move the sum by 2C.
-        sigma = (2 if sampler == "fixed_wor" else 1) * calibrate_sigma(q if sampler == "poisson" else 1.0, rounds, privacy.epsilon, delta)
+        sigma = (2 if sampler == "fixed_wor" else 1) * calibrate_sigma(q if sampler == "poisson" else 1.0, whole, privacy.epsilon, delta)
     return ClientPlan(n, sampler, q, sigma, privacy.clip, delta, rounds, privacy.noise)  # type: ignore[arg-type]

@@ -2,8 +2,9 @@
 
 Every client makes a fresh X25519 key; each pair derives one key stream from its shared secret, which one of the two adds and the other
 subtracts, modulo 2⁶⁴. Whoever sees a masked value sees uniform noise; the masks of all clients add up to zero. If one of them is missing
-the sum is noise: it is asked for again from the others, with fresh keys. Holds against a server that is curious and follows the protocol;
-one that invents clients with keys of its own is not kept out.
+the sum is noise: it is asked for again, with fresh keys, from the same clients only, since two sums over different clients differ by what
+those have who are in one of them alone (``clients.gram`` refuses). Holds against a server that is curious and follows the protocol; one
+that invents clients with keys of its own is not kept out.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -120,41 +120,65 @@ def delta_of(privacy: PrivacySection, n: int) -> float:
     return delta
 
 
-def plan_of(config: RunConfig, n: int) -> DPPlan:
+def plan_of(config: RunConfig, n: int, sizes: Sequence[int] = ()) -> DPPlan:
     """The plan of a client of n examples in this run.
 
-    In a stream σ is calibrated for the rounds of all its tasks and the releases between them, as if n were the same in every task: the
-    rounds that a client takes part in spend ε over the whole stream, not in each task.
+    In a stream ``sizes`` are its examples in every task. σ and δ are then one for all tasks, and σ is calibrated for the rounds of all of
+    them and the releases between them: what a client takes part in spends ε over the whole stream, not in each task.
     """
     if not config.tasks:
         return make_plan(config.privacy, config.train, n, config.participations)
-    rounds = sum(config.task_rounds)
-    whole = -(-config.participations * rounds // config.run.rounds)
+    rounds = [config.run.rounds] if config.stream.joint else config.task_rounds
+    tasks = tuple((m, -(-config.participations * r // config.run.rounds)) for m, r in zip(sizes, rounds, strict=True))
     gram = config.gram
     beside = (Event("full", 1.0, gram.sigma, len(config.tasks) - 1),) if gram is not None and len(config.tasks) > 1 else ()
-    return make_plan(config.privacy, config.train, n, config.participations, whole, beside)
+    return make_plan(config.privacy, config.train, n, config.participations, tasks, beside)
 
 
 @lru_cache(maxsize=4096)
 def make_plan(
-    privacy: PrivacySection, train: TrainSection, n: int, participations: int, calibrated: int | None = None, beside: tuple[Event, ...] = ()
+    privacy: PrivacySection,
+    train: TrainSection,
+    n: int,
+    participations: int,
+    tasks: tuple[tuple[int, int], ...] = (),
+    beside: tuple[Event, ...] = (),
 ) -> DPPlan:
     """The plan of a client of n examples; σ is given, or calibrated so that ``participations`` whole rounds spend at most ε.
 
-    ``calibrated`` (default ``participations``) is the number of rounds that σ is calibrated for, together with the events ``beside``.
+    ``tasks`` (examples, rounds) is what σ is calibrated for in a stream, together with the events ``beside``; δ is the smallest of its
+    tasks. Where their sampling rates differ, σ is calibrated by RDP, which is never below what is spent, in a fraction of the time.
 
-    Raises ConfigError for a unit that is not available, PrivacyError for a δ that promises nothing.
+    Raises ConfigError for a unit that is not available, PrivacyError for a δ that promises nothing or releases that leave nothing of ε.
     """
     positive(n=n)
     positive(participations=participations)
     if privacy.unit != "example":
         raise ConfigError(f'privacy.unit = "{privacy.unit}" has no plan of a client; see fedlab.privacy.client_level')
     assert privacy.clip is not None
-    delta = delta_of(privacy, n)
-    steps = train.steps if train.steps is not None else math.ceil((train.epochs or 0) * n / train.batch_size)
-    q = min(1.0, train.batch_size / n)
+    parts = tasks or ((n, participations),)
+    delta = min(delta_of(privacy, m) for m, _ in parts)
     sigma = privacy.sigma
     if sigma is None:
         assert privacy.epsilon is not None
-        sigma = calibrate_sigma(q, steps * (calibrated or participations), privacy.epsilon, delta, beside=beside)
-    return DPPlan(n, train.batch_size, steps, sigma, privacy.clip, delta, participations, privacy.noise)
+        if beside and (taken := epsilon(beside, delta)) >= privacy.epsilon:
+            raise PrivacyError(
+                f"privacy.epsilon = {privacy.epsilon:g}: the releases at the tasks' ends alone spend {taken:.2f}; raise "
+                f"strategy.gram.sigma = {beside[0].sigma:g} or privacy.epsilon"
+            )
+        counts: dict[float, int] = {}
+        for m, rounds in parts:
+            counts[_rate(train, m)] = counts.get(_rate(train, m), 0) + _steps(train, m) * rounds
+        (q, count), *others = sorted(counts.items())
+        sigma = calibrate_sigma(q, count, privacy.epsilon, delta, "rdp" if others else "pld", beside, tuple(others))
+    return DPPlan(n, train.batch_size, _steps(train, n), sigma, privacy.clip, delta, participations, privacy.noise)
+
+
+def _rate(train: TrainSection, n: int) -> float:
+    """Poisson sampling rate of a client of n examples."""
+    return min(1.0, train.batch_size / n)
+
+
+def _steps(train: TrainSection, n: int) -> int:
+    """Its steps in one round."""
+    return train.steps if train.steps is not None else math.ceil((train.epochs or 0) * n / train.batch_size)

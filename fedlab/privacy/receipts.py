@@ -28,7 +28,7 @@ class Book:
         self._mirror = ledgers.absolute() != self._copies.absolute()
         self._heads_file = ledgers / "heads.json" if self._mirror else None
         self._copies.mkdir(parents=True, exist_ok=True)
-        self.key = load_or_create_key(self._copies / "keys" / "server.pem")
+        self.key = load_or_create_key(ledgers / "keys" / "server.pem")  # one for all runs that share ledgers
         self._own = Ledger(run_path / "receipts.jsonl", SERVER, NO_DATASET, self.key)
         self._clients: dict[str, list[Entry]] = {}
         self._keys: dict[str, str] = {}

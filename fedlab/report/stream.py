@@ -48,7 +48,7 @@ def write_stream_report(path: Path) -> Path:
     if "matrix" not in result:
         raise ConfigError(f"{str(path)!r} has no finished result to report on; fedlab resume goes on with it")
     matrix = [[math.nan if value is None else value for value in row] for row in result["matrix"]]
-    rows = result["tasks"] if len(matrix) == len(result["tasks"]) else ["all"]
+    rows = result["tasks"][: len(matrix)] if not result["joint"] else ["all"]
     facts = [(label, _shown(result[key])) for key, label in FACTS.items() if result.get(key) is not None]
     page = (
         Environment(autoescape=True)

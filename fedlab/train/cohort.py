@@ -151,7 +151,7 @@ def _memory(model: LoadedModel, checkpointing: bool) -> AbstractContextManager[N
 
 
 def _worker(data: FederatedData, member: Member, config: RunConfig, round_number: int) -> _Worker:
-    seed, client, plan = config.run.seed, member.client, member.plan
+    seed, client, plan = config.draws, member.client, member.plan
     indices = data.train(client)
     steps = plan.steps if plan else local_steps(config.train, len(indices))
     draws = stream(seed, "batches", client, round_number)

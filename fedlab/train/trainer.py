@@ -90,7 +90,7 @@ def train_client(
     own = narrow(state, rank) if rank is not None else state
     model.load(widen(own, state))
     indices = data.train(client)
-    seed = config.run.seed
+    seed = config.draws
     steps = plan.steps if plan else local_steps(config.train, len(indices))
     factor = learning_rate_factor(config.train, round_number, config.run.rounds) * rate_factor(config, client)
     optimizer = _optimizer(model, names, config, factor)

@@ -56,7 +56,7 @@ data = {limit = 200}
 name = "late"
 """
     )
-    result = run(toml, tmp_path / "run", "stream.heads=shared", name="fedavg").result
+    result = run(toml, tmp_path / "run", "stream.heads=shared", "run.rounds=5", name="fedavg").result
     before = json.loads((tmp_path / "run" / "task-0-early" / "task.json").read_text())["before"]
     R = matrix(result)
     assert not np.isnan(R).any(), "a shared head scores every task at any time"
@@ -110,6 +110,138 @@ def test_an_epsilon_is_for_the_whole_stream(stream_toml: str, tmp_path: Path):
     assert 7.0 < result["epsilon"] <= 8.0
 
 
+def test_an_epsilon_is_for_the_whole_stream_also_where_tasks_differ_in_size(stream_toml: str, tmp_path: Path):
+    toml = stream_toml.replace('name = "hard"\n', 'name = "hard"\nrounds = 1\ndata = {limit = 120}\n')
+    run_ = run(toml, tmp_path / "run", "privacy={unit='example', epsilon=8.0, clip=1.0}", name="fedavg")
+    sigmas, rates, deltas = set(), set(), set()
+    for line in next((run_.path / "ledger").rglob("client-0.jsonl")).read_text().splitlines():
+        entry = json.loads(line)
+        if entry["type"] == "CHARGE":
+            sigmas.add(entry["event"]["sigma"])
+            rates.add(entry["event"]["q"])
+        if entry["type"] == "PLAN":
+            deltas.add(entry["delta"])
+    assert len(sigmas) == len(deltas) == 1, "one σ and δ for all tasks"
+    assert len(rates) == 2, "the tasks' sizes differ"
+    assert 6.0 < run_.result["epsilon"] <= 8.0
+
+
+def test_a_clients_privacy_is_for_the_whole_stream_too(stream_toml: str, tmp_path: Path):
+    from fedlab.privacy.audit.run import audit_run
+
+    settings = ["privacy={unit='client', epsilon=8.0, clip=1.0}", "run.sampling='poisson'"]
+    chosen = "strategy={name='osft', weights='uniform'}"
+    run_ = fedlab.simulate(RunConfig.parse(stream_toml, [chosen, *settings]), tmp_path / "run", quiet=True)
+    per_task = run_.result["epsilon_per_task"]
+    assert per_task[0] < per_task[1] == run_.result["epsilon"]
+    assert 7.0 < run_.result["epsilon"] <= 8.0
+    for path in sorted(run_.path.glob("task-*")):
+        assert not audit_run(path).findings
+
+
+def test_releases_that_leave_nothing_of_epsilon_are_named(stream_toml: str, tmp_path: Path):
+    with pytest.raises(FedlabError, match=r"alone spend .*; raise strategy\.gram\.sigma"):
+        run(stream_toml, tmp_path / "run", "privacy={unit='example', epsilon=0.5, clip=1.0}")
+
+
+def test_tasks_draw_their_own_batches_and_noise(stream_toml: str):
+    first, second = (RunConfig.parse(stream_toml).at_stage(task, None) for task in (0, 1))
+    assert len({first.draws, second.draws, first.run.seed}) == 3
+    assert first.run.seed == second.run.seed, "who holds what stays"
+
+
+def test_a_budget_that_ends_in_a_task_ends_the_stream_with_what_there_is(stream_toml: str, tmp_path: Path):
+    budget = "privacy={unit='example', sigma=1.0, clip=1.0, budget={epsilon=9.0}}"
+    result = run(stream_toml, tmp_path / "run", budget).result
+    assert result["status"] == "budget-exhausted"
+    assert len(result["matrix"]) < 2 or None in json.loads((tmp_path / "run" / "result.json").read_text())["matrix"][0]
+    assert result["epsilon"] <= 9.0
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_release_is_made_once_however_often_the_run_is_cut_off(stream_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from fedlab.run.launch import resume
+    from strategies import app
+
+    real = app._finish
+    settings = ["privacy={unit='example', sigma=1.0, clip=1.0, noise='secure'}"]
+    for broken in ("strategies.stage.write_state", "strategies.app._finish"):
+        out = tmp_path / broken.rpartition(".")[2]
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            for _ in range(4):  # more often than a client may be asked
+                with pytest.raises((KeyboardInterrupt, FedlabError)):
+                    run(stream_toml, out, *settings) if not out.exists() else resume(out, quiet=True)
+        result = resume(out, quiet=True).result
+        assert result["status"] == "completed"
+        lines = [json.loads(line) for line in next((out / "ledger").rglob("client-0.jsonl")).read_text().splitlines()]
+        assert sum(line["type"] == "CHARGE" and line["event"]["sampler"] == "full" for line in lines) == 1
+    assert app._finish is real
+
+
+def test_a_masked_sum_is_over_one_set_of_clients(stream_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One that fails once is asked again with all others; one that stays away ends the run, since a sum without it would show it."""
+    from clients import gram
+    from fedlab.run.launch import resume
+
+    real, failures = gram._release, []
+
+    def broken(session, client, *args):
+        if client == "client-1" and len(failures) < limit:
+            failures.append(client)
+            raise RuntimeError("away")
+        return real(session, client, *args)
+
+    whole = run(stream_toml, tmp_path / "whole").result
+    monkeypatch.setattr(gram, "_release", broken)
+    limit = 1
+    assert run(stream_toml, tmp_path / "once", "run.nodes=2").result["matrix"] == whole["matrix"]
+    limit = 1 + 3
+    with pytest.raises(FedlabError, match="all clients of its first try"):
+        run(stream_toml, tmp_path / "away")
+    assert len(failures) == limit
+    assert resume(tmp_path / "away", quiet=True).result["matrix"] == whole["matrix"]
+    peers = list((tmp_path / "away").rglob("client-0-*.peers"))
+    assert [path.read_text().split() for path in peers] == [["client-0", "client-1", "client-2"]]
+
+
+def test_a_client_refuses_a_masked_sum_over_others(tmp_path: Path):
+    from types import SimpleNamespace
+
+    from clients.gram import _key_file, _masked, keys_message
+    from fedlab.errors import PrivacyError
+    from fedlab.stream import Gram
+
+    order = {"bases": str(tmp_path), "run": "r", "attempt": 0}
+    context = SimpleNamespace(node_config={})
+    names = ["client-0", "client-1", "client-2", "client-3"]
+    for attempt, peers in enumerate((names, names, names[:3])):
+        keys = keys_message(names, SimpleNamespace(config_records={"round": order}), context).config_records["keys"]
+        public = dict(zip(keys["ids"], keys["public"], strict=True))
+        asked = order | {"attempt": attempt, "peers": peers, "public": [public[name] for name in peers]}
+        if attempt < 2:
+            assert (_masked({"x": np.zeros(4, np.int64)}, "client-0", Gram(), asked, context)["x"] != 0).any()
+        else:
+            with pytest.raises(PrivacyError, match="sum over other clients before"):
+                _masked({"x": np.zeros(4, np.int64)}, "client-0", Gram(), asked, context)
+        assert not _key_file("client-0", asked, context).exists()
+
+
+def test_what_a_release_costs_to_send_is_counted(stream_toml: str, tmp_path: Path):
+    out = tmp_path / "run"
+    run(stream_toml, out)
+    sums = load_file(str(out / "task-0-wet" / "released.safetensors"))
+    up, down = int(sums["bytes_up"]), int(sums["bytes_down"])
+    task = json.loads((out / "task-0-wet" / "result.json").read_text())
+    lines = [json.loads(line) for line in (out / "task-0-wet" / "metrics.jsonl").read_text().splitlines()]
+    trained = sum(line["bytes_up"] for line in lines if line["phase"] == "train")
+    assert task["bytes_up"] == trained + up
+    width = 32
+    assert up % (3 * 8 * width * (width + 1) // 2) == 0
+    assert up > 0
+    assert down > 0
+
+
 def test_replay_and_joint_training_see_earlier_texts(stream_toml: str, tmp_path: Path):
     from fedlab.data import task_data
 
@@ -159,6 +291,7 @@ def test_a_stream_that_was_cut_off_goes_on_with_the_same_bits(stream_toml: str, 
         (["strategy.energy=0"], "energy"),
         (["privacy={unit='client', sigma=1.0, clip=1.0}", "run.sampling=poisson", "strategy.weights=uniform"], "noised per example"),
         (["clients.rank={'50%' = 2}"], "equal ranks"),
+        (["strategy={name='fedsa'}"], "clients keep head, lora_B"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(settings: list[str], reason: str, stream_toml: str, tmp_path: Path):

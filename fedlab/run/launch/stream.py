@@ -16,6 +16,7 @@ from fedlab.run.directory import RunDirectory
 from fedlab.run.launch import FINISHED, Run, prepared, resume, simulate
 
 TASK = "task.json"
+WHERE = {"source", "path", "subset", "split"}  # keys of [data] that say which texts
 
 
 def simulate_stream(config: RunConfig, out: str | Path | None = None, quiet: bool = False) -> Run:
@@ -36,8 +37,16 @@ def resume_stream(path: str | Path, quiet: bool = False) -> Run:
 
 
 def with_ledger(config: RunConfig, out: str | Path | None) -> RunConfig:
-    """Private streams charge one ledger over all tasks: the same texts may come again."""
-    if config.privacy.unit != "example" or config.privacy.ledger is not None:
+    """Private streams charge one ledger over all tasks: the same texts may come again. Raises ConfigError where that has no place."""
+    if not config.private:
+        return config
+    if config.privacy.ledger is not None:
+        own = next(((task.name, key) for task in config.tasks for key in sorted(task.data.keys() & WHERE)), None)
+        if own:
+            raise ConfigError(
+                f"privacy.ledger with tasks: {own[0]} sets data.{own[1]}, but a ledger is kept per data source; leave privacy.ledger out, "
+                "or name all texts in [data]"
+            )
         return config
     if out is None:
         raise ConfigError("a stream under DP needs --out, or privacy.ledger: all its tasks charge one ledger, which must have a place")
@@ -61,7 +70,7 @@ def _go_on(directory: RunDirectory, quiet: bool) -> Run:
     from fedlab.run.launch.ray import keep_ray
 
     config, links = directory.config, stages(directory.config, directory.path)
-    status = "completed"
+    status, done = "completed", list[Path]()
     with keep_ray():
         for number, (path, stage) in enumerate(links, 1):
             if not quiet:
@@ -69,7 +78,10 @@ def _go_on(directory: RunDirectory, quiet: bool) -> Run:
             status = _one(path, stage, quiet).result["status"]
             if not (path / TASK).is_file():
                 raise RunFailed(f"{path} ended without {TASK}; see {path / 'log.txt'}")
-    result = collect(config, [path for path, _ in links])
+            done.append(path)
+            if status == "budget-exhausted":  # whoever could not cover a round of this task covers none of the next
+                break
+    result = collect(config, done)
     directory.write_json("result.json", {"status": status, **result})
     write_stream_report(directory.path)
     if not quiet:
@@ -92,7 +104,7 @@ def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
     results = [RunDirectory.open(path).result or {} for path in paths]
     R = np.array([[math.nan if value is None else value for value in row["accuracy"]] for row in rows])
     square = len(R) == len(config.tasks)
-    found = summary(R) if square else {"average_accuracy": float(R[-1].mean())}
+    found = summary(R) if square else {"average_accuracy": float(np.nanmean(R[-1]))}  # of the tasks that were reached
     if square and "before" in rows[0]:  # only a shared head can score a task before it was trained
         found["forward_transfer"] = forward_transfer(R, rows[0]["before"])
     worst = [s.get("worst_tenth") for s in rows[-1]["spread"]]
@@ -101,6 +113,7 @@ def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
     return {
         "strategy": config.strategy.name,
         "tasks": [task.name for task in config.tasks],
+        "joint": config.stream.joint,
         "matrix": R.tolist(),
         **found,
         "worst_tenth": float(np.mean(worst)) if worst and None not in worst else None,
@@ -120,7 +133,7 @@ def render(result: dict[str, Any]) -> str:
     names = result["tasks"]
     width = max(10, *(len(name) for name in names))
     lines = ["\naccuracy on each task (columns) after each task (rows)", " " * width + "".join(f"{name:>{width + 1}}" for name in names)]
-    labels = names if len(result["matrix"]) == len(names) else ["all"]
+    labels = names[: len(result["matrix"])] if not result["joint"] else ["all"]
     for name, row in zip(labels, result["matrix"], strict=True):
         lines.append(f"{name:<{width}}" + "".join(f"{'–' if math.isnan(v) else f'{v:.4f}':>{width + 1}}" for v in row))
     shown = {"average_accuracy": "average accuracy", "backward_transfer": "backward transfer", "forgetting": "forgetting"}
