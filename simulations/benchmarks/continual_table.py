@@ -6,7 +6,7 @@
 Columns: average accuracy (AA) after the last task, backward transfer (BWT, negative: forgetting), forgetting (F), learning accuracy (LA,
 each task just after it was trained), largest share of a change inside what was protected, bytes with bases, ε, seconds. The learning rate
 of every method is the best AA of ``--rates`` on the first two tasks and a seed of its own, a fifth of these for methods that train whole
-matrices, whose entries all add up; replay trains on 20 % of every earlier task's texts again, joint on all.
+matrices, whose entries all add up, and fifty times these for SGD under DP; replay trains on 20 % of every earlier task's texts again, joint on all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import fedlab
 from fedlab.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-DP = ['privacy={unit="example", epsilon=8.0, clip=1.0}']
+# Under DP few long steps on large batches: every step is noise, and AdamW would scale it up to a step of full length.
+DP = ['privacy={unit="example", epsilon=8.0, clip=1.0}', "train.optimizer=sgd", "train.momentum=0.9", "train.batch_size=64"]
+DP += ["train.steps=4", "train.head_lr=5"]
 # method → settings that differ from the configuration's
 METHODS: dict[str, list[str]] = {
     "fedavg (sequential LoRA)": ['strategy={name="fedavg"}'],
@@ -39,6 +41,7 @@ METHODS: dict[str, list[str]] = {
     "ffa (sequential), ε = 8": ['strategy={name="ffa"}', *DP],
 }
 WHOLE = 0.2  # rates of methods that train whole matrices, relative to those of factors of rank 8
+PRIVATE = 50.0  # rates of SGD under DP, relative to AdamW's
 COLUMNS = ("average_accuracy", "backward_transfer", "forgetting", "learning_accuracy")
 
 
@@ -68,7 +71,8 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
 
 
 def _best_rate(args: argparse.Namespace, method: str, kept: dict[str, Any]) -> float | None:
-    rates = [round(rate * (WHOLE if method.startswith(("full", "osft")) else 1), 9) for rate in args.rates]
+    factor = (WHOLE if method.startswith(("full", "osft")) else 1) * (PRIVATE if "ε" in method else 1)
+    rates = [round(rate * factor, 9) for rate in args.rates]
     if len(rates) < 2:
         return rates[0] if rates else None
     scores = {rate: _one(args, method, rate, args.tuning_seed, kept, tasks=2)["average_accuracy"] for rate in rates}
