@@ -6,7 +6,8 @@
 Columns: average accuracy (AA) after the last task, backward transfer (BWT, negative: forgetting), forgetting (F), learning accuracy (LA,
 each task just after it was trained), largest share of a change inside what was protected, bytes with bases, ε, seconds. The learning rate
 of every method is the best AA of ``--rates`` on the first two tasks and a seed of its own, a fifth of these for methods that train whole
-matrices, whose entries all add up, and fifty times these for SGD under DP; replay trains on 20 % of every earlier task's texts again, joint on all.
+matrices, whose entries all add up, and fifty times these for SGD under DP; replay trains on 20 % of every earlier task's texts again,
+joint on all.
 """
 
 from __future__ import annotations
