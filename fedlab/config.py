@@ -29,7 +29,6 @@ from fedlab.sections import (
     StrategySection,
     TrainSection,
 )
-from fedlab.seeds import stream_seed
 from fedlab.stream import READS_INPUTS, Gram, StageSection, StreamSection, TaskSection
 
 
@@ -128,6 +127,8 @@ class RunConfig(Section):
     @property
     def draws(self) -> int:
         """Seed of what is drawn from round to round (batches, noise, masks, who takes part): in a stream each task has its own."""
+        from fedlab.seeds import stream_seed  # numpy with it
+
         return self.run.seed if self.stage is None else stream_seed(self.run.seed, "task", self.stage.task)
 
     @property

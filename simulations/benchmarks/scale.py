@@ -175,8 +175,8 @@ class Memory(threading.Thread):
         self.peak, self.done = 0, threading.Event()
 
     def run(self) -> None:
-        """Twice a second, until ``done``."""
-        while not self.done.wait(0.5):
+        """At once, and twice a second until ``done``."""
+        while True:
             total = 0
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 try:
@@ -184,6 +184,8 @@ class Memory(threading.Thread):
                 except (psutil.Error, AttributeError):
                     continue
             self.peak = max(self.peak, total)
+            if self.done.wait(0.5):
+                return
 
 
 if __name__ == "__main__":
