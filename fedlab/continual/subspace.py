@@ -8,6 +8,7 @@ still changes its output. The factor form that the paper trains is the two-sided
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +56,11 @@ def leading_triplets(weight: Tensor, count: int, iterations: int = 60) -> Triple
 
 
 def _iterate(W: Tensor, count: int, iterations: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Leading triplets by subspace iteration from a fixed Gaussian start; None if they do not settle."""
+    """Leading triplets by subspace iteration from a fixed Gaussian start; None if they do not settle, as soon as that can be seen."""
     width = min(count + max(16, count // 2), min(W.shape))
     generator = torch.Generator().manual_seed(0)
     Q = torch.linalg.qr(W @ torch.randn(W.shape[1], width, generator=generator, dtype=W.dtype)).Q
+    before = math.inf
     for step in range(iterations):
         P = torch.linalg.qr(W.mT @ Q).Q
         Q, R = torch.linalg.qr(W @ P)
@@ -67,8 +69,12 @@ def _iterate(W: Tensor, count: int, iterations: int) -> tuple[Tensor, Tensor, Te
         U, S, Vt = torch.linalg.svd(R)
         left, right = Q @ U[:, :count], Vt[:count] @ P.mT
         backward = (left.mT @ W - S[:count, None] * right).norm(dim=1)  # W·v = s·u holds by construction
-        if bool((backward <= RESIDUAL * S[0]).all()):
+        worst = float(backward.max() / S[0])
+        if worst <= RESIDUAL:
             return left, S[:count], right
+        shrunk, before = worst / before, worst  # 0 at the first look
+        if shrunk >= 1 or (shrunk > 0 and step + 5 * math.log(RESIDUAL / worst) / math.log(shrunk) > iterations):
+            return None  # at this pace it will not settle in time
     return None
 
 
@@ -81,9 +87,7 @@ def complement(rows: Tensor) -> Tensor:
     check_orthonormal(rows)
     if k == 0:
         return torch.eye(n, dtype=rows.dtype)
-    Q = torch.linalg.qr(rows.double().mT, mode="complete").Q[:, k:].mT
-    Q = Q - (Q @ rows.double().mT) @ rows.double()  # as orthogonal to the rounded rows as to exact ones
-    Q = torch.linalg.qr(Q.mT).Q.mT
+    Q = torch.linalg.qr(rows.double().mT, mode="complete").Q[:, k:].mT  # orthogonal to the span of the rows as they are, rounded or not
     rest: Tensor = Q * row_signs(Q)[:, None] if len(Q) else Q
     return rest.to(rows.dtype)
 
