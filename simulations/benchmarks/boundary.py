@@ -1,6 +1,6 @@
 """What the boundary between two tasks costs on a large encoder: bases, complements, Gram matrices; seconds and memory.
 
-    python simulations/benchmarks/boundary.py               # RoBERTa-base's shape, random weights; a few minutes on one core
+    python simulations/benchmarks/boundary.py               # RoBERTa-base's shape, random weights; about five minutes on two cores
     python simulations/benchmarks/boundary.py --small       # seconds; what the test suite runs
 
 All linear layers of the encoder are adapted. Rows: OSFT's leading singular triplets and both complements (``preserve`` 5 % by subspace

@@ -100,6 +100,7 @@ def test_the_plain_flower_app_is_fedlab_without_fedlab(tiny_toml: str, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_all_ways_run_side_by_side(tmp_path: Path):
     module = script("rounds")
     found = module.main(["--small", "--json", str(tmp_path / "rounds.json")])
