@@ -1,6 +1,7 @@
 """The ClientApp: one handler per message, each a few lines over ``fedlab``.
 
-A message names the clients of this node's cohort and carries the run's configuration; model and data are opened once per process.
+A message names the clients of this node's cohort and carries the run's configuration; model and data are opened once
+per process.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Accuracy of the global model on every cohort client's held-out examples; withheld under DP unless it is to be shared."""
+    """Accuracy of the global model on every cohort client's held-out examples; withheld under DP unless it is to be
+    shared.
+    """
     session, cohort = _open(message, context)
     if session.config.private and not session.config.privacy.share_metrics:
         raise PrivacyError("local accuracy is not covered by the noise; privacy.share_metrics = true would send it")

@@ -1,4 +1,6 @@
-"""What stays as it is during a task: it reaches a node once, is kept under the hash of its content, and is never mixed with another."""
+"""What stays as it is during a task: it reaches a node once, is kept under the hash of its content, and is never mixed
+with another.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def held(directory: Path, name: str) -> State:
     try:
         basis: State = load_file(str(path))
     except (OSError, SafetensorError):
-        raise FedlabError(f"basis {name[:12]} is not on this node: it never came, or belongs to another task; resume the run") from None
+        raise FedlabError(
+            f"basis {name[:12]} is not on this node: it never came, or belongs to another task; resume the run"
+        ) from None
     if digest(basis) != name:
         raise FedlabError(f"{path} does not hold the basis that it is named after; remove it and resume the run")
     return basis

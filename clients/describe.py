@@ -7,13 +7,22 @@ from typing import Any, cast
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from clients.custody import Custody, code_versions
+from clients.account import Custody, code_versions
 from fedlab.errors import PrivacyError
 from fedlab.session import Session
 
 # id, size; one round's DP event and δ; public key and whole ledger; why it will not take part ("" if it will)
 DESCRIPTION = ("ids", "examples", "sampler", "q", "sigma", "steps", "delta", "keys", "lines", "refusals")
-NO_EVENT = {"sampler": "none", "q": 0.0, "sigma": 0.0, "steps": 0, "delta": 0.0, "keys": "", "lines": "", "refusals": ""}
+NO_EVENT = {
+    "sampler": "none",
+    "q": 0.0,
+    "sigma": 0.0,
+    "steps": 0,
+    "delta": 0.0,
+    "keys": "",
+    "lines": "",
+    "refusals": "",
+}
 
 
 def describe_client(session: Session, client: str, order: ConfigRecord, context: Context) -> dict[str, Any]:
@@ -38,7 +47,9 @@ def keep_receipts(session: Session, cohort: list[str], content: RecordDict, cont
     order = content.config_records["round"]
     lines: dict[str, str] = {}
     failures: dict[str, str] = {}
-    for client, known, receipt in zip(cohort, cast(list[int], order["known"]), cast(list[str], order["receipts"]), strict=True):
+    for client, known, receipt in zip(
+        cohort, cast(list[int], order["known"]), cast(list[str], order["receipts"]), strict=True
+    ):
         try:
             custody = Custody(session, client, order, context)
             if receipt:

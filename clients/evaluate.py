@@ -1,4 +1,6 @@
-"""One message of evaluation: the global model, with what a client keeps of it for itself, on each client's own held-out examples."""
+"""One message of evaluation: the global model, with what a client keeps of it for itself, on each client's own held-out
+examples.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 
 from clients.train import personal_directory, received_state
 from fedlab.evaluate.classification import classify
-from fedlab.personal import load_personal
+from fedlab.run.personal import load_personal
 from fedlab.session import Session
 
 
 def evaluate_cohort(session: Session, cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
-    """Reply to an evaluate message: per-client lists ``accuracy`` and ``examples`` (of the held-out part, never trained on)."""
+    """Reply to an evaluate message: per-client lists ``accuracy`` and ``examples`` (of the held-out part, never trained
+    on).
+    """
     started = time.time()
     order = content.config_records["round"]
     state = received_state(content, cast(str, order["wire_dtype"])) | session.basis

@@ -1,7 +1,8 @@
 """The release at a task's end: what inputs the task used, as a sum of clipped Gram matrices over clients.
 
-Under example-level DP each client's matrices are charged and noised before they leave it. Otherwise they leave it masked, so that the
-server sees nothing but the sum over all clients (``fedlab.privacy.masking``), unless ``strategy.gram.clear`` says that it may.
+Under example-level DP each client's matrices are charged and noised before they leave it. Otherwise they leave it
+masked, so that the server sees nothing but the sum over all clients (``fedlab.privacy.secure_sum.masking``), unless
+``strategy.gram.clear`` says that it may.
 """
 
 from __future__ import annotations
@@ -18,27 +19,31 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 from torch import Tensor
 
+from clients.account import Custody
 from clients.basis import bases_directory
-from clients.custody import Custody
 from clients.train import EXPECTED, received_state
+from fedlab.config.tasks import Gram
 from fedlab.continual.observed import input_groups, observe
 from fedlab.continual.sketch import privatise, to_fixed
 from fedlab.errors import PrivacyError
 from fedlab.lora.state import digest
 from fedlab.privacy.accounting import Event
-from fedlab.privacy.guard import Guard, plan_terms, public_reason, scope_of
-from fedlab.privacy.masking import add, masked, new_key, public_of
+from fedlab.privacy.ledger.guard import Guard, plan_terms, public_reason, scope_of
 from fedlab.privacy.noise import SecureNoise, SeededNoise
+from fedlab.privacy.secure_sum.masking import add, masked, new_key, public_of
 from fedlab.seeds import stream
 from fedlab.session import Session
-from fedlab.stream import Gram
 
 logger = logging.getLogger("fedlab")
-ATTEMPTS = 3  # a run that is cut off here asks again when it is resumed; with secure noise that is a release, and a charge, of its own
+# a run that is cut off here asks again when it is resumed; with secure noise that is a release, and a charge, of its
+# own
+ATTEMPTS = 3
 
 
 def gram_message(session: Session, cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
-    """Reply to a gram message: the sum over the cohort in fixed point, which clients are in it, ledger lines and failures."""
+    """Reply to a gram message: the sum over the cohort in fixed point, which clients are in it, ledger lines and
+    failures.
+    """
     started = time.time()
     order = content.config_records["round"]
     settings = session.config.gram
@@ -77,7 +82,9 @@ def gram_message(session: Session, cohort: list[str], content: RecordDict, conte
 
 
 def keys_message(cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
-    """Reply to a keys message: a fresh public key of every client, whose private part waits on this node for the sum."""
+    """Reply to a keys message: a fresh public key of every client,
+    whose private part waits on this node for the sum.
+    """
     order = content.config_records["round"]
     keys = {}
     for client in cohort:
@@ -90,11 +97,13 @@ def keys_message(cohort: list[str], content: RecordDict, context: Context) -> Re
     return RecordDict({"keys": ConfigRecord({"ids": list(keys), "public": list(keys.values())})})
 
 
-def _masked(values: dict[str, np.ndarray], client: str, settings: Gram, order: ConfigRecord, context: Context) -> dict[str, np.ndarray]:
+def _masked(
+    values: dict[str, np.ndarray], client: str, settings: Gram, order: ConfigRecord, context: Context
+) -> dict[str, np.ndarray]:
     """The values under this client's masks; its key is used once and gone.
 
-    Two sums over different clients differ by what those have who are in one of them alone. So a client is in sums over one set of clients:
-    the first, which it writes down before it sends anything. Raises PrivacyError for another.
+    Two sums over different clients differ by what those have who are in one of them alone. So a client is in sums over
+    one set of clients: the first, which it writes down before it sends anything. Raises PrivacyError for another.
     """
     path = _key_file(client, order, context)
     try:
@@ -104,13 +113,20 @@ def _masked(values: dict[str, np.ndarray], client: str, settings: Gram, order: C
     path.unlink()
     peers = dict(zip(cast(list[str], order["peers"]), cast(list[str], order["public"]), strict=True))
     first, now = path.with_suffix(".peers"), "\n".join(sorted(peers))
-    with contextlib.suppress(FileExistsError), os.fdopen(os.open(first, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with (
+        contextlib.suppress(FileExistsError),
+        os.fdopen(os.open(first, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file,
+    ):
         file.write(now)
         file.flush()
         os.fsync(file.fileno())
     if first.read_text() != now:
-        raise PrivacyError(f"{client} was asked for a sum over other clients before: the difference of both would show single ones")
-    return masked(values, private, client, peers, f"{cast(str, order['run'])}|{cast(int, order['attempt'])}", settings.cohort)
+        raise PrivacyError(
+            f"{client} was asked for a sum over other clients before: the difference of both would show single ones"
+        )
+    return masked(
+        values, private, client, peers, f"{cast(str, order['run'])}|{cast(int, order['attempt'])}", settings.cohort
+    )
 
 
 def _key_file(client: str, order: ConfigRecord, context: Context) -> Path:
@@ -118,7 +134,13 @@ def _key_file(client: str, order: ConfigRecord, context: Context) -> Path:
 
 
 def _release(
-    session: Session, client: str, groups: dict[str, str], settings: Gram, custody: Custody | None, order: ConfigRecord, sent: str
+    session: Session,
+    client: str,
+    groups: dict[str, str],
+    settings: Gram,
+    custody: Custody | None,
+    order: ConfigRecord,
+    sent: str,
 ) -> dict[str, np.ndarray]:
     """One client's matrices in fixed point; under DP charged before its data is read, and noised."""
     positions = session.data.train(client)

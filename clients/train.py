@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
-from clients.custody import Custody
+from clients.account import Custody
 from fedlab.errors import ConfigError, FedlabError, PrivacyError
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, PAST, State, digest, from_wire, part_of, select, to_wire
-from fedlab.personal import load_personal, save_personal
-from fedlab.privacy.guard import Refusal, public_reason
+from fedlab.privacy.ledger.guard import Refusal, public_reason
+from fedlab.run.personal import load_personal, save_personal
 from fedlab.session import Session
 from fedlab.train.cohort import Member, train_cohort
 from fedlab.train.dp import PerExampleGradients
@@ -33,7 +33,10 @@ EXPECTED = (FedlabError, RuntimeError, ValueError)  # what may fail for one clie
 
 @dataclass
 class Job:
-    """One client's part in a message. Its charge stays open from before its data is touched until its update is committed."""
+    """One client's part in a message.
+
+    Its charge stays open from before its data is touched until its update is committed.
+    """
 
     client: str
     known: int
@@ -58,9 +61,11 @@ class Job:
 
 
 def train_message(session: Session, cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
-    """Reply to a train message: ``updates`` (per client and name), ``metrics`` (per-client lists), ``charges``, ``failures``.
+    """Reply to a train message: ``updates`` (per client and name), ``metrics`` (per-client lists), ``charges``,
+    ``failures``.
 
-    Under DP every charge is signed and on the disk before the client's data is touched, and the update is committed before it leaves.
+    Under DP every charge is signed and on the disk before the client's data is touched, and the update is committed
+    before it leaves.
     """
     started = time.time()
     order = content.config_records["round"]
@@ -86,7 +91,9 @@ def train_message(session: Session, cohort: list[str], content: RecordDict, cont
     hide = session.config.private and not session.config.privacy.share_metrics
     return RecordDict(
         {
-            "updates": ArrayRecord({f"{client}/{name}": Array(v) for client in done for name, v in wires[client].items()}),
+            "updates": ArrayRecord(
+                {f"{client}/{name}": Array(v) for client in done for name, v in wires[client].items()}
+            ),
             "clients": ConfigRecord({"ids": list(done)}),
             "metrics": MetricRecord(
                 {
@@ -111,8 +118,13 @@ def train_message(session: Session, cohort: list[str], content: RecordDict, cont
     )
 
 
-def _train_group(session: Session, group: list[Job], state: State, received: str, order: ConfigRecord, context: Context) -> None:
-    """Charge every client of a group, train them together, commit each. What fails for one is its own failure; else it is everybody's."""
+def _train_group(
+    session: Session, group: list[Job], state: State, received: str, order: ConfigRecord, context: Context
+) -> None:
+    """Charge every client of a group, train them together, commit each.
+
+    What fails for one is its own failure; else it is everybody's.
+    """
     home = personal_directory(order, context)
     try:
         for job in group:
@@ -139,7 +151,9 @@ def _train_group(session: Session, group: list[Job], state: State, received: str
         logger.warning("%d clients failed in round %d: %s", len(group), order["round"], error)
 
 
-def _begin(session: Session, job: Job, state: State, received: str, order: ConfigRecord, context: Context, home: Path) -> None:
+def _begin(
+    session: Session, job: Job, state: State, received: str, order: ConfigRecord, context: Context, home: Path
+) -> None:
     """Everything before the client's data is touched: its start and its scope, and last its charge."""
     number, keep = cast(int, order["round"]), cast(list[str], order["keep"])
     highest = max(len(value) for name, value in state.items() if name.endswith(".lora_A"))
@@ -150,11 +164,15 @@ def _begin(session: Session, job: Job, state: State, received: str, order: Confi
         job.custody = Custody(session, job.client, order, context)
         job.custody.check_scope(cast(list[str], order["trained"]))
         job.commit = job.charge.enter_context(job.custody.guard.charge(job.custody.terms, number, received))
-    job.member = Member(job.client, start, job.custody.plan if job.custody else None, job.rank if job.rank < highest else None)
+    job.member = Member(
+        job.client, start, job.custody.plan if job.custody else None, job.rank if job.rank < highest else None
+    )
 
 
 def _results(session: Session, members: list[Member], order: ConfigRecord) -> Mapping[str, Trained | Exception]:
-    """The members' results; a group that does not fit into a GPU's memory is halved, one whose head is not linear goes one by one."""
+    """The members' results; a group that does not fit into a GPU's memory is halved, one whose head is not linear goes
+    one by one.
+    """
     trained, number = cast(list[str], order["trained"]), cast(int, order["round"])
     if not members:
         return {}
@@ -167,16 +185,22 @@ def _results(session: Session, members: list[Member], order: ConfigRecord) -> Ma
     except torch.cuda.OutOfMemoryError:
         if len(members) == 1:
             raise
-        logger.warning("%d clients in one pass do not fit into the GPU's memory; going on with half as many", len(members))
+        logger.warning(
+            "%d clients in one pass do not fit into the GPU's memory; going on with half as many", len(members)
+        )
     torch.cuda.empty_cache()
     half = len(members) // 2
     return {**_results(session, members[:half], order), **_results(session, members[half:], order)}
 
 
-def _one_by_one(session: Session, members: list[Member], trained: list[str], number: int) -> Mapping[str, Trained | Exception]:
+def _one_by_one(
+    session: Session, members: list[Member], trained: list[str], number: int
+) -> Mapping[str, Trained | Exception]:
     """The members' results without fused layers; what fails for one is its own failure."""
     if any(part_of(name) in (BASIS, PAST) for name in members[0].state):
-        raise FedlabError(f'strategy.name = "{session.config.strategy.name}" needs a linear head and train.gradients = "fused"')
+        raise FedlabError(
+            f'strategy.name = "{session.config.strategy.name}" needs a linear head and train.gradients = "fused"'
+        )
     results: dict[str, Trained | Exception] = {}
     hooks = OpacusGradients if session.config.train.gradients == "opacus" else PerExampleGradients
     for m in members:
@@ -195,7 +219,9 @@ def _end(job: Job, result: Trained, order: ConfigRecord, home: Path) -> None:
     assert job.member is not None
     start = job.member.state
     if own := select(result.update, cast(list[str], order["keep"])):
-        save_personal(home, job.client, number, {name: start[name] + value for name, value in widen(own, start).items()})
+        save_personal(
+            home, job.client, number, {name: start[name] + value for name, value in widen(own, start).items()}
+        )
     job.wire = to_wire({name: value for name, value in result.update.items() if name not in own}, wire_dtype)
     if job.commit is not None:
         job.commit(result.steps, digest(from_wire(job.wire, wire_dtype)))
@@ -215,7 +241,9 @@ def _after(job: Job, number: int, lines: dict[str, str], exhausted: list[str]) -
 
 
 def personal_directory(order: ConfigRecord, context: Context) -> Path:
-    """Where this node's clients keep what is theirs alone: as the run says, or, on a node of one client, as its owner says."""
+    """Where this node's clients keep what is theirs alone: as the run says, or, on a node of one client, as its owner
+    says.
+    """
     if "client" not in context.node_config:
         return Path(str(order["personal"]))
     return Path(str(context.node_config.get("personal", Path.home() / ".fedlab" / "personal"))) / str(order["run"])

@@ -12,4 +12,15 @@ from fedlab.run.launch.sweep import sweep
 
 __version__ = "0.1.0"
 
-__all__ = ["ConfigError", "FedlabError", "Interrupted", "PrivacyError", "Run", "RunConfig", "RunFailed", "resume", "simulate", "sweep"]
+__all__ = [
+    "ConfigError",
+    "FedlabError",
+    "Interrupted",
+    "PrivacyError",
+    "Run",
+    "RunConfig",
+    "RunFailed",
+    "resume",
+    "simulate",
+    "sweep",
+]

@@ -1,4 +1,7 @@
-"""The ``fedlab`` command: thin over the library. Exit codes: 0 done, 2 wrong usage, 3 privacy, 4 run failed, 130 interrupted."""
+"""The ``fedlab`` command: thin over the library.
+
+Exit codes: 0 done, 2 wrong usage, 3 privacy, 4 run failed, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,29 @@ from fedlab.errors import FedlabError, Interrupted
 from fedlab.run import interrupt
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Private federated fine-tuning of language models."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Private federated fine-tuning of language models.",
 )
 
 ConfigsArgument = Annotated[
-    list[Path], typer.Argument(help="TOML file, for example simulations/quickstart.toml; several make a sweep", metavar="CONFIG.toml")
+    list[Path],
+    typer.Argument(
+        help="TOML file, for example simulations/quickstart.toml; several make a sweep", metavar="CONFIG.toml"
+    ),
 ]
 VaryOption = Annotated[
-    list[str] | None, typer.Option("--vary", help="run once for each value: section.key=[value, ...]", metavar="KEY=[VALUES]")
+    list[str] | None,
+    typer.Option("--vary", help="run once for each value: section.key=[value, ...]", metavar="KEY=[VALUES]"),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="override one key: section.key=value (the value is TOML)", metavar="KEY=VALUE")
+    list[str] | None,
+    typer.Option("--set", help="override one key: section.key=value (the value is TOML)", metavar="KEY=VALUE"),
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="run directory (default: runs/<name>-<time>)", metavar="RUN_DIR")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="run directory (default: runs/<name>-<time>)", metavar="RUN_DIR")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="print errors only")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="show a traceback with an error")]
 
@@ -39,7 +52,9 @@ def simulate(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Fine-tune one model with simulated clients; with several configurations or --vary one after the other, on one Ray."""
+    """Fine-tune one model with simulated clients; with several configurations or --vary one after the other, on one
+    Ray.
+    """
 
     def run() -> None:
         from fedlab.config import RunConfig
@@ -57,7 +72,9 @@ def simulate(
 
 
 @app.command()
-def resume(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], quiet: QuietOption = False, debug: DebugOption = False) -> None:
+def resume(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], quiet: QuietOption = False, debug: DebugOption = False
+) -> None:
     """Continue an interrupted or killed run from its last complete round."""
 
     def run() -> None:
@@ -70,22 +87,37 @@ def resume(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], quiet: Q
 
 @app.command()
 def audit(
-    target: Annotated[Path, typer.Argument(help="a run directory; with --empirical, a configuration", metavar="RUN_DIR|CONFIG.toml")],
-    empirical: Annotated[bool, typer.Option("--empirical", help="run the trainer of a configuration on canaries")] = False,
-    production: Annotated[bool, typer.Option("--production", help="with --empirical: the configured q, σ and steps, not q = 1")] = False,
+    target: Annotated[
+        Path, typer.Argument(help="a run directory; with --empirical, a configuration", metavar="RUN_DIR|CONFIG.toml")
+    ],
+    empirical: Annotated[
+        bool, typer.Option("--empirical", help="run the trainer of a configuration on canaries")
+    ] = False,
+    production: Annotated[
+        bool, typer.Option("--production", help="with --empirical: the configured q, σ and steps, not q = 1")
+    ] = False,
     canaries: Annotated[int, typer.Option("--canaries", min=2, help="with --empirical: how many")] = 2000,
     seed: Annotated[int, typer.Option("--seed", help="with --empirical: of coins and coordinates")] = 0,
     set_: SetOption = None,
-    keys: Annotated[Path | None, typer.Option("--keys", help="JSON file client → public key, published elsewhere", metavar="FILE")] = None,
+    keys: Annotated[
+        Path | None, typer.Option("--keys", help="JSON file client → public key, published elsewhere", metavar="FILE")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Recompute ε from the ledgers of a run and compare with what was claimed; or test the trainer itself. Exit code 3 with findings."""
+    """Recompute ε from the ledgers of a run and compare with what was claimed; or test the trainer itself.
+
+    Exit code 3 with findings.
+    """
 
     def run() -> None:
         from fedlab.run.audit import audit_directory, audit_trainer
 
-        wrong = audit_trainer(target, set_ or [], canaries, seed, production, json_) if empirical else audit_directory(target, keys, json_)
+        wrong = (
+            audit_trainer(target, set_ or [], canaries, seed, production, json_)
+            if empirical
+            else audit_directory(target, keys, json_)
+        )
         raise SystemExit(3 if wrong else 0)
 
     _guarded(run, debug)
@@ -109,7 +141,8 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], debug: D
 @app.command()
 def strategies(
     config: Annotated[
-        Path | None, typer.Argument(help="also bytes per client and round for this configuration", metavar="[CONFIG.toml]")
+        Path | None,
+        typer.Argument(help="also bytes per client and round for this configuration", metavar="[CONFIG.toml]"),
     ] = None,
     set_: SetOption = None,
     debug: DebugOption = False,
@@ -138,10 +171,13 @@ def strategies(
 
 @app.command()
 def doctor() -> None:
-    """What is installed, what is missing, what this machine can run. Exit code 4 if the quickstart could not run here."""
+    """What is installed, what is missing, what this machine can run.
+
+    Exit code 4 if the quickstart could not run here.
+    """
 
     def run() -> None:
-        from fedlab.doctor import examine
+        from fedlab.run.doctor import examine
 
         raise SystemExit(0 if examine() else 4)
 

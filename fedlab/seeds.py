@@ -1,7 +1,8 @@
 """Every random choice of a run comes from a named stream, so that it depends on nothing else.
 
-A stream is named by (run seed, purpose, client, round, ...). Neither the number of nodes, nor cohort grouping, nor arrival
-order can move a draw from one stream to another. Not for privacy noise that must stay secret: see ``fedlab.privacy.noise``.
+A stream is named by (run seed, purpose, client, round, ...). Neither the number of nodes, nor cohort grouping, nor
+arrival order can move a draw from one stream to another. Not for privacy noise that must stay secret: see
+``fedlab.privacy.noise``.
 """
 
 from __future__ import annotations

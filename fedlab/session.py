@@ -1,4 +1,7 @@
-"""What one process holds for a run: its configuration, its one model, its data. Opened once, then shared by every message."""
+"""What one process holds for a run: its configuration, its one model, its data.
+
+Opened once, then shared by every message.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ import torch
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData, corpus_and_shards, open_data
 from fedlab.lora.state import BASIS, State
-from fedlab.models import LoadedModel, build
-from fedlab.prefix import cache_prefix
+from fedlab.models.hidden_states import cache_prefix
+from fedlab.models.loaded import LoadedModel
+from fedlab.models.loading import build
 from fedlab.privacy.plan import DPPlan, plan_of
 
 

@@ -1,6 +1,7 @@
 """The ServerApp: opens the run directory, runs the rounds, and leaves a result whatever happens.
 
-``fedlab simulate`` passes the run directory; under ``flwr run .`` the run configuration names a preset and a directory is made.
+``fedlab simulate`` passes the run directory; under ``flwr run .`` the run configuration names a preset and a directory
+is made.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fedlab.privacy.statement import write_statement
 from fedlab.run.directory import RunDirectory
 from fedlab.run.events import Events
 from fedlab.run.progress import make_progress
-from strategies.loop import Rounds
-from strategies.stage import end_stage
+from strategies.server.loop import Rounds
+from strategies.server.task_boundary import end_stage
 
 app = ServerApp()
 logger = logging.getLogger("fedlab")
@@ -34,7 +35,10 @@ def main(grid: Grid, context: Context) -> None:
     directory = _directory(context)
     config = directory.config
     if config.is_stream:
-        raise ConfigError("a configuration with [[tasks]] is a chain of runs: start it with fedlab simulate, or give one task as [stage]")
+        raise ConfigError(
+            "a configuration with [[tasks]] is a chain of runs: start it with fedlab simulate, or give one task as"
+            " [stage]"
+        )
     progress = make_progress(config, directory.path, quiet=bool(context.run_config.get("quiet", False)))
     events = Events(directory, config.run.tensorboard)
     started = time.time()
@@ -68,7 +72,7 @@ def _directory(context: Context) -> RunDirectory:
 
 
 def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float) -> dict[str, Any]:
-    from fedlab.adapters import save_adapter
+    from fedlab.models.adapters import save_adapter
     from fedlab.report.html import write_report
 
     rounds.save_personal_adapters()
@@ -87,11 +91,15 @@ def _leave(directory: RunDirectory, rounds: Rounds | None, error: BaseException,
     """Record why the run ended early. Never raises: the first error is the one to show."""
     status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     reason = str(error) if isinstance(error, FedlabError) else f"{type(error).__name__}: {error}"
-    logger.error("run %s: %s", status, reason, exc_info=None if isinstance(error, FedlabError | KeyboardInterrupt) else error)
+    logger.error(
+        "run %s: %s", status, reason, exc_info=None if isinstance(error, FedlabError | KeyboardInterrupt) else error
+    )
     try:
         known = rounds.result() if rounds is not None else {}
         if rounds is not None:  # what was spent is spent, however the run ended
             write_statement(directory.path, list(rounds.federation.clients))
     except Exception as second:  # the result itself may be what broke
         known = {"result_error": str(second)}
-    directory.write_json("result.json", {"status": status, "reason": reason, **known, "seconds": round(time.time() - started, 2)})
+    directory.write_json(
+        "result.json", {"status": status, "reason": reason, **known, "seconds": round(time.time() - started, 2)}
+    )

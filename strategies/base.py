@@ -1,8 +1,8 @@
 """What every fedlab strategy shares: messages out, replies checked, one pure ``aggregate`` in between.
 
 A strategy is a Flower message-API ``Strategy``. Its file holds its ``Options`` and ``aggregate``; the mathematics is in
-``fedlab.lora``. Nothing that a client sends is trusted: names, shapes and values are checked, an unusable update is excluded and
-named, and a client's weight is the size that it declared before the first round.
+``fedlab.lora``. Nothing that a client sends is trusted: names, shapes and values are checked, an unusable update is
+excluded and named, and a client's weight is the size that it declared before the first round.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from fedlab.lora.average import client_weights, weighted_mean
 from fedlab.lora.ranks import narrow, widen
 from fedlab.lora.server_optimizer import Moments, server_step
 from fedlab.lora.state import RESIDUAL, State, check_update, digest, from_wire, nbytes, part_of, select, to_wire
-from fedlab.models import LoadedModel
+from fedlab.models.loaded import LoadedModel
 from fedlab.privacy.client_level import make_client_plan
-from fedlab.privacy.ledger import Entry
+from fedlab.privacy.ledger.ledger import Entry
 from fedlab.privacy.noise import SecureNoise, SeededNoise
 from fedlab.seeds import client_order, stream
-from strategies.federation import Federation
 from strategies.folding import require_float32
 from strategies.heads import frozen_layers, keep_other_heads
 from strategies.options import MeanOptions, NoOptions
-from strategies.records import from_record, to_record
+from strategies.server.federation import Federation
+from strategies.server.records import from_record, to_record
 
 logger = logging.getLogger("fedlab")
 UNUSABLE = "unusable update"  # what the reason of an exclusion begins with where a client sent what cannot be used
@@ -48,8 +48,12 @@ class TrainOutcome:
     silent: set[str] = field(default_factory=set)  # clients whose ledger did not come back: they may have spent
     unproven: set[str] = field(default_factory=set)  # clients whose ledger does not show what they sent
     commits: dict[str, Entry] = field(default_factory=dict)  # client → the ledger line that commits its update
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # client → examples, steps, loss, clip_fraction, seconds
-    busy: list[tuple[float, float]] = field(default_factory=list)  # (start, end) of each node's training, seconds since the epoch
+    metrics: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # client → examples, steps, loss, clip_fraction, seconds
+    busy: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # (start, end) of each node's training, seconds since the epoch
     bytes_up: int = 0
     bytes_down: int = 0
 
@@ -68,12 +72,18 @@ class LoraStrategy(Strategy):
     """Base of the strategies. Subclasses set ``trains`` and override ``aggregate``; ``Options`` are their own keys."""
 
     trains: ClassVar[frozenset[str]] = frozenset({"lora_A", "lora_B"})
-    effective: ClassVar[str] = "product of means"  # what B·A (and the residual) become; tests/strategies/test_conformance.py holds it
+    effective: ClassVar[str] = (
+        "product of means"  # what B·A (and the residual) become; tests/strategies/test_conformance.py holds it
+    )
     folds: ClassVar[bool] = False  # the state carries a residual, which goes down with it
-    linear: ClassVar[bool] = True  # aggregate depends on the updates through their weighted mean alone: what client-level DP can noise
+    linear: ClassVar[bool] = (
+        True  # aggregate depends on the updates through their weighted mean alone: what client-level DP can noise
+    )
     ranks: ClassVar[str] = "zero-padded changes"  # what clients of lower rank amount to; "" if all must have the same
     personal: ClassVar[frozenset[str]] = frozenset()  # parts that clients train and keep
-    static: ClassVar[frozenset[str]] = frozenset()  # parts that stay as they are during a task of a stream: sent once, not per round
+    static: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # parts that stay as they are during a task of a stream: sent once, not per round
     Options: ClassVar[type[NoOptions]] = MeanOptions
 
     def __init__(self, config: RunConfig, federation: Federation) -> None:
@@ -92,17 +102,18 @@ class LoraStrategy(Strategy):
         """Raise ConfigError for settings that make no sense with this strategy, before anything is started."""
         if config.privacy.unit == "client" and not cls.linear:
             raise ConfigError(
-                f'strategy.name = "{config.strategy.name}" needs each client\'s own factors, but under privacy.unit = "client" the server '
-                "noises one mean; use fedavg, ffa, fedsvd, rolora or head"
+                f'strategy.name = "{config.strategy.name}" needs each client\'s own factors, but under privacy.unit ='
+                ' "client" the server noises one mean; use fedavg, ffa, fedsvd, rolora or head'
             )
         if config.clients.rank and not cls.ranks:
             raise ConfigError(
-                f'clients.rank with strategy.name = "{config.strategy.name}": its rule needs equal ranks; use flexlora, hetlora or flora'
+                f'clients.rank with strategy.name = "{config.strategy.name}": its rule needs equal ranks; use flexlora,'
+                " hetlora or flora"
             )
         if config.tasks and cls.personal:
             raise ConfigError(
-                f'strategy.name = "{config.strategy.name}" with [[tasks]]: clients keep {", ".join(sorted(cls.personal))}, so there '
-                "is no one model to score after a task; use fedavg"
+                f'strategy.name = "{config.strategy.name}" with [[tasks]]: clients keep'
+                f" {', '.join(sorted(cls.personal))}, so there is no one model to score after a task; use fedavg"
             )
         if cls.folds:
             require_float32(config)
@@ -118,7 +129,9 @@ class LoraStrategy(Strategy):
         return {name: value + change[name] if name in change else value for name, value in state.items()}
 
     def change(self, state: State, updates: dict[str, State], weights: dict[str, float]) -> State:
-        """The clients' mean change, in the state's shapes, after the robust rule and the server's optimiser if there are any."""
+        """The clients' mean change, in the state's shapes, after the robust rule and the server's optimiser if there
+        are any.
+        """
         full = {client: widen(update, state) for client, update in updates.items()}
         if not isinstance(self.options, MeanOptions):
             return weighted_mean(full, weights)
@@ -140,17 +153,27 @@ class LoraStrategy(Strategy):
     def remember(self, memory: State) -> None:
         """Go on with what ``memory`` gave."""
         first, second = (
-            {n.removeprefix(f"{kind}/"): v for n, v in memory.items() if n.startswith(f"{kind}/")} for kind in ("first", "second")
+            {n.removeprefix(f"{kind}/"): v for n, v in memory.items() if n.startswith(f"{kind}/")}
+            for kind in ("first", "second")
         )
         self.moments = Moments(first, second)
 
     @classmethod
-    def begin_task(cls, config: RunConfig, state: State, memory: Mapping[str, Tensor], model: LoadedModel, task: int) -> State:
-        """The state that a task of a stream starts from; ``state`` is a fresh one, ``memory`` what the task before left. Default: go on."""
+    def begin_task(
+        cls, config: RunConfig, state: State, memory: Mapping[str, Tensor], model: LoadedModel, task: int
+    ) -> State:
+        """The state that a task of a stream starts from; ``state`` is a fresh one, ``memory`` what the task before
+        left.
+
+        Default: go on.
+        """
         return state | {name: value for name, value in memory.items() if name in state or part_of(name) in RESIDUAL}
 
     def end_task(self, state: State, memory: Mapping[str, Tensor], grams: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the next task needs to know. ``grams``: module → [n, n] of its inputs, for strategies in ``fedlab.stream.READS_INPUTS``."""
+        """What the next task needs to know.
+
+        ``grams``: module → [n, n] of its inputs, for strategies in ``fedlab.config.tasks.READS_INPUTS``.
+        """
         return dict(state)
 
     def trained_names(self, state: State, server_round: int = 1) -> list[str]:
@@ -170,7 +193,9 @@ class LoraStrategy(Strategy):
 
     @classmethod
     def trained_parts(cls, config: RunConfig) -> list[str]:
-        """``lora_A``, ``lora_B``, ``head``: the most that clients are ever asked to train; what a privacy plan's scope covers."""
+        """``lora_A``, ``lora_B``, ``head``: the most that clients are ever asked to train; what a privacy plan's scope
+        covers.
+        """
         return sorted(cls.factors(config) | ({"head"} if config.train.head == "train" else set()))
 
     @classmethod
@@ -178,25 +203,32 @@ class LoraStrategy(Strategy):
         """Which factors are trained under this configuration."""
         return cls.trains
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """One message per node that hosts a client of this round."""
         self._state = from_record(arrays, "float32")
         trained = self.trained_names(self._state, server_round)
         if server_round == 1 and self.config.private and {part_of(name) for name in trained} >= {"lora_A", "lora_B"}:
             name = self.config.strategy.name
-            logger.warning("%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone", name)
+            logger.warning(
+                "%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone", name
+            )
         dealt = self.federation.deal(self.federation.groups(self.federation.draw(server_round)))
         cohorts = {node: [client for group in groups for client in group] for node, groups in dealt.items()}
         count = sum(map(len, cohorts.values()))
         wire = self.config.run.wire_dtype
         self.train_outcome = TrainOutcome(
-            silent={c for cohort in cohorts.values() for c in cohort}, bytes_down=count * nbytes(self.travelling(self._state), wire)
+            silent={c for cohort in cohorts.values() for c in cohort},
+            bytes_down=count * nbytes(self.travelling(self._state), wire),
         )
         self.sent_digest = digest(from_wire(to_wire(self.travelling(self._state), wire), wire))
         passes = {node: {"groups": [len(group) for group in groups]} for node, groups in dealt.items()}
         return self._messages(MessageType.TRAIN, cohorts, {"round": server_round, "trained": trained}, passes)
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check every reply, then aggregate. (None, None) if no update was usable; ``train_outcome`` says why."""
         outcome, trained = self.train_outcome, self.sent_names(self._state, server_round)
         for node, reply in self._by_node(replies, outcome.excluded).items():
@@ -208,11 +240,17 @@ class LoraStrategy(Strategy):
             return None, None
         sizes = {client: self.federation.clients[client].examples for client in outcome.updates}
         weights = client_weights(sizes, self.config.strategy.weights)
-        state = keep_other_heads(self.config, self._state, self.aggregate(self._state, outcome.updates, weights, server_round))
-        return to_record(state, "float32"), MetricRecord({"clients": len(outcome.updates), "excluded": len(outcome.excluded)})
+        state = keep_other_heads(
+            self.config, self._state, self.aggregate(self._state, outcome.updates, weights, server_round)
+        )
+        return to_record(state, "float32"), MetricRecord(
+            {"clients": len(outcome.updates), "excluded": len(outcome.excluded)}
+        )
 
     def _aggregate_privately(self, server_round: int, trained: list[str]) -> ArrayRecord:
-        """Client-level DP: one noised mean of the clipped updates takes the place of the clients' own (post-processing from there on)."""
+        """Client-level DP: one noised mean of the clipped updates takes the place of the clients' own (post-processing
+        from there on).
+        """
         plan = self.client_plan
         assert plan is not None
         seeded = SeededNoise(stream(self.config.draws, "noise", "server", server_round))
@@ -222,11 +260,15 @@ class LoraStrategy(Strategy):
         state = self.aggregate(self._state, {"everyone": mean}, {"everyone": 1.0}, server_round)
         return to_record(keep_other_heads(self.config, self._state, state), "float32")
 
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """One message per node: every client scores the global model on its own held-out examples."""
         self._state = from_record(arrays, "float32")
         self.evaluate_outcome = EvaluateOutcome()
-        return self._messages(MessageType.EVALUATE, self.federation.cohorts(list(self.federation.clients)), {"round": server_round})
+        return self._messages(
+            MessageType.EVALUATE, self.federation.cohorts(list(self.federation.clients)), {"round": server_round}
+        )
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect the clients' accuracies into ``evaluate_outcome``."""
@@ -247,12 +289,18 @@ class LoraStrategy(Strategy):
         logger.info("%s: %s", type(self).__name__, self.options.model_dump())
 
     def release_messages(self, receipts: Mapping[str, Entry], clients: list[str]) -> list[Message]:
-        """One message per node: these clients' receipts (none for those without a commit); the replies carry their ledgers' new lines."""
+        """One message per node: these clients' receipts (none for those without a commit); the replies carry their
+        ledgers' new lines.
+        """
         self._sent = self.federation.cohorts(clients)
         return [
             Message(
                 RecordDict(
-                    {"round": self._order(cohort, {"receipts": [json.dumps(receipts[c]) if c in receipts else "" for c in cohort]})}
+                    {
+                        "round": self._order(
+                            cohort, {"receipts": [json.dumps(receipts[c]) if c in receipts else "" for c in cohort]}
+                        )
+                    }
                 ),
                 node,
                 f"{MessageType.QUERY}.release",
@@ -268,14 +316,21 @@ class LoraStrategy(Strategy):
                 record = reply.content.config_records
                 self._take_lines(node, record["charges"], problems)
                 problems |= dict(
-                    zip(cast(list[str], record["failures"]["ids"]), cast(list[str], record["failures"]["reasons"]), strict=True)
+                    zip(
+                        cast(list[str], record["failures"]["ids"]),
+                        cast(list[str], record["failures"]["reasons"]),
+                        strict=True,
+                    )
                 )
             except (KeyError, TypeError, ValueError, FedlabError) as error:
                 problems |= dict.fromkeys(self._sent[node], f"{type(error).__name__}: {error}")
         return problems
 
     def _take_lines(self, node: int, record: ConfigRecord, problems: dict[str, str]) -> set[str]:
-        """Enter the ledger lines of one node's clients; returns whose were entered. A broken chain is a problem of its client alone."""
+        """Enter the ledger lines of one node's clients; returns whose were entered.
+
+        A broken chain is a problem of its client alone.
+        """
         book, entered = self.federation.book, set()
         for client, text in zip(cast(list[str], record["ids"]), cast(list[str], record["lines"]), strict=True):
             if client in self._sent[node] and book is not None:
@@ -290,7 +345,9 @@ class LoraStrategy(Strategy):
         book = self.federation.book
         known = [book.known(client) if book else 0 for client in cohort]
         ranks = [self.federation.ranks[client] for client in cohort]
-        return self.federation.order.record(self.config, cohort, known=known, ranks=ranks, keep=sorted(self.personal), **values)
+        return self.federation.order.record(
+            self.config, cohort, known=known, ranks=ranks, keep=sorted(self.personal), **values
+        )
 
     def _messages(
         self,
@@ -303,12 +360,18 @@ class LoraStrategy(Strategy):
         wire = self.config.run.wire_dtype
         state, common = to_record(self.travelling(self._state), wire), {"wire_dtype": wire, **values}
         return [
-            Message(RecordDict({"state": state, "round": self._order(cohort, common | dict((own or {}).get(node, {})))}), node, kind)
+            Message(
+                RecordDict({"state": state, "round": self._order(cohort, common | dict((own or {}).get(node, {})))}),
+                node,
+                kind,
+            )
             for node, cohort in cohorts.items()
         ]
 
     def _by_node(self, replies: Iterable[Message], excluded: dict[str, str]) -> dict[int, Message]:
-        """The one usable reply of each node that was asked; all clients of the other nodes are excluded, with the reason."""
+        """The one usable reply of each node that was asked; all clients of the other nodes are excluded, with the
+        reason.
+        """
         usable: dict[int, Message] = {}
         for reply in replies:
             node = reply.metadata.src_node_id
@@ -324,20 +387,28 @@ class LoraStrategy(Strategy):
                     excluded.setdefault(client, f"no reply within {self.config.run.timeout:.0f} s")
         return usable
 
-    def _collect_train(self, server_round: int, node: int, reply: Message, trained: list[str], outcome: TrainOutcome) -> None:
-        """Take what is usable from one node's reply; whatever it lacks excludes the client concerned, never the round."""
+    def _collect_train(
+        self, server_round: int, node: int, reply: Message, trained: list[str], outcome: TrainOutcome
+    ) -> None:
+        """Take what is usable from one node's reply; whatever it lacks excludes the client concerned,
+        never the round.
+        """
         cohort = self._sent[node]
         try:
             content = reply.content
             failures = content.config_records["failures"]
-            for client, reason in zip(cast(list[str], failures["ids"]), cast(list[str], failures["reasons"]), strict=True):
+            for client, reason in zip(
+                cast(list[str], failures["ids"]), cast(list[str], failures["reasons"]), strict=True
+            ):
                 if client in cohort:
                     outcome.excluded[client] = reason
             charges = content.config_records["charges"]
             outcome.silent -= self._take_lines(node, charges, outcome.excluded)
             for client in [*cast(list[str], failures["refused"]), *cast(list[str], charges["exhausted"])]:
                 if client in cohort:
-                    self.federation.refused[client] = outcome.excluded.get(client, "budget-exhausted: it cannot cover another round")
+                    self.federation.refused[client] = outcome.excluded.get(
+                        client, "budget-exhausted: it cannot cover another round"
+                    )
             metrics = content.metric_records["metrics"]
             outcome.busy.append((cast(float, metrics["started"]), cast(float, metrics["ended"])))
             ids = cast(list[str], content.config_records["clients"]["ids"])

@@ -1,8 +1,9 @@
 """Strategies for a stream of tasks: what earlier tasks use stays as it is.
 
-Each is a way to choose, once per task, in which subspace the clients train; within it B is averaged, which is exact. ``begin_task`` gives
-the state that a task starts from, ``end_task`` what the next one needs to know (``memory``: state tensors, and ``<module>.protected``
-[k, n], the orthonormal rows whose inputs no later task may touch). Strategies that are not here go on with the adapter they have.
+Each is a way to choose, once per task, in which subspace the clients train; within it B is averaged, which is exact.
+``begin_task`` gives the state that a task starts from, ``end_task`` what the next one needs to know (``memory``: state
+tensors, and ``<module>.protected`` [k, n], the orthonormal rows whose inputs no later task may touch). Strategies that
+are not here go on with the adapter they have.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedlab.activations import public_batches
-from fedlab.adapters import draw_a
 from fedlab.config import RunConfig
+from fedlab.config.tasks import Gram
 from fedlab.continual.importance import layer_importance, preserved_ranks
 from fedlab.continual.subspace import CapacityExhausted, complement, extend, leading_triplets
 from fedlab.errors import ConfigError
 from fedlab.lora.state import BASIS, PAST, RESIDUAL, State, effective_delta, modules, outer_b, part_of, select
 from fedlab.lora.subspace import open_rows
 from fedlab.lora.svd import principal_rows
-from fedlab.models import LoadedModel
+from fedlab.models.activations import public_batches
+from fedlab.models.adapters import draw_a
+from fedlab.models.loaded import LoadedModel
 from fedlab.seeds import stream_seed
-from fedlab.stream import Gram
 from strategies.base import LoraStrategy
 from strategies.fedsvd import FedSVD, FedSVDOptions
 from strategies.folding import fold, require_float32
@@ -39,8 +40,12 @@ Memory = Mapping[str, Tensor]
 class OSFTOptions(MeanOptions):
     """[strategy] keys of OSFT."""
 
-    preserve: float = Field(default=0.5, ge=0, lt=1, description="share of every layer's singular directions that a task may not touch")
-    importance: bool = Field(default=False, description="less of it where lora.public shows that a layer changes its input much")
+    preserve: float = Field(
+        default=0.5, ge=0, lt=1, description="share of every layer's singular directions that a task may not touch"
+    )
+    importance: bool = Field(
+        default=False, description="less of it where lora.public shows that a layer changes its input much"
+    )
 
 
 class InputsOptions(MeanOptions):
@@ -80,16 +85,25 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f'strategy.name = "{name}" needs train.gradients = "fused", got "{config.train.gradients}"')
     if config.gram is not None and config.privacy.unit == "client":
         raise ConfigError(
-            f'strategy.name = "{name}" with privacy.unit = "client": what it asks at a task\'s end is noised per example; '
-            'use unit = "example", or osft, which looks at weights alone'
+            f'strategy.name = "{name}" with privacy.unit = "client": what it asks at a task\'s end is noised per'
+            ' example; use unit = "example", or osft, which looks at weights alone'
         )
-    if (gram := config.gram) is not None and not config.private and not gram.clear and config.data.clients < gram.cohort:
-        raise ConfigError(f"strategy.gram.cohort = {gram.cohort} with data.clients = {config.data.clients}: sums would be of too few")
+    if (
+        (gram := config.gram) is not None
+        and not config.private
+        and not gram.clear
+        and config.data.clients < gram.cohort
+    ):
+        raise ConfigError(
+            f"strategy.gram.cohort = {gram.cohort} with data.clients = {config.data.clients}: sums would be of too few"
+        )
     require_float32(config)
 
 
 class OSFT(_InTasks):
-    """ΔW = Uᵀ·C·V with U, V bases of what the ``preserve`` leading singular vectors of the current weight leave (arXiv 2504.07097)."""
+    """ΔW = Uᵀ·C·V with U, V bases of what the ``preserve`` leading singular vectors of the current weight leave (arXiv
+    2504.07097).
+    """
 
     Options: ClassVar[type[NoOptions]] = OSFTOptions
 
@@ -117,7 +131,9 @@ class OSFT(_InTasks):
 
 
 class OSFTData(_InTasks):
-    """ΔW = C·V with V a basis of all inputs that no earlier task used: as plastic as can be, and exact on protected inputs."""
+    """ΔW = C·V with V a basis of all inputs that no earlier task used: as plastic as can be, and exact on protected
+    inputs.
+    """
 
     Options: ClassVar[type[NoOptions]] = InputsOptions
 
@@ -144,7 +160,9 @@ class FullFineTuning(_InTasks):
 
 
 class FedSVDContinual(FedSVD):
-    """FedSVD whose A is orthonormal inside the complement of the protected inputs: B is trained, refactorising stays in A's span."""
+    """FedSVD whose A is orthonormal inside the complement of the protected inputs: B is trained, refactorising stays in
+    A's span.
+    """
 
     Options: ClassVar[type[NoOptions]] = FedSVDContinualOptions
     static: ClassVar[frozenset[str]] = frozenset(RESIDUAL)
@@ -155,7 +173,9 @@ class FedSVDContinual(FedSVD):
         super().check(config)
         _check(config)
         if FedSVDContinualOptions(**config.strategy.options).refresh is not None:
-            raise ConfigError("strategy.refresh with fedsvd-continual: new directions would leave the complement; remove it")
+            raise ConfigError(
+                "strategy.refresh with fedsvd-continual: new directions would leave the complement; remove it"
+            )
 
     @classmethod
     def begin_task(cls, config: RunConfig, state: State, memory: Memory, model: LoadedModel, task: int) -> State:
@@ -164,19 +184,24 @@ class FedSVDContinual(FedSVD):
             kept, n = protected(memory, state, module), state[f"{module}.lora_A"].shape[1]
             if config.lora.rank > n - len(kept):
                 raise CapacityExhausted(
-                    f"{module}: {len(kept)} of {n} input directions are protected, lora.rank = {config.lora.rank} more are needed; "
-                    "lower the rank or strategy.energy, or end the stream here"
+                    f"{module}: {len(kept)} of {n} input directions are protected, lora.rank = {config.lora.rank} more"
+                    " are needed; lower the rank or strategy.energy, or end the stream here"
                 )
             candidates = _candidates(config, state, model, module, kept, task)
             state = _placed(state, module, open_rows(kept, candidates, config.lora.rank))
         return state
 
     def end_task(self, state: State, memory: Memory, grams: dict[str, Tensor]) -> dict[str, Tensor]:
-        return merged(state) | grown(self.config, state, memory, grams, FedSVDContinualOptions(**self.config.strategy.options))
+        return merged(state) | grown(
+            self.config, state, memory, grams, FedSVDContinualOptions(**self.config.strategy.options)
+        )
 
 
 class OLoRA(LoraStrategy):
-    """A new adapter per task, kept off the earlier ones' A by ``stream.penalty`` (arXiv 2310.14152). Soft: not exact."""
+    """A new adapter per task, kept off the earlier ones' A by ``stream.penalty`` (arXiv 2310.14152).
+
+    Soft: not exact.
+    """
 
     static: ClassVar[frozenset[str]] = frozenset({*RESIDUAL, PAST})
     ranks: ClassVar[str] = ""
@@ -195,13 +220,18 @@ class OLoRA(LoraStrategy):
         return state
 
     def end_task(self, state: State, memory: Memory, grams: dict[str, Tensor]) -> dict[str, Tensor]:
-        past = {f"{m}.{PAST}": [v for v in (state.get(f"{m}.{PAST}"), state[f"{m}.lora_A"]) if v is not None] for m in modules(state)}
+        past = {
+            f"{m}.{PAST}": [v for v in (state.get(f"{m}.{PAST}"), state[f"{m}.lora_A"]) if v is not None]
+            for m in modules(state)
+        }
         return merged(state) | {name: torch.cat(values) for name, values in past.items()}
 
 
 def carried(state: State, memory: Memory) -> State:
     """A fresh adapter on what earlier tasks left: their residual and heads."""
-    return state | {name: value for name, value in memory.items() if name.startswith("head.") or name.rpartition(".")[2] in RESIDUAL}
+    return state | {
+        name: value for name, value in memory.items() if name.startswith("head.") or name.rpartition(".")[2] in RESIDUAL
+    }
 
 
 def merged(state: State) -> State:
@@ -217,9 +247,15 @@ def protected(memory: Memory, state: State, module: str) -> Tensor:
 
 
 def grown(
-    config: RunConfig, state: State, memory: Memory, grams: dict[str, Tensor], options: InputsOptions | FedSVDContinualOptions
+    config: RunConfig,
+    state: State,
+    memory: Memory,
+    grams: dict[str, Tensor],
+    options: InputsOptions | FedSVDContinualOptions,
 ) -> dict[str, Tensor]:
-    """The protected rows after a task, from the Gram matrices that the clients released; as before where there are none (last task)."""
+    """The protected rows after a task, from the Gram matrices that the clients released; as before where there are none
+    (last task).
+    """
     from fedlab.continual.sketch import noise_floor
 
     gram, room = config.gram, max(options.free, config.lora.rank)
@@ -237,8 +273,12 @@ def grown(
 def current_weight(model: LoadedModel, state: State, module: str) -> Tensor:
     """W + s·residual [m, n], float64: the weight that a task starts from."""
     empty = {f"{module}.lora_B": state[f"{module}.lora_B"] * 0, f"{module}.lora_A": state[f"{module}.lora_A"]}
-    whole = empty | {name: v for name, v in state.items() if name.rpartition(".")[0] == module and part_of(name) in RESIDUAL}
-    return model.pristine(module) + effective_delta({k: v.double() for k, v in whole.items()}, module, model.scale[module])
+    whole = empty | {
+        name: v for name, v in state.items() if name.rpartition(".")[0] == module and part_of(name) in RESIDUAL
+    }
+    return model.pristine(module) + effective_delta(
+        {k: v.double() for k, v in whole.items()}, module, model.scale[module]
+    )
 
 
 def _placed(state: State, module: str, A: Tensor, basis: Tensor | None = None) -> State:
@@ -249,7 +289,9 @@ def _placed(state: State, module: str, A: Tensor, basis: Tensor | None = None) -
 
 
 def _candidates(config: RunConfig, state: State, model: LoadedModel, module: str, kept: Tensor, task: int) -> Tensor:
-    """Where FedSVD's A comes from: with ``lora.init_a = "weights"`` what the current weight reads most of the free inputs, else random."""
+    """Where FedSVD's A comes from: with ``lora.init_a = "weights"`` what the current weight reads most of the free
+    inputs, else random.
+    """
     n, rank = kept.shape[1], config.lora.rank
     if config.lora.init_a == "weights":
         weight = current_weight(model, state, module)

@@ -1,7 +1,7 @@
 """FedAvg on LoRA factors (FedIT, arXiv 2305.05644): A and B are each averaged.
 
-The mean of products is not the product of means, so the averaged adapter is not the average of the clients' weight changes
-(unless A is equal everywhere); under DP the noises of A and B multiply.
+The mean of products is not the product of means, so the averaged adapter is not the average of the clients' weight
+changes (unless A is equal everywhere); under DP the noises of A and B multiply.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""FedEx-LoRA (arXiv 2410.09432): A and B are averaged, and what that loses goes into a residual that is folded into the base.
+"""FedEx-LoRA (arXiv 2410.09432): A and B are averaged, and what that loses goes into a residual that is folded into the
+base.
 
-Σ p_k B_k·A_k = B̄·Ā + R exactly, with R of rank at most (K + 1)·r. R is kept and sent as factors, never as an m×n matrix. The published
-code adds it transposed on ``nn.Linear``; ``tests/strategies/test_conformance.py`` holds the identity for both layouts.
+Σ p_k B_k·A_k = B̄·Ā + R exactly, with R of rank at most (K + 1)·r. R is kept and sent as factors, never as an m×n
+matrix. The published code adds it transposed on ``nn.Linear``; ``tests/strategies/test_conformance.py`` holds the
+identity for both layouts.
 """
 
 from __future__ import annotations

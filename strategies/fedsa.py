@@ -1,7 +1,8 @@
 """FedSA-LoRA (arXiv 2410.01463): clients train A and B, share A, and keep B and the head for themselves.
 
-There is no global model, so accuracy is that of each client's own model on its own held-out examples. Under DP all that a client trains is
-clipped and noised together, also what it keeps: A's gradient depends on B. A simulation writes every client's adapter at the end.
+There is no global model, so accuracy is that of each client's own model on its own held-out examples. Under DP all that
+a client trains is clipped and noised together, also what it keeps: A's gradient depends on B. A simulation writes every
+client's adapter at the end.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ class FedSA(LoraStrategy):
         """There must be an accuracy to report, and no promise about what the server never sees."""
         super().check(config)
         if config.evaluate.clients == "never":
-            raise ConfigError('evaluate.clients = "never" with fedsa: there is no global model to score; use "last" or "always"')
+            raise ConfigError(
+                'evaluate.clients = "never" with fedsa: there is no global model to score; use "last" or "always"'
+            )
         if config.privacy.unit == "client":
             raise ConfigError(
-                'privacy.unit = "client" with fedsa: noise of the server does not cover what clients keep; use unit = "example"'
+                'privacy.unit = "client" with fedsa: noise of the server does not cover what clients keep; use unit ='
+                ' "example"'
             )

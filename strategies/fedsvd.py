@@ -1,10 +1,12 @@
 """FedSVD (arXiv 2505.12805): clients train B; the server averages B and re-orthogonalises A by the SVD of B·A.
 
-The refactorisation keeps the product, so it costs no accuracy and, being post-processing of noised updates, no privacy. Under plain
-or momentum SGD it is a change of basis: the run equals FFA-LoRA with orthonormal A (docs/fedsvd.md, tests/lora/test_fedsvd_equivalence.py).
+The refactorisation keeps the product, so it costs no accuracy and, being post-processing of noised updates, no privacy.
+Under plain or momentum SGD it is a change of basis: the run equals FFA-LoRA with orthonormal A (docs/fedsvd.md,
+tests/lora/test_fedsvd_equivalence.py).
 
-``refresh`` makes it more than that: every so many rounds the directions that carry least are folded into a residual of the base, which
-changes no effective weight, and new directions are opened in their place with B = 0. The row space then moves. That too is post-processing.
+``refresh`` makes it more than that: every so many rounds the directions that carry least are folded into a residual of
+the base, which changes no effective weight, and new directions are opened in their place with B = 0. The row space then
+moves. That too is post-processing.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Refresh(NoOptions):
     """``strategy.refresh``: a row space that moves."""
 
     every: int = Field(gt=0, description="rounds")
-    keep: int = Field(default=0, ge=0, description="directions with the largest singular values that stay in the adapter")
+    keep: int = Field(
+        default=0, ge=0, description="directions with the largest singular values that stay in the adapter"
+    )
     source: Literal["random", "weights"] = Field(
         default="random", description="of new directions; weights: the base's next singular vectors"
     )
@@ -47,7 +51,8 @@ class FedSVDOptions(MeanOptions):
     def _together(self) -> FedSVDOptions:
         if self.refresh is not None and self.refresh.every % self.period:
             raise ValueError(
-                f"refresh.every = {self.refresh.every} must be a multiple of period = {self.period}: it needs sorted directions"
+                f"refresh.every = {self.refresh.every} must be a multiple of period = {self.period}: it needs sorted"
+                " directions"
             )
         return self
 
@@ -67,13 +72,16 @@ class FedSVD(LoraStrategy):
         assert isinstance(options, FedSVDOptions)
         if options.server is not None and options.server.optimizer != "momentum":
             raise ConfigError(
-                f'strategy.server.optimizer = "{options.server.optimizer}" with fedsvd: its second moments have no meaning in the next '
-                'round\'s basis; use "momentum", which is rotated with it, or ffa'
+                f'strategy.server.optimizer = "{options.server.optimizer}" with fedsvd: its second moments have no'
+                ' meaning in the next round\'s basis; use "momentum", which is rotated with it, or ffa'
             )
         if (refresh := options.refresh) is not None:
             require_float32(config)
             if refresh.keep >= config.lora.rank:
-                raise ConfigError(f"strategy.refresh.keep = {refresh.keep} leaves nothing to refresh of lora.rank = {config.lora.rank}")
+                raise ConfigError(
+                    f"strategy.refresh.keep = {refresh.keep} leaves nothing to refresh of lora.rank ="
+                    f" {config.lora.rank}"
+                )
 
     @property
     def _settings(self) -> FedSVDOptions:
@@ -103,7 +111,9 @@ class FedSVD(LoraStrategy):
                 moment[:, keep:] = 0  # of directions that are no longer trained
         return state
 
-    def _candidates(self, refresh: Refresh, module: str, A: torch.Tensor, count: int, round_number: int) -> torch.Tensor:
+    def _candidates(
+        self, refresh: Refresh, module: str, A: torch.Tensor, count: int, round_number: int
+    ) -> torch.Tensor:
         """Twice as many rows as are needed: Gaussian, or the base's right singular vectors that come next."""
         n = A.shape[1]
         if refresh.source == "weights":
@@ -112,5 +122,7 @@ class FedSVD(LoraStrategy):
             taken = len(A) + (round_number // refresh.every - 1) * count
             rows = open_session(self.config.to_toml()).model.leading_inputs(module, n)
             return rows.roll(-(taken % n), 0)[: min(n, 2 * count + len(A))]
-        generator = torch.Generator().manual_seed(stream_seed(self.config.draws, "refresh", module, round_number) % 2**63)
+        generator = torch.Generator().manual_seed(
+            stream_seed(self.config.draws, "refresh", module, round_number) % 2**63
+        )
         return torch.randn(min(n, 2 * count), n, generator=generator, dtype=torch.float64)

@@ -1,11 +1,13 @@
 """FlexLoRA (arXiv 2402.11505): the mean of the clients' products, cut back to the adapters' rank by SVD.
 
-Clients train both factors; Σ p_k B_k·A_k has rank up to K·r, and its best approximation of rank r (Eckart–Young) is the new adapter. The
-singular values are split evenly between the factors, √Σ on *both* sides: one side alone would change the product.
+Clients train both factors; Σ p_k B_k·A_k has rank up to K·r, and its best approximation of rank r (Eckart–Young) is the
+new adapter. The singular values are split evenly between the factors, √Σ on *both* sides: one side alone would change
+the product.
 
-``fisher = "updates"`` cuts back by FWSVD (arXiv 2207.00112) instead: best where the rows of the weight matter most. Its squared gradients
-are replaced by the squared changes of B that the clients sent anyway, weighted like the clients, so it costs no bytes and no privacy; it
-is a proxy, the finer the fewer local steps. Rows that are all equal or all zero are cut by the plain SVD, which is logged once.
+``fisher = "updates"`` cuts back by FWSVD (arXiv 2207.00112) instead: best where the rows of the weight matter most. Its
+squared gradients are replaced by the squared changes of B that the clients sent anyway, weighted like the clients, so
+it costs no bytes and no privacy; it is a proxy, the finer the fewer local steps. Rows that are all equal or all zero
+are cut by the plain SVD, which is logged once.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from fedlab.lora.ranks import truncate
 from fedlab.lora.robust import coordinate_median, robust_low_rank
 from fedlab.lora.state import State, local_pairs, modules, select
 from strategies.base import LoraStrategy
-from strategies.federation import Federation
 from strategies.folding import in_order
 from strategies.options import NoOptions
+from strategies.server.federation import Federation
 
 logger = logging.getLogger("fedlab")
 

@@ -1,8 +1,11 @@
-"""FLoRA (arXiv 2409.05976): the clients' adapters are stacked, merged into the base, and a new adapter is begun in the next round.
+"""FLoRA (arXiv 2409.05976): the clients' adapters are stacked, merged into the base, and a new adapter is begun in the
+next round.
 
-State machine, which the paper leaves open: a round begins with B = 0 and a newly drawn A; clients train; Σ p_k B_k·A_k, which is exact,
-is added to the residual; B returns to 0 and A is drawn anew from the run's seed and the round. Nothing of a client's factors outlives it.
-``train = "B"`` keeps the drawn A fixed within a round: half the bytes, half the values to noise, and still a new subspace each round.
+State machine, which the paper leaves open: a round begins with B = 0 and a newly drawn A; clients train; Σ p_k B_k·A_k,
+which is exact, is added to the residual; B returns to 0 and A is drawn anew from the run's seed and the round. Nothing
+of a client's factors outlives it.
+``train = "B"`` keeps the drawn A fixed within a round: half the bytes, half the values to noise, and still a new
+subspace each round.
 """
 
 from __future__ import annotations
@@ -11,10 +14,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fedlab.adapters import draw_a
 from fedlab.config import RunConfig
 from fedlab.lora.exact import mean_of_products
 from fedlab.lora.state import State, local_pairs, modules
+from fedlab.models.adapters import draw_a
 from strategies.base import LoraStrategy
 from strategies.folding import fold, in_order
 from strategies.options import FoldingOptions, NoOptions
@@ -52,5 +55,7 @@ class FLora(LoraStrategy):
             averaged = fold(averaged, module, mean, options.residual_rank)
             A = state[f"{module}.lora_A"]
             averaged[f"{module}.lora_B"] = torch.zeros_like(state[f"{module}.lora_B"])
-            averaged[f"{module}.lora_A"] = draw_a(options.redraw, A.shape, self.config.draws, "redraw", module, round_number)
+            averaged[f"{module}.lora_A"] = draw_a(
+                options.redraw, A.shape, self.config.draws, "redraw", module, round_number
+            )
         return averaged

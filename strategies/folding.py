@@ -17,8 +17,8 @@ def require_float32(config: RunConfig) -> None:
     """Raises ConfigError where the base is kept in 16 bits: it would round a residual away."""
     if config.run.dtype != "float32":
         raise ConfigError(
-            f'strategy.name = "{config.strategy.name}" adds a residual to the base, which run.dtype = "{config.run.dtype}" would round '
-            'away; use "float32"'
+            f'strategy.name = "{config.strategy.name}" adds a residual to the base, which run.dtype ='
+            f' "{config.run.dtype}" would round away; use "float32"'
         )
 
 
@@ -30,7 +30,9 @@ def in_order(weights: Mapping[str, float], updates: Mapping[str, State]) -> list
 
 
 def fold(state: State, module: str, factors: tuple[Tensor, Tensor], rank: int | None = None) -> State:
-    """The state with B·A of ``factors`` added to the module's residual; exact, unless ``rank`` caps it (best approximation)."""
+    """The state with B·A of ``factors`` added to the module's residual; exact, unless ``rank`` caps it (best
+    approximation).
+    """
     before = residual_of(state, module)
     zero = factors[0][:, :0], factors[1][:0]
     B, A = add_low_rank(before if before is not None else zero, factors, rank)

@@ -18,10 +18,14 @@ def frozen_layers(config: RunConfig, state: State) -> set[str]:
 
 
 def keep_other_heads(config: RunConfig, before: State, after: State) -> State:
-    """``after``, but rows of labels that this task has no example of are as before: neither noise nor a client changes them."""
+    """``after``, but rows of labels that this task has no example of are as before: neither noise nor a client changes
+    them.
+    """
     if config.stage is None or config.stream.heads == "shared":
         return after
-    outside = torch.from_numpy(task_data(config)[1].outside(config.stage.task, config.stream.replay, config.stream.joint))
+    outside = torch.from_numpy(
+        task_data(config)[1].outside(config.stage.task, config.stream.replay, config.stream.joint)
+    )
     result = dict(after)
     for name, value in after.items():
         if part_of(name) == "head" and len(value) == len(outside):

@@ -1,9 +1,11 @@
-"""HetLoRA (arXiv 2401.06432): clients of different ranks; their factors are padded with zeros, *both* of them, and averaged.
+"""HetLoRA (arXiv 2401.06432): clients of different ranks; their factors are padded with zeros, *both* of them, and
+averaged.
 
-A client starts from the first r_k directions. Weights follow ‖B_k·A_k‖_F of what a client sends (noised, if it adds noise), so that a
-client that learned much counts more; ``norm_weights = false`` keeps the usual ones. With ``prune`` = γ a client whose last directions,
-those beyond γ·r_k, carry less after training than before loses them for good. Both look at uploads only and cost no privacy.
-The paper adds a penalty on these directions to the local loss; clients here train the plain loss.
+A client starts from the first r_k directions. Weights follow ‖B_k·A_k‖_F of what a client sends (noised, if it adds
+noise), so that a client that learned much counts more; ``norm_weights = false`` keeps the usual ones. With ``prune`` =
+γ a client whose last directions, those beyond γ·r_k, carry less after training than before loses them for good. Both
+look at uploads only and cost no privacy. The paper adds a penalty on these directions to the local loss; clients here
+train the plain loss.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ class HetLoraOptions(NoOptions):
     """Own keys of ``[strategy]`` with ``name = "hetlora"``."""
 
     norm_weights: bool = True
-    prune: float | None = Field(default=None, gt=0, lt=1, description="γ: share of its rank that a client keeps when it is pruned")
+    prune: float | None = Field(
+        default=None, gt=0, lt=1, description="γ: share of its rank that a client keeps when it is pruned"
+    )
     min_rank: int = Field(default=1, gt=0)
 
 
@@ -74,12 +78,18 @@ def local_factors(state: State, update: State) -> State:
 
 def norm_weights(held: dict[str, State], weights: dict[str, float]) -> dict[str, float]:
     """Weights ∝ ‖ΔW_k‖_F over all modules; the given ones if every product is zero."""
-    norms = {c: math.hypot(*(frobenius_norm(own[f"{m}.lora_B"], own[f"{m}.lora_A"]) for m in modules(own))) for c, own in held.items()}
+    norms = {
+        c: math.hypot(*(frobenius_norm(own[f"{m}.lora_B"], own[f"{m}.lora_A"]) for m in modules(own)))
+        for c, own in held.items()
+    }
     total = math.fsum(norms.values())
     return {c: norm / total for c, norm in norms.items()} if total > 0 else weights
 
 
 def tail_norm(factors: State, first: int, last: int) -> float:
     """‖B_tail·A_tail‖_F over all modules, of directions ``first`` to ``last``."""
-    norms = (frobenius_norm(factors[f"{m}.lora_B"][:, first:last], factors[f"{m}.lora_A"][first:last]) for m in modules(factors))
+    norms = (
+        frobenius_norm(factors[f"{m}.lora_B"][:, first:last], factors[f"{m}.lora_A"][first:last])
+        for m in modules(factors)
+    )
     return math.hypot(*norms)

@@ -1,8 +1,10 @@
-"""LoRA-FAIR (arXiv 2411.14961): A and B are averaged, then B̄ is corrected so that B·Ā comes closest to the mean of the products.
+"""LoRA-FAIR (arXiv 2411.14961): A and B are averaged, then B̄ is corrected so that B·Ā comes closest to the mean of the
+products.
 
-The paper maximises the cosine of (B̄ + ΔB)·Ā and Σ p_k B_k·A_k, less λ‖ΔB‖, by gradient steps. A cosine leaves the length open; here the
-squared error takes its place, which has one closed solution: ΔB = (D − B̄·Ā)·Āᵀ·(Ā·Āᵀ + λI)⁻¹ with D = Σ p_k B_k·A_k, λ relative to the mean
-of Ā·Āᵀ's diagonal. With λ → 0 that is the best approximation of D in Ā's row space.
+The paper maximises the cosine of (B̄ + ΔB)·Ā and Σ p_k B_k·A_k, less λ‖ΔB‖, by gradient steps. A cosine leaves the
+length open; here the squared error takes its place, which has one closed solution: ΔB = (D − B̄·Ā)·Āᵀ·(Ā·Āᵀ + λI)⁻¹
+with D = Σ p_k B_k·A_k, λ relative to the mean of Ā·Āᵀ's diagonal. With λ → 0 that is the best approximation of D in Ā's
+row space.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from strategies.options import NoOptions
 class LoraFairOptions(NoOptions):
     """Own keys of ``[strategy]`` with ``name = "lora-fair"``."""
 
-    ridge: float = Field(default=1e-6, gt=0, description="λ, as a share of the mean squared row norm of Ā; larger stays closer to B̄")
+    ridge: float = Field(
+        default=1e-6, gt=0, description="λ, as a share of the mean squared row norm of Ā; larger stays closer to B̄"
+    )
 
 
 class LoraFair(LoraStrategy):

@@ -1,7 +1,7 @@
 """Keys of ``[strategy]`` that several strategies share, and what they do to the clients' mean.
 
-``robust`` replaces the weighted mean by a rule that a minority cannot steer, ``server`` feeds it to an optimiser. Both apply where a
-strategy works from one linear mean; both are post-processing of what the clients sent.
+``robust`` replaces the weighted mean by a rule that a minority cannot steer, ``server`` feeds it to an optimiser. Both
+apply where a strategy works from one linear mean; both are post-processing of what the clients sent.
 """
 
 from __future__ import annotations
@@ -31,15 +31,25 @@ class NoOptions(pydantic.BaseModel):
 class Robust(NoOptions):
     """``strategy.robust``: see ``fedlab.lora.robust``."""
 
-    rule: Literal["coordinate_median", "trimmed_mean", "krum", "multi_krum", "bulyan", "geometric_median", "norm_bounded_mean"]
-    trim: float | None = Field(default=None, ge=0, lt=0.5, description="trimmed_mean: share of the clients dropped at each end")
-    byzantine: int | None = Field(default=None, ge=0, description="krum, multi_krum, bulyan: clients that may send anything")
+    rule: Literal[
+        "coordinate_median", "trimmed_mean", "krum", "multi_krum", "bulyan", "geometric_median", "norm_bounded_mean"
+    ]
+    trim: float | None = Field(
+        default=None, ge=0, lt=0.5, description="trimmed_mean: share of the clients dropped at each end"
+    )
+    byzantine: int | None = Field(
+        default=None, ge=0, description="krum, multi_krum, bulyan: clients that may send anything"
+    )
     keep: int | None = Field(default=None, gt=0, description="multi_krum: clients averaged (default n − byzantine)")
-    bound: float | None = Field(default=None, gt=0, description="norm_bounded_mean: largest norm of an update (default: the median norm)")
+    bound: float | None = Field(
+        default=None, gt=0, description="norm_bounded_mean: largest norm of an update (default: the median norm)"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Robust:
-        known = {name: p for name, p in inspect.signature(RULES[self.rule]).parameters.items() if p.kind is p.KEYWORD_ONLY}
+        known = {
+            name: p for name, p in inspect.signature(RULES[self.rule]).parameters.items() if p.kind is p.KEYWORD_ONLY
+        }
         if odd := sorted(self._given().keys() - known):
             raise ValueError(f'rule = "{self.rule}" has no {odd[0]}; it has {", ".join(known) or "no option"}')
         if missing := [name for name, p in known.items() if p.default is p.empty and name not in self._given()]:
@@ -47,7 +57,8 @@ class Robust(NoOptions):
         return self
 
     def combine(self, updates: Mapping[str, State], weights: Mapping[str, float], exposed: int = 0) -> State:
-        """The rule's answer. ``exposed`` clients sent what nobody could use and are gone already: so many fewer are left to be feared.
+        """The rule's answer. ``exposed`` clients sent what nobody could use and are gone already: so many fewer are
+        left to be feared.
 
         Raises ValueError, for example for too few clients.
         """
@@ -63,7 +74,9 @@ class Robust(NoOptions):
 class FoldingOptions(NoOptions):
     """Options of every strategy that folds what its clients did into a residual of the base."""
 
-    residual_rank: int | None = Field(default=None, gt=0, description="keep at most this rank of the residual; default: all of it, exact")
+    residual_rank: int | None = Field(
+        default=None, gt=0, description="keep at most this rank of the residual; default: all of it, exact"
+    )
 
 
 class MeanOptions(NoOptions):
@@ -77,7 +90,9 @@ class MeanOptions(NoOptions):
         if self.robust is None:
             return
         if config.privacy.unit == "client":
-            raise ConfigError('strategy.robust with privacy.unit = "client": the noise is calibrated to a mean; use robust without it')
+            raise ConfigError(
+                'strategy.robust with privacy.unit = "client": the noise is calibrated to a mean; use robust without it'
+            )
         nobody = {f"client-{i}": {"x": torch.zeros(1)} for i in range(config.clients_per_round)}
         try:
             self.robust.combine(nobody, dict.fromkeys(nobody, 1.0))

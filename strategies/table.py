@@ -1,17 +1,19 @@
-"""One table of all strategies, from what the classes declare: printed by ``fedlab strategies``, kept in docs/strategies.md by a test."""
+"""One table of all strategies, from what the classes declare: printed by ``fedlab strategies``, kept in
+docs/strategies.md by a test.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 from fedlab.config import RunConfig
+from fedlab.config.sections import StrategySection
+from fedlab.config.tasks import READS_INPUTS
 from fedlab.errors import ConfigError
 from fedlab.lora.state import nbytes
-from fedlab.sections import StrategySection
-from fedlab.stream import READS_INPUTS
 from strategies import STRATEGIES
 from strategies.base import LoraStrategy
-from strategies.federation import Federation
+from strategies.server.federation import Federation
 
 COLUMNS = (
     "strategy.name",
@@ -28,7 +30,10 @@ SIZES = ("bytes up", "bytes down")
 
 def rows(config: RunConfig | None = None) -> list[tuple[str, ...]]:
     """A row per strategy, in the order of ``STRATEGIES``; with a configuration also its bytes per client and round."""
-    return [_row(name, strategy) + (_bytes(name, strategy, config) if config else ()) for name, strategy in STRATEGIES.items()]
+    return [
+        _row(name, strategy) + (_bytes(name, strategy, config) if config else ())
+        for name, strategy in STRATEGIES.items()
+    ]
 
 
 def columns(config: RunConfig | None = None) -> tuple[str, ...]:
@@ -56,9 +61,11 @@ def parts(names: Collection[str]) -> str:
 
 
 def _bytes(name: str, strategy: type[LoraStrategy], config: RunConfig) -> tuple[str, str]:
-    """Per participating client, in the wire dtype: up in the first two rounds if they differ; a residual adds to what goes down later.
+    """Per participating client, in the wire dtype: up in the first two rounds if they differ; a residual adds to what
+    goes down later.
 
-    For another strategy than the configured one, with its own keys at their defaults. What the strategy refuses says why.
+    For another strategy than the configured one, with its own keys at their defaults. What the strategy refuses says
+    why.
     """
     from fedlab.session import open_session
 
@@ -70,4 +77,6 @@ def _bytes(name: str, strategy: type[LoraStrategy], config: RunConfig) -> tuple[
         return "refused", str(error)
     state, wire = open_session(config.to_toml()).model.state(), config.run.wire_dtype
     up = [nbytes({n: state[n] for n in made.sent_names(state, number)}, wire) for number in (1, 2)]
-    return " / ".join(f"{size:,}" for size in dict.fromkeys(up)), f"{nbytes(state, wire):,}{' + residual' if strategy.folds else ''}"
+    return " / ".join(
+        f"{size:,}" for size in dict.fromkeys(up)
+    ), f"{nbytes(state, wire):,}{' + residual' if strategy.folds else ''}"

@@ -1,4 +1,6 @@
-"""What the tests share: tiny real models and data sets on disk, made once per session, and a cache directory of their own."""
+"""What the tests share: tiny real models and data sets on disk, made once per session, and a cache directory of their
+own.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def _sentences(path: Path, seed: int, count: int, topics: list[str], filler: int
             topic = topics[i % len(topics)]
             words = [*rng.choice(TOPICS.get(topic, FILLER), 3), *rng.choice(FILLER, int(rng.integers(2, filler + 1)))]
             rng.shuffle(words)
-            file.write(json.dumps({"text": " ".join(words), "topic": topic} | ({"site": f"site{i % sites}"} if sites else {})) + "\n")
+            file.write(
+                json.dumps({"text": " ".join(words), "topic": topic} | ({"site": f"site{i % sites}"} if sites else {}))
+                + "\n"
+            )
     return path
 
 
@@ -60,7 +65,9 @@ def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
     path = tmp_path_factory.mktemp("tokenizer")
     fast.save_pretrained(path)
     return path
@@ -82,7 +89,12 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: Path) -
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=32
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
     )
     return _save(BertModel(config), tokenizer_files, tmp_path_factory.mktemp("bert"))
 
@@ -107,7 +119,9 @@ def tiny_sentence_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: P
     shutil.copytree(tiny_bert, path)
     (path / "modules.json").write_text(json.dumps([{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}]))
     (path / "1_Pooling").mkdir()
-    (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}))
+    (path / "1_Pooling" / "config.json").write_text(
+        json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False})
+    )
     return path
 
 
@@ -120,7 +134,9 @@ def learnable_toml(tiny_toml: str, tiny_bert: Path, tiny_sentence_encoder: Path)
 
 @pytest.fixture
 def tiny_toml(tiny_bert: Path, tiny_data: Path) -> str:
-    """A whole configuration that runs in seconds: three clients, three rounds, FedSVD, DP with a given σ, local backend."""
+    """A whole configuration that runs in seconds: three clients, three rounds, FedSVD, DP with a given σ, local
+    backend.
+    """
     return f"""
 [run]
 name = "tiny"
@@ -168,5 +184,10 @@ def stream_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stream_toml(learnable_toml: str, tiny_data: Path, stream_data: Path) -> str:
     """Two tasks of two topics each, without DP, on the mean-pooling encoder."""
-    text = learnable_toml.replace(str(tiny_data), str(stream_data)).replace('name = "fedsvd"', 'name = "osft-data"\nenergy = 0.9\nfree = 4')
-    return text + '\n[[tasks]]\nname = "wet"\nlabels = ["fruit", "ocean"]\n[[tasks]]\nname = "hard"\nlabels = ["metal", "dry"]\n'
+    text = learnable_toml.replace(str(tiny_data), str(stream_data)).replace(
+        'name = "fedsvd"', 'name = "osft-data"\nenergy = 0.9\nfree = 4'
+    )
+    return (
+        text + '\n[[tasks]]\nname = "wet"\nlabels = ["fruit", "ocean"]\n[[tasks]]\nname = "hard"\nlabels = ["metal",'
+        ' "dry"]\n'
+    )

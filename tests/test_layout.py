@@ -75,9 +75,16 @@ def test_the_repository_root_is_a_flower_app(tmp_path: Path):
     flwr = Path(sys.executable).parent / "flwr"
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [flwr, "build", "--app", "fedlab"], cwd=tmp_path, env=os.environ | quiet, capture_output=True, text=True, timeout=120
+        [flwr, "build", "--app", "fedlab"],
+        cwd=tmp_path,
+        env=os.environ | quiet,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (fab,) = tmp_path.rglob("*.fab")
     names = zipfile.ZipFile(fab).namelist()
-    assert {"strategies/app.py", "clients/app.py", "fedlab/run/launch/ray.py", "simulations/quickstart.toml"} <= set(names)
+    assert {"strategies/app.py", "clients/app.py", "fedlab/run/launch/ray.py", "simulations/quickstart.toml"} <= set(
+        names
+    )

@@ -2,7 +2,8 @@
 
 L [p, m] and R [q, n] are orthonormal rows, fixed for a task: bases of what earlier tasks left free. Then
 
-- every C gives a permitted change: orthogonality holds under AdamW, noise and quantisation, where projected gradients leak (16 to 44 %);
+- every C gives a permitted change: orthogonality holds under AdamW, noise and quantisation, where projected gradients
+  leak (16 to 44 %);
 - ‖Lᵀ·C·R‖ = ‖C‖ (Frobenius): clipping C is clipping ΔW;
 - the mean of several C is the mean of their ΔW: federated averaging is exact, which it is not for factors;
 - with L and R from the singular vectors of W it reaches exactly what OSFT's low factors U_l, S_l, V_l reach.
@@ -34,7 +35,10 @@ class CoreLinear(nn.Module):
         super().__init__()
         m, n = base.weight.shape
         if right.shape[-1] != n or (left is not None and left.shape[-1] != m):
-            raise ValueError(f"bases of {right.shape[-1]} inputs and {m if left is None else left.shape[-1]} outputs for a {m}×{n} layer")
+            raise ValueError(
+                f"bases of {right.shape[-1]} inputs and {m if left is None else left.shape[-1]} outputs for a {m}×{n}"
+                " layer"
+            )
         check_orthonormal(right, "right")
         if left is not None:
             check_orthonormal(left, "left")
@@ -43,7 +47,9 @@ class CoreLinear(nn.Module):
         self.register_buffer("bias", None if base.bias is None else base.bias.detach().clone())
         self.register_buffer("left", None if left is None else left.detach().to(wide).clone())
         self.register_buffer("right", right.detach().to(wide).clone())
-        self.core = nn.Parameter(torch.zeros(m if left is None else len(left), len(right), dtype=wide, device=base.weight.device))
+        self.core = nn.Parameter(
+            torch.zeros(m if left is None else len(left), len(right), dtype=wide, device=base.weight.device)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., m] of x [..., n]; never forms ΔW."""
@@ -72,7 +78,8 @@ class CoreLinear(nn.Module):
 def wrap(model: nn.Module, bases: Mapping[str, tuple[Tensor | None, Tensor]]) -> dict[str, CoreLinear]:
     """Freeze ``model`` and put a ``CoreLinear`` in the place of every named linear layer; name → layer.
 
-    Raises ConfigError for a name that is no linear layer, and for a weight that another module uses too (it would change silently).
+    Raises ConfigError for a name that is no linear layer, and for a weight that another module uses too (it would
+    change silently).
     """
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -82,7 +89,9 @@ def wrap(model: nn.Module, bases: Mapping[str, tuple[Tensor | None, Tensor]]) ->
         if not isinstance(layer, nn.Linear):
             raise ConfigError(f"{name!r} is a {type(layer).__name__}, want a linear layer")
         if len(users[id(layer.weight)]) > 1:
-            raise ConfigError(f"{name!r} shares its weight with {', '.join(users[id(layer.weight)][1:])} (tied); leave it out")
+            raise ConfigError(
+                f"{name!r} shares its weight with {', '.join(users[id(layer.weight)][1:])} (tied); leave it out"
+            )
     model.requires_grad_(False)
     found = {}
     for name, (left, right) in bases.items():

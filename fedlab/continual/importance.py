@@ -1,7 +1,8 @@
-"""Which layers matter most, and how many of their singular directions OSFT then preserves (arXiv 2504.07097, section 3.3).
+"""Which layers matter most, and how many of their singular directions OSFT then preserves (arXiv 2504.07097, section
+3.3).
 
-The paper looks at the last task's data. Here it is public texts, which the server reads: what clients' texts do in a layer would be a
-private release, for a number that the paper calls robust to 5 %.
+The paper looks at the last task's data. Here it is public texts, which the server reads: what clients' texts do in a
+layer would be a private release, for a number that the paper calls robust to 5 %.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fedlab.models import LoadedModel
+    from fedlab.models.loaded import LoadedModel
 
 
 def layer_importance(model: LoadedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-    """module → mean over the tokens of ``batches`` of the cosine of its input and its output, with the model as it is loaded.
+    """module → mean over the tokens of ``batches`` of the cosine of its input and its output, with the model as it is
+    loaded.
 
     Raises ConfigError for a module that saw no token, or tokens of which padding cannot be told.
     """
-    from fedlab.activations import real_tokens
     from fedlab.errors import ConfigError
-    from fedlab.models import PEFT_PREFIX
+    from fedlab.models.activations import real_tokens
+    from fedlab.models.loaded import PEFT_PREFIX
 
     sums, counts = dict.fromkeys(model.scale, 0.0), dict.fromkeys(model.scale, 0)
     mask = torch.empty(0, dtype=torch.bool)
@@ -37,7 +39,10 @@ def layer_importance(model: LoadedModel, batches: Iterable[dict[str, Tensor]]) -
 
         return add
 
-    handles = [model.module.get_submodule(PEFT_PREFIX + module).register_forward_hook(hook(module)) for module in sorted(model.scale)]
+    handles = [
+        model.module.get_submodule(PEFT_PREFIX + module).register_forward_hook(hook(module))
+        for module in sorted(model.scale)
+    ]
     try:
         with torch.no_grad():
             for batch in batches:
@@ -52,7 +57,8 @@ def layer_importance(model: LoadedModel, batches: Iterable[dict[str, Tensor]]) -
 
 
 def importance(inputs: Tensor, outputs: Tensor) -> float:
-    """Mean cosine of a linear layer's inputs [N, n] and outputs [N, m] (OSFT, section 3.3), on their first min(m, n) coordinates.
+    """Mean cosine of a linear layer's inputs [N, n] and outputs [N, m] (OSFT, section 3.3), on their first min(m, n)
+    coordinates.
 
     The paper leaves m ≠ n undefined; its released code cuts both to the shorter. Zero rows count as cosine 0.
     """
@@ -62,12 +68,16 @@ def importance(inputs: Tensor, outputs: Tensor) -> float:
 
 
 def preserved_ranks(
-    shapes: Mapping[str, tuple[int, int]], importances: Mapping[str, float] | None = None, low: float = 0.1, high: float = 0.8
+    shapes: Mapping[str, tuple[int, int]],
+    importances: Mapping[str, float] | None = None,
+    low: float = 0.1,
+    high: float = 0.8,
 ) -> dict[str, int]:
     """Directions to preserve per layer: k = ⌊r·min(m, n)⌋ with r = low + I·(high − low), at most min(m, n) − 1.
 
-    ``importances`` below 0 count as 0 and are normalised to mean 1; r is clamped to [low, 1] (the paper's r exceeds 1 for I > 1.29). None,
-    or no positive one, gives I = 1 everywhere. Raises ValueError unless 0 <= low <= high <= 1 and every importance is finite.
+    ``importances`` below 0 count as 0 and are normalised to mean 1; r is clamped to [low, 1] (the paper's r exceeds 1
+    for I > 1.29). None, or no positive one, gives I = 1 everywhere. Raises ValueError unless 0 <= low <= high <= 1 and
+    every importance is finite.
     """
     if not 0 <= low <= high <= 1:
         raise ValueError(f"want 0 <= low <= high <= 1, got low = {low}, high = {high}")

@@ -1,7 +1,8 @@
-"""How well a stream of tasks was learnt and kept. One sign convention: higher is better for every transfer, forgetting is a loss.
+"""How well a stream of tasks was learnt and kept. One sign convention: higher is better for every transfer, forgetting
+is a loss.
 
-``R`` is [T, T]: R[t, i] is the score on task i after training task t (0-based), NaN where it was not measured (tasks not yet seen). A
-number that is not defined (backward transfer of one task, a row with holes) is NaN, never 0.
+``R`` is [T, T]: R[t, i] is the score on task i after training task t (0-based), NaN where it was not measured (tasks
+not yet seen). A number that is not defined (backward transfer of one task, a row with holes) is NaN, never 0.
 """
 
 from __future__ import annotations
@@ -37,14 +38,20 @@ def backward_transfer(R: Matrix) -> float:
 
 
 def forgetting(R: Matrix) -> float:
-    """F = mean over i < T−1 of (max over i <= l < T−1 of R[l, i]) − R[T−1, i] (Chaudhry et al., arXiv 1801.10112). At least −BWT."""
+    """F = mean over i < T−1 of (max over i <= l < T−1 of R[l, i]) − R[T−1, i] (Chaudhry et al., arXiv 1801.10112).
+
+    At least −BWT.
+    """
     R = _square(R)
     last = len(R) - 1
     return float(np.mean([R[i:last, i].max() - R[last, i] for i in range(last)])) if last else math.nan
 
 
 def forward_transfer(R: Matrix, before: Iterable[float]) -> float:
-    """FWT = mean over i >= 1 of R[i−1, i] − before[i] (GEM). ``before``: scores before any task. NaN unless unseen tasks were measured."""
+    """FWT = mean over i >= 1 of R[i−1, i] − before[i] (GEM).
+
+    ``before``: scores before any task. NaN unless unseen tasks were measured.
+    """
     R, b = _square(R), np.asarray(list(before), dtype=float)
     if b.shape != (len(R),):
         raise ValueError(f"before has shape {b.shape}, want ({len(R)},)")
@@ -52,7 +59,10 @@ def forward_transfer(R: Matrix, before: Iterable[float]) -> float:
 
 
 def intransigence(R: Matrix, alone: Iterable[float]) -> float:
-    """Mean over i of alone[i] − R[i, i]: what each task lost by coming in a stream. ``alone``: score when trained by itself or jointly."""
+    """Mean over i of alone[i] − R[i, i]: what each task lost by coming in a stream.
+
+    ``alone``: score when trained by itself or jointly.
+    """
     R, best = _square(R), np.asarray(list(alone), dtype=float)
     if best.shape != (len(R),):
         raise ValueError(f"alone has shape {best.shape}, want ({len(R)},)")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedlab.continual.sketch import clipped_grams
 from fedlab.errors import ConfigError
-from fedlab.models import PEFT_PREFIX, LoadedModel
+from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
 
 if TYPE_CHECKING:
     from fedlab.data import FederatedData
@@ -28,7 +28,10 @@ def _watching(model: LoadedModel, seen: dict[str, Tensor]) -> Iterator[None]:
 
         return note
 
-    handles = [model.module.get_submodule(PEFT_PREFIX + name).register_forward_pre_hook(hook(name)) for name in sorted(model.scale)]
+    handles = [
+        model.module.get_submodule(PEFT_PREFIX + name).register_forward_pre_hook(hook(name))
+        for name in sorted(model.scale)
+    ]
     try:
         yield
     finally:
@@ -51,7 +54,8 @@ def input_groups(model: LoadedModel) -> dict[str, str]:
 def observe(
     model: LoadedModel, data: FederatedData, positions: np.ndarray, groups: dict[str, str], clip: float, size: int
 ) -> dict[str, Tensor]:
-    """Σ of the clipped Gram matrices of these texts, first module of a group → [n, n] float64, with the model as it is loaded.
+    """Σ of the clipped Gram matrices of these texts, first module of a group → [n, n] float64, with the model as it is
+    loaded.
 
     Raises ConfigError for a layer whose input is not one vector per token (padding could not be told).
     """
@@ -67,7 +71,9 @@ def observe(
             model.logits(batch)
             for name in leaders:
                 if seen[name].shape[:-1] != mask.shape:
-                    raise ConfigError(f"{name} is fed {tuple(seen[name].shape)} for {tuple(mask.shape)} tokens; adapt other modules")
+                    raise ConfigError(
+                        f"{name} is fed {tuple(seen[name].shape)} for {tuple(mask.shape)} tokens; adapt other modules"
+                    )
             sums, _ = clipped_grams({name: seen[name] for name in leaders}, mask, clip)
             for name in leaders:
                 total[name] += sums[name]

@@ -1,9 +1,10 @@
 """What inputs a task used, learnt without seeing them: a clipped and noised sum of Gram matrices.
 
-A record's tokens X [T, n] at one layer have the Gram matrix XᵀX. Σ XᵀX over records is what ``subspace.extend`` needs; one record's alone
-reveals its activations exactly. So each record's matrices (all layers together) are scaled down to joint Frobenius norm ``clip``, and
-Gaussian noise of standard deviation σ·clip lands on every entry of the upper triangle ("Analyze Gauss", Dwork et al. 2014): adding or
-removing one record moves the released triangle by at most ``clip``, so it is one Gaussian mechanism of noise multiplier σ.
+A record's tokens X [T, n] at one layer have the Gram matrix XᵀX. Σ XᵀX over records is what ``subspace.extend`` needs;
+one record's alone reveals its activations exactly. So each record's matrices (all layers together) are scaled down to
+joint Frobenius norm ``clip``, and Gaussian noise of standard deviation σ·clip lands on every entry of the upper
+triangle ("Analyze Gauss", Dwork et al. 2014): adding or removing one record moves the released triangle by at most
+``clip``, so it is one Gaussian mechanism of noise multiplier σ.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from torch import Tensor
 from fedlab._validate import positive
 from fedlab.privacy.noise import GaussianNoise
 
-STEP, LIMIT = 2.0**24, 2.0**28  # of fixed point: resolution, and the largest entry of one client, so that 2,000 of them fit 63 bits
+STEP, LIMIT = (
+    2.0**24,
+    2.0**28,
+)  # of fixed point: resolution, and the largest entry of one client, so that 2,000 of them fit 63 bits
 
 
 def clipped_grams(inputs: Mapping[str, Tensor], mask: Tensor, clip: float) -> tuple[dict[str, Tensor], float]:
-    """Σ over records of f_i·X_iᵀX_i per layer [n, n], float64, with f_i = min(1, clip / joint Frobenius norm of record i's matrices).
+    """Σ over records of f_i·X_iᵀX_i per layer [n, n], float64, with f_i = min(1, clip / joint Frobenius norm of record
+    i's matrices).
 
     Args:
         inputs: layer → [N, T, n], what the layer is given.
@@ -30,7 +35,8 @@ def clipped_grams(inputs: Mapping[str, Tensor], mask: Tensor, clip: float) -> tu
         clip: largest joint norm; ``math.inf`` for none.
 
     Returns:
-        The sums, and the share of records that were scaled down. A record with a value that is not finite counts as zero.
+        The sums, and the share of records that were scaled down. A record with a value that is not finite counts as
+        zero.
     """
     count = mask.shape[0]
     squares = torch.zeros(count, dtype=torch.float64)
@@ -50,7 +56,10 @@ def clipped_grams(inputs: Mapping[str, Tensor], mask: Tensor, clip: float) -> tu
 
 
 def privatise(grams: Mapping[str, Tensor], sigma: float, clip: float, noise: GaussianNoise) -> dict[str, Tensor]:
-    """The sums with N(0, (σ·clip)²) on every entry of the upper triangle, mirrored. Layers are noised in the order of their names."""
+    """The sums with N(0, (σ·clip)²) on every entry of the upper triangle, mirrored.
+
+    Layers are noised in the order of their names.
+    """
     positive(sigma=sigma)
     positive(clip=clip)
     released = {}
@@ -61,7 +70,8 @@ def privatise(grams: Mapping[str, Tensor], sigma: float, clip: float, noise: Gau
 
 
 def noise_floor(n: int, sigma: float, clip: float, clients: int = 1) -> float:
-    """Largest eigenvalue that the noises of ``clients`` together make of nothing in a symmetric n×n matrix: std·(2√n + 2·n^(−1/6)).
+    """Largest eigenvalue that the noises of ``clients`` together make of nothing in a symmetric n×n matrix: std·(2√n +
+    2·n^(−1/6)).
 
     The edge of the semicircle law and, with 99 % probability, what is beyond it (Tracy–Widom).
     """
@@ -79,7 +89,10 @@ def to_fixed(grams: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     fixed = {}
     for name, gram in grams.items():
         if not bool((gram.abs() < LIMIT).all()):
-            raise ValueError(f"the Gram matrix of {name} holds values that are not finite or above {LIMIT:g}; lower strategy.gram.clip")
+            raise ValueError(
+                f"the Gram matrix of {name} holds values that are not finite or above {LIMIT:g}; lower"
+                " strategy.gram.clip"
+            )
         fixed[name] = np.rint(gram.double().numpy()[np.triu_indices(len(gram))] * STEP).astype(np.int64)
     return fixed
 

@@ -1,9 +1,10 @@
 """Subspaces that earlier tasks use, and the changes of a weight that leave them alone.
 
-Bases are orthonormal **rows**, [k, n], as LoRA's A is. A change ΔW of W [m, n] leaves an input x alone if ΔW·x = 0: input-side protection
-of the rows R is ΔW = ΔW(I − RᵀR). OSFT (arXiv 2504.07097) protects outputs too: ΔW = (I − LᵀL)·ΔW·(I − RᵀR) with the leading singular
-vectors L, R of W. (The paper's Eq. for the projected gradient removes the L–R block only, and does not protect: an input in R's span
-still changes its output. The factor form that the paper trains is the two-sided one, which is here.)
+Bases are orthonormal **rows**, [k, n], as LoRA's A is. A change ΔW of W [m, n] leaves an input x alone if ΔW·x = 0:
+input-side protection of the rows R is ΔW = ΔW(I − RᵀR). OSFT (arXiv 2504.07097) protects outputs too: ΔW = (I −
+LᵀL)·ΔW·(I − RᵀR) with the leading singular vectors L, R of W. (The paper's Eq. for the projected gradient removes the
+L–R block only, and does not protect: an input in R's span still changes its output. The factor form that the paper
+trains is the two-sided one, which is here.)
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class CapacityExhausted(FedlabError):
 
 @dataclass(frozen=True)
 class Triplets:
-    """k singular triplets of W: ``left`` [k, m] and ``right`` [k, n] are orthonormal rows, ``values`` [k] descend. float64."""
+    """k singular triplets of W: ``left`` [k, m] and ``right`` [k, n] are orthonormal rows, ``values`` [k] descend.
+    float64.
+    """
 
     left: Tensor
     values: Tensor
@@ -37,10 +40,10 @@ class Triplets:
 def leading_triplets(weight: Tensor, count: int, iterations: int = 60) -> Triplets:
     """The ``count`` leading singular triplets of ``weight`` [m, n]; signs as in ``refactorize``, deterministic.
 
-    Block subspace iteration (Halko et al., arXiv 0909.4061) where count is small against min(m, n): O(m·n·count) per iteration, until
-    ‖W·v − s·u‖ <= 1e-6·s_1 for every triplet. A spectrum too flat for that, and a large count, are decomposed whole. Where
-    singular values are equal at the cut, which of their directions belong to it is this function's choice. Raises ValueError for
-    a count outside [0, min(m, n)] or non-finite entries.
+    Block subspace iteration (Halko et al., arXiv 0909.4061) where count is small against min(m, n): O(m·n·count) per
+    iteration, until ‖W·v − s·u‖ <= 1e-6·s_1 for every triplet. A spectrum too flat for that, and a large count, are
+    decomposed whole. Where singular values are equal at the cut, which of their directions belong to it is this
+    function's choice. Raises ValueError for a count outside [0, min(m, n)] or non-finite entries.
     """
     m, n = weight.shape
     small = min(m, n)
@@ -56,7 +59,9 @@ def leading_triplets(weight: Tensor, count: int, iterations: int = 60) -> Triple
 
 
 def _iterate(W: Tensor, count: int, iterations: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Leading triplets by subspace iteration from a fixed Gaussian start; None if they do not settle, as soon as that can be seen."""
+    """Leading triplets by subspace iteration from a fixed Gaussian start; None if they do not settle, as soon as that
+    can be seen.
+    """
     width = min(count + max(16, count // 2), min(W.shape))
     generator = torch.Generator().manual_seed(0)
     Q = torch.linalg.qr(W @ torch.randn(W.shape[1], width, generator=generator, dtype=W.dtype)).Q
@@ -79,7 +84,8 @@ def _iterate(W: Tensor, count: int, iterations: int) -> tuple[Tensor, Tensor, Te
 
 
 def complement(rows: Tensor) -> Tensor:
-    """Orthonormal rows [n − k, n] that complete the orthonormal rows [k, n] to a basis. Deterministic; the dtype of ``rows``.
+    """Orthonormal rows [n − k, n] that complete the orthonormal rows [k, n] to a basis. Deterministic; the dtype of
+    ``rows``.
 
     Raises ValueError if ``rows`` are not orthonormal to 1e-4, or more than n.
     """
@@ -87,7 +93,9 @@ def complement(rows: Tensor) -> Tensor:
     check_orthonormal(rows)
     if k == 0:
         return torch.eye(n, dtype=rows.dtype)
-    Q = torch.linalg.qr(rows.double().mT, mode="complete").Q[:, k:].mT  # orthogonal to the span of the rows as they are, rounded or not
+    Q = (
+        torch.linalg.qr(rows.double().mT, mode="complete").Q[:, k:].mT
+    )  # orthogonal to the span of the rows as they are, rounded or not
     rest: Tensor = Q * row_signs(Q)[:, None] if len(Q) else Q
     return rest.to(rows.dtype)
 
@@ -104,7 +112,8 @@ def check_orthonormal(rows: Tensor, name: str = "rows") -> None:
 
 
 def project(delta: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """(I − LᵀL)·ΔW·(I − RᵀR), the change without its protected part. ``left`` [j, m] and ``right`` [k, n]; None protects nothing.
+    """(I − LᵀL)·ΔW·(I − RᵀR), the change without its protected part. ``left`` [j, m] and ``right`` [k, n]; None
+    protects nothing.
 
     Idempotent; computed in float64, returned in ΔW's dtype.
     """
@@ -129,21 +138,23 @@ def leak(delta: Tensor, left: Tensor | None, right: Tensor | None) -> float:
 
 
 def extend(rows: Tensor, gram: Tensor, energy: float, most: int, floor: float = 0.0, name: str = "module") -> Tensor:
-    """The protected rows [k, n] and as many further directions of the inputs as it takes to hold ``energy`` of their second moment.
+    """The protected rows [k, n] and as many further directions of the inputs as it takes to hold ``energy`` of their
+    second moment.
 
     Args:
         rows: [k, n] orthonormal, what is protected so far; they come first in the result, as they are (P_t ⊇ P_t−1).
-        gram: [n, n] symmetric, Σ x·xᵀ over the task's inputs of this layer, possibly noised (then not positive semidefinite).
-        energy: share in (0, 1] of trace(gram) that the result must hold (GPM, arXiv 2103.09762, Eq. 9).
-        most: rows that the result may have.
-        floor: a direction whose residual eigenvalue is not above it is noise and never taken.
-        name: the layer, for the error.
+        gram: [n, n] symmetric, Σ x·xᵀ over the task's inputs of this layer, possibly noised (then not positive
+        semidefinite). energy: share in (0, 1] of trace(gram) that the result must hold (GPM, arXiv 2103.09762, Eq. 9).
+        most: rows that the result may have. floor: a direction whose residual eigenvalue is not above it is noise and
+        never taken. name: the layer, for the error.
 
     Returns:
-        [k', n], k' >= k, of ``rows``' dtype. Inputs that are covered already add nothing: the same task twice does not grow it.
+        [k', n], k' >= k, of ``rows``' dtype. Inputs that are covered already add nothing: the same task twice does not
+        grow it.
 
     Raises:
-        CapacityExhausted: more than ``most`` rows would be needed. ValueError: energy outside (0, 1], or entries that are not finite.
+        CapacityExhausted: more than ``most`` rows would be needed. ValueError: energy outside (0, 1], or entries that
+        are not finite.
     """
     if not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], got {energy}")

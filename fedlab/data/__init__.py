@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedlab.config import RunConfig
+from fedlab.config.sections import DataSection
+from fedlab.config.tasks import TaskSection
 from fedlab.data.cache import cached_arrays
 from fedlab.data.collate import Tokens, tokenise
 from fedlab.data.corpus import Corpus
 from fedlab.data.partition import Shards, deal
 from fedlab.data.sources import load_corpus
 from fedlab.data.tasks import TaskData, one_corpus, shifted
-from fedlab.sections import DataSection
-from fedlab.stream import TaskSection
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from fedlab.prefix import Prefix
+    from fedlab.models.hidden_states import Prefix
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class FederatedData:
             import torch  # here, as in collate
 
             groups = torch.from_numpy(self.tasks.groups)
-            batch["allowed"] = groups[None] == groups[batch["labels"]][:, None]  # [N, labels]: those of the text's own task
+            batch["allowed"] = (
+                groups[None] == groups[batch["labels"]][:, None]
+            )  # [N, labels]: those of the text's own task
         return batch
 
     def at(self, task: int) -> FederatedData:
@@ -78,11 +80,16 @@ class FederatedData:
         return len(self.shards.train[client])
 
     def fingerprint(self, client: str) -> str:
-        """SHA-256 of a client's training examples. Tells whoever can guess the text, so it leaves only under a keyed hash."""
+        """SHA-256 of a client's training examples.
+
+        Tells whoever can guess the text, so it leaves only under a keyed hash.
+        """
         if client not in self._fingerprints:
             result = hashlib.sha256()
             for index in self.train(client):
-                result.update(self.tokens.ids[self.tokens.offsets[index] : self.tokens.offsets[index + 1]].tobytes() + b"|")
+                result.update(
+                    self.tokens.ids[self.tokens.offsets[index] : self.tokens.offsets[index + 1]].tobytes() + b"|"
+                )
             result.update(np.asarray(self.tokens.labels[self.train(client)]).tobytes())
             self._fingerprints[client] = result.hexdigest()
         return self._fingerprints[client]
@@ -93,7 +100,9 @@ def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:
     if not config.tasks:
         return _corpus_and_shards(config.data.model_dump_json(), config.run.seed)
     corpus, tasks = task_data(config)
-    return corpus, tasks.training(config.stage.task if config.stage else 0, config.stream.replay, config.stream.joint, config.run.seed)
+    return corpus, tasks.training(
+        config.stage.task if config.stage else 0, config.stream.replay, config.stream.joint, config.run.seed
+    )
 
 
 def task_data(config: RunConfig) -> tuple[Corpus, TaskData]:
@@ -127,7 +136,9 @@ def _dealt(corpus: Corpus, data: DataSection, seed: int) -> Shards:
     settings = data.model_dump(mode="json", include={"clients", "partition", "min_client_size", "test_fraction"})
     content = hashlib.sha256(corpus.labels.tobytes() + repr((corpus.natural, corpus.test)).encode()).hexdigest()
     return Shards.from_arrays(
-        cached_arrays("shards", {"labels": content, "seed": seed, **settings}, lambda: deal(corpus, data, seed).to_arrays())
+        cached_arrays(
+            "shards", {"labels": content, "seed": seed, **settings}, lambda: deal(corpus, data, seed).to_arrays()
+        )
     )
 
 

@@ -20,7 +20,9 @@ import numpy as np
 from fedlab.errors import ConfigError
 
 FORMAT = 1  # raise when the meaning of a cached array changes
-ATTEMPTS = 10  # at replacing a damaged entry while other processes do the same; after that the arrays are used as they are
+ATTEMPTS = (
+    10  # at replacing a damaged entry while other processes do the same; after that the arrays are used as they are
+)
 
 
 def cache_directory() -> Path:
@@ -28,8 +30,13 @@ def cache_directory() -> Path:
     return Path(os.environ.get("FEDLAB_CACHE") or Path.home() / ".cache" / "fedlab")
 
 
-def cached_arrays(kind: str, key: Mapping[str, Any], make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays for ``key``, memory-mapped read-only; made and stored at the first call. A damaged entry is made again."""
+def cached_arrays(
+    kind: str, key: Mapping[str, Any], make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The arrays for ``key``, memory-mapped read-only; made and stored at the first call.
+
+    A damaged entry is made again.
+    """
     name = hashlib.sha256(json.dumps([FORMAT, kind, key], sort_keys=True, default=str).encode()).hexdigest()[:32]
     target = cache_directory() / kind / name
     if (found := _load(target)) is not None:
@@ -53,7 +60,10 @@ def cached_arrays(kind: str, key: Mapping[str, Any], make: Callable[[], dict[str
 
 
 def _publish(temporary: Path, target: Path) -> None:
-    """Give a whole entry its name, unless another process was first. A damaged one is moved aside, which only one process can do."""
+    """Give a whole entry its name, unless another process was first.
+
+    A damaged one is moved aside, which only one process can do.
+    """
     for _ in range(ATTEMPTS):
         try:
             temporary.rename(target)

@@ -33,7 +33,9 @@ class Tokens:
         return np.asarray(self.offsets[indices + 1] - self.offsets[indices])
 
     def batch(self, indices: np.ndarray, pad_id: int) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels`` (and ``token_type_ids``), padded on the right to the longest [N, T]."""
+        """``input_ids``, ``attention_mask``, ``labels`` (and ``token_type_ids``), padded on the right to the longest
+        [N, T].
+        """
         import torch  # here, so that data can be looked at before torch is loaded
 
         lengths = self.lengths(indices)
@@ -91,7 +93,9 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        whole = json.dumps({k: v for k, v in rules.items() if k not in ("truncation", "padding")})  # left behind by the last call
+        whole = json.dumps(
+            {k: v for k, v in rules.items() if k not in ("truncation", "padding")}
+        )  # left behind by the last call
     else:
         whole = repr(sorted(tokenizer.get_vocab().items()))
     return type(tokenizer).__name__ + hashlib.sha256(whole.encode()).hexdigest()

@@ -30,7 +30,9 @@ class Corpus:
 
         texts = pick(self.texts)
         assert texts is not None
-        return Corpus(self.name, texts, self.labels[positions], self.label_names, pick(self.pairs), pick(self.natural), test)
+        return Corpus(
+            self.name, texts, self.labels[positions], self.label_names, pick(self.pairs), pick(self.natural), test
+        )
 
 
 def encode_labels(values: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """The embedded default: first sentences of the docstrings of installed libraries; the label is the library.
 
-The sources are read with ``ast`` and never imported. A library's own name is masked in its sentences, for it would give the label
-away. The corpus depends on the installed versions and on nothing else.
+The sources are read with ``ast`` and never imported. A library's own name is masked in its sentences, for it would give
+the label away. The corpus depends on the installed versions and on nothing else.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def check() -> None:
     """Raise ConfigError unless enough libraries are installed."""
     if len(found := installed()) < MINIMUM_LIBRARIES:
         missing = sorted(set(LIBRARIES) - set(found))
-        raise ConfigError(f'data.source = "docstrings" needs {MINIMUM_LIBRARIES} of its libraries; install {", ".join(missing)}')
+        raise ConfigError(
+            f'data.source = "docstrings" needs {MINIMUM_LIBRARIES} of its libraries; install {", ".join(missing)}'
+        )
 
 
 def load() -> Corpus:
@@ -88,7 +90,9 @@ def _collect() -> tuple[list[str], list[str]]:
 
 
 def _sentences(library: str) -> list[str]:
-    """Up to PER_LIBRARY distinct masked sentences; files are visited in the order of a hash of their path, so no folder dominates."""
+    """Up to PER_LIBRARY distinct masked sentences; files are visited in the order of a hash of their path, so no folder
+    dominates.
+    """
     mask = mask_of(library)
     files = [f for f in metadata.distribution(library).files or [] if f.suffix == ".py" and not _is_test(f.parts)]
     files.sort(key=lambda f: hashlib.sha256(f.as_posix().encode()).digest())
@@ -102,8 +106,9 @@ def _sentences(library: str) -> list[str]:
 
 
 def mask_of(library: str) -> re.Pattern[str]:
-    """What is replaced in a library's sentences: its names, also inside identifiers. Short ones (np, pd, nx, ray) only where no letter
-    touches them, for they occur inside other words (array)."""
+    """What is replaced in a library's sentences: its names, also inside identifiers. Short ones (np, pd, nx, ray) only
+    where no letter touches them, for they occur inside other words (array).
+    """
     names = (re.escape(n) if len(n) > 4 else rf"(?<![a-z]){re.escape(n)}(?![a-z])" for n in LIBRARIES[library])
     return re.compile("|".join(names), re.IGNORECASE)
 
@@ -125,7 +130,9 @@ def _docstrings(path: Path) -> list[str]:
 
 
 def _blocks(tree: ast.Module) -> Iterator[ast.AST]:
-    """The nodes of ``ast.walk`` in its order (breadth first), less expressions: they are most of a tree and hold no docstring."""
+    """The nodes of ``ast.walk`` in its order (breadth first), less expressions: they are most of a tree and hold no
+    docstring.
+    """
     nodes: deque[ast.AST] = deque([tree])
     while nodes:
         node = nodes.popleft()

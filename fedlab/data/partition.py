@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from fedlab.config.sections import DataSection
 from fedlab.data.corpus import Corpus
 from fedlab.errors import ConfigError
-from fedlab.sections import DataSection
 from fedlab.seeds import stream, stream_seed
 
 
@@ -44,11 +44,18 @@ def _dirichlet(data: DataSection, seed: int) -> Any:
     from flwr_datasets.partitioner import DirichletPartitioner
 
     assert data.partition.alpha is not None
-    smallest = data.min_client_size  # what a client must be dealt, so that min_client_size are left to train on after the hold-out
+    smallest = (
+        data.min_client_size
+    )  # what a client must be dealt, so that min_client_size are left to train on after the hold-out
     while smallest - _held_out(smallest, data) < data.min_client_size:
         smallest += 1
     return DirichletPartitioner(
-        data.clients, partition_by="label", alpha=data.partition.alpha, min_partition_size=smallest, self_balancing=False, seed=seed
+        data.clients,
+        partition_by="label",
+        alpha=data.partition.alpha,
+        min_partition_size=smallest,
+        self_balancing=False,
+        seed=seed,
     )
 
 
@@ -93,7 +100,9 @@ PARTITIONERS: dict[str, Callable[[DataSection, int], Any]] = {
 
 @contextmanager
 def _no_fingerprints() -> Iterator[None]:
-    """Keep ``datasets`` from pickling every list of positions to name a cache file that is never written: most of the time of a deal."""
+    """Keep ``datasets`` from pickling every list of positions to name a cache file that is never written: most of the
+    time of a deal.
+    """
     import datasets
 
     before = datasets.is_caching_enabled()
@@ -106,21 +115,30 @@ def _no_fingerprints() -> Iterator[None]:
 
 
 def deal(corpus: Corpus, data: DataSection, seed: int) -> Shards:
-    """Shuffle, deal, hold out. Deterministic in ``seed``; raises ConfigError that names a client that ends up too small."""
+    """Shuffle, deal, hold out.
+
+    Deterministic in ``seed``; raises ConfigError that names a client that ends up too small.
+    """
     import datasets
 
     trainable = len(corpus) - corpus.test
     if data.clients > trainable:
-        raise ConfigError(f"data.clients = {data.clients}, but {corpus.name} has only {trainable} examples to deal; use fewer clients")
+        raise ConfigError(
+            f"data.clients = {data.clients}, but {corpus.name} has only {trainable} examples to deal; use fewer clients"
+        )
     order = stream(seed, "deal").permutation(trainable)
     columns: dict[str, Any] = {"position": order, "label": corpus.labels[order]}
     if data.partition.kind == "natural":
         if corpus.natural is None:
-            raise ConfigError(f"data.partition = natural needs a column that names the client; {corpus.name} has none, use another kind")
+            raise ConfigError(
+                f"data.partition = natural needs a column that names the client; {corpus.name} has none, use another"
+                " kind"
+            )
         columns["natural"] = [corpus.natural[i] for i in order]
         if (ids := len(set(columns["natural"]))) != data.clients:
             raise ConfigError(
-                f"data.clients = {data.clients}, but column {data.partition.column!r} names {ids} clients; set data.clients = {ids}"
+                f"data.clients = {data.clients}, but column {data.partition.column!r} names {ids} clients; set"
+                f" data.clients = {ids}"
             )
     partitioner = PARTITIONERS[data.partition.kind](data, stream_seed(seed, "partition") % 2**31)
     partitioner.dataset = datasets.Dataset.from_dict(columns)
@@ -140,8 +158,8 @@ def deal(corpus: Corpus, data: DataSection, seed: int) -> Shards:
         train[client], local_test[client] = np.sort(shuffled[out:]), np.sort(shuffled[:out])
         if len(train[client]) < data.min_client_size:
             raise ConfigError(
-                f"{client} would train on {len(train[client])} examples, fewer than data.min_client_size = {data.min_client_size}; "
-                "use fewer clients, less skew, or another run.seed"
+                f"{client} would train on {len(train[client])} examples, fewer than data.min_client_size ="
+                f" {data.min_client_size}; use fewer clients, less skew, or another run.seed"
             )
     test = np.arange(trainable, len(corpus)) if corpus.test else np.sort(np.concatenate(list(local_test.values())))
     if len(test) == 0:
@@ -162,5 +180,11 @@ def describe(shards: Shards, corpus: Corpus) -> str:
             "test": shards.local_test[client].tolist(),
         }
     return json.dumps(
-        {"corpus": corpus.name, "examples": len(corpus), "labels": list(corpus.label_names), "test": len(shards.test), "clients": clients}
+        {
+            "corpus": corpus.name,
+            "examples": len(corpus),
+            "labels": list(corpus.label_names),
+            "test": len(shards.test),
+            "clients": clients,
+        }
     )

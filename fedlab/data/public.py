@@ -5,21 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedlab.config import RunConfig
+from fedlab.config.sections import LoraSection
 from fedlab.data.tables import READERS, files_at, read_columns
 from fedlab.errors import ConfigError
-from fedlab.sections import LoraSection
 
 
 def public_texts(lora: LoraSection) -> list[str]:
-    """At most ``lora.public_texts`` texts of ``lora.public``, spread evenly over it, in its order; empty ones are skipped.
+    """At most ``lora.public_texts`` texts of ``lora.public``, spread evenly over it, in its order; empty ones are
+    skipped.
 
-    csv, tsv, json, jsonl and parquet files, or a directory of them, are read as tables: the column ``text``, or the only one that holds
-    strings. Any other file has one text per line. Raises ConfigError if there is no such file, column or text.
+    csv, tsv, json, jsonl and parquet files, or a directory of them, are read as tables: the column ``text``, or the
+    only one that holds strings. Any other file has one text per line. Raises ConfigError if there is no such file,
+    column or text.
     """
     assert lora.public is not None
     found = files_at(lora.public)
     if not found:
-        raise ConfigError(f"lora.public = {lora.public!r}: no such file, or a directory without {', '.join(READERS)} files")
+        raise ConfigError(
+            f"lora.public = {lora.public!r}: no such file, or a directory without {', '.join(READERS)} files"
+        )
     if found[0].suffix in READERS:
         texts = _column(lora.public)
     else:
@@ -44,8 +48,8 @@ def check_public(config: RunConfig) -> None:
     public = Path(config.lora.public).expanduser().resolve()
     if any(public == path or public in path.parents or path in public.parents for path in own):
         raise ConfigError(
-            f"lora.public = {config.lora.public!r} holds, or lies in, the data of the clients: a release of it that no noise protects; "
-            "give public text from elsewhere"
+            f"lora.public = {config.lora.public!r} holds, or lies in, the data of the clients: a release of it that no"
+            " noise protects; give public text from elsewhere"
         )
     public_texts(config.lora)
 
@@ -55,5 +59,7 @@ def _column(path: str) -> list[str]:
     strings = [name for name, values in columns.items() if any(isinstance(v, str) for v in values)]
     name = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
     if name is None:
-        raise ConfigError(f'lora.public = {path!r}: want a column "text", or one column of strings; it has {", ".join(columns)}')
+        raise ConfigError(
+            f'lora.public = {path!r}: want a column "text", or one column of strings; it has {", ".join(columns)}'
+        )
     return [v for v in columns[name] if isinstance(v, str)]

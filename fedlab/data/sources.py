@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fedlab.config.sections import DataSection
 from fedlab.data import docstrings, tables, wordnet
 from fedlab.data.corpus import Corpus
 from fedlab.data.tasks import with_labels
 from fedlab.errors import ConfigError
-from fedlab.sections import DataSection
 from fedlab.seeds import stream
 
 SOURCES: dict[str, Callable[[DataSection], Corpus]] = {
@@ -24,9 +24,15 @@ SOURCES: dict[str, Callable[[DataSection], Corpus]] = {
 
 
 def check_source(data: DataSection) -> None:
-    """Raise ConfigError if the data cannot be there. Cheap: looks at names and files, reads nothing, imports nothing heavy."""
+    """Raise ConfigError if the data cannot be there.
+
+    Cheap: looks at names and files, reads nothing, imports nothing heavy.
+    """
     if data.partition.kind == "natural" and data.source in ("docstrings", "wordnet"):
-        raise ConfigError(f'data.partition = natural needs a column that names the client; data.source = "{data.source}" has no columns')
+        raise ConfigError(
+            f'data.partition = natural needs a column that names the client; data.source = "{data.source}" has no'
+            " columns"
+        )
     if data.source == "docstrings":
         docstrings.check()
     elif data.source == "wordnet":
@@ -38,7 +44,10 @@ def check_source(data: DataSection) -> None:
 
 
 def identity(data: DataSection) -> str:
-    """Where the text is from, whoever is dealt it: what makes two runs runs on the same data. Growing or re-dealing it changes nothing."""
+    """Where the text is from, whoever is dealt it: what makes two runs runs on the same data.
+
+    Growing or re-dealing it changes nothing.
+    """
     place = str(Path(data.path).absolute()) if data.path and data.source != "hub" else data.path
     return json.dumps([data.source, place, data.subset, data.split])
 

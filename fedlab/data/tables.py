@@ -1,4 +1,6 @@
-"""Tables: local csv, jsonl and parquet files (read by pyarrow), and data sets of the Hugging Face hub (read by ``datasets``)."""
+"""Tables: local csv, jsonl and parquet files (read by pyarrow), and data sets of the Hugging Face hub (read by
+``datasets``).
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from fedlab.config.sections import DataSection
 from fedlab.data.corpus import Corpus, encode_labels
 from fedlab.errors import ConfigError
-from fedlab.sections import DataSection
 
 Columns = dict[str, list[Any]]
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -48,10 +50,17 @@ def check_files(data: DataSection) -> None:
         if not found:
             raise ConfigError(f"data.{key} = {path!r}: no such file, or a directory without {', '.join(READERS)} files")
         if len(kinds := {READERS.get(p.suffix, p.suffix) for p in found}) > 1 or found[0].suffix not in READERS:
-            raise ConfigError(f"data.{key} = {path!r}: want files of one kind among {', '.join(READERS)}, found {', '.join(sorted(kinds))}")
-    if data.test_path is not None and Path(data.test_path).expanduser().resolve() == Path(data.path).expanduser().resolve():
+            raise ConfigError(
+                f"data.{key} = {path!r}: want files of one kind among {', '.join(READERS)}, found"
+                f" {', '.join(sorted(kinds))}"
+            )
+    if (
+        data.test_path is not None
+        and Path(data.test_path).expanduser().resolve() == Path(data.path).expanduser().resolve()
+    ):
         raise ConfigError(
-            f"data.test_path = {data.test_path!r} is data.path: the test split would be trained on; leave it out, or give another"
+            f"data.test_path = {data.test_path!r} is data.path: the test split would be trained on; leave it out, or"
+            " give another"
         )
     if data.text is None or data.label is None:
         raise ConfigError('data.source = "files" needs data.text and data.label: the names of the columns')
@@ -69,7 +78,9 @@ def load_files(data: DataSection) -> Corpus:
 
 
 def load_hub(data: DataSection) -> Corpus:
-    """A data set by its hub id (or a local copy of one), its ``validation`` split as the test split unless another is named."""
+    """A data set by its hub id (or a local copy of one), its ``validation`` split as the test split unless another is
+    named.
+    """
     import datasets
 
     assert data.path is not None
@@ -88,14 +99,19 @@ def load_hub(data: DataSection) -> Corpus:
     if data.test_split is not None and data.test_split not in found:
         raise ConfigError(f"data.test_split = {data.test_split!r} is not in {data.path}; it has {', '.join(found)}")
     if data.test_split == data.split:
-        raise ConfigError(f"data.test_split = {data.test_split!r} is data.split: it would be trained on; leave it out, or give another")
+        raise ConfigError(
+            f"data.test_split = {data.test_split!r} is data.split: it would be trained on; leave it out, or give"
+            " another"
+        )
     label = data.label or "label"
     wanted = {*texts, label, data.partition.column}
     splits = {f"{data.path}, split {split}": found[split] for split in (data.split, test_split) if split in found}
     # Columns that are not needed are named, for the error message, and not read.
     parts = {n: {c: list(part[c]) if c in wanted else [] for c in part.column_names} for n, part in splits.items()}
     names = getattr(found[data.split].features.get(label), "names", None)
-    return _corpus(data.path, parts, texts, label, data.partition.column, (None, "", -1), tuple(names) if names else None)
+    return _corpus(
+        data.path, parts, texts, label, data.partition.column, (None, "", -1), tuple(names) if names else None
+    )
 
 
 def read_columns(path: str) -> Columns:
@@ -116,15 +132,22 @@ def read_columns(path: str) -> Columns:
                 if file.read_text(encoding="utf-8").lstrip().startswith("["):
                     table = pa.Table.from_pylist(json_module.loads(file.read_text(encoding="utf-8")))
                 else:
-                    table = json.read_json(file, json.ReadOptions(block_size=block), json.ParseOptions(newlines_in_values=True))
+                    table = json.read_json(
+                        file, json.ReadOptions(block_size=block), json.ParseOptions(newlines_in_values=True)
+                    )
             else:
                 table = parquet.read_table(file)
         except (pa.ArrowException, OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"{str(file)!r} cannot be read: {str(error).splitlines()[0]}") from None
         if binary := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
-            raise ConfigError(f"{str(file)!r}: column {', '.join(binary)} is not UTF-8 text; convert the file, for example with iconv")
+            raise ConfigError(
+                f"{str(file)!r}: column {', '.join(binary)} is not UTF-8 text; convert the file, for example with iconv"
+            )
         if columns and list(columns) != table.column_names:
-            raise ConfigError(f"{str(file)!r} has columns {', '.join(table.column_names)}; the files before it have {', '.join(columns)}")
+            raise ConfigError(
+                f"{str(file)!r} has columns {', '.join(table.column_names)}; the files before it have"
+                f" {', '.join(columns)}"
+            )
         for name in table.column_names:
             columns.setdefault(name, []).extend(table.column(name).to_pylist())
     return columns
@@ -139,13 +162,17 @@ def _corpus(
     unlabelled: tuple[Any, ...],
     label_names: tuple[str, ...] | None = None,
 ) -> Corpus:
-    """Concatenate the splits (the second is the test split) into one corpus; rows whose label is one of ``unlabelled`` are dropped."""
+    """Concatenate the splits (the second is the test split) into one corpus; rows whose label is one of ``unlabelled``
+    are dropped.
+    """
     if not 1 <= len(texts) <= 2:
         raise ConfigError(f"data.text = {texts}: want one text column, or two for sentence pairs")
     columns: Columns = {column: [] for column in [*texts, label, *([natural] if natural else [])]}
     sizes: list[int] = []
     for part_name, part in parts.items():
-        wanted = [column for column in columns if not sizes or column in (*texts, label)]  # nobody owns the official test split
+        wanted = [
+            column for column in columns if not sizes or column in (*texts, label)
+        ]  # nobody owns the official test split
         for column in wanted:
             if column not in part:
                 raise ConfigError(f"column {column!r} is not in {part_name}; it has {', '.join(part)}")

@@ -8,11 +8,11 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+from fedlab.config.tasks import TaskSection
 from fedlab.data.corpus import Corpus
 from fedlab.data.partition import Shards
 from fedlab.errors import ConfigError
 from fedlab.seeds import stream
-from fedlab.stream import TaskSection
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class TaskData:
     groups: np.ndarray | None  # label → task, for heads of their own; None if all share one label space
 
     def training(self, task: int, replay: float, joint: bool, seed: int) -> Shards:
-        """What is trained on in a task: its own examples and a seeded share of each client's of earlier ones; all tasks' if ``joint``."""
+        """What is trained on in a task: its own examples and a seeded share of each client's of earlier ones; all
+        tasks' if ``joint``.
+        """
         mine = self.shards[task]
         if joint:
             return Shards(
@@ -45,20 +47,26 @@ class TaskData:
 
     def size(self, client: str, task: int, replay: float) -> int:
         """Examples that ``training`` gives a client in a task, without ``joint``."""
-        return len(self.shards[task].train[client]) + sum(round(replay * len(s.train[client])) for s in self.shards[:task])
+        return len(self.shards[task].train[client]) + sum(
+            round(replay * len(s.train[client])) for s in self.shards[:task]
+        )
 
     def outside(self, task: int, replay: float, joint: bool) -> np.ndarray:
-        """Labels (bool [labels]) that this task's training has no example of, where heads are the tasks' own; none where shared."""
+        """Labels (bool [labels]) that this task's training has no example of, where heads are the tasks' own; none
+        where shared.
+        """
         if self.groups is None or joint:
             return np.zeros(0 if self.groups is None else len(self.groups), dtype=bool)
         return self.groups > task if replay else self.groups != task
 
 
-def one_corpus(parts: Sequence[Corpus], tasks: Sequence[TaskSection], shared: bool) -> tuple[Corpus, list[int], np.ndarray | None]:
+def one_corpus(
+    parts: Sequence[Corpus], tasks: Sequence[TaskSection], shared: bool
+) -> tuple[Corpus, list[int], np.ndarray | None]:
     """The tasks' corpora one after the other, where each begins, and label → task (None if the label space is shared).
 
-    With heads of their own, label names that two tasks use are told apart by the task's name. Raises ConfigError for a mix of texts and
-    sentence pairs, and where a task with a head of its own has fewer than 2 labels.
+    With heads of their own, label names that two tasks use are told apart by the task's name. Raises ConfigError for a
+    mix of texts and sentence pairs, and where a task with a head of its own has fewer than 2 labels.
     """
     if len({part.pairs is None for part in parts}) > 1:
         raise ConfigError("tasks: some have sentence pairs and some single texts; one model cannot take both")
@@ -69,13 +77,19 @@ def one_corpus(parts: Sequence[Corpus], tasks: Sequence[TaskSection], shared: bo
     else:
         for task, own in zip(tasks, names, strict=True):
             if len(own) < 2:
-                raise ConfigError(f'tasks: {task.name} has {len(own)} label(s), a head of its own needs 2; or set stream.heads = "shared"')
+                raise ConfigError(
+                    f"tasks: {task.name} has {len(own)} label(s), a head of its own needs 2; or set stream.heads ="
+                    ' "shared"'
+                )
         if len({name for own in names for name in own}) < sum(map(len, names)):
             names = [[f"{task.name}/{name}" for name in own] for task, own in zip(tasks, names, strict=True)]
         space = [name for own in names for name in own]
         groups = np.concatenate([np.full(len(own), i) for i, own in enumerate(names)])
     position = {name: i for i, name in enumerate(space)}
-    labels = [np.array([position[name] for name in own], dtype=np.int64)[part.labels] for part, own in zip(parts, names, strict=True)]
+    labels = [
+        np.array([position[name] for name in own], dtype=np.int64)[part.labels]
+        for part, own in zip(parts, names, strict=True)
+    ]
     corpus = Corpus(
         "+".join(dict.fromkeys(part.name for part in parts)),
         [text for part in parts for text in part.texts],
@@ -88,7 +102,10 @@ def one_corpus(parts: Sequence[Corpus], tasks: Sequence[TaskSection], shared: bo
 
 
 def with_labels(corpus: Corpus, patterns: Sequence[str], task: str) -> Corpus:
-    """The texts whose label matches a pattern, with those labels alone. Raises ConfigError for a pattern that matches none."""
+    """The texts whose label matches a pattern, with those labels alone.
+
+    Raises ConfigError for a pattern that matches none.
+    """
     if not patterns:
         return corpus
     for pattern in patterns:
@@ -100,7 +117,15 @@ def with_labels(corpus: Corpus, patterns: Sequence[str], task: str) -> Corpus:
     test = int((positions >= len(corpus) - corpus.test).sum())
     taken = corpus.take(positions, test)
     renumbered = np.searchsorted(kept, taken.labels)
-    return Corpus(corpus.name, taken.texts, renumbered, tuple(corpus.label_names[i] for i in kept), taken.pairs, taken.natural, test)
+    return Corpus(
+        corpus.name,
+        taken.texts,
+        renumbered,
+        tuple(corpus.label_names[i] for i in kept),
+        taken.pairs,
+        taken.natural,
+        test,
+    )
 
 
 def shifted(shards: Shards, by: int) -> Shards:

@@ -1,4 +1,7 @@
-"""WordNet: from a gloss to its lexicographer file (45 classes, 26 of them nouns). Debian's ``wordnet-base`` has the files."""
+"""WordNet: from a gloss to its lexicographer file (45 classes, 26 of them nouns).
+
+Debian's ``wordnet-base`` has the files.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from fedlab.errors import ConfigError
 
 # lexnames(5WN): the number of a lexicographer file is its position
 LEXICOGRAPHER_FILES = (  # noqa: SIM905 (a list would take 45 lines)
-    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition noun.communication "
-    "noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person noun.phenomenon noun.plant "
-    "noun.possession noun.process noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change "
-    "verb.cognition verb.communication verb.competition verb.consumption verb.contact verb.creation verb.emotion verb.motion "
-    "verb.perception verb.possession verb.social verb.stative verb.weather adj.ppl"
+    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition"
+    " noun.communication noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person"
+    " noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relation noun.shape noun.state"
+    " noun.substance noun.time verb.body verb.change verb.cognition verb.communication verb.competition"
+    " verb.consumption verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social"
+    " verb.stative verb.weather adj.ppl"
 ).split()
 PARTS = ("noun", "verb", "adj", "adv")
 PLACES = ("/usr/share/wordnet", "/usr/share/wordnet-3.0", "/usr/local/share/wordnet", "/usr/local/WordNet-3.0/dict")
@@ -28,8 +32,8 @@ def find(path: str | None, parts: tuple[str, ...] = ("noun",)) -> Path:
             return directory
     files = ", ".join(f"data.{part}" for part in parts)
     raise ConfigError(
-        f'data.source = "wordnet": no {files} in {", ".join(places)}; run make data (Debian, Ubuntu: apt-get install wordnet-base), '
-        "or set data.path to a WordNet dict directory"
+        f'data.source = "wordnet": no {files} in {", ".join(places)}; run make data (Debian, Ubuntu: apt-get install'
+        " wordnet-base), or set data.path to a WordNet dict directory"
     )
 
 
@@ -38,7 +42,9 @@ def parts_of(subset: str | None) -> tuple[str, ...]:
     if subset == "all":
         return PARTS
     if subset is not None and subset not in PARTS:
-        raise ConfigError(f'data.subset = {subset!r} must be one of {", ".join(PARTS)} or all for data.source = "wordnet"')
+        raise ConfigError(
+            f'data.subset = {subset!r} must be one of {", ".join(PARTS)} or all for data.source = "wordnet"'
+        )
     return (subset or "noun",)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedlab.data import FederatedData
-from fedlab.models import LoadedModel
+from fedlab.models.loaded import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ def classify(model: LoadedModel, data: FederatedData, indices: np.ndarray, batch
 def scores(predicted: np.ndarray, labels: np.ndarray, loss: float) -> Scores:
     """Scores from predicted and true classes, [N] each."""
     classes = int(max(predicted.max(), labels.max())) + 1
-    confusion = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)  # [true, predicted]
+    confusion = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(
+        classes, classes
+    )  # [true, predicted]
     hits, support, guesses = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     f1 = 2 * hits / np.maximum(support + guesses, 1)
     return Scores(len(labels), float(hits.sum() / len(labels)), float(f1[support > 0].mean()), loss)

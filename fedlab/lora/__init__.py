@@ -1,1 +1,4 @@
-"""Low-rank algebra: pure functions of tensors. ``state`` names and carries them, ``svd`` refactorises, ``average`` averages."""
+"""Low-rank algebra: pure functions of tensors.
+
+``state`` names and carries them, ``svd`` refactorises, ``average`` averages.
+"""

@@ -54,10 +54,14 @@ def weighted_mean(updates: Mapping[str, State], weights: Mapping[str, float]) ->
         mean = torch.zeros_like(like, dtype=torch.float64)
         for client in clients:
             if updates[client][name].shape != like.shape:
-                raise ValueError(f"{client}: {name} has shape {tuple(updates[client][name].shape)}, want {tuple(like.shape)}")
+                raise ValueError(
+                    f"{client}: {name} has shape {tuple(updates[client][name].shape)}, want {tuple(like.shape)}"
+                )
             mean += updates[client][name].double() * (weights[client] / total)
         if not bool(torch.isfinite(mean).all()):
-            bad_client = next((c for c in clients if not bool(torch.isfinite(updates[c][name]).all())), "the sum of all clients")
+            bad_client = next(
+                (c for c in clients if not bool(torch.isfinite(updates[c][name]).all())), "the sum of all clients"
+            )
             raise ValueError(f"{bad_client}: {name} holds NaN or infinite entries; exclude that update")
         result[name] = mean.to(like.dtype)
     return result

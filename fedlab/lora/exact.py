@@ -1,7 +1,9 @@
 """Exact sums of low-rank products, as factors. Thin QR and small SVDs only: the m×n matrix is never formed.
 
-A product is a pair (B [m, k], A [k, n]). Everything is computed in float64. FedEx-LoRA (arXiv 2410.09432) and FLoRA (arXiv 2409.05976) are
-``residual_of_mean`` and ``mean_of_products``; their published codes differ from these identities in orientation or scale.
+A product is a pair (B [m, k], A [k, n]). Everything is computed in float64. FedEx-LoRA (arXiv 2410.09432) and FLoRA
+(arXiv 2409.05976) are
+``residual_of_mean`` and ``mean_of_products``; their published codes differ from these identities in orientation or
+scale.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ EPSILON = 2.0**-50  # and so are those below this share of Σ |b_i|·|a_i|: what
 
 
 def mean_of_products(pairs: Sequence[Pair], weights: Sequence[float], scales: Sequence[float] | None = None) -> Pair:
-    """Factors of Σ p_k s_k B_k·A_k: the factors side by side, rank Σ r_k, exact. Ranks may differ; s_k are 1 unless given.
+    """Factors of Σ p_k s_k B_k·A_k: the factors side by side, rank Σ r_k, exact. Ranks may differ; s_k are 1 unless
+    given.
 
     Raises ValueError if the counts or the shapes differ, or an entry is not finite.
     """
@@ -31,13 +34,15 @@ def mean_of_products(pairs: Sequence[Pair], weights: Sequence[float], scales: Se
 def residual_of_mean(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     """Factors of Σ p_k B_k·A_k − B̄·Ā with B̄ = Σ p_k B_k, Ā = Σ p_k A_k: what averaging the factors loses. Σ p_k = 1.
 
-    Written as Σ p_k (B_k − B̄)·(A_k − Ā), which is the same and cancels nothing large; of full numerical rank, at most K·r, and without
-    columns where only rounding is lost. All ranks are equal. Raises ValueError if shapes or ranks differ, the weights do not sum to 1, or
-    an entry is not finite.
+    Written as Σ p_k (B_k − B̄)·(A_k − Ā), which is the same and cancels nothing large; of full numerical rank, at most
+    K·r, and without columns where only rounding is lost. All ranks are equal. Raises ValueError if shapes or ranks
+    differ, the weights do not sum to 1, or an entry is not finite.
     """
     check_products(pairs, weights)
     if len({b.shape[1] for b, _ in pairs}) > 1:
-        raise ValueError(f"ranks {[b.shape[1] for b, _ in pairs]} differ: their factors have no mean; stack them (mean_of_products)")
+        raise ValueError(
+            f"ranks {[b.shape[1] for b, _ in pairs]} differ: their factors have no mean; stack them (mean_of_products)"
+        )
     if abs(math.fsum(weights) - 1) > 1e-9:
         raise ValueError(f"weights must sum to 1, got {math.fsum(weights)}")
     B = sum((p * b.double() for (b, _), p in zip(pairs, weights, strict=True)), torch.zeros(()).double())
@@ -51,8 +56,8 @@ def residual_of_mean(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
 def corrected_b(B: Tensor, A: Tensor, pairs: Sequence[Pair], weights: Sequence[float], ridge: float) -> Tensor:
     """B + ΔB that minimises ‖(B + ΔB)·A − Σ p_k B_k·A_k‖² + λ‖ΔB‖², with λ = ridge · tr(A·Aᵀ)/r. In B's dtype.
 
-    ΔB = [Σ p_k B_k·(A_k·Aᵀ) − B·(A·Aᵀ)]·(A·Aᵀ + λI)⁻¹: r×r systems only. Raises ValueError for shapes that do not fit, a
-    ridge that is not positive, or an entry that is not finite; a zero A leaves B as it is.
+    ΔB = [Σ p_k B_k·(A_k·Aᵀ) − B·(A·Aᵀ)]·(A·Aᵀ + λI)⁻¹: r×r systems only. Raises ValueError for shapes that do not fit,
+    a ridge that is not positive, or an entry that is not finite; a zero A leaves B as it is.
     """
     check_products([*pairs, (B, A)], [*weights, 1.0])
     if not (math.isfinite(ridge) and ridge > 0):
@@ -61,18 +66,24 @@ def corrected_b(B: Tensor, A: Tensor, pairs: Sequence[Pair], weights: Sequence[f
     size = float(torch.trace(gram)) / len(A)
     if size == 0:
         return B.clone()
-    error = sum((p * b.double() @ (a.double() @ A.double().mT) for (b, a), p in zip(pairs, weights, strict=True)), -B.double() @ gram)
+    error = sum(
+        (p * b.double() @ (a.double() @ A.double().mT) for (b, a), p in zip(pairs, weights, strict=True)),
+        -B.double() @ gram,
+    )
     change: Tensor = torch.linalg.solve(gram + ridge * size * torch.eye(len(A), dtype=torch.float64), error, left=False)
     return (B.double() + change).to(B.dtype)
 
 
 def add_low_rank(first: Pair, second: Pair, rank: int | None = None) -> Pair:
-    """Factors of the sum of two products, at their numerical rank; the best approximation of ``rank`` if that is smaller."""
+    """Factors of the sum of two products, at their numerical rank; the best approximation of ``rank`` if that is
+    smaller.
+    """
     return compress(*mean_of_products([first, second], [1.0, 1.0]), rank=rank)[:2]
 
 
 def compress(B: Tensor, A: Tensor, rank: int | None = None, tolerance: float = 0.0) -> tuple[Tensor, Tensor, float]:
-    """(B2, A2, dropped): the best approximation (Eckart–Young) of B·A, singular values in B2, orthonormal rows in A2, float64.
+    """(B2, A2, dropped): the best approximation (Eckart–Young) of B·A, singular values in B2, orthonormal rows in A2,
+    float64.
 
     Args:
         B: [m, k]. A: [k, n]; k may be 0, or exceed m and n.
@@ -91,7 +102,10 @@ def compress(B: Tensor, A: Tensor, rank: int | None = None, tolerance: float = 0
 def decompose(
     B: Tensor, A: Tensor, rank: int | None = None, tolerance: float = 0.0, nothing: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """(U, S, Vᵀ, dropped) of ``compress``, whose B2 is U·S and whose A2 is Vᵀ. Singular values up to ``nothing`` count as rounding too."""
+    """(U, S, Vᵀ, dropped) of ``compress``, whose B2 is U·S and whose A2 is Vᵀ.
+
+    Singular values up to ``nothing`` count as rounding too.
+    """
     check_products([(B, A)], [1.0])
     if rank is not None and rank < 0:
         raise ValueError(f"rank must be >= 0, got {rank}")
@@ -126,14 +140,20 @@ def _power_of_two(value: Tensor) -> float:
 
 
 def check_products(pairs: Sequence[Pair], weights: Sequence[float], scales: Sequence[float] | None = None) -> None:
-    """Raise ValueError unless all pairs multiply to one shape, everything is finite, and there is a weight (and scale) for each."""
+    """Raise ValueError unless all pairs multiply to one shape, everything is finite, and there is a weight (and scale)
+    for each.
+    """
     if not pairs or len(pairs) != len(weights) or (scales is not None and len(scales) != len(pairs)):
-        counts = f"{len(pairs)} products, {len(weights)} weights" + (f", {len(scales)} scales" if scales is not None else "")
+        counts = f"{len(pairs)} products, {len(weights)} weights" + (
+            f", {len(scales)} scales" if scales is not None else ""
+        )
         raise ValueError(f"want one weight (and scale) per product, at least one; got {counts}")
     m, n = pairs[0][0].shape[:1], pairs[0][1].shape[1:]
     for B, A in pairs:
         if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or (B.shape[:1], A.shape[1:]) != (m, n):
-            raise ValueError(f"B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply to {'×'.join(map(str, (*m, *n)))}")
+            raise ValueError(
+                f"B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply to {'×'.join(map(str, (*m, *n)))}"
+            )
         if not (bool(torch.isfinite(B).all()) and bool(torch.isfinite(A).all())):
             raise ValueError("a factor holds NaN or infinite entries; exclude the update that brought them")
     for number in (*weights, *(scales or ())):

@@ -1,8 +1,9 @@
 """Truncation that spends the rank on the rows that matter: FWSVD (Hsu et al. 2022, arXiv 2207.00112), on factors.
 
-FWSVD weighs every row of a matrix D by the root of its Fisher information, w_i = Σ_j E[g_ij²], and takes Î⁻¹·SVD_r(Î·D) with
-Î = diag(√w). That is D·V·Vᵀ with V the leading right singular vectors of Î·D, which divides by no weight and says what becomes of rows
-that weigh nothing. Thin QR and small SVDs only, as in ``fedlab.lora.exact``; the m×n matrix is never formed.
+FWSVD weighs every row of a matrix D by the root of its Fisher information, w_i = Σ_j E[g_ij²], and takes Î⁻¹·SVD_r(Î·D)
+with Î = diag(√w). That is D·V·Vᵀ with V the leading right singular vectors of Î·D, which divides by no weight and says
+what becomes of rows that weigh nothing. Thin QR and small SVDs only, as in ``fedlab.lora.exact``; the m×n matrix is
+never formed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from fedlab.lora.state import State
 from fedlab.seeds import client_order
 
 
-def truncate_weighted(B: Tensor, A: Tensor, rank: int, row_weights: Tensor, split: str = "sqrt") -> tuple[Tensor, Tensor]:
-    """The X = B2·A2 of a rank that minimises ‖diag(√w)·(B·A − X)‖_F; float64, [m, rank] and [rank, n], split as ``truncate`` does.
+def truncate_weighted(
+    B: Tensor, A: Tensor, rank: int, row_weights: Tensor, split: str = "sqrt"
+) -> tuple[Tensor, Tensor]:
+    """The X = B2·A2 of a rank that minimises ‖diag(√w)·(B·A − X)‖_F; float64, [m, rank] and [rank, n], split as
+    ``truncate`` does.
 
     Args:
         B: [m, k]. A: [k, n].
@@ -27,9 +31,10 @@ def truncate_weighted(B: Tensor, A: Tensor, rank: int, row_weights: Tensor, spli
         row_weights: w [m], finite and ≥ 0; only their ratios count.
         split: of the singular values of X itself, as in ``truncate``.
 
-    Rows with w = 0 do not choose directions; they are projected onto those that the others chose. If the weighted rows need fewer than
-    ``rank`` directions, the rest go to what is left of B·A, unweighted: together the limit of w + ε for ε → 0. So if all weights are
-    equal or all are zero the result is that of ``truncate``, bit for bit.
+    Rows with w = 0 do not choose directions; they are projected onto those that the others chose. If the weighted rows
+    need fewer than
+    ``rank`` directions, the rest go to what is left of B·A, unweighted: together the limit of w + ε for ε → 0. So if
+    all weights are equal or all are zero the result is that of ``truncate``, bit for bit.
 
     Raises ValueError for weights of another shape, negative or not finite, and for whatever ``truncate`` refuses.
     """
@@ -53,11 +58,12 @@ def all_equal(row_weights: Tensor) -> bool:
 
 
 def row_weights_of(updates: Mapping[str, State], weights: Mapping[str, float], module: str) -> Tensor:
-    """w_i = Σ_k p_k Σ_j (ΔB_k)_ij² [m] of one module, float64, summed in client order: a stand-in for FWSVD's squared gradients.
+    """w_i = Σ_k p_k Σ_j (ΔB_k)_ij² [m] of one module, float64, summed in client order: a stand-in for FWSVD's squared
+    gradients.
 
-    A client's ΔB is its summed steps on B, so this needs nothing but what was sent: no further bytes, and no privacy where the updates are
-    noised already. The noise then adds about the same to every row and draws the weights together. Raises ValueError without clients or
-    without their lora_B.
+    A client's ΔB is its summed steps on B, so this needs nothing but what was sent: no further bytes, and no privacy
+    where the updates are noised already. The noise then adds about the same to every row and draws the weights
+    together. Raises ValueError without clients or without their lora_B.
     """
     name = f"{module}.lora_B"
     clients = sorted(updates, key=client_order)

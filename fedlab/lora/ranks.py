@@ -14,10 +14,12 @@ SPLITS = ("sqrt", "left")
 
 
 def truncate(B: Tensor, A: Tensor, rank: int, split: str = "sqrt") -> tuple[Tensor, Tensor]:
-    """Best approximation of B·A of a rank (Eckart–Young), float64, always [m, rank] and [rank, n]: missing directions are zero.
+    """Best approximation of B·A of a rank (Eckart–Young), float64, always [m, rank] and [rank, n]: missing directions
+    are zero.
 
-    ``split``: "sqrt" puts √Σ on both factors, "left" all of Σ on B (A then has orthonormal rows where it is not zero). Raises ValueError
-    for rank outside [1, min(m, n)], an unknown split, shapes that do not multiply or non-finite entries.
+    ``split``: "sqrt" puts √Σ on both factors, "left" all of Σ on B (A then has orthonormal rows where it is not zero).
+    Raises ValueError for rank outside [1, min(m, n)], an unknown split, shapes that do not multiply or non-finite
+    entries.
     """
     check_products([(B, A)], [1.0])
     m, n = B.shape[0], A.shape[1]
@@ -31,7 +33,8 @@ def truncate(B: Tensor, A: Tensor, rank: int, split: str = "sqrt") -> tuple[Tens
 
 
 def pad(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Zero columns for B *and* zero rows for A up to ``rank`` (HetLoRA, arXiv 2401.06432): the same product, and training leaves them zero.
+    """Zero columns for B *and* zero rows for A up to ``rank`` (HetLoRA, arXiv 2401.06432): the same product, and
+    training leaves them zero.
 
     Raises ValueError if the pair has a larger rank already, or if B and A differ in theirs.
     """
@@ -45,9 +48,11 @@ def pad(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def narrow(state: Mapping[str, Tensor], rank: int) -> State:
-    """The first ``rank`` directions of every LoRA pair (rows of A, columns of B), not copied; head and residual as they are.
+    """The first ``rank`` directions of every LoRA pair (rows of A, columns of B), not copied; head and residual as they
+    are.
 
-    What a client of that rank starts from. Where the strategy keeps the directions sorted (FedSVD, FlexLoRA) it is the best approximation.
+    What a client of that rank starts from. Where the strategy keeps the directions sorted (FedSVD, FlexLoRA) it is the
+    best approximation.
     """
     result = dict(state)
     for name, value in state.items():
@@ -57,7 +62,9 @@ def narrow(state: Mapping[str, Tensor], rank: int) -> State:
 
 
 def widen(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
-    """The update of a client of lower rank in the shapes of ``like``: zero in the directions that the client does not have."""
+    """The update of a client of lower rank in the shapes of ``like``: zero in the directions that the client does not
+    have.
+    """
     result = dict(update)
     for name, value in update.items():
         if (shape := like[name].shape) != value.shape:
@@ -66,12 +73,18 @@ def widen(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
 
 
 def frobenius_inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """⟨B₁A₁, B₂A₂⟩ = trace((B₁ᵀB₂)(A₂A₁ᵀ)), without forming either product. ValueError if shapes do not fit or an entry is not finite."""
+    """⟨B₁A₁, B₂A₂⟩ = trace((B₁ᵀB₂)(A₂A₁ᵀ)), without forming either product.
+
+    ValueError if shapes do not fit or an entry is not finite.
+    """
     check_products([first, second], [1.0, 1.0])
     (B1, A1), (B2, A2) = first, second
     return float(((B1.double().mT @ B2.double()) * (A1.double() @ A2.double().mT)).sum())
 
 
 def frobenius_norm(B: Tensor, A: Tensor) -> float:
-    """‖B·A‖_F ≥ 0, exactly 0 where the product is rounding. ValueError if shapes do not fit or an entry is not finite."""
+    """‖B·A‖_F ≥ 0, exactly 0 where the product is rounding.
+
+    ValueError if shapes do not fit or an entry is not finite.
+    """
     return compress(B, A, rank=0)[2]

@@ -1,6 +1,8 @@
-"""Server optimisers: the clients' mean change is a pseudo-gradient (Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295).
+"""Server optimisers: the clients' mean change is a pseudo-gradient (Reddi et al., "Adaptive Federated Optimization",
+arXiv 2003.00295).
 
-Elementwise and pure: moments in, moments out, float64 inside. With lr = 1 and no momentum the change is the mean itself.
+Elementwise and pure: moments in, moments out, float64 inside. With lr = 1 and no momentum the change is the mean
+itself.
 """
 
 from __future__ import annotations
@@ -19,14 +21,19 @@ from fedlab.lora.svd import rotation
 
 
 class ServerOptimizer(pydantic.BaseModel):
-    """``strategy.server``. ``momentum`` is FedAvgM (Hsu et al., arXiv 1909.06335), ``adam`` and ``yogi`` are Algorithm 2 of Reddi et al."""
+    """``strategy.server``.
+
+    ``momentum`` is FedAvgM (Hsu et al., arXiv 1909.06335), ``adam`` and ``yogi`` are Algorithm 2 of Reddi et al.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     optimizer: Literal["momentum", "adam", "yogi"]
     lr: float = Field(default=1.0, gt=0)
     beta1: float = Field(default=0.9, ge=0, lt=1, description="of the first moment")
     beta2: float = Field(default=0.99, ge=0, lt=1, description="of the second moment; adam and yogi")
-    tau: float = Field(default=1e-3, gt=0, description="added to the root of the second moment, which starts at tau²; adam and yogi")
+    tau: float = Field(
+        default=1e-3, gt=0, description="added to the root of the second moment, which starts at tau²; adam and yogi"
+    )
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,8 @@ class Moments:
 def server_step(options: ServerOptimizer, mean: Mapping[str, Tensor], before: Moments) -> tuple[State, Moments]:
     """(change, moments) of one round; only the tensors of ``mean`` move, the moments of others stay as they are.
 
-    momentum: m ← β₁m + Δ, change η·m. adam: m ← β₁m + (1−β₁)Δ, v ← β₂v + (1−β₂)Δ², change η·m/(√v + τ), without bias correction, as
-    published. yogi: v ← v − (1−β₂)Δ²·sign(v − Δ²). Raises ValueError for a mean that is not finite.
+    momentum: m ← β₁m + Δ, change η·m. adam: m ← β₁m + (1−β₁)Δ, v ← β₂v + (1−β₂)Δ², change η·m/(√v + τ), without bias
+    correction, as published. yogi: v ← v − (1−β₂)Δ²·sign(v − Δ²). Raises ValueError for a mean that is not finite.
     """
     first, second, change = dict(before.first), dict(before.second), {}
     for name, value in mean.items():
@@ -66,10 +73,12 @@ def server_step(options: ServerOptimizer, mean: Mapping[str, Tensor], before: Mo
 
 
 def rotate_moments(moments: Moments, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Moments:
-    """First moments of B in the new basis when A was replaced: M ← M·A_old·A_newᵀ, so that M·A keeps what lies in both row spaces.
+    """First moments of B in the new basis when A was replaced: M ← M·A_old·A_newᵀ, so that M·A keeps what lies in both
+    row spaces.
 
-    For a re-orthonormalised A (FedSVD) of the same row space nothing is lost. A second moment is tied to its coordinates and has no such
-    rule. ``before`` need not have orthonormal rows. Raises ValueError if there are second moments.
+    For a re-orthonormalised A (FedSVD) of the same row space nothing is lost. A second moment is tied to its
+    coordinates and has no such rule. ``before`` need not have orthonormal rows. Raises ValueError if there are second
+    moments.
     """
     if moments.second:
         raise ValueError("second moments cannot be rotated; use momentum, or a strategy that keeps its basis")
@@ -77,6 +86,8 @@ def rotate_moments(moments: Moments, before: Mapping[str, Tensor], after: Mappin
     for module in modules(before):
         name = f"{module}.lora_B"
         if name in first:
-            first[name] = first[name] @ rotation(after[f"{module}.lora_A"].double(), before[f"{module}.lora_A"].double()).mT
+            first[name] = (
+                first[name] @ rotation(after[f"{module}.lora_A"].double(), before[f"{module}.lora_A"].double()).mT
+            )
     assert all(part_of(name) != "lora_A" for name in first), "a strategy that rotates A does not train it"
     return Moments(first)

@@ -1,11 +1,12 @@
 """The tensors that travel: LoRA factors and head, flat and named, and how they cross the wire.
 
-``<module>.lora_A`` [r, n], ``<module>.lora_B`` [m, r], ``head.<name>``; float32 on the CPU everywhere but on the wire. A strategy that
-folds something into the base keeps it low-rank: ``<module>.residual_A`` [k, n] and ``<module>.residual_B`` [m, k], any k, never trained:
-effective weight W + s·(lora_B·lora_A + residual_B·residual_A).
+``<module>.lora_A`` [r, n], ``<module>.lora_B`` [m, r], ``head.<name>``; float32 on the CPU everywhere but on the wire.
+A strategy that folds something into the base keeps it low-rank: ``<module>.residual_A`` [k, n] and
+``<module>.residual_B`` [m, k], any k, never trained: effective weight W + s·(lora_B·lora_A + residual_B·residual_A).
 
-Two more parts belong to continual learning and stay as they are during a task: ``<module>.basis_U`` [p, m], orthonormal rows, in whose
-coordinates lora_B [p, r] is then written (effective B = basis_Uᵀ·lora_B), and ``<module>.past_A`` [k, n], the A of earlier tasks.
+Two more parts belong to continual learning and stay as they are during a task: ``<module>.basis_U`` [p, m], orthonormal
+rows, in whose coordinates lora_B [p, r] is then written (effective B = basis_Uᵀ·lora_B), and ``<module>.past_A`` [k,
+n], the A of earlier tasks.
 """
 
 from __future__ import annotations
@@ -31,12 +32,17 @@ UNTRAINED = (*RESIDUAL, BASIS, PAST)  # parts that a model does not hold as para
 
 
 def part_of(name: str) -> str:
-    """The part that a tensor's name says: ``lora_A``, ``lora_B``, ``head`` or one of ``UNTRAINED``; ValueError for any other name."""
+    """The part that a tensor's name says: ``lora_A``, ``lora_B``, ``head`` or one of ``UNTRAINED``; ValueError for any
+    other name.
+    """
     if name.startswith("head."):
         return "head"
     part = name.rpartition(".")[2]
     if part not in PARTS[:2] + UNTRAINED:
-        raise ValueError(f"{name!r} is no state name: want head.<name> or <module>.<part>, a part of {', '.join(PARTS[:2] + UNTRAINED)}")
+        raise ValueError(
+            f"{name!r} is no state name: want head.<name> or <module>.<part>, a part of"
+            f" {', '.join(PARTS[:2] + UNTRAINED)}"
+        )
     return part
 
 
@@ -54,7 +60,10 @@ def select(state: Mapping[str, Tensor], parts: Collection[str]) -> State:
 
 
 def check_update(update: Mapping[str, Tensor], like: Mapping[str, Tensor], names: Iterable[str]) -> str | None:
-    """Why an update cannot be used, or None. It must hold exactly ``names``, with the shapes of ``like`` and finite float32 values."""
+    """Why an update cannot be used, or None.
+
+    It must hold exactly ``names``, with the shapes of ``like`` and finite float32 values.
+    """
     wanted = set(names)
     if missing := wanted - update.keys():
         return f"{sorted(missing)[0]} is missing"
@@ -81,7 +90,9 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors to a safetensors file whole or not at all, and on the disk when this returns; its directory must be there."""
+    """Write tensors to a safetensors file whole or not at all, and on the disk when this returns; its directory must be
+    there.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     save_file({name: value.contiguous() for name, value in state.items()}, str(temporary))
     with temporary.open("rb") as file:
@@ -127,8 +138,11 @@ def outer_b(state: Mapping[str, Tensor], module: str) -> Tensor:
     return B if basis is None else basis.to(B.dtype).mT @ B
 
 
-def local_pairs(state: Mapping[str, Tensor], updates: Mapping[str, Mapping[str, Tensor]], module: str) -> list[tuple[Tensor, Tensor]]:
-    """(B_k, A_k) of one module as each client ended with it, float64, in client order: what it started from plus its change.
+def local_pairs(
+    state: Mapping[str, Tensor], updates: Mapping[str, Mapping[str, Tensor]], module: str
+) -> list[tuple[Tensor, Tensor]]:
+    """(B_k, A_k) of one module as each client ended with it, float64, in client order: what it started from plus its
+    change.
 
     A client whose change has fewer directions (rank r_k < r) started from the first r_k.
     """
@@ -149,7 +163,10 @@ def local_pairs(state: Mapping[str, Tensor], updates: Mapping[str, Mapping[str, 
 
 
 def residual_of(state: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor] | None:
-    """(residual_B [m, k], residual_A [k, n]) of a module, or None. Raises ValueError where one factor lacks the other."""
+    """(residual_B [m, k], residual_A [k, n]) of a module, or None.
+
+    Raises ValueError where one factor lacks the other.
+    """
     B, A = state.get(f"{module}.residual_B"), state.get(f"{module}.residual_A")
     if (B is None) != (A is None):
         raise ValueError(f"{module!r} has only one factor of its residual")

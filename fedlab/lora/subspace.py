@@ -1,4 +1,6 @@
-"""Open new directions for A beside those that are kept: orthonormal rows, deterministic, from random draws or from given candidates."""
+"""Open new directions for A beside those that are kept: orthonormal rows, deterministic, from random draws or from
+given candidates.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,12 @@ from torch import Tensor
 
 
 def open_rows(kept: Tensor, candidates: Tensor, count: int) -> Tensor:
-    """``count`` orthonormal rows [count, n], orthogonal to the orthonormal rows ``kept`` [k, n], from the span of ``candidates`` [c, n].
+    """``count`` orthonormal rows [count, n], orthogonal to the orthonormal rows ``kept`` [k, n], from the span of
+    ``candidates`` [c, n].
 
-    Candidates are taken in their order (Gram–Schmidt, twice, in float64); one that adds nothing new (less than 1e-6 of its length) is
-    skipped. Raises ValueError if the candidates run out or have another length, if count < 0 or count + k > n, or for non-finite input.
+    Candidates are taken in their order (Gram–Schmidt, twice, in float64); one that adds nothing new (less than 1e-6 of
+    its length) is skipped. Raises ValueError if the candidates run out or have another length, if count < 0 or count +
+    k > n, or for non-finite input.
     """
     n = kept.shape[-1]
     if count < 0:
@@ -26,12 +30,17 @@ def open_rows(kept: Tensor, candidates: Tensor, count: int) -> Tensor:
     for row in candidates.double():
         if len(basis) == len(kept) + count:
             break
-        row = row / row.abs().max().clamp_min(torch.finfo(row.dtype).tiny)  # squares of very small or large entries are no numbers
+        row = row / row.abs().max().clamp_min(
+            torch.finfo(row.dtype).tiny
+        )  # squares of very small or large entries are no numbers
         length = float(row.norm())
         for _ in range(2):
             row = row - (basis @ row) @ basis
         if float(row.norm()) > 1e-6 * length > 0:
             basis = torch.cat([basis, (row / row.norm())[None]])
     if len(basis) < len(kept) + count:
-        raise ValueError(f"{len(candidates)} candidates opened {len(basis) - len(kept)} new directions, {count} are needed; offer more")
+        raise ValueError(
+            f"{len(candidates)} candidates opened {len(basis) - len(kept)} new directions, {count} are needed; offer"
+            " more"
+        )
     return basis[len(kept) :].to(torch.float64 if kept.dtype == torch.float64 else torch.float32)

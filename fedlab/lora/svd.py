@@ -1,8 +1,9 @@
 """Refactorise a low-rank product without ever forming it.
 
 For B [m, r] and A [r, n]: Aᵀ = Q R_A and B = P R_B (thin QR), and the SVD of the r×r matrix R_B R_Aᵀ = U Σ Vᵀ gives
-B·A = (P U Σ)(Vᵀ Qᵀ). Cost O((m + n) r² + r³), memory O((m + n) r). This is FedSVD's server step (arXiv 2505.12805, Eq. 7), whose
-published code forms and decomposes the m×n product instead. Everything is computed in float64 and returned in float32 (float64 stays).
+B·A = (P U Σ)(Vᵀ Qᵀ). Cost O((m + n) r² + r³), memory O((m + n) r). This is FedSVD's server step (arXiv 2505.12805, Eq.
+7), whose published code forms and decomposes the m×n product instead. Everything is computed in float64 and returned in
+float32 (float64 stays).
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ def refactorize(B: Tensor, A: Tensor, rank: int | None = None) -> tuple[Tensor, 
     Args:
         B: [..., m, r], any floating dtype; leading dimensions are a batch.
         A: [..., r, n].
-        rank: rank of the result; default r. Smaller truncates to the best approximation of that rank (Eckart–Young), larger pads
+        rank: rank of the result; default r. Smaller truncates to the best approximation of that rank (Eckart–Young),
+        larger pads
             B2 with zero columns and A2 with further orthonormal rows.
 
     Returns:
-        B2 [..., m, rank], whose columns are orthogonal with norms = singular values in descending order, and A2 [..., rank, n] with
-        A2·A2ᵀ = I also where B·A is rank-deficient or zero: spare rows come from the span of A's rows first. The largest entry of
-        each row of A2 (by magnitude, the first of equals) is positive.
+        B2 [..., m, rank], whose columns are orthogonal with norms = singular values in descending order, and A2 [...,
+        rank, n] with A2·A2ᵀ = I also where B·A is rank-deficient or zero: spare rows come from the span of A's rows
+        first. The largest entry of each row of A2 (by magnitude, the first of equals) is positive.
 
     Raises:
         ValueError: shapes do not fit, rank > min(m, n), or an entry is NaN or infinite.
@@ -36,7 +38,8 @@ def refactorize(B: Tensor, A: Tensor, rank: int | None = None) -> tuple[Tensor, 
     rank = r if rank is None else rank
     if not 1 <= rank <= min(m, n) or r > min(m, n):
         raise ValueError(
-            f"rank = {max(rank, r)} must be in [1, min(m, n)] = [1, {min(m, n)}]: a {m}×{n} layer has no more directions; lower it"
+            f"rank = {max(rank, r)} must be in [1, min(m, n)] = [1, {min(m, n)}]: a {m}×{n} layer has no more"
+            " directions; lower it"
         )
     for name, value in (("B", B), ("A", A)):
         if not bool(torch.isfinite(value).all()):
@@ -55,7 +58,8 @@ def refactorize(B: Tensor, A: Tensor, rank: int | None = None) -> tuple[Tensor, 
 
 
 def orthonormal_rows(A: Tensor) -> Tensor:
-    """Orthonormal basis of A's rows, [r, n] → [r, n]: the Q factor of Aᵀ, with the signs that make R's diagonal positive.
+    """Orthonormal basis of A's rows, [r, n] → [r, n]: the Q factor of Aᵀ, with the signs that make R's diagonal
+    positive.
 
     This is the A₀ := QR(A₀) under which FFA-LoRA equals FedSVD. Raises ValueError if r > n.
     """
@@ -74,7 +78,9 @@ def rotation(A_new: Tensor, A_old: Tensor) -> Tensor:
 
 
 def refactorize_state(state: State) -> State:
-    """``refactorize`` every LoRA pair of a state, modules of equal shape in one batched call; other tensors pass through."""
+    """``refactorize`` every LoRA pair of a state, modules of equal shape in one batched call; other tensors pass
+    through.
+    """
     groups: dict[tuple[torch.Size, torch.Size], list[str]] = {}
     for module in modules(state):
         groups.setdefault((state[f"{module}.lora_B"].shape, state[f"{module}.lora_A"].shape), []).append(module)
@@ -87,7 +93,9 @@ def refactorize_state(state: State) -> State:
 
 
 def _extend(A: Tensor, rank: int) -> Tensor:
-    """More orthonormal rows: Householder QR of [Aᵀ, e_1, e_2, …] keeps A's rows (up to sign, restored) and completes them."""
+    """More orthonormal rows: Householder QR of [Aᵀ, e_1, e_2, …] keeps A's rows (up to sign, restored) and completes
+    them.
+    """
     n, r = A.shape[-1], A.shape[-2]
     axes = torch.eye(n, min(n, rank), dtype=A.dtype, device=A.device).expand(*A.shape[:-2], n, min(n, rank))
     Q, R = torch.linalg.qr(torch.cat([A.mT, axes], dim=-1))
@@ -99,8 +107,9 @@ def _extend(A: Tensor, rank: int) -> Tensor:
 
 
 def principal_rows(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The ``rank`` leading eigenvectors of a symmetric G = XᵀX [n, n] as orthonormal rows [r, n], which are X's leading right singular
-    vectors, signs as in ``refactorize``; and their eigenvalues, descending. float64."""
+    """The ``rank`` leading eigenvectors of a symmetric G = XᵀX [n, n] as orthonormal rows [r, n], which are X's leading
+    right singular vectors, signs as in ``refactorize``; and their eigenvalues, descending. float64.
+    """
     values, vectors = torch.linalg.eigh(gram.double())  # ascending
     rows: Tensor = vectors.mT.flip(0)[:rank]
     return rows * row_signs(rows)[:, None], values.flip(0)[:rank]

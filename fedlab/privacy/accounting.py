@@ -1,7 +1,8 @@
 """From what happened to ε: events in, numbers out. Nothing here draws, clips or trains.
 
-The accountants are libraries': dp-accounting's PLD (rigorous upper bound, the reported number) and RDP (cheap, valid as an online
-filter), and Opacus' PRV (upper bound, a second opinion). The chain truth ≤ PLD ≤ RDP holds (``tests/privacy/test_accounting.py``).
+The accountants are libraries': dp-accounting's PLD (rigorous upper bound, the reported number) and RDP (cheap, valid as
+an online filter), and Opacus' PRV (upper bound, a second opinion). The chain truth ≤ PLD ≤ RDP holds
+(``tests/privacy/test_accounting.py``).
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ Relation = Literal["add_remove", "replace_one"]
 SAMPLERS = ("poisson", "fixed_wor", "shuffle", "full")
 FINE = 1e-4  # PLD grid of a reported number; a coarser grid gives a slightly larger upper bound, sooner
 COARSE = 1e-3
-LEAST_SIGMA, MOST_SIGMA = 1e-3, 1e6  # below the one nothing is promised; above the other, amplification is not worth a grid
-MANY_STEPS = 20_000  # from here on the grid's surplus may exceed what RDP gives away; both are upper bounds, so the smaller one counts
+LEAST_SIGMA, MOST_SIGMA = (
+    1e-3,
+    1e6,
+)  # below the one nothing is promised; above the other, amplification is not worth a grid
+# from here on the grid's surplus may exceed what RDP gives away; both are upper bounds, so the smaller one counts
+MANY_STEPS = 20_000
 TOO_MANY_STEPS = 10_000_000  # a PLD of so many compositions would exhaust memory: RDP alone
 GRID_POINTS = 2**18  # at most, per composed PLD: a grid is made coarser rather than memory exhausted
 
@@ -42,21 +47,29 @@ class Event:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise PrivacyError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}; an unknown one is not accounted for")
+            raise PrivacyError(
+                f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}; an unknown one is not"
+                " accounted for"
+            )
         probability(q=self.q)
         non_negative(sigma=self.sigma)
         non_negative(steps=self.steps)
 
 
 def epsilon(
-    events: Sequence[Event], delta: float, accountant: Accountant = "pld", relation: Relation = "add_remove", interval: float = FINE
+    events: Sequence[Event],
+    delta: float,
+    accountant: Accountant = "pld",
+    relation: Relation = "add_remove",
+    interval: float = FINE,
 ) -> float:
     """ε ≥ 0 of all events together at ``delta``: an upper bound for every accountant; inf where nothing is promised.
 
-    Only ``poisson`` is amplified by sampling. Where batches have a fixed size, a record that leaves is replaced by another, so even
-    add/remove moves a sum by 2C. ``fixed_wor`` counts as if every step saw the record: sensitivity 2C per step. ``shuffle`` has it in one
-    batch per pass of at least ⌊1/q⌋ steps; its place is taken by the last record of the pass, which leaves the last batch: √(2² + 1²)·C
-    per started pass (2C for replacement). That assumes equally many batches per pass on both sides, i.e. a public number of records.
+    Only ``poisson`` is amplified by sampling. Where batches have a fixed size, a record that leaves is replaced by
+    another, so even add/remove moves a sum by 2C. ``fixed_wor`` counts as if every step saw the record: sensitivity 2C
+    per step. ``shuffle`` has it in one batch per pass of at least ⌊1/q⌋ steps; its place is taken by the last record of
+    the pass, which leaves the last batch: √(2² + 1²)·C per started pass (2C for replacement). That assumes equally many
+    batches per pass on both sides, i.e. a public number of records.
 
     | case | ε |
     |---|---|
@@ -65,8 +78,8 @@ def epsilon(
     | δ = 0 | inf (unless nothing was released) |
     | δ = 1 | 0 |
 
-    ``relation``: neighbours differ by adding or removing one record (zeroing it out counts the same), or by replacing one, which
-    doubles the sensitivity. ``interval`` is the PLD grid. Raises ValueError for arguments out of range.
+    ``relation``: neighbours differ by adding or removing one record (zeroing it out counts the same), or by replacing
+    one, which doubles the sensitivity. ``interval`` is the PLD grid. Raises ValueError for arguments out of range.
     """
     probability(delta=delta)
     if accountant not in _ACCOUNTANTS:
@@ -91,9 +104,11 @@ def calibrate_sigma(
     beside: tuple[Event, ...] = (),
     also: tuple[tuple[float, int], ...] = (),
 ) -> float:
-    """Smallest noise multiplier (to about 5e-4 relative, never below) with which ``steps`` Poisson steps at rate q spend at most ε.
+    """Smallest noise multiplier (to about 5e-4 relative, never below) with which ``steps`` Poisson steps at rate q
+    spend at most ε.
 
-    The events ``beside`` are spent as well and count towards ε; so are the Poisson steps ``also``, pairs (q, steps), under the same σ.
+    The events ``beside`` are spent as well and count towards ε; so are the Poisson steps ``also``, pairs (q, steps),
+    under the same σ.
 
     Raises ValueError for ε <= 0 or δ outside (0, 1), PrivacyError if no σ below 10⁴ suffices.
     """
@@ -123,15 +138,20 @@ def _calibrate(
     if sum(q * count for q, count in parts) <= delta:  # an example is drawn at all with probability at most δ
         return math.exp(lowest)
     if excess(highest, "rdp") > 0:
-        raise PrivacyError(f"epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q = {parts[0][0]:g}")
-    high = float(brentq(excess, lowest, highest, args=("rdp",), xtol=0.05)) + 0.06 if excess(lowest, "rdp") > 0 else lowest
+        raise PrivacyError(
+            f"epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q = {parts[0][0]:g}"
+        )
+    high = (
+        float(brentq(excess, lowest, highest, args=("rdp",), xtol=0.05)) + 0.06 if excess(lowest, "rdp") > 0 else lowest
+    )
     width = 0.02
     while (over := excess(high)) > 0:  # only a rounding away: PLD <= RDP, and PRV's error is 0.01
         high += width
         width *= 2
         if high > highest:
             raise PrivacyError(
-                f"epsilon = {target:g} at delta = {delta:g} is below what the accountant {accountant!r} can resolve; use pld"
+                f"epsilon = {target:g} at delta = {delta:g} is below what the accountant {accountant!r} can resolve;"
+                " use pld"
             )
     width = 0.1
     while (under := excess(low := max(lowest, high - width))) <= 0:
@@ -140,7 +160,9 @@ def _calibrate(
         high, over, width = low, under, 2 * width
     found = float(brentq(excess, low, high, xtol=2e-4))
     grid = COARSE
-    if accountant == "pld" and (target < 1 or steps > 2000):  # there the coarse grid's surplus counts: a Newton step on the fine one
+    if accountant == "pld" and (
+        target < 1 or steps > 2000
+    ):  # there the coarse grid's surplus counts: a Newton step on the fine one
         grid = FINE
         found += excess(found, interval=grid) * (high - low) / (under - over) + 1e-4
     while excess(found, interval=grid) > 0:
@@ -159,7 +181,10 @@ def group_epsilon(event: Event, delta: float, records: int) -> float:
     positive(records=records)
     probability(delta=delta)
     # As if all k records were in every batch that any of them is in. Sensitivity scales by k for every sampler.
-    at_most = epsilon([Event("full" if event.sampler == "poisson" else event.sampler, event.q, event.sigma / records, event.steps)], delta)
+    at_most = epsilon(
+        [Event("full" if event.sampler == "poisson" else event.sampler, event.q, event.sigma / records, event.steps)],
+        delta,
+    )
     if event.sampler != "poisson" or at_most in (0.0, math.inf):
         return at_most
     result = at_most
@@ -176,16 +201,22 @@ def group_epsilon(event: Event, delta: float, records: int) -> float:
 
 
 def person_epsilon(per_client: Sequence[Sequence[Event]], delta: float, accountant: Accountant = "pld") -> float:
-    """ε for a person with one record in each of several clients: their events add up; the maximum over clients would be too small."""
+    """ε for a person with one record in each of several clients: their events add up; the maximum over clients would be
+    too small.
+    """
     return epsilon([event for events in per_client for event in events], delta, accountant)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Events merged: Poisson steps per (q, σ), and the one Gaussian mechanism that all unamplified releases together amount to."""
+    """Events merged: Poisson steps per (q, σ), and the one Gaussian mechanism that all unamplified releases together
+    amount to.
+    """
 
     poisson: tuple[tuple[float, float, int], ...]  # (q, σ, steps), 0 < q < 1, in a fixed order
-    mu: float  # sensitivity / noise of that Gaussian, sqrt(Σ steps·(s/σ)²): Gaussian releases compose exactly; inf if one has no noise
+    # sensitivity / noise of that Gaussian, sqrt(Σ steps·(s/σ)²): Gaussian releases compose exactly; inf if one has no
+    # noise
+    mu: float
 
     @property
     def nothing(self) -> bool:
@@ -195,7 +226,12 @@ class _Work:
 def _merge(events: Sequence[Event], relation: Relation) -> _Work:
     """Equal mechanisms with their steps added; those that release nothing left out."""
     poisson: dict[tuple[float, float], int] = {}
-    squared = {"poisson": 1.0, "full": 1.0, "fixed_wor": 4.0, "shuffle": 5.0}  # sensitivities in units of C; see ``epsilon``
+    squared = {
+        "poisson": 1.0,
+        "full": 1.0,
+        "fixed_wor": 4.0,
+        "shuffle": 5.0,
+    }  # sensitivities in units of C; see ``epsilon``
     unamplified: list[float] = []
     for event in events:
         if event.steps == 0 or event.q == 0:
@@ -204,10 +240,16 @@ def _merge(events: Sequence[Event], relation: Relation) -> _Work:
             key = event.q, event.sigma
             poisson[key] = poisson.get(key, 0) + event.steps
             continue
-        releases = math.ceil(event.steps / math.floor(min(1 / event.q, event.steps))) if event.sampler == "shuffle" else event.steps
+        releases = (
+            math.ceil(event.steps / math.floor(min(1 / event.q, event.steps)))
+            if event.sampler == "shuffle"
+            else event.steps
+        )
         s2 = 4.0 if relation == "replace_one" else squared[event.sampler]
         unamplified.append(releases * s2 / event.sigma / event.sigma if event.sigma >= LEAST_SIGMA else math.inf)
-    return _Work(tuple((q, sigma, steps) for (q, sigma), steps in sorted(poisson.items())), math.sqrt(math.fsum(unamplified)))
+    return _Work(
+        tuple((q, sigma, steps) for (q, sigma), steps in sorted(poisson.items())), math.sqrt(math.fsum(unamplified))
+    )
 
 
 def _loss_range(sigma: float, sensitivity: float) -> float:
@@ -240,7 +282,9 @@ def _pld(work: _Work, delta: float, relation: Relation, interval: float) -> floa
     if not work.poisson:
         from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
-        return float(get_epsilon_gaussian(1 / work.mu, delta)) * (1 + 1e-9)  # exact (Balle and Wang, 2018) up to the root's tolerance
+        return float(get_epsilon_gaussian(1 / work.mu, delta)) * (
+            1 + 1e-9
+        )  # exact (Balle and Wang, 2018) up to the root's tolerance
     steps = sum(steps for _, _, steps in work.poisson)
     bound = _rdp(work, delta, relation, interval) if steps > MANY_STEPS else math.inf
     if steps > TOO_MANY_STEPS:
@@ -251,13 +295,23 @@ def _pld(work: _Work, delta: float, relation: Relation, interval: float) -> floa
         parts.append(_base_pld(1.0, 1 / work.mu, "add_remove", grid))
     composed = reduce(lambda left, right: left.compose(right), parts)
     result = min(bound, float(composed.get_epsilon_for_delta(delta)))
-    return result if math.isfinite(result) else _rdp(work, delta, relation, interval)  # δ below the tails that a PLD cuts
+    return (
+        result if math.isfinite(result) else _rdp(work, delta, relation, interval)
+    )  # δ below the tails that a PLD cuts
 
 
 def _widest(work: _Work, relation: Relation) -> float:
-    """How far the losses reach, alone and composed, that a PLD or PRV has to represent; a few RDP orders are enough to tell."""
+    """How far the losses reach, alone and composed, that a PLD or PRV has to represent; a few RDP orders are enough to
+    tell.
+    """
     composed = _rdp_curve(work, relation, (2, 4, 8, 16, 32, 64)).get_epsilon(1e-15)
-    return max([float(composed), _loss_range(1.0, work.mu), *(_loss_range(_relative(s, relation), 1.0) for _, s, _ in work.poisson)])
+    return max(
+        [
+            float(composed),
+            _loss_range(1.0, work.mu),
+            *(_loss_range(_relative(s, relation), 1.0) for _, s, _ in work.poisson),
+        ]
+    )
 
 
 def _rdp(work: _Work, delta: float, relation: Relation, interval: float) -> float:
@@ -268,11 +322,16 @@ def _rdp(work: _Work, delta: float, relation: Relation, interval: float) -> floa
 
 
 def _rdp_curve(work: _Work, relation: Relation, orders: tuple[int, ...] | None = None) -> Any:
-    """The composed RDP. Replacement under Poisson sampling is bounded by addition and removal at twice the sensitivity."""
+    """The composed RDP.
+
+    Replacement under Poisson sampling is bounded by addition and removal at twice the sensitivity.
+    """
     from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it announces every low order that it drops, which is its normal course
+    logging.getLogger("absl").setLevel(
+        logging.ERROR
+    )  # it announces every low order that it drops, which is its normal course
     accountant = RdpAccountant(orders, NeighboringRelation.ADD_OR_REMOVE_ONE)
     for q, sigma, steps in work.poisson:
         accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(_relative(sigma, relation))), steps)
@@ -285,7 +344,8 @@ def _prv(work: _Work, delta: float, relation: Relation, interval: float) -> floa
     from opacus.accountants import PRVAccountant
 
     steps = sum(steps for _, _, steps in work.poisson)
-    # Opacus takes exp of losses in float64; past 700 that overflows, and its ε falls below the truth. Its grid grows with √steps.
+    # Opacus takes exp of losses in float64; past 700 that overflows, and its ε falls below the truth. Its grid grows
+    # with √steps.
     if _widest(work, relation) > 500 or steps > TOO_MANY_STEPS:
         return _rdp(work, delta, relation, interval)
     accountant = PRVAccountant()

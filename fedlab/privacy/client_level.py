@@ -1,7 +1,7 @@
 """Client-level DP (McMahan et al., arXiv 1710.06963): the server clips each client's whole update and noises their sum.
 
-The unit is one client with all its records. The server is trusted with the updates; whoever sees the models that it sends out, or the
-final one, is the adversary. The clients' mean must be one linear object, and clients weigh the same.
+The unit is one client with all its records. The server is trusted with the updates; whoever sees the models that it
+sends out, or the final one, is the adversary. The clients' mean must be one linear object, and clients weigh the same.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from fedlab.errors import ConfigError
 from fedlab.lora.state import State
 from fedlab.privacy.accounting import Event, Sampler, calibrate_sigma
 from fedlab.privacy.clipping import clip_factors
-from fedlab.privacy.guard import plan_terms
+from fedlab.privacy.ledger.guard import plan_terms
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import delta_of
 
 
 @dataclass(frozen=True)
 class ClientPlan:
-    """What the server does in every round, and to how many clients. Every client of the population is charged, drawn or not."""
+    """What the server does in every round, and to how many clients.
+
+    Every client of the population is charged, drawn or not.
+    """
 
     n: int  # clients of the population (public)
     sampler: Sampler  # "full" | "poisson" | "fixed_wor"
@@ -64,7 +67,8 @@ class ClientPlan:
         )
 
     def mean(self, updates: Mapping[str, State], like: State, noise: GaussianNoise) -> State:
-        """(Σ clipped updates + N(0, (σC)²)) / (q·n) of every tensor of ``like``, float32 from float64; noise alone if nobody is there.
+        """(Σ clipped updates + N(0, (σC)²)) / (q·n) of every tensor of ``like``, float32 from float64; noise alone if
+        nobody is there.
 
         Formal guarantee: adding or removing one client moves the sum by at most C, whatever its update holds.
         """
@@ -76,11 +80,15 @@ class ClientPlan:
                 for name, value in total.items():
                     value += factor * update[name].double()
         std = self.sigma * self.clip
-        return {name: ((value + noise.draw(tuple(value.shape), std)) / self.normaliser).float() for name, value in sorted(total.items())}
+        return {
+            name: ((value + noise.draw(tuple(value.shape), std)) / self.normaliser).float()
+            for name, value in sorted(total.items())
+        }
 
 
 def make_client_plan(config: RunConfig) -> ClientPlan:
-    """The server's plan; σ is given, or calibrated so that all rounds together, of all tasks in a stream, spend at most ε.
+    """The server's plan; σ is given, or calibrated so that all rounds together, of all tasks in a stream, spend at most
+    ε.
 
     Raises ConfigError for weights that differ between clients, PrivacyError for a δ that promises nothing.
     """
@@ -88,8 +96,8 @@ def make_client_plan(config: RunConfig) -> ClientPlan:
     assert privacy.clip is not None
     if config.strategy.weights != "uniform":
         raise ConfigError(
-            f'strategy.weights = "{config.strategy.weights}" with privacy.unit = "client": a large client would move the mean by more '
-            'than the clip accounts for; set strategy.weights = "uniform"'
+            f'strategy.weights = "{config.strategy.weights}" with privacy.unit = "client": a large client would move'
+            ' the mean by more than the clip accounts for; set strategy.weights = "uniform"'
         )
     if config.run.fraction == 1:
         sampler, q = "full", 1.0
@@ -102,5 +110,7 @@ def make_client_plan(config: RunConfig) -> ClientPlan:
     if sigma is None:
         assert privacy.epsilon is not None
         # Without amplification n releases are one Gaussian; fixed-size draws move the sum by 2C.
-        sigma = (2 if sampler == "fixed_wor" else 1) * calibrate_sigma(q if sampler == "poisson" else 1.0, whole, privacy.epsilon, delta)
+        sigma = (2 if sampler == "fixed_wor" else 1) * calibrate_sigma(
+            q if sampler == "poisson" else 1.0, whole, privacy.epsilon, delta
+        )
     return ClientPlan(n, sampler, q, sigma, privacy.clip, delta, rounds, privacy.noise)  # type: ignore[arg-type]

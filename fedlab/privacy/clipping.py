@@ -1,7 +1,8 @@
 """Clip per-example gradients by one joint norm.
 
-Formal guarantee: the returned sum changes by at most C in L2 norm when one example is added or removed, whatever its gradient holds.
-A NaN or infinite gradient contributes nothing: clipping by ``min(1, C/norm)`` alone would let its other coordinates through.
+Formal guarantee: the returned sum changes by at most C in L2 norm when one example is added or removed, whatever its
+gradient holds. A NaN or infinite gradient contributes nothing: clipping by ``min(1, C/norm)`` alone would let its other
+coordinates through.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ MARGIN = 1 - 2.0**-20  # float32 rounding of norm and product must not lift a cl
 
 
 def clip_factors(norms: Tensor, clip: float) -> Tensor:
-    """Factor per example [N]: 1 if its norm is at most C·MARGIN, C·MARGIN/norm above, 0 if the norm is NaN or infinite."""
+    """Factor per example [N]: 1 if its norm is at most C·MARGIN, C·MARGIN/norm above, 0 if the norm is NaN or
+    infinite.
+    """
     positive(clip=clip)
     factors = (clip * MARGIN / norms.double().clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
     return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
@@ -27,7 +30,8 @@ def clipped_sum(gradients: Mapping[str, Tensor], clip: float) -> tuple[dict[str,
     """Sum over examples of the clipped gradients, and the norms before clipping.
 
     Args:
-        gradients: name → [N, *shape]; the norm of an example is taken over **all** tensors together, so the sensitivity is C and
+        gradients: name → [N, *shape]; the norm of an example is taken over **all** tensors together, so the sensitivity
+        is C and
             not C·√(number of tensors).
         clip: C > 0.
 
@@ -45,6 +49,8 @@ def clipped_sum(gradients: Mapping[str, Tensor], clip: float) -> tuple[dict[str,
     usable = factors > 0
     total = {}
     for name, gradient in gradients.items():
-        finite = gradient if bool(usable.all()) else gradient[usable]  # 0·NaN is NaN: a dropped example is left out, not scaled
+        finite = (
+            gradient if bool(usable.all()) else gradient[usable]
+        )  # 0·NaN is NaN: a dropped example is left out, not scaled
         total[name] = torch.einsum("n,n...->...", factors[usable], finite.double())
     return total, norms

@@ -1,7 +1,8 @@
 """Where Gaussian noise comes from.
 
-Always drawn in float64: PyTorch's float32 normal on the CPU never exceeds 5.77 σ, which alone breaks δ = 1e-5. ``SeededNoise`` makes a
-simulation repeatable and is therefore no protection; ``SecureNoise`` is keyed by the operating system and no seed reaches it.
+Always drawn in float64: PyTorch's float32 normal on the CPU never exceeds 5.77 σ, which alone breaks δ = 1e-5.
+``SeededNoise`` makes a simulation repeatable and is therefore no protection; ``SecureNoise`` is keyed by the operating
+system and no seed reaches it.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class SeededNoise:
 class SecureStream:
     """Uniform numbers from an AES-256-CTR key stream under a fresh key of the operating system.
 
-    Cannot be copied, pickled or carried across a fork: two copies would give the same numbers twice, and the difference of two
-    releases would be without noise.
+    Cannot be copied, pickled or carried across a fork: two copies would give the same numbers twice, and the difference
+    of two releases would be without noise.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,9 @@ class SecureStream:
     def random(self, size: int) -> np.ndarray:
         """``size`` float64 in [0, 1), 53 bits each, like ``np.random.Generator.random``."""
         if os.getpid() != self._process:
-            raise RuntimeError("a secure stream was carried across a fork and would repeat itself; make a new one in the new process")
+            raise RuntimeError(
+                "a secure stream was carried across a fork and would repeat itself; make a new one in the new process"
+            )
         bits = np.frombuffer(self._stream.update(bytes(8 * size)), dtype=np.uint64) >> np.uint64(11)
         return bits.astype(np.float64) * 2.0**-53
 

@@ -1,8 +1,9 @@
-"""The one privacy object of a client: it draws the batches, adds the noise, **and** states the DP event that they amount to.
+"""The one privacy object of a client: it draws the batches, adds the noise, **and** states the DP event that they
+amount to.
 
-Accounting cannot describe another mechanism than the one that runs, because both come from here. The mechanism is DP-SGD (Abadi et
-al., arXiv 1607.00133): Poisson batches, per-example gradients clipped to C by one joint norm, N(0, (σC)²) on their sum, divided by the
-*expected* batch size. Neighbours: add or remove one example of this client.
+Accounting cannot describe another mechanism than the one that runs, because both come from here. The mechanism is
+DP-SGD (Abadi et al., arXiv 1607.00133): Poisson batches, per-example gradients clipped to C by one joint norm, N(0,
+(σC)²) on their sum, divided by the *expected* batch size. Neighbours: add or remove one example of this client.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torch import Tensor
 
 from fedlab._validate import positive
 from fedlab.config import RunConfig
+from fedlab.config.sections import PrivacySection, TrainSection
 from fedlab.errors import ConfigError, PrivacyError
 from fedlab.privacy.accounting import Event, calibrate_sigma, epsilon
-from fedlab.privacy.guard import plan_terms
+from fedlab.privacy.ledger.guard import plan_terms
 from fedlab.privacy.noise import GaussianNoise, SecureNoise, SecureStream, SeededNoise
 from fedlab.privacy.sampling import Uniform, poisson_batch
-from fedlab.sections import PrivacySection, TrainSection
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class DPPlan:
         )
 
     def sampler(self, rng: np.random.Generator) -> Uniform:
-        """What draws the batches: ``rng`` when seeded; when secure, the operating system: sampling amplifies only what nobody foresees."""
+        """What draws the batches: ``rng`` when seeded; when secure, the operating system: sampling amplifies only what
+        nobody foresees.
+        """
         return rng if self.noise == "seeded" else SecureStream()
 
     def batch(self, rng: np.random.Generator) -> np.ndarray:
@@ -84,13 +87,21 @@ class DPPlan:
         return poisson_batch(self.n, self.q, self.sampler(rng))
 
     def noise_source(self, rng: np.random.Generator) -> GaussianNoise:
-        """The noise of one round: ``rng`` when seeded; when secure, the operating system's, and ``rng`` is not touched."""
+        """The noise of one round: ``rng`` when seeded; when secure, the operating system's, and
+        ``rng`` is not touched.
+        """
         return SeededNoise(rng) if self.noise == "seeded" else SecureNoise()
 
     def privatise(self, clipped_sum: Mapping[str, Tensor], noise: GaussianNoise) -> dict[str, Tensor]:
-        """(Σ clipped gradients + N(0, (σC)²)) / (q·n) for every tensor, in float64. Tensors are noised in the order of their names."""
+        """(Σ clipped gradients + N(0, (σC)²)) / (q·n) for every tensor, in float64.
+
+        Tensors are noised in the order of their names.
+        """
         return {
-            name: (total.double() + noise.draw(tuple(total.shape), self.sigma * self.clip).to(total.device)) / self.normaliser
+            name: (
+                (total.double() + noise.draw(tuple(total.shape), self.sigma * self.clip).to(total.device))
+                / self.normaliser
+            )
             for name, total in sorted(clipped_sum.items())
         }
 
@@ -113,7 +124,8 @@ def delta_of(privacy: PrivacySection, n: int) -> float:
     delta = next((d for d in (privacy.delta, budget) if d is not None), default_delta(n))
     if delta * n >= 1:
         raise PrivacyError(
-            f"privacy.delta = {delta:g} with {n} examples: δ·n >= 1 allows publishing a record outright; use at most {1 / (10 * n):.1g}"
+            f"privacy.delta = {delta:g} with {n} examples: δ·n >= 1 allows publishing a record outright; use at most"
+            f" {1 / (10 * n):.1g}"
         )
     if delta * n > 0.1:
         warnings.warn(f"privacy.delta = {delta:g} with {n} examples: δ·n = {delta * n:.2g} is above 0.1", stacklevel=3)
@@ -123,15 +135,18 @@ def delta_of(privacy: PrivacySection, n: int) -> float:
 def plan_of(config: RunConfig, n: int, sizes: Sequence[int] = ()) -> DPPlan:
     """The plan of a client of n examples in this run.
 
-    In a stream ``sizes`` are its examples in every task. σ and δ are then one for all tasks, and σ is calibrated for the rounds of all of
-    them and the releases between them: what a client takes part in spends ε over the whole stream, not in each task.
+    In a stream ``sizes`` are its examples in every task. σ and δ are then one for all tasks, and σ is calibrated for
+    the rounds of all of them and the releases between them: what a client takes part in spends ε over the whole stream,
+    not in each task.
     """
     if not config.tasks:
         return make_plan(config.privacy, config.train, n, config.participations)
     rounds = [config.run.rounds] if config.stream.joint else config.task_rounds
     tasks = tuple((m, -(-config.participations * r // config.run.rounds)) for m, r in zip(sizes, rounds, strict=True))
     gram = config.gram
-    beside = (Event("full", 1.0, gram.sigma, len(config.tasks) - 1),) if gram is not None and len(config.tasks) > 1 else ()
+    beside = (
+        (Event("full", 1.0, gram.sigma, len(config.tasks) - 1),) if gram is not None and len(config.tasks) > 1 else ()
+    )
     return make_plan(config.privacy, config.train, n, config.participations, tasks, beside)
 
 
@@ -144,12 +159,15 @@ def make_plan(
     tasks: tuple[tuple[int, int], ...] = (),
     beside: tuple[Event, ...] = (),
 ) -> DPPlan:
-    """The plan of a client of n examples; σ is given, or calibrated so that ``participations`` whole rounds spend at most ε.
+    """The plan of a client of n examples; σ is given, or calibrated so that ``participations`` whole rounds spend at
+    most ε.
 
-    ``tasks`` (examples, rounds) is what σ is calibrated for in a stream, together with the events ``beside``; δ is the smallest of its
-    tasks. Where their sampling rates differ, σ is calibrated by RDP, which is never below what is spent, in a fraction of the time.
+    ``tasks`` (examples, rounds) is what σ is calibrated for in a stream, together with the events ``beside``; δ is the
+    smallest of its tasks. Where their sampling rates differ, σ is calibrated by RDP, which is never below what is
+    spent, in a fraction of the time.
 
-    Raises ConfigError for a unit that is not available, PrivacyError for a δ that promises nothing or releases that leave nothing of ε.
+    Raises ConfigError for a unit that is not available, PrivacyError for a δ that promises nothing or releases that
+    leave nothing of ε.
     """
     positive(n=n)
     positive(participations=participations)
@@ -163,8 +181,8 @@ def make_plan(
         assert privacy.epsilon is not None
         if beside and (taken := epsilon(beside, delta)) >= privacy.epsilon:
             raise PrivacyError(
-                f"privacy.epsilon = {privacy.epsilon:g}: the releases at the tasks' ends alone spend {taken:.2f}; raise "
-                f"strategy.gram.sigma = {beside[0].sigma:g} or privacy.epsilon"
+                f"privacy.epsilon = {privacy.epsilon:g}: the releases at the tasks' ends alone spend {taken:.2f}; raise"
+                f" strategy.gram.sigma = {beside[0].sigma:g} or privacy.epsilon"
             )
         counts: dict[float, int] = {}
         for m, rounds in parts:

@@ -1,4 +1,7 @@
-"""How a step's batch is drawn. Only ``poisson_batch`` gives Poisson amplification; see ``fedlab.privacy.accounting``."""
+"""How a step's batch is drawn.
+
+Only ``poisson_batch`` gives Poisson amplification; see ``fedlab.privacy.accounting``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from fedlab._validate import positive, probability
 
 
 class Uniform(Protocol):
-    """A source of uniform numbers: a numpy Generator, or ``noise.SecureStream`` where nobody may foresee the batches."""
+    """A source of uniform numbers: a numpy Generator, or
+    ``noise.SecureStream`` where nobody may foresee the batches.
+    """
 
     def random(self, size: int, /) -> np.ndarray:
         """``size`` float64 in [0, 1)."""
@@ -24,7 +29,10 @@ def poisson_batch(n: int, q: float, rng: Uniform) -> np.ndarray:
 
 
 def fixed_batches(n: int, batch_size: int, steps: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Batches of exactly min(batch_size, n) distinct examples from reshuffled passes over the data. For training without DP only."""
+    """Batches of exactly min(batch_size, n) distinct examples from reshuffled passes over the data.
+
+    For training without DP only.
+    """
     positive(n=n)
     positive(batch_size=batch_size)
     size = min(batch_size, n)

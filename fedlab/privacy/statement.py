@@ -1,7 +1,8 @@
-"""``PRIVACY.md``: what a run promises and to whom, in plain sentences, made from the ledgers in the run directory and nothing else.
+"""``PRIVACY.md``: what a run promises and to whom, in plain sentences, made from the ledgers in the run directory and
+nothing else.
 
-Wording follows "How to DP-fy ML" (arXiv 2303.00654, section 5.3): unit, neighbours, adversary, what is released, ε with δ, accountant, sampler,
-what is not covered. ``fedlab audit`` compares the table with its own computation.
+Wording follows "How to DP-fy ML" (arXiv 2303.00654, section 5.3): unit, neighbours, adversary, what is released, ε with
+δ, accountant, sampler, what is not covered. ``fedlab audit`` compares the table with its own computation.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from typing import Any
 
 from fedlab.config import RunConfig
 from fedlab.privacy.accounting import Event
-from fedlab.privacy.ledger import SERVER, Entry, charged, event_of, events, parse_lines
-from fedlab.privacy.spent import exact, merged
+from fedlab.privacy.ledger.ledger import SERVER, Entry, charged, event_of, events, parse_lines
+from fedlab.privacy.ledger.spending import exact, merged
 
 EMPIRICAL = "empirical.json"  # written by ``fedlab audit --empirical`` into a run directory
 
 
 def write_statement(path: Path, clients: Sequence[str]) -> Path:
-    """Write ``PRIVACY.md`` of the run in ``path``; ``clients`` are those that took part. Raises PrivacyError for unreadable ledgers."""
+    """Write ``PRIVACY.md`` of the run in ``path``; ``clients`` are those that took part.
+
+    Raises PrivacyError for unreadable ledgers.
+    """
     target = path / "PRIVACY.md"
     temporary = target.with_name(".PRIVACY.md.tmp")
     temporary.write_text(statement(path, clients), encoding="utf-8")
@@ -38,7 +42,9 @@ def statement(path: Path, clients: Sequence[str]) -> str:
             f'# {config.run.name}: no privacy guarantee\n\nThis run was made without differential privacy (`privacy.unit = "none"`). '
             "Its adapter and every message of its clients may reveal what they were trained on. Nothing is promised.\n"
         )
-    ledgers = {file.stem: parse_lines(file.read_text(encoding="utf-8")) for file in sorted((path / "ledger").glob("*.jsonl"))}
+    ledgers = {
+        file.stem: parse_lines(file.read_text(encoding="utf-8")) for file in sorted((path / "ledger").glob("*.jsonl"))
+    }
     own = ledgers[SERVER] if config.privacy.unit == "client" and SERVER in ledgers else None
     rows = [_row(client, own if own is not None else ledgers.get(client, []), run) for client in clients]
     largest = max((row["epsilon"] for row in rows), default=0.0)
@@ -48,7 +54,14 @@ def statement(path: Path, clients: Sequence[str]) -> str:
             "**The noise was seeded so that the simulation can be repeated. Whoever knows the seed can subtract it: this run is an experiment, "
             'not a protection. For real data set `privacy.noise = "secure"`.**\n'
         )
-    parts += [_table(rows), _mechanism(rows, own is not None), _empirical(path), _uncovered(config), _history(rows), _heads(ledgers)]
+    parts += [
+        _table(rows),
+        _mechanism(rows, own is not None),
+        _empirical(path),
+        _uncovered(config),
+        _history(rows),
+        _heads(ledgers),
+    ]
     return "\n".join(part for part in parts if part)
 
 
@@ -94,11 +107,20 @@ def _promise(config: RunConfig, largest: float, rows: Sequence[Mapping[str, Any]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| client | ε | δ | rounds charged | ε before this run | ε without amplification | budget |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| client | ε | δ | rounds charged | ε before this run | ε without amplification | budget |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         budget = row["plan"]["budget"] if row["plan"] else None
         limit = f"{float.fromhex(budget['epsilon']):g}" if budget else "–"
-        cells = (row["client"], rounded_up(row["epsilon"]), f"{row['delta']:.6g}", row["rounds"], rounded_up(row["before"]))
+        cells = (
+            row["client"],
+            rounded_up(row["epsilon"]),
+            f"{row['delta']:.6g}",
+            row["rounds"],
+            rounded_up(row["before"]),
+        )
         lines.append("| " + " | ".join(map(str, (*cells, rounded_up(row["unamplified"]), limit))) + " |")
     lines += [
         "",
@@ -126,7 +148,11 @@ def _mechanism(rows: Sequence[Mapping[str, Any]], at_server: bool) -> str:
         "shuffle": "shuffled passes: no amplification",
     }[event.sampler]
     sigmas = sorted({round(event_of(row["plan"]["event"]).sigma, 4) for row in rows if row["plan"]})
-    noise = "AES-256-CTR keyed by the operating system, float64" if plan["noise"] == "secure" else "seeded generator, float64: reproducible"
+    noise = (
+        "AES-256-CTR keyed by the operating system, float64"
+        if plan["noise"] == "secure"
+        else "seeded generator, float64: reproducible"
+    )
     return (
         f"**Mechanism.** Clipped sums with Gaussian noise, by {who}: one joint norm C = {float.fromhex(plan['clip']):g} over all trained tensors, noise "
         f"multiplier σ = {sigmas[0]:g}{f' to {sigmas[-1]:g}' if len(sigmas) > 1 else ''}, {event.steps} step(s) per round. **Sampling**: {sampler}. "
@@ -139,10 +165,18 @@ def _mechanism(rows: Sequence[Mapping[str, Any]], at_server: bool) -> str:
 def _empirical(path: Path) -> str:
     file = path / EMPIRICAL
     if not file.is_file():
-        return "**Empirical audit**: none was made of this configuration (`fedlab audit --empirical RUN_DIR/run.toml`).\n"
+        return (
+            "**Empirical audit**: none was made of this configuration (`fedlab audit --empirical RUN_DIR/run.toml`).\n"
+        )
     found = json.loads(file.read_text(encoding="utf-8"))
-    bounds = "; ".join(f"{b['name']}: ε ≥ {b['epsilon']:.2f} ({b['confidence']:.0%}, m = {b['canaries']})" for b in found["bounds"])
-    verdict = "It found no contradiction" if not found["findings"] else f"**It contradicts the claim: {found['findings'][0]}**"
+    bounds = "; ".join(
+        f"{b['name']}: ε ≥ {b['epsilon']:.2f} ({b['confidence']:.0%}, m = {b['canaries']})" for b in found["bounds"]
+    )
+    verdict = (
+        "It found no contradiction"
+        if not found["findings"]
+        else f"**It contradicts the claim: {found['findings'][0]}**"
+    )
     setting = found["configuration"]
     return (
         f"**Empirical audit** of the trainer with gradient canaries (white box, q = {setting['q']:g}, σ = {setting['sigma']:g}, {setting['steps']} step(s); claimed "
@@ -159,9 +193,13 @@ def _uncovered(config: RunConfig) -> str:
         "the choice of settings: earlier runs on the same data count only if they are in the same ledgers",
     ]
     if config.lora.public is not None:
-        items.append(f"the texts of `{config.lora.public}` (`lora.public`): what is trained depends on what the model makes of them")
+        items.append(
+            f"the texts of `{config.lora.public}` (`lora.public`): what is trained depends on what the model makes of them"
+        )
     if config.privacy.share_metrics:
-        items.insert(0, "**training loss, clip fraction and local accuracy, which `privacy.share_metrics` sent without noise**")
+        items.insert(
+            0, "**training loss, clip fraction and local accuracy, which `privacy.share_metrics` sent without noise**"
+        )
     return "**Not protected**:\n" + "\n".join(f"- {item};" for item in items).rstrip(";") + ".\n"
 
 
@@ -173,5 +211,9 @@ def _history(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _heads(ledgers: Mapping[str, Sequence[Entry]]) -> str:
-    lines = [f"- {owner}: line {entries[-1]['seq'] + 1}, `{entries[-1]['hash']}`" for owner, entries in ledgers.items() if entries]
+    lines = [
+        f"- {owner}: line {entries[-1]['seq'] + 1}, `{entries[-1]['hash']}`"
+        for owner, entries in ledgers.items()
+        if entries
+    ]
     return "**Ledgers** (check with `fedlab audit RUN_DIR`):\n" + "\n".join(lines) + "\n"

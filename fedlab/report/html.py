@@ -54,7 +54,11 @@ def write_report(path: Path) -> Path:
         figures.append(line_chart("Held-out loss", {"loss": (rounds, [line["loss"] for line in scored])}, "nats"))
     if trained and isinstance(trained[-1]["epsilon"], float):
         figures.append(
-            line_chart("Privacy spent", {"ε": ([t["round"] for t in trained], [t["epsilon"] for t in trained])}, "ε of the worst client")
+            line_chart(
+                "Privacy spent",
+                {"ε": ([t["round"] for t in trained], [t["epsilon"] for t in trained])},
+                "ε of the worst client",
+            )
         )
     accuracies = {c: info["accuracy"] for c, info in result["clients"].items() if info["accuracy"] is not None}
     if accuracies:

@@ -67,4 +67,10 @@ def write_stream_report(path: Path) -> Path:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1e-3 else f"{value:.4f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 1e-3
+        else f"{value:.4f}"
+        if isinstance(value, float)
+        else str(value)
+    )

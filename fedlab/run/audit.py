@@ -38,11 +38,16 @@ def _is_stream(file: Path) -> bool:
     return bool(tree.get("tasks")) and "stage" not in tree
 
 
-def audit_trainer(config: Path, overrides: Sequence[str], canaries: int, seed: int, production: bool, as_json: bool) -> bool:
-    """Audit the trainer of a configuration; True if something is wrong. For the ``run.toml`` of a run, its directory keeps the result."""
+def audit_trainer(
+    config: Path, overrides: Sequence[str], canaries: int, seed: int, production: bool, as_json: bool
+) -> bool:
+    """Audit the trainer of a configuration; True if something is wrong.
+
+    For the ``run.toml`` of a run, its directory keeps the result.
+    """
     from fedlab.privacy.statement import EMPIRICAL, write_statement
     from fedlab.run.launch import check
-    from fedlab.train.audit import empirical_audit, render
+    from fedlab.trainer_audit.empirical import empirical_audit, render
 
     loaded = RunConfig.load(config, list(overrides))
     check(loaded)

@@ -1,7 +1,7 @@
 """``RUN_DIR``: the files of a run, each written whole or not at all.
 
-See ``docs/run-directory.md`` for every file. ``result.json`` is written last; a directory without one belongs to a run that is
-still going or was killed, and ``fedlab resume`` continues it from its last checkpoint.
+See ``docs/run-directory.md`` for every file. ``result.json`` is written last; a directory without one belongs to a run
+that is still going or was killed, and ``fedlab resume`` continues it from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,18 @@ from uuid import uuid4
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 
-PACKAGES = ("flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "flwr-datasets", "datasets", "numpy")
+PACKAGES = (
+    "flwr",
+    "ray",
+    "torch",
+    "transformers",
+    "peft",
+    "opacus",
+    "dp-accounting",
+    "flwr-datasets",
+    "datasets",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,9 @@ class RunDirectory:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         path = (out or Path("runs") / f"{config.run.name}-{stamp}").absolute()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(f"--out {str(path)!r} exists and is not empty; a run never overwrites another, choose a new directory")
+            raise ConfigError(
+                f"--out {str(path)!r} exists and is not empty; a run never overwrites another, choose a new directory"
+            )
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -129,7 +142,11 @@ def _commit() -> str | None:
         return None
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], cwd=root, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,7 +1,7 @@
 """What happens in a run, as lines of ``metrics.jsonl`` and, on request, TensorBoard event files.
 
-One line per round and phase (``train``, ``evaluate``) and one per notable event (an excluded client, a lost node). Each line is
-flushed as it is written, so a crash loses nothing that was announced.
+One line per round and phase (``train``, ``evaluate``) and one per notable event (an excluded client, a lost node). Each
+line is flushed as it is written, so a crash loses nothing that was announced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ logger = logging.getLogger("fedlab")
 
 
 class Events:
-    """Append-only event log of one run. Warnings of the ``fedlab`` logger land in it too, and everything in ``log.txt``."""
+    """Append-only event log of one run.
+
+    Warnings of the ``fedlab`` logger land in it too, and everything in ``log.txt``.
+    """
 
     def __init__(self, directory: RunDirectory, tensorboard: bool = False) -> None:
         self._file = (directory.path / "metrics.jsonl").open("a", encoding="utf-8")
@@ -28,7 +31,10 @@ class Events:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(directory.path / "tensorboard"))
-        self._handlers: list[logging.Handler] = [logging.FileHandler(directory.path / "log.txt", encoding="utf-8"), _ToEvents(self)]
+        self._handlers: list[logging.Handler] = [
+            logging.FileHandler(directory.path / "log.txt", encoding="utf-8"),
+            _ToEvents(self),
+        ]
         self._handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._handlers[1].setLevel(logging.WARNING)
         for handler in self._handlers:
@@ -62,4 +68,6 @@ class _ToEvents(logging.Handler):
         self._events = events
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._events.write("event", getattr(record, "round", 0), level=record.levelname.lower(), message=record.getMessage())
+        self._events.write(
+            "event", getattr(record, "round", 0), level=record.levelname.lower(), message=record.getMessage()
+        )

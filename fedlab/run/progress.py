@@ -1,4 +1,6 @@
-"""What a run shows while it runs: a live table on a terminal, one plain line per round when piped, nothing with ``--quiet``."""
+"""What a run shows while it runs: a live table on a terminal, one plain line per round when piped, nothing with
+``--quiet``.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Stop showing."""
 
     def note(self, text: str) -> None:
@@ -108,7 +112,9 @@ class LiveProgress(Progress):
         self._live.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._live.update(self._render())
         self._live.__exit__(kind, error, trace)
 
@@ -144,7 +150,17 @@ class LiveProgress(Progress):
         return Group(table, self._bar) if self._lines else Group(self._bar)
 
 
-COLUMNS = ("round", "accuracy", "macro-F1", "loss", "worst client", "ε (worst client)", "clients", "seconds", "overhead")
+COLUMNS = (
+    "round",
+    "accuracy",
+    "macro-F1",
+    "loss",
+    "worst client",
+    "ε (worst client)",
+    "clients",
+    "seconds",
+    "overhead",
+)
 
 
 def _cells(line: RoundLine) -> list[str]:
@@ -174,8 +190,8 @@ def headline(config: RunConfig, path: Path) -> str:
     if config.private and privacy.noise == "seeded":
         promise += " (seeded noise: reproducible, so not for real data)"
     return (
-        f"fedlab: {config.strategy.name} on {config.data.source}, {config.data.clients} clients, {config.run.rounds} rounds, "
-        f"{config.model.name}, LoRA rank {config.lora.rank}, {promise}\n{path}"
+        f"fedlab: {config.strategy.name} on {config.data.source}, {config.data.clients} clients, {config.run.rounds}"
+        f" rounds, {config.model.name}, LoRA rank {config.lora.rank}, {promise}\n{path}"
     )
 
 
@@ -185,19 +201,28 @@ def closing(result: dict[str, Any], path: Path) -> str:
     spent = epsilon if isinstance(epsilon, str) else f"ε = {epsilon:.3f} (maximum over clients)"
     spread = result["client_accuracy"]
     clients = (
-        "" if spread["mean"] is None else f"clients: mean {spread['mean']:.4f}, worst {spread['worst']:.4f}, std {spread['std']:.4f}\n"
+        ""
+        if spread["mean"] is None
+        else f"clients: mean {spread['mean']:.4f}, worst {spread['worst']:.4f}, std {spread['std']:.4f}\n"
     )
-    accuracy = "not evaluated" if result["accuracy"] is None else f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
+    accuracy = (
+        "not evaluated"
+        if result["accuracy"] is None
+        else f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
+    )
     per_round = result["seconds_per_round"]
     overhead = (
         ""
         if per_round is None
-        else f", {result['overhead_seconds_per_round']:.2f} s of {per_round:.2f} s per round outside training and evaluation"
+        else (
+            f", {result['overhead_seconds_per_round']:.2f} s of {per_round:.2f} s per round outside training and"
+            " evaluation"
+        )
     )
     return (
-        f"{result['status']}: {accuracy}, {spent}\n{clients}"
-        f"{result['bytes_up'] / 1e6:.2f} MB up, {result['bytes_down'] / 1e6:.2f} MB down, {result['seconds']:.1f} s{overhead}\n"
-        f"adapter: {path / 'adapter'}\nreport:  {path / 'report.html'}"
+        f"{result['status']}: {accuracy}, {spent}\n{clients}{result['bytes_up'] / 1e6:.2f} MB up,"
+        f" {result['bytes_down'] / 1e6:.2f} MB down, {result['seconds']:.1f} s{overhead}\nadapter:"
+        f" {path / 'adapter'}\nreport:  {path / 'report.html'}"
     )
 
 

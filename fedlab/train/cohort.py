@@ -1,10 +1,12 @@
-"""Many clients in one pass: the frozen base is computed once for the rows of all of them, everything else is each client's own.
+"""Many clients in one pass: the frozen base is computed once for the rows of all of them, everything else is each
+client's own.
 
-What a client does is what ``trainer.train_client`` does for it alone: the same batches from the same streams, its own clip, noise, momentum
-and rank, a step of noise alone where its Poisson batch is empty. Rows of all clients are sorted by length and cut into chunks of
-``train.physical_batch``, so many small batches fill large products, and padding is less. Per-client tensors are stacked, [K, *shape].
-The equality with one client at a time is in tests/train/test_cohort.py; which clients share a pass never changes what they compute
-beyond rounding.
+What a client does is what ``trainer.train_client`` does for it alone: the same batches from the same streams, its own
+clip, noise, momentum and rank, a step of noise alone where its Poisson batch is empty. Rows of all clients are sorted
+by length and cut into chunks of
+``train.physical_batch``, so many small batches fill large products, and padding is less. Per-client tensors are
+stacked, [K, *shape]. The equality with one client at a time is in tests/train/test_cohort.py; which clients share a
+pass never changes what they compute beyond rounding.
 """
 
 from __future__ import annotations
@@ -23,20 +25,20 @@ from torch.nn.functional import cross_entropy
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from fedlab.blocks import checkpointed, find_blocks
 from fedlab.config import RunConfig
+from fedlab.config.clients import rate_factor
 from fedlab.data import FederatedData
 from fedlab.errors import FedlabError, RunFailed
-from fedlab.hardware import return_large_blocks
 from fedlab.lora.ranks import narrow, widen
 from fedlab.lora.state import BASIS, PAST, State, part_of
-from fedlab.models import PEFT_PREFIX, LoadedModel
+from fedlab.models.blocks import checkpointed, find_blocks
+from fedlab.models.hardware import return_large_blocks
+from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
 from fedlab.privacy.clipping import clip_factors
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
 from fedlab.seeds import stream, stream_seed
-from fedlab.shares import rate_factor
 from fedlab.train.dropout import row_keys
 from fedlab.train.fused import CohortLayers
 from fedlab.train.trainer import Trained, check_finite, learning_rate_factor, local_steps, rates
@@ -98,12 +100,17 @@ class _Sums:
 
 
 def train_cohort(
-    model: LoadedModel, data: FederatedData, members: Sequence[Member], trained: Sequence[str], config: RunConfig, round_number: int
+    model: LoadedModel,
+    data: FederatedData,
+    members: Sequence[Member],
+    trained: Sequence[str],
+    config: RunConfig,
+    round_number: int,
 ) -> dict[str, Trained | FedlabError]:
     """Train all members for one round; per client its result, or why its update cannot be used (it diverged).
 
-    All states share the same residual and the same frozen tensors but for those a client keeps to itself (which are trained). Raises what
-    concerns everybody: nothing trainable, a trained layer that is not linear.
+    All states share the same residual and the same frozen tensors but for those a client keeps to itself (which are
+    trained). Raises what concerns everybody: nothing trainable, a trained layer that is not linear.
     """
     started = time.perf_counter()
     names = sorted(trained)
@@ -113,14 +120,22 @@ def train_cohort(
     model.load(workers[0].member.state)
     start = {name: _stack(workers, name, model.device) for name in _needed(names, workers[0].own)}
     tensors = {name: value.clone() for name, value in start.items()}
-    shared = {name for name in tensors if name not in names and all(torch.equal(value, tensors[name][0]) for value in tensors[name])}
+    shared = {
+        name
+        for name in tensors
+        if name not in names and all(torch.equal(value, tensors[name][0]) for value in tensors[name])
+    }
     seen = {name: value[0] if name in shared else value for name, value in tensors.items()}  # as the layers use them
     seen |= {name: value.to(model.device) for name, value in workers[0].own.items() if part_of(name) == BASIS}
     like = {name: tensors[name] for name in names}
     inside = _inside(workers, names, model.device)
     pasts = _pasts(workers[0].own, names, model.device)
-    factors = torch.tensor([rate_factor(config, w.member.client) for w in workers], dtype=torch.float64, device=model.device)
-    optimizer = _Optimizer(config, names, tensors, learning_rate_factor(config.train, round_number, config.run.rounds), factors)
+    factors = torch.tensor(
+        [rate_factor(config, w.member.client) for w in workers], dtype=torch.float64, device=model.device
+    )
+    optimizer = _Optimizer(
+        config, names, tensors, learning_rate_factor(config.train, round_number, config.run.rounds), factors
+    )
     with CohortLayers(model, seen, names, config.lora.dropout) as layers, _memory(model, config.run.checkpointing):
         for step in range(max(w.steps for w in workers)):
             active = [w for w in workers if w.steps > step]  # sorted: the first ones of the stack
@@ -169,13 +184,21 @@ def _pasts(state: State, names: Sequence[str], device: torch.device) -> dict[str
 
 
 def penalty_gradient(A: Tensor, past: Tensor, weight: float) -> Tensor:
-    """Gradient of weight·Σ|A·pastᵀ| in A [K, r, n] (O-LoRA, arXiv 2310.14152, Eq. 8). It depends on no data and comes after the noise."""
+    """Gradient of weight·Σ|A·pastᵀ| in A [K, r, n] (O-LoRA, arXiv 2310.14152, Eq.
+
+    8). It depends on no data and comes after the noise.
+    """
     return weight * (torch.sign(A @ past.mT) @ past)
 
 
 def _needed(names: Sequence[str], state: State) -> list[str]:
     """The trained tensors, and the other factor of every pair of which one is trained."""
-    pairs = {f"{name.rpartition('.')[0]}.{part}" for name in names if not name.startswith("head.") for part in ("lora_A", "lora_B")}
+    pairs = {
+        f"{name.rpartition('.')[0]}.{part}"
+        for name in names
+        if not name.startswith("head.")
+        for part in ("lora_A", "lora_B")
+    }
     return sorted({*names, *pairs} & state.keys())
 
 
@@ -209,9 +232,14 @@ def _gradients(
 ) -> _Sums:
     """Per-client sums of the clipped (or, without DP, plain) per-example gradients of one step, in float64."""
     count = len(active)
-    total = {name: torch.zeros((count, *value.shape[1:]), dtype=torch.float64, device=value.device) for name, value in like.items()}
+    total = {
+        name: torch.zeros((count, *value.shape[1:]), dtype=torch.float64, device=value.device)
+        for name, value in like.items()
+    }
     losses, clipped = np.zeros(count), np.zeros(count, dtype=np.int64)
-    limits = torch.tensor([w.member.plan.clip if w.member.plan else math.inf for w in active], dtype=torch.float64, device=model.device)
+    limits = torch.tensor(
+        [w.member.plan.clip if w.member.plan else math.inf for w in active], dtype=torch.float64, device=model.device
+    )
     private = bool(torch.isfinite(limits).any())
     layers.rows.totals = None if private else total
     order = np.argsort(data.tokens.lengths(batch.rows), kind="stable") if len(batch.rows) else batch.rows
@@ -244,8 +272,13 @@ def _factors(gradients: dict[str, Tensor], limits: Tensor) -> tuple[Tensor, Tens
     return factors, ~(norms <= limits)
 
 
-def _add_by_client(total: dict[str, Tensor], gradients: dict[str, Tensor], factors: Tensor | None, owner: Tensor) -> None:
-    """total[k] += Σ over rows of client k, in the order of the rows. A row of factor 0 is left out, since 0·NaN is NaN."""
+def _add_by_client(
+    total: dict[str, Tensor], gradients: dict[str, Tensor], factors: Tensor | None, owner: Tensor
+) -> None:
+    """total[k] += Σ over rows of client k, in the order of the rows.
+
+    A row of factor 0 is left out, since 0·NaN is NaN.
+    """
     if factors is not None and not bool((usable := factors > 0).all()):
         gradients = {name: gradient[usable] for name, gradient in gradients.items()}
         factors, owner = factors[usable], owner[usable]
@@ -254,8 +287,12 @@ def _add_by_client(total: dict[str, Tensor], gradients: dict[str, Tensor], facto
         total[name].index_add_(0, owner, rows if factors is None else torch.einsum("n,n...->n...", factors, rows))
 
 
-def _finish(sums: _Sums, active: list[_Worker], batch: _Batch, inside: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the optimiser gets, [active, *shape]: noised and divided by the expected size under DP, else the mean over the batch."""
+def _finish(
+    sums: _Sums, active: list[_Worker], batch: _Batch, inside: dict[str, Tensor], like: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the optimiser gets, [active, *shape]: noised and divided by the expected size under DP, else the mean over
+    the batch.
+    """
     result = {name: torch.empty_like(value[: len(active)]) for name, value in like.items()}
     for k, w in enumerate(active):
         mine = {name: value[k] for name, value in sums.gradients.items()}
@@ -273,10 +310,13 @@ def _finish(sums: _Sums, active: list[_Worker], batch: _Batch, inside: dict[str,
 class _Optimizer:
     """The run's optimiser on stacked tensors: elementwise, so each client's steps are its own. Fresh in every round.
 
-    ``factors`` [K]: what each client's learning rates are multiplied with. A step is linear in its rate, so it is the step that is scaled.
+    ``factors`` [K]: what each client's learning rates are multiplied with. A step is linear in its rate, so it is the
+    step that is scaled.
     """
 
-    def __init__(self, config: RunConfig, names: Sequence[str], tensors: dict[str, Tensor], factor: float, factors: Tensor) -> None:
+    def __init__(
+        self, config: RunConfig, names: Sequence[str], tensors: dict[str, Tensor], factor: float, factors: Tensor
+    ) -> None:
         self._train, self._tensors = config.train, tensors
         self._factors = None if bool((factors == 1).all()) else factors
         self._groups = rates(config.train, names, factor)
@@ -305,7 +345,15 @@ class _Optimizer:
                 first, second = [self._first[n][:active] for n in names], [self._second[n][:active] for n in names]
                 counts = [torch.tensor(float(self._steps)) for _ in names]
                 decay = train.weight_decay
-                options = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "lr": lr, "weight_decay": decay, "eps": 1e-8, "maximize": False}
+                options = {
+                    "amsgrad": False,
+                    "beta1": 0.9,
+                    "beta2": 0.999,
+                    "lr": lr,
+                    "weight_decay": decay,
+                    "eps": 1e-8,
+                    "maximize": False,
+                }
                 adamw(values, grads, first, second, [], counts, **options)  # type: ignore[arg-type]
                 continue
             buffers: list[Tensor | None] = [self._first[n][:active] if n in self._first else None for n in names]

@@ -1,11 +1,12 @@
 """Per-example gradients of exactly the trainable tensors, for any model whose trainable layers are linear.
 
-A linear layer y = x Wᵀ + b that sees x [N, T, in] and receives the gradient g [N, T, out] of a loss **summed** over examples has
-the per-example gradients Σ_t g_t x_tᵀ [N, out, in] and Σ_t g_t [N, out] (Goodfellow, arXiv 1510.01799). For LoRA both factors are
-such layers: for B, x is the r-dimensional output of A, so the outer products are small.
+A linear layer y = x Wᵀ + b that sees x [N, T, in] and receives the gradient g [N, T, out] of a loss **summed** over
+examples has the per-example gradients Σ_t g_t x_tᵀ [N, out, in] and Σ_t g_t [N, out] (Goodfellow, arXiv 1510.01799).
+For LoRA both factors are such layers: for B, x is the r-dimensional output of A, so the outer products are small.
 
-The trainable tensors are *not* marked as requiring a gradient. Instead each hooked layer's output becomes the leaf where the
-backward pass ends, so nothing below the lowest trained layer, and no gradient summed over examples, is ever computed.
+The trainable tensors are *not* marked as requiring a gradient. Instead each hooked layer's output becomes the leaf
+where the backward pass ends, so nothing below the lowest trained layer, and no gradient summed over examples, is ever
+computed.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from fedlab.errors import ConfigError
-from fedlab.models import LoadedModel
+from fedlab.models.loaded import LoadedModel
 
 
 class PerExampleGradients:
-    """Context manager: after ``loss.backward()``, ``take()`` gives {State name: [N, *shape]} for one batch of N examples.
+    """Context manager: after ``loss.backward()``, ``take()`` gives {State name: [N, *shape]} for one batch of N
+    examples.
 
-    Formal guarantee: row i is the gradient of example i's loss alone, provided the model treats examples independently (no batch
-    normalisation) and the loss is a sum over examples. Tests compare it with a loop over single examples in float64.
+    Formal guarantee: row i is the gradient of example i's loss alone, provided the model treats examples independently
+    (no batch normalisation) and the loss is a sum over examples. Tests compare it with a loop over single examples in
+    float64.
     """
 
     def __init__(self, model: LoadedModel, names: Iterable[str]) -> None:
@@ -33,8 +36,8 @@ class PerExampleGradients:
             owner, parameter = model.owners[name], model.parameters[name]
             if not isinstance(owner, nn.Linear):
                 raise ConfigError(
-                    f"{name} belongs to a {type(owner).__name__}: per-example gradients are known for linear layers only; "
-                    'set train.head = "freeze", or privacy.unit = "none"'
+                    f"{name} belongs to a {type(owner).__name__}: per-example gradients are known for linear layers"
+                    ' only; set train.head = "freeze", or privacy.unit = "none"'
                 )
             weight, bias = self._layers.get(owner, (None, None))
             self._layers[owner] = (name, bias) if parameter is owner.weight else (weight, name)
@@ -45,7 +48,9 @@ class PerExampleGradients:
         self._handles = [layer.register_forward_hook(self._forward) for layer in self._layers]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for handle in self._handles:
             handle.remove()
 
@@ -54,7 +59,9 @@ class PerExampleGradients:
         gradients, self._gradients = self._gradients, {}
         wanted = {name for pair in self._layers.values() for name in pair if name is not None}
         if missing := wanted - gradients.keys():
-            raise RuntimeError(f"no gradient reached {sorted(missing)[0]}: the model does not use this layer; adapt other modules")
+            raise RuntimeError(
+                f"no gradient reached {sorted(missing)[0]}: the model does not use this layer; adapt other modules"
+            )
         return gradients
 
     def _forward(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -1,9 +1,11 @@
-"""Linear layers that many clients share in one pass: the frozen base once, every client's own small tensors, gradients per example.
+"""Linear layers that many clients share in one pass: the frozen base once, every client's own small tensors, gradients
+per example.
 
 A row (example) of a batch belongs to a client; ``Rows.owner`` says to which. Per adapted module the forward pass is
-y = x·Wᵀ + b + s·(x·A_kᵀ)·B_kᵀ with the row's own client k, as one autograd function. Its backward pass hands the per-example gradients
-s·Σ_t g_t h_tᵀ [m, r] and s·Σ_t (B_kᵀ g_t) x_tᵀ [r, n] to a sink and the gradient of x to the layer below. Nothing is computed for W, and
-the backward pass ends at the lowest adapted layer. A head's linear layers have whole weights per client.
+y = x·Wᵀ + b + s·(x·A_kᵀ)·B_kᵀ with the row's own client k, as one autograd function. Its backward pass hands the
+per-example gradients s·Σ_t g_t h_tᵀ [m, r] and s·Σ_t (B_kᵀ g_t) x_tᵀ [r, n] to a sink and the gradient of x to the
+layer below. Nothing is computed for W, and the backward pass ends at the lowest adapted layer. A head's linear layers
+have whole weights per client.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from fedlab.errors import ConfigError
 from fedlab.lora.state import BASIS
-from fedlab.models import LoadedModel
+from fedlab.models.loaded import LoadedModel
 from fedlab.train.dropout import Masks
 
 
@@ -35,7 +37,8 @@ class Rows:
     def product(self, name: str, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
         """Take scale·Σ_t left_t·right_tᵀ of every row; left [N, T, a], right [N, T, b].
 
-        Where nothing is clipped and it would be larger than its factors, it is never formed per row but summed over each client's.
+        Where nothing is clipped and it would be larger than its factors, it is never formed per row but summed over
+        each client's.
         """
         tokens, a, b = left.shape[1], left.shape[2], right.shape[2]
         if self.totals is None or a * b <= tokens * (a + b):
@@ -53,11 +56,13 @@ class Rows:
 
 
 class _Adapted(torch.autograd.Function):
-    """One adapted layer. ``A`` is [K, r, n] and ``B`` [K, m, r]; without the K where all clients have the same and it is not trained.
+    """One adapted layer. ``A`` is [K, r, n] and ``B`` [K, m, r]; without the K where all clients have the same and it
+    is not trained.
 
-    Where all rows are one client's, W + s·B·A is formed for the pass and again for the way back: cheaper than two thin products per row.
-    A 16-bit base gets copies of A and B in its own type: products of 16 bits summed in 32, several times as fast as thin ones of 32 bits.
-    With ``layer.basis`` U [p, m] the B of every client is Uᵀ·B with its own B [p, r]: outputs and gradients pass through U.
+    Where all rows are one client's, W + s·B·A is formed for the pass and again for the way back: cheaper than two thin
+    products per row. A 16-bit base gets copies of A and B in its own type: products of 16 bits summed in 32, several
+    times as fast as thin ones of 32 bits. With ``layer.basis`` U [p, m] the B of every client is Uᵀ·B with its own B
+    [p, r]: outputs and gradients pass through U.
     """
 
     @staticmethod
@@ -148,7 +153,15 @@ class _Whole(torch.autograd.Function):
 class AdaptedLayer:
     """What stands in for one peft layer while a cohort trains."""
 
-    def __init__(self, model: LoadedModel, module: str, tensors: Mapping[str, Tensor], trained: set[str], rows: Rows, tick: Tensor) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        module: str,
+        tensors: Mapping[str, Tensor],
+        trained: set[str],
+        rows: Rows,
+        tick: Tensor,
+    ) -> None:
         self.module, self.rows, self._tick, self.scale = module, rows, tick, model.scale[module]
         self.name_a, self.name_b = f"{module}.lora_A", f"{module}.lora_B"
         self.train_a, self.train_b = self.name_a in trained, self.name_b in trained
@@ -169,7 +182,10 @@ class AdaptedLayer:
         return cast("Tensor | None", self.layer.base_layer.bias)
 
     def merges(self, x: Tensor) -> bool:
-        """Whether forming W + s·B·A is the cheaper way for the rows x [N, T, n]. Never in 16 bits, where a small B·A would be lost."""
+        """Whether forming W + s·B·A is the cheaper way for the rows x [N, T, n].
+
+        Never in 16 bits, where a small B·A would be lost.
+        """
         m, n = self.weight_mn.shape
         return self.weight_mn.dtype == self._tensors[self.name_a].dtype and x.shape[0] * x.shape[1] * (m + n) > m * n
 
@@ -194,18 +210,23 @@ class WholeLayer:
 
 
 class CohortLayers:
-    """Context manager: while it is open the model's trained layers work with ``tensors``, name → [K, *shape] (a shared A: [r, n]).
+    """Context manager: while it is open the model's trained layers work with ``tensors``, name → [K, *shape] (a shared
+    A: [r, n]).
 
-    ``rows.owner`` (and with ``dropout`` > 0 ``rows.masks.keys``) must be set before each forward pass; after ``loss.backward()`` of a
-    loss summed over rows, ``take()`` gives the per-example gradients, name → [N, *shape]; where nothing is clipped, ``rows.totals`` may be
-    set to what each client's rows are added to, and large gradients then go there alone. Raises ConfigError for a trained tensor of a
-    layer that is not linear.
+    ``rows.owner`` (and with ``dropout`` > 0 ``rows.masks.keys``) must be set before each forward pass; after
+    ``loss.backward()`` of a loss summed over rows, ``take()`` gives the per-example gradients, name → [N, *shape];
+    where nothing is clipped, ``rows.totals`` may be set to what each client's rows are added to, and large gradients
+    then go there alone. Raises ConfigError for a trained tensor of a layer that is not linear.
     """
 
-    def __init__(self, model: LoadedModel, tensors: Mapping[str, Tensor], trained: Iterable[str], dropout: float = 0.0) -> None:
+    def __init__(
+        self, model: LoadedModel, tensors: Mapping[str, Tensor], trained: Iterable[str], dropout: float = 0.0
+    ) -> None:
         self.rows = Rows(Masks(dropout))
         self._trained = set(trained)
-        tick = torch.zeros((), device=model.device, requires_grad=True)  # makes the lowest layer's output differentiable
+        tick = torch.zeros(
+            (), device=model.device, requires_grad=True
+        )  # makes the lowest layer's output differentiable
         self._stand_ins: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         modules = sorted({n.rpartition(".")[0] for n in self._trained if not n.startswith("head.")})
         for module in modules:
@@ -215,11 +236,16 @@ class CohortLayers:
         for name in sorted(n for n in self._trained if n.startswith("head.")):
             owner = model.owners[name]
             if not isinstance(owner, nn.Linear):
-                raise ConfigError(f"{name} belongs to a {type(owner).__name__}: a cohort trains linear layers only; set run.cohort = 1")
+                raise ConfigError(
+                    f"{name} belongs to a {type(owner).__name__}: a cohort trains linear layers only; set"
+                    " run.cohort = 1"
+                )
             heads.setdefault(owner, {})["weight" if model.parameters[name] is owner.weight else "bias"] = name
         for owner, found in heads.items():
             if found.keys() != {leaf for leaf, _ in owner.named_parameters(recurse=False)}:
-                raise ConfigError(f"{next(iter(found.values()))} is trained without the rest of its layer; set run.cohort = 1")
+                raise ConfigError(
+                    f"{next(iter(found.values()))} is trained without the rest of its layer; set run.cohort = 1"
+                )
             self._stand_ins.append((owner, WholeLayer(found["weight"], found.get("bias"), tensors, self.rows, tick)))
 
     def __enter__(self) -> CohortLayers:
@@ -227,7 +253,9 @@ class CohortLayers:
             layer.forward = stand_in
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for layer, _ in self._stand_ins:
             del layer.forward  # the instance's own; the class's shows again
 
@@ -236,5 +264,7 @@ class CohortLayers:
         gradients, self.rows.gradients = self.rows.gradients, {}
         found, self.rows.summed = gradients.keys() | self.rows.summed, set()
         if missing := self._trained - found:
-            raise RuntimeError(f"no gradient reached {sorted(missing)[0]}: the model does not use this layer; adapt other modules")
+            raise RuntimeError(
+                f"no gradient reached {sorted(missing)[0]}: the model does not use this layer; adapt other modules"
+            )
         return gradients

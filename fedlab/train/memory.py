@@ -1,8 +1,8 @@
 """How much memory a shared pass takes, before it is made, and how many clients fit into it.
 
-Three parts grow with three things: the base (once), a row of the pass (what autograd keeps of one text of full length, and its per-example
-gradients), and a client (its tensors, sums and moments). The rows of a pass are ``train.physical_batch`` however many clients share it, so
-what the limit decides is the number of clients.
+Three parts grow with three things: the base (once), a row of the pass (what autograd keeps of one text of full length,
+and its per-example gradients), and a client (its tensors, sums and moments). The rows of a pass are
+``train.physical_batch`` however many clients share it, so what the limit decides is the number of clients.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedlab.blocks import find_blocks
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.lora.state import BASIS, State, part_of
-from fedlab.models import PEFT_PREFIX
+from fedlab.models.blocks import find_blocks
+from fedlab.models.loaded import PEFT_PREFIX
 from fedlab.session import Session
 from fedlab.train.cohort import CHECKPOINTING
 from fedlab.train.fused import CohortLayers
 
 GB = 10**9
 ROWS = 2  # of the trial pass
-SLACK = 1.6  # short-lived tensors and what the allocator holds back: peak memory grows 1.6 times as fast as what autograd keeps
+# short-lived tensors and what the allocator holds back: peak memory grows 1.6 times as fast as what autograd keeps
+SLACK = 1.6
 OVERHEAD = 150 * 10**6  # what the libraries' own buffers take in a first pass
 SHARE = 0.9  # of the free memory that is used if nothing else is said
 
@@ -49,15 +50,17 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         return (
-            f"memory per node: base {self.base / GB:.2f} GB, {self.rows} rows of {self.row / 1e6:.1f} MB, "
-            f"{self.clients} clients per pass of {self.client / 1e6:.1f} MB: {self.total / GB:.2f} of {self.limit / GB:.2f} GB"
+            f"memory per node: base {self.base / GB:.2f} GB, {self.rows} rows of {self.row / 1e6:.1f} MB,"
+            f" {self.clients} clients per pass of {self.client / 1e6:.1f} MB: {self.total / GB:.2f} of"
+            f" {self.limit / GB:.2f} GB"
         )
 
 
 def plan_memory(session: Session, state: State, trained: Iterable[str], clients: int) -> MemoryPlan:
     """The plan for up to ``clients`` that share a pass, as many as fit.
 
-    The limit is ``run.memory``, or else 90 % of what is free, shared by the nodes. Raises ConfigError if not even one fits.
+    The limit is ``run.memory``, or else 90 % of what is free, shared by the nodes. Raises ConfigError if not even one
+    fits.
     """
     config, model, names = session.config, session.model, sorted(trained)
     base = sum(t.nbytes for t in [*model.module.parameters(), *model.module.buffers()])
@@ -65,15 +68,18 @@ def plan_memory(session: Session, state: State, trained: Iterable[str], clients:
     moments = 2 if config.train.optimizer == "adamw" else int(config.train.momentum > 0)
     # start, values, gradients and moments in float32, sums in float64
     client = numbers * (4 * (3 + moments) + 8)
-    row = _activations(session, state, names) + 4 * numbers * (1 + (clients > 1))  # gradients, and the tensors of the row's own client
+    row = _activations(session, state, names) + 4 * numbers * (
+        1 + (clients > 1)
+    )  # gradients, and the tensors of the row's own client
     rows = config.train.physical_batch
     limit = int(config.run.memory * GB) if config.run.memory is not None else _free(config, model.device) + base
     fit = int(((limit - base - OVERHEAD) / SLACK - rows * row) // client)
     plan = MemoryPlan(base, row, rows, client, max(1, min(clients, fit)), limit)
     if fit < 1:
         raise ConfigError(
-            f"one client needs {plan.total / GB:.2f} GB in a pass of train.physical_batch = {rows} rows, but a node has {limit / GB:.2f} GB"
-            f"{' (run.memory)' if config.run.memory is not None else ''}; lower train.physical_batch or data.max_length"
+            f"one client needs {plan.total / GB:.2f} GB in a pass of train.physical_batch = {rows} rows, but a node has"
+            f" {limit / GB:.2f} GB{' (run.memory)' if config.run.memory is not None else ''}; lower"
+            " train.physical_batch or data.max_length"
             + ("" if config.run.checkpointing else f", or set {CHECKPOINTING} = true")
         )
     return plan

@@ -1,4 +1,7 @@
-"""Per-example gradients by Opacus' hooks: the reference that ``train.gradients = "opacus"`` selects. Used as ``PerExampleGradients`` is."""
+"""Per-example gradients by Opacus' hooks: the reference that ``train.gradients = "opacus"`` selects.
+
+Used as ``PerExampleGradients`` is.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from fedlab.models import LoadedModel
+from fedlab.models.loaded import LoadedModel
 
 
 class OpacusGradients:
-    """Context manager: after ``loss.backward()`` of a loss summed over examples, ``take()`` gives {State name: [N, *shape]}."""
+    """Context manager: after ``loss.backward()`` of a loss summed over examples, ``take()`` gives {State name: [N,
+    *shape]}.
+    """
 
     def __init__(self, model: LoadedModel, names: Iterable[str]) -> None:
         self._model, self._names = model, sorted(names)
@@ -24,11 +29,15 @@ class OpacusGradients:
         if self._names:
             for name in self._names:
                 self._model.parameters[name].requires_grad_()
-                self._model.owners[name].train()  # Opacus looks at layers in training mode only; the rest keeps its dropout off
+                self._model.owners[
+                    name
+                ].train()  # Opacus looks at layers in training mode only; the rest keeps its dropout off
             self._wrapped = GradSampleModule(self._model.module, batch_first=True, loss_reduction="sum", strict=False)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._wrapped is not None:
             self._wrapped.remove_hooks()
         for name in self._names:
@@ -43,7 +52,9 @@ class OpacusGradients:
         for name in self._names:
             parameter: Any = self._model.parameters[name]
             if parameter.grad_sample is None:
-                raise RuntimeError(f"no gradient reached {name}: the model does not use this layer; adapt other modules")
+                raise RuntimeError(
+                    f"no gradient reached {name}: the model does not use this layer; adapt other modules"
+                )
             found[name] = cast(Tensor, parameter.grad_sample)
             parameter.grad = parameter.grad_sample = None
         return found

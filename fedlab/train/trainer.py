@@ -1,8 +1,9 @@
 """One client's local steps in one round, with or without DP-SGD.
 
-The caller loads nothing and keeps nothing: ``train_client`` overwrites the process's one model with the round's state, takes a
-fresh optimiser (as FedSVD, FFA-LoRA and FedAvg do), and returns the change of the trained tensors. Every random choice comes
-from (run seed, client, round), so the result depends on neither the process nor the clients that it served before.
+The caller loads nothing and keeps nothing: ``train_client`` overwrites the process's one model with the round's state,
+takes a fresh optimiser (as FedSVD, FFA-LoRA and FedAvg do), and returns the change of the trained tensors. Every random
+choice comes from (run seed, client, round), so the result depends on neither the process nor the clients that it served
+before.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedlab.config import RunConfig
+from fedlab.config.clients import rate_factor
+from fedlab.config.sections import TrainSection
 from fedlab.data import FederatedData
 from fedlab.errors import RunFailed
 from fedlab.lora.ranks import narrow, widen
 from fedlab.lora.state import State
-from fedlab.models import LoadedModel
+from fedlab.models.loaded import LoadedModel
 from fedlab.privacy.clipping import clipped_sum
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
-from fedlab.sections import TrainSection
 from fedlab.seeds import stream, stream_seed
-from fedlab.shares import rate_factor
 from fedlab.train.dp import PerExampleGradients
 from fedlab.train.dropout import DropoutLayers, Masks, row_keys
 from fedlab.train.opacus import OpacusGradients
@@ -37,7 +38,10 @@ from fedlab.train.opacus import OpacusGradients
 
 @dataclass(frozen=True)
 class Trained:
-    """What a client gives back. ``loss`` and ``clip_fraction`` are not protected by the noise; see ``privacy.share_metrics``."""
+    """What a client gives back.
+
+    ``loss`` and ``clip_fraction`` are not protected by the noise; see ``privacy.share_metrics``.
+    """
 
     update: State  # trained name → new value − received value, float32
     examples: int  # of the client, public: it is the weight
@@ -53,7 +57,9 @@ def local_steps(train: TrainSection, examples: int) -> int:
 
 
 def learning_rate_factor(train: TrainSection, round_number: int, rounds: int) -> float:
-    """Factor in (0, 1] for a round counted from 1: linear warm-up, then constant, linear or cosine decay (never to 0)."""
+    """Factor in (0, 1] for a round counted from 1: linear warm-up, then constant, linear or
+    cosine decay (never to 0).
+    """
     if round_number <= train.warmup_rounds:
         return round_number / (train.warmup_rounds + 1)
     if train.schedule == "constant":
@@ -76,12 +82,13 @@ def train_client(
 ) -> Trained:
     """Train the tensors named ``trained`` from ``state`` on one client's examples, for one round (counted from 1).
 
-    With a ``plan``, each step is DP-SGD (Abadi et al., arXiv 1607.00133): a Poisson batch, per-example gradients clipped by one
-    joint norm, their sum plus N(0, (σC)²) divided by the expected batch size. An empty batch is a step like any other: noise alone.
-    ``rank`` is the client's own where it is below the state's: it trains the first so many directions, the others stay zero (their
-    gradient is zero, and they get no noise), and the update has its shapes.
-    ``per_example`` is what yields the per-example gradients; the audit puts canaries there (``fedlab.train.observe``).
-    Raises RunFailed if the local weights end up NaN or infinite.
+    With a ``plan``, each step is DP-SGD (Abadi et al., arXiv 1607.00133): a Poisson batch, per-example gradients
+    clipped by one joint norm, their sum plus N(0, (σC)²) divided by the expected batch size. An empty batch is a step
+    like any other: noise alone.
+    ``rank`` is the client's own where it is below the state's: it trains the first so many directions, the others stay
+    zero (their gradient is zero, and they get no noise), and the update has its shapes.
+    ``per_example`` is what yields the per-example gradients; the audit puts canaries there
+    (``fedlab.trainer_audit.observation``). Raises RunFailed if the local weights end up NaN or infinite.
     """
     started = time.perf_counter()
     names = sorted(trained)
@@ -96,7 +103,9 @@ def train_client(
     optimizer = _optimizer(model, names, config, factor)
     draws = stream(seed, "batches", client, round_number)
     batches = (
-        (plan.batch(draws) for _ in range(steps)) if plan else iter(fixed_batches(len(indices), config.train.batch_size, steps, draws))
+        (plan.batch(draws) for _ in range(steps))
+        if plan
+        else iter(fixed_batches(len(indices), config.train.batch_size, steps, draws))
     )
     noise = plan.noise_source(stream(seed, "noise", client, round_number)) if plan else None
     ones = {name: torch.ones_like(own[name], device=model.device) for name in names} if rank is not None else {}
@@ -127,7 +136,9 @@ def train_client(
                 parameter.grad = gradients[name].to(parameter)
                 if rank is not None:
                     parameter.grad *= inside[name]
-                if config.train.prox:  # FedProx: µ/2·‖w − w_t‖², added after the noise because it depends on released values only
+                if (
+                    config.train.prox
+                ):  # FedProx: µ/2·‖w − w_t‖², added after the noise because it depends on released values only
                     parameter.grad += config.train.prox * (parameter.detach() - start[name])
             optimizer.step()
             executed += 1
@@ -147,7 +158,10 @@ def check_finite(client: str, update: State, train: TrainSection) -> None:
 
 
 def rates(train: TrainSection, names: Iterable[str], factor: float) -> list[tuple[float, list[str]]]:
-    """(learning rate, the tensors that it is for): the head's, and the adapter's. Groups without a tensor are left out."""
+    """(learning rate, the tensors that it is for): the head's, and the adapter's.
+
+    Groups without a tensor are left out.
+    """
     head = {name for name in names if name.startswith("head.")}
     head_lr = train.lr if train.head_lr is None else train.head_lr
     groups = [(head_lr * factor, sorted(head)), (train.lr * factor, sorted(set(names) - head))]

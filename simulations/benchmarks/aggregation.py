@@ -1,18 +1,24 @@
-"""Server time of the aggregators for the adapters of a 7B model, and of FedSVD's refactorisation against the SVD of the formed product.
+"""Server time of the aggregators for the adapters of a 7B model, and of FedSVD's refactorisation against the SVD of the
+formed product.
 
     python simulations/benchmarks/aggregation.py          # a few minutes
-    python simulations/benchmarks/aggregation.py --full   # and one dense SVD of each of the model's shapes, several minutes more
+    python simulations/benchmarks/aggregation.py --full   # and one dense SVD of each of the model's shapes, several
+    minutes more
 
-Shapes: 32 layers of q, k, v, o (4096×4096), gate, up (11008×4096) and down (4096×11008): 224 modules. Everything is in processor seconds
-of one thread (on an idle core the same as seconds), the ways of one table are interleaved, and the first run of each is a warm-up, except
-for the dense SVDs of ``--full``, which run once. Three tables:
+Shapes: 32 layers of q, k, v, o (4096×4096), gate, up (11008×4096) and down (4096×11008): 224 modules. Everything is in
+processor seconds of one thread (on an idle core the same as seconds), the ways of one table are interleaved, and the
+first run of each is a warm-up, except for the dense SVDs of ``--full``, which run once. Three tables:
 
-1. FedSVD's whole aggregation, from the clients' float32 changes of B to the new (B, A). One layer's changes are drawn, timed and thrown
-   away before the next's, so that all clients' changes of a layer are in memory, never those of the model (4.3 GB for 50 clients).
-2. ``refactorize`` of one module, in float64, against what the published code does: form B·A in float32, ``torch.linalg.svd`` with
-   ``full_matrices=False``, keep r; and against ``torch.svd_lowrank`` (q = r) of the same formed product. "error" is the relative Frobenius
-   error of the product, in the order of the columns. The whole set by the dense SVD is extrapolated by counts: with ``--full`` from one
-   module of each shape, otherwise from the largest square measured by the cube of a module's smaller side, which is a lower bound.
+1. FedSVD's whole aggregation, from the clients' float32 changes of B to the new (B, A). One layer's changes are drawn,
+timed and thrown
+   away before the next's, so that all clients' changes of a layer are in memory, never those of the model (4.3 GB for
+   50 clients).
+2. ``refactorize`` of one module, in float64, against what the published code does: form B·A in float32,
+``torch.linalg.svd`` with
+   ``full_matrices=False``, keep r; and against ``torch.svd_lowrank`` (q = r) of the same formed product. "error" is the
+   relative Frobenius error of the product, in the order of the columns. The whole set by the dense SVD is extrapolated
+   by counts: with ``--full`` from one module of each shape, otherwise from the largest square measured by the cube of a
+   module's smaller side, which is a lower bound.
 3. Each aggregator on one module of the first shape.
 """
 
@@ -35,7 +41,7 @@ from fedlab.lora.state import State
 from fedlab.lora.svd import orthonormal_rows, refactorize, refactorize_state
 from strategies import STRATEGIES
 from strategies.base import LoraStrategy
-from strategies.federation import Federation
+from strategies.server.federation import Federation
 
 LAYER = {"q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096)}
 LAYER |= {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}  # m × n
@@ -61,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="one dense SVD of each of the model's shapes as well")
-    parser.add_argument("--small", action="store_true", help=f"every size divided by {SMALL}: shows that it runs, measures nothing")
+    parser.add_argument(
+        "--small", action="store_true", help=f"every size divided by {SMALL}: shows that it runs, measures nothing"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
     threads = torch.get_num_threads()
@@ -91,8 +99,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         whole["dense"] = sum(count * seconds[shape] for shape, count in counts.items())
     else:
         largest = dense[-1]
-        whole["dense"] = sum(c * largest["dense"]["median"] * (min(shape) / largest["m"]) ** 3 for shape, c in counts.items())
-    settings = {"layers": args.layers, "clients": args.clients, "rank": args.rank, "repeats": args.repeats, "full": args.full}
+        whole["dense"] = sum(
+            c * largest["dense"]["median"] * (min(shape) / largest["m"]) ** 3 for shape, c in counts.items()
+        )
+    settings = {
+        "layers": args.layers,
+        "clients": args.clients,
+        "rank": args.rank,
+        "repeats": args.repeats,
+        "full": args.full,
+    }
     return {
         "settings": {**settings, "torch": torch.__version__, "threads": 1},
         "whole": {**whole, "ratio": whole["dense"] / whole["refactorize"]},
@@ -101,7 +117,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def whole_set(layer: dict[str, tuple[int, int]], args: argparse.Namespace, generator: torch.Generator) -> dict[str, Any]:
+def whole_set(
+    layer: dict[str, tuple[int, int]], args: argparse.Namespace, generator: torch.Generator
+) -> dict[str, Any]:
     """Processor seconds of FedSVD.aggregate over all layers, and of the refactorisation in it."""
     fedsvd, ffa = strategy("fedsvd", args.rank), strategy("ffa", args.rank)
     total, part = [], []
@@ -113,7 +131,9 @@ def whole_set(layer: dict[str, tuple[int, int]], args: argparse.Namespace, gener
         if number == 0:
             both = refactorize_state(averaged), fedsvd.aggregate(state, updates, weights, 1)
             if not all(torch.equal(both[0][name], both[1][name]) for name in state):
-                raise RuntimeError("the mean and its refactorisation are not what FedSVD does: the parts timed are of something else")
+                raise RuntimeError(
+                    "the mean and its refactorisation are not what FedSVD does: the parts timed are of something else"
+                )
     seconds = {"fedsvd": sum(total[1:]), "refactorize": sum(part[1:])}
     return {**seconds, "mean": seconds["fedsvd"] - seconds["refactorize"], "layer": spread(total[1:])}
 
@@ -135,7 +155,9 @@ def compare(m: int, n: int, rank: int, repeats: int, generator: torch.Generator)
             B2, A2 = way(B, A)
             errors[name] = float((B2.double() @ A2.double() - wanted).norm() / wanted.norm())
     rows = {name: spread(times if name == "dense" and not repeats else times[1:]) for name, times in seconds.items()}
-    ratios = {f"{name} / refactorize": rows[name]["median"] / rows["refactorize"]["median"] for name in ("dense", "lowrank")}
+    ratios = {
+        f"{name} / refactorize": rows[name]["median"] / rows["refactorize"]["median"] for name in ("dense", "lowrank")
+    }
     return {"m": m, "n": n, **rows, "errors": errors, "ratios": ratios}
 
 
@@ -150,7 +172,9 @@ def by_lowrank(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return U * S, V.mT
 
 
-def one_module(shape: tuple[int, int], args: argparse.Namespace, generator: torch.Generator) -> dict[str, dict[str, float]]:
+def one_module(
+    shape: tuple[int, int], args: argparse.Namespace, generator: torch.Generator
+) -> dict[str, dict[str, float]]:
     """Processor seconds of every aggregator on one module with all clients."""
     made = {title: strategy(title.partition(",")[0], args.rank, **options) for title, options in AGGREGATORS.items()}
     rounds = {title: round_of(each, {"q": shape}, args, generator) for title, each in made.items()}
@@ -176,7 +200,9 @@ def round_of(
         state[f"{module}.lora_A"] = orthonormal_rows(torch.randn(args.rank, n, generator=generator))
         state[f"{module}.lora_B"] = torch.randn(m, args.rank, generator=generator)
     names, clients = each.trained_names(state), [f"client-{i}" for i in range(args.clients)]
-    updates = {client: {name: torch.randn(state[name].shape, generator=generator) for name in names} for client in clients}
+    updates = {
+        client: {name: torch.randn(state[name].shape, generator=generator) for name in names} for client in clients
+    }
     return state, updates, client_weights({client: 10 + i for i, client in enumerate(clients)}, "examples")
 
 
@@ -192,7 +218,10 @@ def spread(times: Sequence[float]) -> dict[str, float]:
 
 def report(found: dict[str, Any]) -> None:
     whole, settings = found["whole"], found["settings"]
-    print(f"{whole['modules']} modules, rank {settings['rank']}, {settings['clients']} clients, torch {settings['torch']}, one thread\n")
+    print(
+        f"{whole['modules']} modules, rank {settings['rank']}, {settings['clients']} clients, torch"
+        f" {settings['torch']}, one thread\n"
+    )
     print("| FedSVD, whole set | processor s |\n|---|---|")
     print(f"| aggregation | {whole['fedsvd']:.2f} |")
     print(f"| of which the weighted mean of B | {whole['mean']:.2f} |")
@@ -203,15 +232,20 @@ def report(found: dict[str, Any]) -> None:
     print(f"| dense SVDs instead of refactorize, {bound} | {whole['dense']:,.0f} |")
     print(f"| ratio | {whole['ratio']:,.0f} |\n")
     print(
-        "| m×n | refactorize, s (min – max) | dense SVD, s (min – max) | ratio | svd_lowrank, s (min – max) | ratio | errors |\n"
-        + "|---" * 7
-        + "|"
+        "| m×n | refactorize, s (min – max) | dense SVD, s (min – max) | ratio | svd_lowrank, s (min – max) | ratio |"
+        " errors |\n" + "|---" * 7 + "|"
     )
     for row in found["modules"]:
-        cells = ["{median:.4f} ({min:.4f} – {max:.4f})".format(**row[way]) for way in ("refactorize", "dense", "lowrank")]
+        cells = [
+            "{median:.4f} ({min:.4f} – {max:.4f})".format(**row[way]) for way in ("refactorize", "dense", "lowrank")
+        ]
         ratios = [f"{row['ratios'][f'{way} / refactorize']:,.1f}" for way in ("dense", "lowrank")]
-        errors = ", ".join(f"{row['errors'][way]:.0e}" if way in row["errors"] else "–" for way in ("refactorize", "dense", "lowrank"))
-        print(f"| {row['m']}×{row['n']} | {cells[0]} | {cells[1]} | {ratios[0]} | {cells[2]} | {ratios[1]} | {errors} |")
+        errors = ", ".join(
+            f"{row['errors'][way]:.0e}" if way in row["errors"] else "–" for way in ("refactorize", "dense", "lowrank")
+        )
+        print(
+            f"| {row['m']}×{row['n']} | {cells[0]} | {cells[1]} | {ratios[0]} | {cells[2]} | {ratios[1]} | {errors} |"
+        )
     print("\n| aggregator, one module | processor s (min – max) |\n|---|---|")
     for title, times in found["aggregators"].items():
         print(f"| {title} | {times['median']:.4f} ({times['min']:.4f} – {times['max']:.4f}) |")

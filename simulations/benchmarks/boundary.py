@@ -1,11 +1,11 @@
 """What the boundary between two tasks costs on a large encoder: bases, complements, Gram matrices; seconds and memory.
 
-    python simulations/benchmarks/boundary.py               # RoBERTa-base's shape, random weights; about five minutes on two cores
-    python simulations/benchmarks/boundary.py --small       # seconds; what the test suite runs
+    python simulations/benchmarks/boundary.py               # RoBERTa-base's shape, random weights; about five minutes
+    on two cores python simulations/benchmarks/boundary.py --small       # seconds; what the test suite runs
 
-All linear layers of the encoder are adapted. Rows: OSFT's leading singular triplets and both complements (``preserve`` 5 % by subspace
-iteration, 50 % by whole decompositions); one client's Gram matrices of ``--texts`` texts; extending the protected basis by them and making
-its complement. Peak is the process's resident memory beyond what it had before.
+All linear layers of the encoder are adapted. Rows: OSFT's leading singular triplets and both complements (``preserve``
+5 % by subspace iteration, 50 % by whole decompositions); one client's Gram matrices of ``--texts`` texts; extending the
+protected basis by them and making its complement. Peak is the process's resident memory beyond what it had before.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import numpy as np
 import psutil
 import torch
 
+from fedlab.config.sections import LoraSection
 from fedlab.continual.observed import input_groups, observe
 from fedlab.continual.subspace import complement, extend, leading_triplets
 from fedlab.data import FederatedData
 from fedlab.data.collate import Tokens
 from fedlab.data.partition import Shards
-from fedlab.models import LoadedModel, adapt
-from fedlab.sections import LoraSection
+from fedlab.models.loaded import LoadedModel
+from fedlab.models.loading import adapt
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -46,7 +47,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     data = texts(8 if args.small else args.texts, args.length)
     groups = input_groups(model)
     rows: dict[str, Any] = {}
-    print(f"{len(weights)} layers, {len(set(groups.values()))} distinct inputs\n| what | seconds | peak MB |\n|---|---|---|", flush=True)
+    print(
+        f"{len(weights)} layers, {len(set(groups.values()))} distinct inputs\n| what | seconds | peak MB"
+        " |\n|---|---|---|",
+        flush=True,
+    )
 
     def osft(preserve: float) -> None:
         for weight in weights.values():
@@ -83,7 +88,9 @@ def roberta(small: bool) -> LoadedModel:
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, num_labels=4, **(tiny if small else {}))
     lora = LoraSection(rank=8, alpha=8, target_modules="all-linear")
     tokenizer = cast(Any, SimpleNamespace(pad_token_id=1))
-    return adapt(RobertaForSequenceClassification(config), ["classifier"], tokenizer, lora, "roberta", torch.device("cpu"))
+    return adapt(
+        RobertaForSequenceClassification(config), ["classifier"], tokenizer, lora, "roberta", torch.device("cpu")
+    )
 
 
 def texts(count: int, length: int) -> FederatedData:
@@ -91,7 +98,9 @@ def texts(count: int, length: int) -> FederatedData:
     ids = np.random.default_rng(0).integers(4, 50_000, count * length).astype(np.int32)
     tokens = Tokens(ids, np.arange(count + 1, dtype=np.int64) * length, np.zeros(count, dtype=np.int64))
     everything = np.arange(count)
-    return FederatedData(tokens, Shards({"client-0": everything}, {"client-0": everything[:0]}, everything[:0]), ("a", "b"))
+    return FederatedData(
+        tokens, Shards({"client-0": everything}, {"client-0": everything[:0]}, everything[:0]), ("a", "b")
+    )
 
 
 def cost(action: Callable[[], object]) -> dict[str, float]:

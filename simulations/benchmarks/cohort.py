@@ -3,14 +3,17 @@
     python simulations/benchmarks/cohort.py                       # 12 clients, batches of 4 and of 32, MiniLM
     python simulations/benchmarks/cohort.py --small               # seconds; what the test suite runs
 
-All ways do the same work: the same model, clients, Poisson batches, clip and noise, B of every adapted layer and the head.
+All ways do the same work: the same model, clients, Poisson batches, clip and noise, B of every adapted layer and the
+head.
 
 - alone: ``train_client`` for each client, as with ``run.cohort = 1``;
 - together: ``train_cohort`` for groups of ``--cohort`` clients;
-- bare: joint LoRA steps over as many examples without DP and without clients, by stock peft and autograd: what a user who simulates
+- bare: joint LoRA steps over as many examples without DP and without clients, by stock peft and autograd: what a user
+  who simulates
   nothing pays.
 
-Each is timed in turn within one run, ``--repeats`` times, in processor seconds of one thread; printed are medians, spread and ratios.
+Each is timed in turn within one run, ``--repeats`` times, in processor seconds of one thread; printed are medians,
+spread and ratios.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.lora.state import State
+from fedlab.models.adapters import initial_state
 from fedlab.session import Session, open_session, torch_threads
 from fedlab.train.cohort import Member, train_cohort
 from fedlab.train.trainer import train_client
@@ -53,22 +56,37 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     if args.small:
         args.clients, args.batches, args.steps, args.repeats = 3, [4], 1, 1
     results: dict[str, dict[str, float]] = {}
-    print("| batch | alone s | together s | bare s | alone / together | together / bare |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| batch | alone s | together s | bare s | alone / together | together / bare |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     for batch in args.batches:
-        run = [f"data.clients={args.clients}", f"train.batch_size={batch}", f"train.steps={args.steps}", "data.min_client_size=2"]
+        run = [
+            f"data.clients={args.clients}",
+            f"train.batch_size={batch}",
+            f"train.steps={args.steps}",
+            "data.min_client_size=2",
+        ]
         session = open_session(RunConfig.load(args.config, [*args.overrides, *run]).to_toml())
         with torch_threads(1):
             seconds = measure(session, args.cohort or args.clients, args.repeats)
         median = {way: statistics.median(seconds[way]) for way in WAYS}
         spread = {way: (max(seconds[way]) - min(seconds[way])) / 2 for way in WAYS}
-        ratios = {"alone / together": median["alone"] / median["together"], "together / bare": median["together"] / median["bare"]}
+        ratios = {
+            "alone / together": median["alone"] / median["together"],
+            "together / bare": median["together"] / median["bare"],
+        }
         results[str(batch)] = {**median, **{f"{way} spread": spread[way] for way in WAYS}, **ratios}
-        cells = [f"{median[way]:.2f} ± {spread[way]:.2f}" for way in WAYS] + [f"{ratio:.2f}" for ratio in ratios.values()]
+        cells = [f"{median[way]:.2f} ± {spread[way]:.2f}" for way in WAYS] + [
+            f"{ratio:.2f}" for ratio in ratios.values()
+        ]
         print(f"| {batch} | " + " | ".join(cells) + " |", flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
-            json.dumps({"arguments": vars(args) | {"config": str(args.config), "json": None}, "results": results}, indent=2)
+            json.dumps(
+                {"arguments": vars(args) | {"config": str(args.config), "json": None}, "results": results}, indent=2
+            )
         )
     return results
 
@@ -81,7 +99,9 @@ def measure(session: Session, cohort: int, repeats: int) -> dict[str, list[float
     members = [Member(client, state, session.plan(client)) for client in data.clients]
     ways: dict[str, Callable[[], object]] = {
         "alone": lambda: [train_client(model, data, m.client, m.state, names, config, 1, m.plan) for m in members],
-        "together": lambda: [train_cohort(model, data, members[i : i + cohort], names, config, 1) for i in range(0, len(members), cohort)],
+        "together": lambda: [
+            train_cohort(model, data, members[i : i + cohort], names, config, 1) for i in range(0, len(members), cohort)
+        ],
         "bare": lambda: bare(session, state, names, data.clients),
     }
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -95,7 +115,9 @@ def measure(session: Session, cohort: int, repeats: int) -> dict[str, list[float
 
 
 def bare(session: Session, state: State, names: list[str], clients: list[str]) -> None:
-    """The same number of examples per step, drawn at random, sorted by length, in chunks of the same size: plain SGD, no DP."""
+    """The same number of examples per step, drawn at random, sorted by length, in chunks of the same size: plain SGD,
+    no DP.
+    """
     config, model, data = session.config, session.model, session.data
     model.load(state)
     everyone = np.concatenate([data.train(client) for client in clients])

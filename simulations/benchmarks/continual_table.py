@@ -1,13 +1,13 @@
 """How much a federation forgets: every continual strategy and its baselines on one stream, several seeds.
 
-    python simulations/benchmarks/continual_table.py                          # simulations/continual-wordnet.toml, three seeds
-    python simulations/benchmarks/continual_table.py --methods fedavg osft-data --seeds 1 --set run.rounds=2
+    python simulations/benchmarks/continual_table.py                          # simulations/continual-wordnet.toml,
+    three seeds python simulations/benchmarks/continual_table.py --methods fedavg osft-data --seeds 1 --set run.rounds=2
 
-Columns: average accuracy (AA) after the last task, backward transfer (BWT, negative: forgetting), forgetting (F), learning accuracy (LA,
-each task just after it was trained), largest share of a change inside what was protected, bytes with bases, ε, seconds. The learning rate
-of every method is the best AA of ``--rates`` on the first two tasks and a seed of its own, a fifth of these for methods that train whole
-matrices, whose entries all add up, and fifty times these for SGD under DP; replay trains on 20 % of every earlier task's texts again,
-joint on all.
+Columns: average accuracy (AA) after the last task, backward transfer (BWT, negative: forgetting), forgetting (F),
+learning accuracy (LA, each task just after it was trained), largest share of a change inside what was protected, bytes
+with bases, ε, seconds. The learning rate of every method is the best AA of ``--rates`` on the first two tasks and a
+seed of its own, a fifth of these for methods that train whole matrices, whose entries all add up, and fifty times these
+for SGD under DP; replay trains on 20 % of every earlier task's texts again, joint on all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from fedlab.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 # Under DP few long steps on large batches: every step is noise, and AdamW would scale it up to a step of full length.
-DP = ['privacy={unit="example", epsilon=8.0, clip=1.0}', "train.optimizer=sgd", "train.momentum=0.9", "train.batch_size=64"]
+DP = [
+    'privacy={unit="example", epsilon=8.0, clip=1.0}',
+    "train.optimizer=sgd",
+    "train.momentum=0.9",
+    "train.batch_size=64",
+]
 DP += ["train.steps=4", "train.head_lr=5"]
 # method → settings that differ from the configuration's
 METHODS: dict[str, list[str]] = {
@@ -50,9 +55,13 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     """Run, print the table, and return method → its results, one per seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "simulations" / "continual-wordnet.toml")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names of rows, or the first words of several")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), help="names of rows, or the first words of several"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rates", type=float, nargs="*", default=[0.002, 0.006, 0.02], help="of rank-8 factors; one: no tuning")
+    parser.add_argument(
+        "--rates", type=float, nargs="*", default=[0.002, 0.006, 0.02], help="of rank-8 factors; one: no tuning"
+    )
     parser.add_argument("--tuning-seed", type=int, default=100)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, help="finished runs are kept there and not run again")
@@ -83,7 +92,12 @@ def _best_rate(args: argparse.Namespace, method: str, kept: dict[str, Any]) -> f
 def _one(
     args: argparse.Namespace, method: str, rate: float | None, seed: int, kept: dict[str, Any], tasks: int | None = None
 ) -> dict[str, Any]:
-    settings = [*METHODS[method], f"run.seed={seed}", *([f"train.lr={rate}"] if rate is not None else []), *args.overrides]
+    settings = [
+        *METHODS[method],
+        f"run.seed={seed}",
+        *([f"train.lr={rate}"] if rate is not None else []),
+        *args.overrides,
+    ]
     name = json.dumps([str(args.config.name), *settings, *([tasks] if tasks else [])])
     if name not in kept:
         config = RunConfig.load(args.config, settings)

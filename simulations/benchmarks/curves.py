@@ -1,12 +1,13 @@
-"""Rounds of the WordNet preset by every way to simulate it: seconds, what went to neither training nor evaluation, and the accuracy curve.
+"""Rounds of the WordNet preset by every way to simulate it: seconds, what went to neither training nor evaluation, and
+the accuracy curve.
 
-    python simulations/benchmarks/curves.py                      # five ways, three seeds, five rounds: about half an hour on two cores
-    python simulations/benchmarks/curves.py --seeds 1 --rounds 2
+    python simulations/benchmarks/curves.py                      # five ways, three seeds, five rounds: about half an
+    hour on two cores python simulations/benchmarks/curves.py --seeds 1 --rounds 2
 
-The ways: one client at a time (``run.cohort=1``); as it comes; with what lies below the lowest adapter computed once per text
-(``run.cache_prefix``); with a bfloat16 base where the processor multiplies it; and with both. They take turns, seed by seed, on the same
-clients, batches and noise, so that curves differ by rounding alone. A round's seconds leave out evaluation, and the first round, which
-loads models (and fills the cache).
+The ways: one client at a time (``run.cohort=1``); as it comes; with what lies below the lowest adapter computed once
+per text (``run.cache_prefix``); with a bfloat16 base where the processor multiplies it; and with both. They take turns,
+seed by seed, on the same clients, batches and noise, so that curves differ by rounding alone. A round's seconds leave
+out evaluation, and the first round, which loads models (and fills the cache).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import fedlab
 from fedlab.config import RunConfig
-from fedlab.hardware import bfloat16_gain
+from fedlab.models.hardware import bfloat16_gain
 
 ROOT = Path(__file__).resolve().parents[2]
 WAYS = {
@@ -47,7 +48,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Way]:
     runs: dict[str, list[Way]] = {way: [] for way in args.ways}
     for seed in args.seeds:
         for way in args.ways:
-            settings = [f"run.rounds={args.rounds}", "evaluate.every=1", f"run.seed={seed}", *WAYS[way], *args.overrides]
+            settings = [
+                f"run.rounds={args.rounds}",
+                "evaluate.every=1",
+                f"run.seed={seed}",
+                *WAYS[way],
+                *args.overrides,
+            ]
             runs[way].append(one(RunConfig.load(args.config, settings)))
             print(f"seed {seed}, {way}: {runs[way][-1]['seconds']} s, accuracy {runs[way][-1]['accuracy']}", flush=True)
     found = {way: summary(results) for way, results in runs.items()}
@@ -59,7 +66,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Way]:
 
 
 def one(config: RunConfig) -> Way:
-    """Seconds and share of overhead of the rounds after the first, examples per second of training, and accuracy after every round."""
+    """Seconds and share of overhead of the rounds after the first, examples per second of training, and accuracy after
+    every round.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = fedlab.simulate(config, Path(folder) / "run", quiet=True).path
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -76,7 +85,9 @@ def one(config: RunConfig) -> Way:
 
 def summary(results: list[Way]) -> Way:
     """Medians over rounds and seeds, half the range of the seconds, and the curves."""
-    seconds, overhead, examples = ([value for r in results for value in r[key]] for key in ("seconds", "overhead", "examples"))
+    seconds, overhead, examples = (
+        [value for r in results for value in r[key]] for key in ("seconds", "overhead", "examples")
+    )
     return {
         "seconds": statistics.median(seconds),
         "spread": (max(seconds) - min(seconds)) / 2,
@@ -87,11 +98,17 @@ def summary(results: list[Way]) -> Way:
 
 
 def tables(found: dict[str, Way]) -> str:
-    """Two tables in markdown: speed, with ratios to ``cohort`` where it was run, and mean accuracy (± standard deviation) by round."""
+    """Two tables in markdown: speed, with ratios to ``cohort`` where it was run, and mean accuracy (± standard
+    deviation) by round.
+    """
     base = found.get("cohort", next(iter(found.values())))["seconds"]
     lines = ["\n| way | s per round | examples/s | faster than cohort | overhead % |", "|---|---|---|---|---|"]
     for way, row in found.items():
-        cells = [f"{row['seconds']:.2f} ± {row['spread']:.2f}", f"{row['examples']:.0f}", f"{base / row['seconds']:.2f}"]
+        cells = [
+            f"{row['seconds']:.2f} ± {row['spread']:.2f}",
+            f"{row['examples']:.0f}",
+            f"{base / row['seconds']:.2f}",
+        ]
         lines.append(f"| {way} | " + " | ".join([*cells, f"{100 * row['overhead']:.1f}"]) + " |")
     rounds = len(next(iter(found.values()))["curves"][0])
     lines += ["\n| accuracy % after round | " + " | ".join(map(str, range(rounds))) + " |", "|---" * (rounds + 1) + "|"]

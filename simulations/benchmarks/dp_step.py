@@ -1,10 +1,12 @@
-"""One DP-SGD step of LoRA-B and head on MiniLM: fused layers, fedlab's hooks and Opacus' hooks against the non-private step, interleaved.
-The non-private step and the fused layers also with a bfloat16 base (adapters, norms and sums in float32), if the processor multiplies it.
+"""One DP-SGD step of LoRA-B and head on MiniLM: fused layers, fedlab's hooks and Opacus' hooks against the non-private
+step, interleaved. The non-private step and the fused layers also with a bfloat16 base (adapters, norms and sums in
+float32), if the processor multiplies it.
 
     python simulations/benchmarks/dp_step.py [--repeats 7] [--batch 16] [--length 64] [--json FILE]
 
-Prints processor seconds (one thread, median, half the range) and ratios to the non-private step of the same model. All end with the clipped
-sum and add no noise: it is the cost of per-example gradients, their norms and their sum that is compared.
+Prints processor seconds (one thread, median, half the range) and ratios to the non-private step of the same model. All
+end with the clipped sum and add no noise: it is the cost of per-example gradients, their norms and their sum that is
+compared.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
-from fedlab.hardware import bfloat16_gain
-from fedlab.models import LoadedModel, build
+from fedlab.models.adapters import initial_state
+from fedlab.models.hardware import bfloat16_gain
+from fedlab.models.loaded import LoadedModel
+from fedlab.models.loading import build
 from fedlab.privacy.clipping import clipped_sum
 from fedlab.train.dp import PerExampleGradients
 from fedlab.train.fused import CohortLayers

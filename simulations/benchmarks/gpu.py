@@ -1,19 +1,22 @@
 """What a GPU does with a shared pass: examples per second, share of its bfloat16 matrix rate, what DP costs, memory.
 
-    python simulations/benchmarks/gpu.py                 # RoBERTa-large and a 1B-class Llama, random weights; under 8 minutes on one GPU
-    python simulations/benchmarks/gpu.py --small         # tiny models, also on a CPU; what the test suite runs
+    python simulations/benchmarks/gpu.py                 # RoBERTa-large and a 1B-class Llama, random weights; under 8
+    minutes on one GPU python simulations/benchmarks/gpu.py --small         # tiny models, also on a CPU; what the test
+    suite runs
 
-No Ray, no files, no downloads. A bfloat16 base (float32 on a CPU that does not multiply bfloat16 fast), float32 adapters, norms and sums;
-LoRA B of query and value and the head, texts of ``--length`` tokens. Per batch size (rows of a pass) the ways:
+No Ray, no files, no downloads. A bfloat16 base (float32 on a CPU that does not multiply bfloat16 fast), float32
+adapters, norms and sums; LoRA B of query and value and the head, texts of ``--length`` tokens. Per batch size (rows of
+a pass) the ways:
 
 - bare: stock peft and autograd, no DP, no clients: the floor;
 - private: one client's DP-SGD steps, ``train_cohort`` as it is, noise and all;
 - cohort: the same rows from ``--clients`` clients in one pass;
 - hooks: one client's DP-SGD steps by per-example hooks (``train.gradients = "hooks"``), without fused layers.
 
-Ways are timed in turn, ``--repeats`` times after one that is not counted; printed are medians. The share is (2 forward passes' worth of
-floating-point operations: there and back to the activations, nothing for frozen weights) / seconds / the rate of a large product measured
-in the same run. Out of memory at a batch size ends that model's rows, not the script.
+Ways are timed in turn, ``--repeats`` times after one that is not counted; printed are medians. The share is (2 forward
+passes' worth of floating-point operations: there and back to the activations, nothing for frozen weights) / seconds /
+the rate of a large product measured in the same run. Out of memory at a batch size ends that model's rows, not the
+script.
 """
 
 from __future__ import annotations
@@ -31,14 +34,15 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
 from fedlab.data.collate import Tokens
 from fedlab.data.partition import Shards
-from fedlab.hardware import GAIN, bfloat16_gain
 from fedlab.lora.state import State
-from fedlab.models import LoadedModel, adapt
+from fedlab.models.adapters import initial_state
+from fedlab.models.hardware import GAIN, bfloat16_gain
+from fedlab.models.loaded import LoadedModel
+from fedlab.models.loading import adapt
 from fedlab.privacy.plan import DPPlan
 from fedlab.train.cohort import Member, train_cohort
 from fedlab.train.trainer import train_client
@@ -53,7 +57,9 @@ def roberta_large(small: bool) -> tuple[torch.nn.Module, list[str], list[str]]:
 
     shape = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     tiny = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, num_labels=LABELS, **(tiny if small else shape))
+    config = RobertaConfig(
+        vocab_size=50265, max_position_embeddings=514, num_labels=LABELS, **(tiny if small else shape)
+    )
     return RobertaForSequenceClassification(config), ["classifier"], ["query", "value"]
 
 
@@ -63,12 +69,23 @@ def llama_1b(small: bool) -> tuple[torch.nn.Module, list[str], list[str]]:
 
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
     shape = {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, **heads}
-    tiny = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, num_labels=LABELS, **(tiny if small else shape))
+    tiny = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = LlamaConfig(
+        vocab_size=32000, max_position_embeddings=2048, num_labels=LABELS, **(tiny if small else shape)
+    )
     return LlamaForSequenceClassification(config), ["score"], ["q_proj", "v_proj"]
 
 
-MODELS: dict[str, Callable[[bool], tuple[torch.nn.Module, list[str], list[str]]]] = {"roberta-large": roberta_large, "llama-1b": llama_1b}
+MODELS: dict[str, Callable[[bool], tuple[torch.nn.Module, list[str], list[str]]]] = {
+    "roberta-large": roberta_large,
+    "llama-1b": llama_1b,
+}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -115,7 +132,9 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def measure(name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, rate: float) -> dict[str, Any]:
+def measure(
+    name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, rate: float
+) -> dict[str, Any]:
     """Batch → seconds and ratios of one model."""
     torch.manual_seed(0)
     base, head, targets = MODELS[name](args.small)
@@ -125,8 +144,17 @@ def measure(name: str, args: argparse.Namespace, device: torch.device, dtype: to
     model = adapt(base.to(dtype), head, tokenizer, settings.lora, name, device)
     state = initial_state(model, settings.lora, 0)
     operations = 2 * forward_operations(model, args.length)
-    print(f"\n{name}: {sum(p.numel() for p in model.module.parameters()) / 1e6:.0f} M parameters, texts of {args.length} tokens")
-    print("| rows | " + " | ".join(f"{way} ex/s" for way in WAYS) + " | DP overhead | share of matrix rate | GB |\n" + "|---" * 8 + "|")
+    print(
+        f"\n{name}: {sum(p.numel() for p in model.module.parameters()) / 1e6:.0f} M parameters, texts of {args.length}"
+        " tokens"
+    )
+    print(
+        "| rows | "
+        + " | ".join(f"{way} ex/s" for way in WAYS)
+        + " | DP overhead | share of matrix rate | GB |\n"
+        + "|---" * 8
+        + "|"
+    )
     found: dict[str, Any] = {}
     for batch in args.batches:
         try:
@@ -136,7 +164,9 @@ def measure(name: str, args: argparse.Namespace, device: torch.device, dtype: to
             torch.cuda.empty_cache()
             break
         figures["share"] = figures["cohort"] * operations / rate
-        cells = [f"{figures[way]:.1f}" for way in WAYS] + [f"{figures[key]:.2f}" for key in ("overhead", "share", "gigabytes")]
+        cells = [f"{figures[way]:.1f}" for way in WAYS] + [
+            f"{figures[key]:.2f}" for key in ("overhead", "share", "gigabytes")
+        ]
         print(f"| {batch} | " + " | ".join(cells) + " |", flush=True)
     return found
 
@@ -148,10 +178,14 @@ def forward_operations(model: LoadedModel, length: int) -> int:
     return int(2 * length * weights + 4 * length**2 * config.hidden_size * config.num_hidden_layers)
 
 
-def one_batch(model: LoadedModel, settings: RunConfig, state: State, batch: int, args: argparse.Namespace) -> dict[str, float]:
+def one_batch(
+    model: LoadedModel, settings: RunConfig, state: State, batch: int, args: argparse.Namespace
+) -> dict[str, float]:
     """Examples per second of each way, the overhead of DP (bare / cohort), and the peak memory of the cohort's pass."""
     names = sorted(n for n in state if n.endswith("lora_B") or n.startswith("head."))
-    config = settings.model_copy(update={"train": settings.train.model_copy(update={"physical_batch": batch, "batch_size": batch})})
+    config = settings.model_copy(
+        update={"train": settings.train.model_copy(update={"physical_batch": batch, "batch_size": batch})}
+    )
     alone, data = texts(1, batch, args.length)
     several, shared = texts(min(args.clients, batch), batch, args.length)
 
@@ -162,7 +196,9 @@ def one_batch(model: LoadedModel, settings: RunConfig, state: State, batch: int,
     ways: dict[str, Callable[[], object]] = {
         "bare": lambda: bare(model, state, names, data, batch),
         "private": lambda: train_cohort(model, data, [Member(client, state, plan(batch))], names, config, 1),
-        "cohort": lambda: train_cohort(model, shared, [Member(c, state, plan(shared.size(c))) for c in several], names, config, 1),
+        "cohort": lambda: train_cohort(
+            model, shared, [Member(c, state, plan(shared.size(c))) for c in several], names, config, 1
+        ),
         "hooks": lambda: train_client(model, data, client, state, names, config, 1, plan(batch)),
     }
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -188,7 +224,9 @@ def texts(clients: int, rows: int, length: int) -> tuple[list[str], FederatedDat
     names = [f"client-{i}" for i in range(clients)]
     parts = {name: np.arange(rows)[i::clients] for i, name in enumerate(names)}
     nobody = np.array([], dtype=np.int64)
-    return names, FederatedData(tokens, Shards(parts, dict.fromkeys(names, nobody), nobody), tuple(map(str, range(LABELS))))
+    return names, FederatedData(
+        tokens, Shards(parts, dict.fromkeys(names, nobody), nobody), tuple(map(str, range(LABELS)))
+    )
 
 
 def bare(model: LoadedModel, state: State, names: list[str], data: FederatedData, batch: int) -> None:

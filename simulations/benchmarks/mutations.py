@@ -1,10 +1,13 @@
 """Break the real trainer in every way we know, one at a time, and see which detector of the audit notices.
 
-    python simulations/benchmarks/mutations.py [--config simulations/quickstart.toml] [--canaries 2000] [--only NAME ...]
+    python simulations/benchmarks/mutations.py [--config simulations/quickstart.toml] [--canaries 2000] [--only NAME
+    ...]
 
-Prints a Markdown table, mutation × detector. A mutation is an edit of production source, compiled in the place where production looks the
-function up; an edit whose text is no longer there is an error, so the table cannot go stale in silence.
-``tests/train/test_audit.py`` runs the same table on a tiny model and demands that every line has a mark and the first has none.
+Prints a Markdown table, mutation × detector. A mutation is an edit of production source, compiled in the place where
+production looks the function up; an edit whose text is no longer there is an error, so the table cannot go stale in
+silence.
+``tests/trainer_audit/test_empirical.py`` runs the same table on a tiny model and demands that every line has a mark and
+the first has none.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from fedlab.privacy import clipping, noise, plan
 from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session, open_session
 from fedlab.train import dp, trainer
-from fedlab.train.audit import audit_session
-from fedlab.train.conformance import CHECKS as ALL_CHECKS
+from fedlab.trainer_audit.empirical import audit_session
+from fedlab.trainer_audit.mechanism import CHECKS as ALL_CHECKS
 
 BOUNDS = ("steinke", "f-dp", "cp-gdp")
-CHECKS = tuple(check for check in ALL_CHECKS if check != "shared pass")  # compares with train_client, which is what is broken here
+CHECKS = tuple(
+    check for check in ALL_CHECKS if check != "shared pass"
+)  # compares with train_client, which is what is broken here
 NOTHING = "none (correct build)"
 
 
@@ -57,7 +62,10 @@ MUTATIONS = (
     Mutation("half noise", ((DPPlan, "privatise", STD, f"0.5 * {STD}"),)),
     Mutation("noise divided by the batch size", ((DPPlan, "privatise", STD, f"{STD} / self.normaliser"),)),
     Mutation("σ accounted for is 1.2 times what is drawn", ((DPPlan, "event", "self.sigma", "1.2 * self.sigma"),)),
-    Mutation("uniform noise of the same variance", ((noise.SeededNoise, "draw", DRAW, "(self._rng.random(shape) - 0.5) * 12**0.5 * std"),)),
+    Mutation(
+        "uniform noise of the same variance",
+        ((noise.SeededNoise, "draw", DRAW, "(self._rng.random(shape) - 0.5) * 12**0.5 * std"),),
+    ),
     _trainer(
         "noised sum cut to ±C",
         PRIVATISE,
@@ -65,7 +73,8 @@ MUTATIONS = (
         " for n, v in plan.privatise(total, noise).items()}",
     ),
     Mutation(
-        "clipping skipped", ((clipping, "clip_factors", FACTORS, FACTORS.replace("factors, torch", "torch.ones_like(factors), torch")),)
+        "clipping skipped",
+        ((clipping, "clip_factors", FACTORS, FACTORS.replace("factors, torch", "torch.ones_like(factors), torch")),),
     ),
     Mutation(
         "batch mean clipped",
@@ -74,8 +83,10 @@ MUTATIONS = (
                 trainer,
                 "_clipped_gradients",
                 TAKE,
-                "partial, norms = clipped_sum({n: g.mean(0, keepdim=True) for n, g in hooks.take().items()}, plan.clip); "
-                "partial = {n: len(chunk) * v for n, v in partial.items()}",
+                (
+                    "partial, norms = clipped_sum({n: g.mean(0, keepdim=True) for n, g in hooks.take().items()},"
+                    " plan.clip); partial = {n: len(chunk) * v for n, v in partial.items()}"
+                ),
             ),
         ),
     ),
@@ -86,8 +97,10 @@ MUTATIONS = (
                 trainer,
                 "_clipped_gradients",
                 TAKE,
-                "pieces = {n: clipped_sum({n: g}, plan.clip) for n, g in hooks.take().items()}; "
-                "partial, norms = {n: p[0][n] for n, p in pieces.items()}, next(iter(pieces.values()))[1]",
+                (
+                    "pieces = {n: clipped_sum({n: g}, plan.clip) for n, g in hooks.take().items()}; "
+                    "partial, norms = {n: p[0][n] for n, p in pieces.items()}, next(iter(pieces.values()))[1]"
+                ),
             ),
         ),
     ),
@@ -98,13 +111,19 @@ MUTATIONS = (
         "__import__('dataclasses').replace(plan, clip=plan.clip * (2 if seen else 1)))",
     ),
     Mutation(
-        "a gradient holds its neighbour's too", ((dp.PerExampleGradients, "_add", "else gradient", "else gradient + gradient.roll(1, 0)"),)
+        "a gradient holds its neighbour's too",
+        ((dp.PerExampleGradients, "_add", "else gradient", "else gradient + gradient.roll(1, 0)"),),
     ),
     Mutation("NaN passes min(1, C/norm)", ((clipping, "clip_factors", FACTORS, "return factors.nan_to_num(1.0)"),)),
     Mutation(
         "NaN passes and is zeroed afterwards",
         (
-            (clipping, "clip_factors", FACTORS, "return torch.where(torch.isfinite(norms), factors, torch.ones_like(factors))"),
+            (
+                clipping,
+                "clip_factors",
+                FACTORS,
+                "return torch.where(torch.isfinite(norms), factors, torch.ones_like(factors))",
+            ),
             (trainer, "clipped_sum", "finite.double()", "finite.double().nan_to_num(0.0, 0.0, 0.0)"),
         ),
     ),
@@ -114,7 +133,9 @@ MUTATIONS = (
         "gradients = {n: v * plan.normaliser / max(1, len(batch)) for n, v in plan.privatise(total, noise).items()}",
     ),
     _trainer(
-        "head un-noised", PRIVATISE, PRIVATISE + '; gradients |= {n: total[n] / plan.normaliser for n in names if n.startswith("head.")}'
+        "head un-noised",
+        PRIVATISE,
+        PRIVATISE + '; gradients |= {n: total[n] / plan.normaliser for n in names if n.startswith("head.")}',
     ),
     _trainer(
         "a tenth of the raw sum added",
@@ -128,16 +149,32 @@ MUTATIONS = (
         " + (0.1 * total[name] / plan.normaliser).to(parameter) * bool(config.train.momentum)",
     ),
     _trainer(
-        "the audit's way in ignored", "per_example(model, names if plan else [])", "PerExampleGradients(model, names if plan else [])"
+        "the audit's way in ignored",
+        "per_example(model, names if plan else [])",
+        "PerExampleGradients(model, names if plan else [])",
     ),
-    _trainer("same noise every step", "plan.privatise(total, noise)", f"plan.privatise(total, plan.noise_source({NOISE_STREAM}))"),
+    _trainer(
+        "same noise every step",
+        "plan.privatise(total, noise)",
+        f"plan.privatise(total, plan.noise_source({NOISE_STREAM}))",
+    ),
     _trainer("same noise every round", NOISE_STREAM, 'stream(seed, "noise", client)'),
     _trainer("same noise for every client", NOISE_STREAM, 'stream(seed, "noise", round_number)'),
     Mutation(
         "same noise in every tensor",
         (
-            (DPPlan, "privatise", "return {", "flat = noise.draw((max(t.numel() for t in clipped_sum.values()),), 1.0); return {"),
-            (DPPlan, "privatise", f"noise.draw(tuple(total.shape), {STD})", f"({STD} * flat[: total.numel()].reshape(total.shape))"),
+            (
+                DPPlan,
+                "privatise",
+                "return {",
+                "flat = noise.draw((max(t.numel() for t in clipped_sum.values()),), 1.0); return {",
+            ),
+            (
+                DPPlan,
+                "privatise",
+                f"noise.draw(tuple(total.shape), {STD})",
+                f"({STD} * flat[: total.numel()].reshape(total.shape))",
+            ),
         ),
     ),
     _trainer(
@@ -147,9 +184,18 @@ MUTATIONS = (
     ),
     Mutation(
         "fixed-size batches",
-        ((plan, "poisson_batch", "np.flatnonzero(rng.random(n) < q)", "np.sort(np.argsort(rng.random(n))[: round(q * n)])"),),
+        (
+            (
+                plan,
+                "poisson_batch",
+                "np.flatnonzero(rng.random(n) < q)",
+                "np.sort(np.argsort(rng.random(n))[: round(q * n)])",
+            ),
+        ),
     ),
-    _trainer("same batches every round", 'stream(seed, "batches", client, round_number)', 'stream(seed, "batches", client)'),
+    _trainer(
+        "same batches every round", 'stream(seed, "batches", client, round_number)', 'stream(seed, "batches", client)'
+    ),
     _trainer("empty batches skipped", "enumerate(batches):\n", "enumerate(b for b in batches if len(b)):\n"),
     _trainer("twice the steps charged", "range(steps)", "range(2 * steps)"),
 )
@@ -165,7 +211,9 @@ def mutated(mutation: Mutation) -> Iterator[None]:
             present, key = getattr(owner, attribute), (id(owner), attribute)
             source = sources.get(key) or textwrap.dedent(inspect.getsource(present))
             if source.count(old) != 1:
-                raise LookupError(f"{mutation.name}: {old!r} is not (exactly once) in {attribute}; bring the mutation up to date")
+                raise LookupError(
+                    f"{mutation.name}: {old!r} is not (exactly once) in {attribute}; bring the mutation up to date"
+                )
             sources[key] = source.replace(old, new)
             scope: dict[str, Any] = {}
             exec(compile(sources[key], f"<{mutation.name}>", "exec"), present.__globals__, scope)
@@ -181,14 +229,18 @@ def detect(session: Session, mutation: Mutation, canaries: int = 2000, seed: int
     """Detector → what it has to say about the mutated trainer; an empty list if nothing."""
     with mutated(mutation):
         audit = audit_session(session, canaries, seed)
-    result: dict[str, list[str]] = {name: [] for name in BOUNDS} | {check: list(audit.conformance[check]) for check in CHECKS}
+    result: dict[str, list[str]] = {name: [] for name in BOUNDS} | {
+        check: list(audit.conformance[check]) for check in CHECKS
+    }
     for bound in audit.bounds:
         if bound.epsilon > audit.claimed:
             result[bound.name].append(f"{bound.epsilon:.1f}")
     return result
 
 
-def mutation_table(session: Session, canaries: int = 2000, seed: int = 0, only: Iterable[str] = ()) -> dict[str, dict[str, list[str]]]:
+def mutation_table(
+    session: Session, canaries: int = 2000, seed: int = 0, only: Iterable[str] = ()
+) -> dict[str, dict[str, list[str]]]:
     """Mutation → detector → findings, for all mutations or those named."""
     wanted = set(only)
     return {m.name: detect(session, m, canaries, seed) for m in MUTATIONS if not wanted or m.name in wanted}
@@ -221,7 +273,10 @@ def main() -> None:
         for name, row in table.items():
             for detector, sentences in row.items():
                 if detector in CHECKS and sentences:
-                    print(f"{name} | {detector}: {sentences[0]}" + (f" (+{len(sentences) - 1})" if len(sentences) > 1 else ""))
+                    print(
+                        f"{name} | {detector}: {sentences[0]}"
+                        + (f" (+{len(sentences) - 1})" if len(sentences) > 1 else "")
+                    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def main() -> None:
             started = time.perf_counter()
             draw()
             seconds[name].append(time.perf_counter() - started)
-    rates = {name: args.samples / statistics.median(times[1:]) / 1e6 for name, times in seconds.items()}  # the first warms up
+    rates = {
+        name: args.samples / statistics.median(times[1:]) / 1e6 for name, times in seconds.items()
+    }  # the first warms up
     base = rates["seeded (numpy Philox, float64)"]
     print("| source | M samples/s | of seeded |\n|---|---|---|")
     for name, rate in rates.items():

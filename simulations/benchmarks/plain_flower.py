@@ -1,9 +1,11 @@
-"""What a user would write without fedlab: a Flower message-API app with Opacus and peft, after Flower's own ``examples/opacus``.
+"""What a user would write without fedlab: a Flower message-API app with Opacus and peft, after Flower's own
+``examples/opacus``.
 
-One client per SuperNode and message. A message brings the global tensors; the client puts them into its model, wraps model, optimiser
-and loader with a new ``PrivacyEngine``, takes its steps and returns its tensors; FedAvg averages. ``KEEP`` decides whether the model stays
-loaded in the process between messages, or is built for each message as the example does. It is made as cheap as it can be without leaving
-that form: adapters and head travel, not the model; the tokens are fedlab's, memory-mapped; dropout is off; nothing is evaluated.
+One client per SuperNode and message. A message brings the global tensors; the client puts them into its model, wraps
+model, optimiser and loader with a new ``PrivacyEngine``, takes its steps and returns its tensors; FedAvg averages.
+``KEEP`` decides whether the model stays loaded in the process between messages, or is built for each message as the
+example does. It is made as cheap as it can be without leaving that form: adapters and head travel, not the model; the
+tokens are fedlab's, memory-mapped; dropout is off; nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData, corpus_and_shards, open_data
-from fedlab.models import load_base, load_tokenizer
+from fedlab.models.loading import load_base, load_tokenizer
 
 KEEP, CONFIG = "PLAIN_FLOWER_KEEP", "PLAIN_FLOWER_CONFIG"  # environment of server and clients
 _kept: dict[str, Any] = {}
@@ -91,7 +93,9 @@ def fit(config: RunConfig, model: torch.nn.Module, data: FederatedData, client: 
 
     own = TensorDataset(torch.from_numpy(data.train(client)))
     loader = DataLoader(own, batch_size=config.train.batch_size, collate_fn=collate)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=config.train.lr, momentum=config.train.momentum)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=config.train.lr, momentum=config.train.momentum
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         private, private_optimizer, private_loader = PrivacyEngine(secure_mode=False).make_private(
@@ -106,7 +110,8 @@ def fit(config: RunConfig, model: torch.nn.Module, data: FederatedData, client: 
         for batch in islice(endless(private_loader), config.train.steps):
             private_optimizer.zero_grad()
             if not isinstance(batch, dict) or not len(batch["labels"]):
-                continue  # an empty draw: Opacus' loader gives a list, or tensors without rows, which the model cannot take
+                # an empty draw: Opacus' loader gives a list, or tensors without rows, which the model cannot take
+                continue
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             loss = cross_entropy(private(**inputs).logits, batch["labels"])
             loss.backward()
@@ -190,7 +195,11 @@ def run(config: RunConfig, keep: bool) -> list[dict[str, float]]:
             outcome["error"] = error
 
     resources = {"num_cpus": config.run.cpus_per_node, "num_gpus": config.run.gpus_per_node}
-    init = {"num_cpus": int(config.run.nodes * config.run.cpus_per_node), "include_dashboard": False, "log_to_driver": False}
+    init = {
+        "num_cpus": int(config.run.nodes * config.run.cpus_per_node),
+        "include_dashboard": False,
+        "log_to_driver": False,
+    }
     run_simulation(server_app, client_app, count, backend_config={"client_resources": resources, "init_args": init})  # type: ignore[dict-item]
     if "rounds" not in outcome:
         raise RuntimeError(f"the plain Flower app failed: {outcome.get('error')}")

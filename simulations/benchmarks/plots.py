@@ -36,7 +36,14 @@ def rounds(results: dict[str, Any], path: Path) -> Path:
     for axes, (batch, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         ways = result["ways"]
         spread = [way["spread"] for way in ways.values()]
-        axes.bar(range(len(ways)), [way["median"] for way in ways.values()], yerr=spread, color="#2563eb", ecolor="#333333", capsize=3)
+        axes.bar(
+            range(len(ways)),
+            [way["median"] for way in ways.values()],
+            yerr=spread,
+            color="#2563eb",
+            ecolor="#333333",
+            capsize=3,
+        )
         axes.set_xticks(range(len(ways)), list(ways), rotation=20, ha="right")
         axes.set(title=f"50 clients, batch {batch}", ylabel="seconds per round")
         axes.spines[["top", "right"]].set_visible(False)
@@ -46,10 +53,17 @@ def rounds(results: dict[str, Any], path: Path) -> Path:
 def growth(rows: dict[str, list[dict[str, Any]]], path: Path) -> Path:
     """Milliseconds per client and round, training and the rest, as one setting grows."""
     figure = Figure(figsize=(3.1 * len(rows), 2.8), layout="constrained")
-    for axes, (axis, found) in zip(figure.subplots(1, len(rows), squeeze=False, sharey=True)[0], rows.items(), strict=True):
+    for axes, (axis, found) in zip(
+        figure.subplots(1, len(rows), squeeze=False, sharey=True)[0], rows.items(), strict=True
+    ):
         labels = [label(row) for row in found]
         clients = [row["clients_per_round"] for row in found]
-        axes.plot(labels, [1000 * row["training"] / n for row, n in zip(found, clients, strict=True)], marker="o", label="training")
+        axes.plot(
+            labels,
+            [1000 * row["training"] / n for row, n in zip(found, clients, strict=True)],
+            marker="o",
+            label="training",
+        )
         axes.plot(labels, [row["overhead_ms"] for row in found], marker="s", label="everything else")
         axes.set(title=axis, ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
@@ -62,7 +76,11 @@ def label(row: dict[str, Any]) -> str:
     """What was set, short."""
     value = json.loads(row["setting"].partition("=")[2])
     return (
-        ", ".join(value) if isinstance(value, list) else f"{row['clients_per_round']:.0f}" if "fraction" in row["setting"] else str(value)
+        ", ".join(value)
+        if isinstance(value, list)
+        else f"{row['clients_per_round']:.0f}"
+        if "fraction" in row["setting"]
+        else str(value)
     )
 
 

@@ -1,16 +1,18 @@
-"""Hostile clients: held-out accuracy of the mean and of the rules of ``fedlab.lora.robust`` under the attacks of ``fedlab.lora.attacks``.
+"""Hostile clients: held-out accuracy of the mean and of the rules of ``fedlab.lora.robust`` under the attacks of
+``fedlab.lora.attacks``.
 
     python simulations/benchmarks/robust.py --seeds 2         # the first table of docs/benchmarks.md, "Hostile clients"
     python simulations/benchmarks/robust.py --partition 0.5   # the second: Dirichlet(0.5)
     python simulations/benchmarks/robust.py --rules mean krum --attacks none sign_flip --json
 
-Clients train B and the head (FFA-LoRA), without DP, in this one process; the rule is applied to the updates, all of one weight. Three of
-ten clients are hostile in every round. They work from their own honest updates and know neither the others' nor the rule. An update that
-is not finite is excluded before the rule, as fedlab's server does. Rules are told how many clients may be hostile: the number that is
-(less those already excluded), or the largest that their condition on n allows.
+Clients train B and the head (FFA-LoRA), without DP, in this one process; the rule is applied to the updates, all of one
+weight. Three of ten clients are hostile in every round. They work from their own honest updates and know neither the
+others' nor the rule. An update that is not finite is excluded before the rule, as fedlab's server does. Rules are told
+how many clients may be hostile: the number that is (less those already excluded), or the largest that their condition
+on n allows.
 
-What saves work and changes nothing but rounding: an update is trained once, and runs that reach the same state share it; below the first
-adapted layer a BERT encoder gives the same for the same text, so it runs once per text.
+What saves work and changes nothing but rounding: an update is trained once, and runs that reach the same state share
+it; below the first adapted layer a BERT encoder gives the same for the same text, so it runs once per text.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
 from fedlab.errors import RunFailed
@@ -38,13 +39,16 @@ from fedlab.lora.attacks import ATTACKS, attack, flip_labels
 from fedlab.lora.average import weighted_mean
 from fedlab.lora.robust import RULES
 from fedlab.lora.state import State, check_update, digest, select
-from fedlab.models import LoadedModel, SentenceClassifier
+from fedlab.models.adapters import initial_state
+from fedlab.models.encoder import SentenceClassifier
+from fedlab.models.loaded import LoadedModel
 from fedlab.seeds import client_order, stream, stream_seed
 from fedlab.session import Session, open_session, torch_threads
 from fedlab.train.trainer import train_client
 
 ROOT = Path(__file__).resolve().parents[2]
-# WordNet's nouns, small enough for a table in a few minutes: 10 clients, 4 rounds of 2 steps of 24 glosses, MiniLM's last layer.
+# WordNet's nouns, small enough for a table in a few minutes: 10 clients, 4 rounds of 2 steps of 24 glosses, MiniLM's
+# last layer.
 WORDNET = [
     "run.rounds=4",
     "data.clients=10",
@@ -68,7 +72,9 @@ ALL_ATTACKS = ("none", *OPTIONS, "label_flip")
 
 
 class Below(nn.Module):
-    """In the place of BERT's embeddings: what comes out of the frozen layers under the first adapted one, remembered by text."""
+    """In the place of BERT's embeddings: what comes out of the frozen layers under the first adapted one, remembered by
+    text.
+    """
 
     def __init__(self, embeddings: nn.Module, layers: Sequence[nn.Module], pad_id: int) -> None:
         super().__init__()
@@ -134,7 +140,9 @@ class Setting:
         if key not in self.trained:
             data = self.flipped if poisoned else self.session.data
             try:
-                done = train_client(self.session.model, data, client, state, self.names, self.session.config, number, None)
+                done = train_client(
+                    self.session.model, data, client, state, self.names, self.session.config, number, None
+                )
                 self.trained[key] = done.update
             except RunFailed:
                 self.trained[key] = None
@@ -150,13 +158,20 @@ def open_setting(config: RunConfig, hostile: int) -> Setting:
     drawn = stream(config.run.seed, "hostile").choice(data.clients, hostile, replace=False)
     chosen = sorted(map(str, drawn), key=client_order)
     return Setting(
-        session, chosen, replace(data, tokens=replace(data.tokens, labels=labels)), start, list(select(start, ("lora_B", "head")))
+        session,
+        chosen,
+        replace(data, tokens=replace(data.tokens, labels=labels)),
+        start,
+        list(select(start, ("lora_B", "head"))),
     )
 
 
 def received(setting: Setting, name: str, state: State, number: int) -> dict[str, State]:
     """What reaches the server in one round, hostile updates included."""
-    silent = name in ("gaussian", "nan")  # these send the same whatever they would have trained: any update of the right shapes serves
+    silent = name in (
+        "gaussian",
+        "nan",
+    )  # these send the same whatever they would have trained: any update of the right shapes serves
     updates: dict[str, State] = {}
     for client in setting.session.data.clients:
         hostile = client in setting.hostile
@@ -170,7 +185,9 @@ def received(setting: Setting, name: str, state: State, number: int) -> dict[str
 
 
 def aggregate(rule: str, updates: dict[str, State], hostile: int) -> State:
-    """The rule on the updates, all of one weight, told that ``hostile`` of them may be anything or as many as it can stand."""
+    """The rule on the updates, all of one weight, told that ``hostile`` of them may be anything or as many as it can
+    stand.
+    """
     weights, n = dict.fromkeys(updates, 1.0), len(updates)
     if rule == "mean":
         return weighted_mean(updates, weights)
@@ -183,7 +200,9 @@ def aggregate(rule: str, updates: dict[str, State], hostile: int) -> State:
 
 
 def run(setting: Setting, rule: str, name: str) -> dict[str, Any]:
-    """All rounds of one cell: accuracy at the end, exclusions, and the round in which no usable update was left (None: never)."""
+    """All rounds of one cell: accuracy at the end, exclusions, and the round in which no usable update was left (None:
+    never).
+    """
     state, excluded, ended = dict(setting.start), 0, None
     config = setting.session.config
     for number in range(1, config.run.rounds + 1):
@@ -196,23 +215,34 @@ def run(setting: Setting, rule: str, name: str) -> dict[str, Any]:
         change = aggregate(rule, usable, sum(client in usable for client in setting.hostile))
         state = {n: value + change[n] if n in change else value for n, value in state.items()}
     setting.session.model.load(state)
-    scores = classify(setting.session.model, setting.session.data, setting.session.data.test, config.evaluate.batch_size)
+    scores = classify(
+        setting.session.model, setting.session.data, setting.session.data.test, config.evaluate.batch_size
+    )
     return {"rule": rule, "attack": name, "accuracy": scores.accuracy, "excluded": excluded, "ended": ended}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="a preset, taken as it is but for privacy (default: WordNet, made small)")
+    parser.add_argument(
+        "--config", type=Path, help="a preset, taken as it is but for privacy (default: WordNet, made small)"
+    )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rules", nargs="+", default=list(ALL_RULES), choices=ALL_RULES)
     parser.add_argument("--attacks", nargs="+", default=list(ALL_ATTACKS), choices=ALL_ATTACKS)
     parser.add_argument("--partition", default="iid", help='"iid", or the α of a Dirichlet partition')
     parser.add_argument("--hostile", type=float, default=0.3, help="share of the clients")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="print JSON, one object per cell and seed, instead of the table")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, one object per cell and seed, instead of the table"
+    )
     args = parser.parse_args(argv)
     partition = "{kind='iid'}" if args.partition == "iid" else f"{{kind='dirichlet', alpha={float(args.partition)}}}"
-    common = [f"data.partition={partition}", "privacy={unit='none'}", *([] if args.config else WORDNET), *args.overrides]
+    common = [
+        f"data.partition={partition}",
+        "privacy={unit='none'}",
+        *([] if args.config else WORDNET),
+        *args.overrides,
+    ]
     cells: list[dict[str, Any]] = []
     for seed in range(1, args.seeds + 1):
         config = RunConfig.load(args.config or ROOT / "simulations" / "wordnet.toml", [*common, f"run.seed={seed}"])
@@ -230,7 +260,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_table(cells: list[dict[str, Any]], rules: Sequence[str], attacks: Sequence[str]) -> None:
-    """Rule × attack: mean accuracy over seeds in %, ± standard deviation where there are several; † where a run ended early."""
+    """Rule × attack: mean accuracy over seeds in %, ± standard deviation where there are several; † where a run ended
+    early.
+    """
     print("| rule | " + " | ".join(attacks) + " |\n|---|" + "---|" * len(attacks))
     for rule in rules:
         row = []

@@ -1,22 +1,24 @@
-"""Seconds of a federated round: fedlab, a plain Flower app with Opacus and peft, and the floor. Side by side, in one run.
+"""Seconds of a federated round: fedlab, a plain Flower app with Opacus and peft, and the floor. Side by side, in one
+run.
 
-    python simulations/benchmarks/rounds.py                       # 50 clients, batches of 4 and 32; about 25 minutes on two cores
-    python simulations/benchmarks/rounds.py --small               # a few clients and one repeat
+    python simulations/benchmarks/rounds.py                       # 50 clients, batches of 4 and 32; about 25 minutes on
+    two cores python simulations/benchmarks/rounds.py --small               # a few clients and one repeat
 
-All ways do the same work on the same model, clients, tokens, expected batches, clip and noise: B of every adapted layer and the head by
-DP-SGD, in ``--nodes`` processes with one torch thread each. The ways:
+All ways do the same work on the same model, clients, tokens, expected batches, clip and noise: B of every adapted layer
+and the head by DP-SGD, in ``--nodes`` processes with one torch thread each. The ways:
 
 - sequential: fedlab, one client at a time (``run.cohort=1``);
 - cohort: fedlab as it comes;
 - cohort auto: the same with ``run.dtype=auto``, a bfloat16 base where the processor multiplies it faster;
 - flower kept: a plain Flower message-API app (``plain_flower.py``) whose model stays loaded between messages;
 - flower: the same app as Flower's example is written, with a model built for each message;
-- bare: the floor. As many processes as nodes, each a loop of stock peft and autograd over its share of the examples, without DP, clients,
+- bare: the floor. As many processes as nodes, each a loop of stock peft and autograd over its share of the examples,
+  without DP, clients,
   messages or ledgers.
 
-A round is timed on the server from the first message to the aggregated model, start-up, the first round (which loads models) and evaluation
-left out. Every way runs in a process of its own, in turn, ``--repeats`` times; printed are medians over rounds and repeats, half the range,
-and ratios of medians.
+A round is timed on the server from the first message to the aggregated model, start-up, the first round (which loads
+models) and evaluation left out. Every way runs in a process of its own, in turn, ``--repeats`` times; printed are
+medians over rounds and repeats, half the range, and ratios of medians.
 """
 
 from __future__ import annotations
@@ -37,7 +39,12 @@ WAYS = ("sequential", "cohort", "cohort auto", "flower kept", "flower", "bare")
 RATIOS = tuple((slow, fast) for fast in ("cohort", "cohort auto") for slow in ("sequential", "flower kept", "flower"))
 RATIOS += (("cohort", "bare"), ("cohort auto", "bare"))
 SETTINGS = {"sequential": ["run.cohort=1"], "cohort auto": ["run.dtype=auto"]}
-QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -73,11 +80,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-            args.json.write_text(json.dumps({"arguments": settings, "cores": os.cpu_count(), "results": results}, indent=2))
+            args.json.write_text(
+                json.dumps({"arguments": settings, "cores": os.cpu_count(), "results": results}, indent=2)
+            )
     return results
 
 
-def in_its_own_process(args: argparse.Namespace, way: str, batch: int, share: int | None = None) -> list[dict[str, float]]:
+def in_its_own_process(
+    args: argparse.Namespace, way: str, batch: int, share: int | None = None
+) -> list[dict[str, float]]:
     """The timed rounds of one way."""
     process = start(args, way, batch, share)
     output, errors = process.communicate()
@@ -93,7 +104,9 @@ def start(args: argparse.Namespace, way: str, batch: int, share: int | None = No
         options += [f"--{key}", str(getattr(args, key))]
     options += [text for value in args.overrides for text in ("--set", value)]
     options += [] if share is None else ["--share", str(share)]
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # Ray's workers need both
+    paths = os.pathsep.join(
+        [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )  # Ray's workers need both
     command = [sys.executable, "-W", "ignore", __file__, *options]
     environment = {**QUIET, **os.environ, "PYTHONPATH": paths}
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
@@ -136,7 +149,9 @@ def one(args: argparse.Namespace) -> list[dict[str, float]]:
 
 
 def bare(args: argparse.Namespace, config: Any) -> list[dict[str, float]]:
-    """The floor: ``nodes`` processes at once, each with its share of the clients' examples; a round takes as long as the slowest."""
+    """The floor: ``nodes`` processes at once, each with its share of the clients' examples; a round takes as long as
+    the slowest.
+    """
     if args.share is None:
         processes = [start(args, "bare", args.batches[0], share) for share in range(args.nodes)]
         outputs = [process.communicate() for process in processes]
@@ -144,10 +159,13 @@ def bare(args: argparse.Namespace, config: Any) -> list[dict[str, float]]:
             raise SystemExit(outputs[0][1][-3000:])
         shares = [json.loads(output.strip().splitlines()[-1]) for output, _ in outputs]
         together = [list(parts) for parts in zip(*shares, strict=True)]
-        return [{"seconds": max(p["seconds"] for p in parts), "examples": sum(p["examples"] for p in parts)} for parts in together]
+        return [
+            {"seconds": max(p["seconds"] for p in parts), "examples": sum(p["examples"] for p in parts)}
+            for parts in together
+        ]
     import cohort
 
-    from fedlab.adapters import initial_state
+    from fedlab.models.adapters import initial_state
     from fedlab.session import open_session, torch_threads
 
     session = open_session(config.to_toml())
@@ -159,7 +177,9 @@ def bare(args: argparse.Namespace, config: Any) -> list[dict[str, float]]:
         for _ in range(args.rounds + 1):
             started = time.perf_counter()
             cohort.bare(session, state, names, own)
-            rounds.append({"seconds": time.perf_counter() - started, "examples": float(args.steps * args.batches[0] * len(own))})
+            rounds.append(
+                {"seconds": time.perf_counter() - started, "examples": float(args.steps * args.batches[0] * len(own))}
+            )
     return rounds[1:]
 
 
@@ -168,10 +188,18 @@ def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     seconds = {way: [r["seconds"] for r in found] for way, found in rounds.items() if found}
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     ways = {
-        way: {"median": medians[way], "spread": (max(v) - min(v)) / 2, "rounds": v, "examples": rounds[way][0]["examples"]}
+        way: {
+            "median": medians[way],
+            "spread": (max(v) - min(v)) / 2,
+            "rounds": v,
+            "examples": rounds[way][0]["examples"],
+        }
         for way, v in seconds.items()
     }
-    return {"ways": ways, "ratios": {f"{a} / {b}": medians[a] / medians[b] for a, b in RATIOS if a in medians and b in medians}}
+    return {
+        "ways": ways,
+        "ratios": {f"{a} / {b}": medians[a] / medians[b] for a, b in RATIOS if a in medians and b in medians},
+    }
 
 
 def table(batch: int, args: argparse.Namespace, result: dict[str, Any]) -> str:
@@ -179,7 +207,10 @@ def table(batch: int, args: argparse.Namespace, result: dict[str, Any]) -> str:
     lines = [f"\nbatch {batch}, {args.clients} clients per round, {args.steps} steps, {args.nodes} processes\n"]
     lines += ["| way | seconds per round | examples per second |", "|---|---|---|"]
     for way, figures in result["ways"].items():
-        lines.append(f"| {way} | {figures['median']:.2f} ± {figures['spread']:.2f} | {figures['examples'] / figures['median']:.0f} |")
+        lines.append(
+            f"| {way} | {figures['median']:.2f} ± {figures['spread']:.2f} |"
+            f" {figures['examples'] / figures['median']:.0f} |"
+        )
     return "\n".join([*lines, "", ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["ratios"].items())])
 
 

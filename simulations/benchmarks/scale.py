@@ -1,12 +1,13 @@
 """What many clients cost: 10,000 registered, 1,000 per round, on a tiny model whose training costs almost nothing.
 
-    python simulations/benchmarks/scale.py                         # 10,000 clients, 1,000 per round, with and without DP
-    python simulations/benchmarks/scale.py --vary clients          # or rank, modules, length: how a round's cost grows
-    python simulations/benchmarks/scale.py --small                 # seconds; what the test suite runs
+    python simulations/benchmarks/scale.py                         # 10,000 clients, 1,000 per round, with and without
+    DP python simulations/benchmarks/scale.py --vary clients          # or rank, modules, length: how a round's cost
+    grows python simulations/benchmarks/scale.py --small                 # seconds; what the test suite runs
 
-Model (a random two-layer BERT), tokenizer and texts are made in a temporary directory. Per run: seconds until the first round (reading,
-tokenising, dealing, and 10,000 clients that declare themselves), seconds per round, of them training and evaluation, what remains per
-client (*overhead*), the peak memory of all processes together (proportional set size: shared pages are counted once), and how long
+Model (a random two-layer BERT), tokenizer and texts are made in a temporary directory. Per run: seconds until the first
+round (reading, tokenising, dealing, and 10,000 clients that declare themselves), seconds per round, of them training
+and evaluation, what remains per client (*overhead*), the peak memory of all processes together (proportional set size:
+shared pages are counted once), and how long
 ``fedlab audit`` takes, which must find nothing wrong.
 """
 
@@ -57,9 +58,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         args.overrides = ["run.backend=local", "run.nodes=1", *args.overrides]
     rows: list[dict[str, Any]] = []
     print(
-        "| privacy | setting | set-up s | round s | training s | evaluation s | overhead per client ms | peak GB | audit s |\n"
-        + "|---" * 9
-        + "|",
+        "| privacy | setting | set-up s | round s | training s | evaluation s | overhead per client ms | peak GB |"
+        " audit s |\n" + "|---" * 9 + "|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +70,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 setting = f"{key}={json.dumps(value)}"
                 off = ['privacy={unit="none"}'] if privacy == "no DP" else []
                 config = RunConfig.parse(toml, [*off, setting, *args.overrides])
-                rows.append({"privacy": privacy, "setting": setting, **measure(config, Path(folder) / f"run-{len(rows)}")})
-                shown = [f"{rows[-1][k]:.2f}" for k in ("setup", "round", "training", "evaluation", "overhead_ms", "gigabytes", "audit")]
+                rows.append(
+                    {"privacy": privacy, "setting": setting, **measure(config, Path(folder) / f"run-{len(rows)}")}
+                )
+                shown = [
+                    f"{rows[-1][k]:.2f}"
+                    for k in ("setup", "round", "training", "evaluation", "overhead_ms", "gigabytes", "audit")
+                ]
                 print(f"| {privacy} | {setting} | " + " | ".join(shown) + " |", flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -88,18 +93,28 @@ def make(folder: Path, args: argparse.Namespace) -> str:
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     tokens = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=raw, **tokens).save_pretrained(folder / "model")
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
     BertModel(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(folder / "model")
     rng = np.random.default_rng(0)
     with (folder / "texts.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         for i in range(args.clients * args.examples):
-            writer.writerow([" ".join(rng.choice(WORDS[i % 4 :: 4], 30 if args.vary == "length" else 6)), f"label{i % 4}"])
+            writer.writerow(
+                [" ".join(rng.choice(WORDS[i % 4 :: 4], 30 if args.vary == "length" else 6)), f"label{i % 4}"]
+            )
     return f"""
 [run]
 rounds = {args.rounds}

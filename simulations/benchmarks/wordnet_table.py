@@ -1,11 +1,12 @@
 """Accuracy of the strategies on WordNet × {no DP, ε = 6}, several seeds, learning rates tuned per method.
 
-    python simulations/benchmarks/wordnet_table.py                       # everything, about an hour and a half on two cores
-    python simulations/benchmarks/wordnet_table.py --rounds 4 --seeds 1  # a quick look
+    python simulations/benchmarks/wordnet_table.py                       # everything, about an hour and a half on two
+    cores python simulations/benchmarks/wordnet_table.py --rounds 4 --seeds 1  # a quick look
 
-Protocol: for each (method, privacy) every learning rate of the grid is tried with one tuning seed (not among the reported seeds); the
-best by held-out accuracy is then run with each reported seed. The number of rates tried is the same for all. Runs go one after the other
-through ``fedlab.simulate``; finished ones are found again in ``--out``, those that were cut off are resumed.
+Protocol: for each (method, privacy) every learning rate of the grid is tried with one tuning seed (not among the
+reported seeds); the best by held-out accuracy is then run with each reported seed. The number of rates tried is the
+same for all. Runs go one after the other through ``fedlab.simulate``; finished ones are found again in ``--out``, those
+that were cut off are resumed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import fedlab
 from fedlab.run.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
-# Kaiming rows have norm 1/√3, so its adapter steps are made three times longer, the head's are not: the same grid of effective steps.
+# Kaiming rows have norm 1/√3, so its adapter steps are made three times longer, the head's are not: the same grid of
+# effective steps.
 ADAPTER_STEP = {"ffa (kaiming)": 3.0}
 METHODS = {
     "head": ["strategy.name=head"],
@@ -28,7 +30,11 @@ METHODS = {
     "fedsvd": ["strategy.name=fedsvd", "lora.init_a=orthonormal"],
     "fedsvd (A from weights)": ["strategy.name=fedsvd", "lora.init_a=weights"],
     "fedsvd (moving, random)": ["strategy.name=fedsvd", "strategy.refresh={every=1, keep=4, source='random'}"],
-    "fedsvd (moving, weights)": ["strategy.name=fedsvd", "lora.init_a=weights", "strategy.refresh={every=1, keep=4, source='weights'}"],
+    "fedsvd (moving, weights)": [
+        "strategy.name=fedsvd",
+        "lora.init_a=weights",
+        "strategy.refresh={every=1, keep=4, source='weights'}",
+    ],
     "flora (B only)": ["strategy.name=flora", "strategy.train=B"],
     "flora": ["strategy.name=flora"],
     "fedex": ["strategy.name=fedex"],
@@ -61,7 +67,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--tuning-rounds", type=int, help="rounds of a tuning run (default: as many as the others)")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.5, 4.5])
-    parser.add_argument("--head-rate", type=float, help="learning rate of the head in every run (default: the adapter's)")
+    parser.add_argument(
+        "--head-rate", type=float, help="learning rate of the head in every run (default: the adapter's)"
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--privacy", nargs="+", default=list(PRIVACY), choices=list(PRIVACY))
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
@@ -80,10 +88,15 @@ def main() -> None:
         for method in args.methods:
             overrides = [*common, *METHODS[method], *PRIVACY[privacy]]
             folder = args.out / f"{method}-{privacy}".replace("ε", "eps")
-            folder = folder.with_name("".join(c if c.isalnum() or c in "-." else "" for c in folder.name.replace("(", "-")))
+            folder = folder.with_name(
+                "".join(c if c.isalnum() or c in "-." else "" for c in folder.name.replace("(", "-"))
+            )
 
             def result(rate: float, seed: int, name: str, *more: str) -> dict[str, object]:
-                rates = [f"train.lr={rate * ADAPTER_STEP.get(method, 1.0)}", f"train.head_lr={args.head_rate or rate}"]  # noqa: B023
+                rates = [
+                    f"train.lr={rate * ADAPTER_STEP.get(method, 1.0)}",  # noqa: B023
+                    f"train.head_lr={args.head_rate or rate}",
+                ]
                 return run(args.config, [*overrides, *rates, f"run.seed={seed}", *more], folder / name)  # noqa: B023
 
             tuned = {rate: result(rate, TUNING_SEED, f"tune-{rate:g}", *tuning) for rate in args.rates}
@@ -111,9 +124,9 @@ def row(method: str, privacy: str, rate: float, results: list[dict[str, object]]
     epsilon = results[0]["epsilon"]
     shown = epsilon if isinstance(epsilon, str) else f"{max(column('epsilon')):.2f}"
     return (
-        f"| {method} | {privacy} | {rate:g} | {spread(column('accuracy'))} | {spread(column('macro_f1'))} | {spread(mean)} "
-        f"| {spread(worst)} | {shown} | {statistics.fmean(column('bytes_up')) / 1e6:.1f} "
-        f"| {statistics.fmean(column('overhead_seconds_per_round')):.2f} |"
+        f"| {method} | {privacy} | {rate:g} | {spread(column('accuracy'))} | {spread(column('macro_f1'))} |"
+        f" {spread(mean)} | {spread(worst)} | {shown} | {statistics.fmean(column('bytes_up')) / 1e6:.1f} |"
+        f" {statistics.fmean(column('overhead_seconds_per_round')):.2f} |"
     )
 
 

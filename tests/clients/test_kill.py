@@ -1,7 +1,8 @@
 """SIGKILL at every point of charge → train → commit → release: never less recorded than released.
 
-A forked child runs the real ``train_message`` for two rounds on real data; the n-th system call or training step it passes kills it (before
-it, after it, or half-way through a write). What the outside world got is a file that the child appends to once a reply is complete.
+A forked child runs the real ``train_message`` for two rounds on real data; the n-th system call or training step it
+passes kills it (before it, after it, or half-way through a write). What the outside world got is a file that the child
+appends to once a reply is complete.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
-from clients.custody import Custody, code_versions
+from clients.account import Custody, code_versions
 from clients.train import train_message
-from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.lora.state import digest
+from fedlab.models.adapters import initial_state
 from fedlab.privacy.accounting import epsilon
-from fedlab.privacy.keys import load_or_create_key
-from fedlab.privacy.ledger import Ledger, check_chain, events, parse_lines
+from fedlab.privacy.ledger.keys import load_or_create_key
+from fedlab.privacy.ledger.ledger import Ledger, check_chain, events, parse_lines
 from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session, open_session
 
@@ -92,7 +93,11 @@ def cycle(session: Session, cohort: list[str], ledgers: Path, released: Path, ki
         arrays = reply.array_records["updates"]
         text = ""
         for client in cohort:
-            update = {k.partition("/")[2]: torch.from_numpy(v.numpy().copy()) for k, v in arrays.items() if k.startswith(f"{client}/")}
+            update = {
+                k.partition("/")[2]: torch.from_numpy(v.numpy().copy())
+                for k, v in arrays.items()
+                if k.startswith(f"{client}/")
+            }
             assert update, reply.config_records["failures"]
             text += f"{client} {digest(update)}\n"
         send(text)
@@ -130,7 +135,11 @@ def test_a_kill_anywhere_never_leaves_less_recorded_than_released(size: int, ses
         for client in cohort:
             custody = Custody(session, client, order, context)
             custody.guard.plan(custody.terms, code_versions())
-        status = in_child(lambda folder=folder, released=released, fatal=points: cycle(session, cohort, folder, released, Killer(fatal)))
+        status = in_child(
+            lambda folder=folder, released=released, fatal=points: cycle(
+                session, cohort, folder, released, Killer(fatal)
+            )
+        )
         assert status in (0, -signal.SIGKILL), f"point {points}: the child failed by itself"
         finished = status == 0
 
@@ -143,7 +152,9 @@ def test_a_kill_anywhere_never_leaves_less_recorded_than_released(size: int, ses
             reopened = Ledger(folder / f"{client}.jsonl", client, custody.guard.ledger.dataset, key)
             with reopened.locked():  # the dead process' lock is gone, and a torn line with it
                 recorded = events(reopened.entries)
-            assert len(recorded) >= len(sent), f"point {points}: {len(sent)} updates left, {len(recorded)} charges recorded"
+            assert len(recorded) >= len(sent), (
+                f"point {points}: {len(sent)} updates left, {len(recorded)} charges recorded"
+            )
             assert epsilon(recorded, plan.delta) >= epsilon([plan.event()] * len(sent), plan.delta)
             outs = {e["out"] for e in reopened.entries if e["type"] == "COMMIT"}
             assert set(sent) <= outs, "what left was committed first"

@@ -9,12 +9,12 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import clients.train
-from clients.custody import Custody, code_versions
+from clients.account import Custody, code_versions
 from clients.train import train_message
-from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.errors import FedlabError
-from fedlab.privacy.ledger import parse_lines
+from fedlab.models.adapters import initial_state
+from fedlab.privacy.ledger.ledger import parse_lines
 from fedlab.session import open_session
 
 Change = Callable[[dict], None]
@@ -37,7 +37,16 @@ def ask(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
             "parts": ["head", "lora_B"],
         }
         return ConfigRecord(
-            {**common, "round": 1, "wire_dtype": "float32", "known": [0], "keep": [], "groups": [1], "personal": "", **values}
+            {
+                **common,
+                "round": 1,
+                "wire_dtype": "float32",
+                "known": [0],
+                "keep": [],
+                "groups": [1],
+                "personal": "",
+                **values,
+            }
         )
 
     def run(*overrides: str, budget: float | None = None, **values: object) -> RecordDict:
@@ -113,7 +122,9 @@ def test_what_was_signed_is_done(ask: Callable[..., RecordDict], tmp_path: Path)
         ("lora.rank=2", "scope"),
     ],
 )
-def test_another_plan_than_the_signed_one_is_refused_before_any_gradient(override: str, named: str, ask: Callable[..., RecordDict]):
+def test_another_plan_than_the_signed_one_is_refused_before_any_gradient(
+    override: str, named: str, ask: Callable[..., RecordDict]
+):
     reply = ask(override)
     assert reason(reply).startswith("plan-mismatch")
     assert named in reason(reply)
@@ -124,7 +135,9 @@ def test_another_plan_than_the_signed_one_is_refused_before_any_gradient(overrid
 
 
 def test_tensors_outside_the_signed_scope_are_not_trained(ask: Callable[..., RecordDict], tiny_toml: str):
-    everything = list(initial_state(open_session(RunConfig.parse(tiny_toml).to_toml()).model, RunConfig.parse(tiny_toml).lora, 0))
+    everything = list(
+        initial_state(open_session(RunConfig.parse(tiny_toml).to_toml()).model, RunConfig.parse(tiny_toml).lora, 0)
+    )
     reply = ask(trained=everything)
     assert "lora_A was asked to be trained, which the signed scope does not cover" in reason(reply)
     assert reply.config_records["seen"]["trained"] == []
@@ -136,7 +149,9 @@ def test_a_node_of_one_client_keeps_its_own_budget(ask: Callable[..., RecordDict
     assert reply.config_records["seen"]["trained"] == []
 
 
-def test_error_texts_that_may_quote_data_stay_on_the_client(ask: Callable[..., RecordDict], monkeypatch: pytest.MonkeyPatch):
+def test_error_texts_that_may_quote_data_stay_on_the_client(
+    ask: Callable[..., RecordDict], monkeypatch: pytest.MonkeyPatch
+):
     def quote(*_: object, **__: object) -> None:
         raise ValueError("patient 4711 has a NaN")
 
@@ -155,6 +170,8 @@ def test_local_accuracy_is_refused_under_dp(tiny_toml: str, tmp_path: Path):
 
     grid = LocalGrid(clients.app.app, 1)
     record = ConfigRecord({"config": config.to_toml(), "clients": ["client-0"], "round": 1, "wire_dtype": "float32"})
-    (reply,) = grid.send_and_receive([Message(RecordDict({"round": record}), next(iter(grid.get_node_ids())), "evaluate")])
+    (reply,) = grid.send_and_receive(
+        [Message(RecordDict({"round": record}), next(iter(grid.get_node_ids())), "evaluate")]
+    )
     assert reply.has_error()
     assert "local accuracy is not covered by the noise" in reply.error.reason

@@ -33,7 +33,9 @@ def train(core: nn.Module, steps: int, lr: float = 1e-2, seed: int = 1) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("carry", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["same", "deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "carry", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["same", "deepcopy", "pickle"]
+)
 def test_nothing_leaks_after_250_steps_of_adamw(carry):
     base = layer()
     before = base.weight.detach().clone()
@@ -47,7 +49,9 @@ def test_nothing_leaks_after_250_steps_of_adamw(carry):
 
 
 def test_an_optimiser_on_projected_gradients_leaks():
-    """The trap that core coordinates avoid: AdamW rescales a projected gradient entry by entry, and out of the subspace."""
+    """The trap that core coordinates avoid: AdamW rescales a projected gradient entry by entry, and out of the
+    subspace.
+    """
     base = layer()
     top = leading_triplets(base.weight, K)
     left, right = top.left.float(), top.right.float()
@@ -63,7 +67,9 @@ def test_a_protected_input_gives_the_same_output_after_many_tasks():
     x = torch.randn(5, 3) @ torch.linalg.qr(torch.randn(N, 3)).Q.mT
     wanted = base(x).detach()
     for task in range(5):
-        protected = torch.linalg.qr(torch.cat([protected, x[:3] if task == 0 else torch.randn(2, N)]).mT.double()).Q.mT.float()
+        protected = torch.linalg.qr(
+            torch.cat([protected, x[:3] if task == 0 else torch.randn(2, N)]).mT.double()
+        ).Q.mT.float()
         core = CoreLinear(base, None, complement(protected))
         train(core, 60, seed=task)
         base = core.merged()
@@ -112,7 +118,9 @@ def test_a_rank_deficient_weight_still_learns():
         base.weight.copy_(base.weight[:, :3] @ torch.randn(3, N))
     core, _, _ = osft(base)
     train(core, 1, lr=0.1)
-    assert float(core.core.detach().abs().max()) > 0.05, "OSFT's factors have no gradient where the singular values are zero"
+    assert float(core.core.detach().abs().max()) > 0.05, (
+        "OSFT's factors have no gradient where the singular values are zero"
+    )
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 9), (9, 1)])
@@ -127,7 +135,9 @@ def test_identity_and_ties_have_a_defined_outcome():
     with torch.no_grad():
         base.weight.copy_(torch.eye(12))
     core, left, right = osft(base, 5)
-    assert torch.equal(osft(base, 5)[2], right), "which of the equal directions is protected does not change from call to call"
+    assert torch.equal(osft(base, 5)[2], right), (
+        "which of the equal directions is protected does not change from call to call"
+    )
     x = torch.randn(2, 12)
     assert torch.allclose(core(x), base(x))
     with torch.no_grad():

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 import fedlab
-from fedlab.activations import public_batches
 from fedlab.config import RunConfig
 from fedlab.continual.importance import importance, layer_importance, preserved_ranks
 from fedlab.data.public import check_public
 from fedlab.errors import ConfigError
-from fedlab.models import PEFT_PREFIX
+from fedlab.models.activations import public_batches
+from fedlab.models.loaded import PEFT_PREFIX
 from fedlab.session import open_session
 
 
@@ -25,7 +25,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture
 def public(tmp_path: Path) -> Path:
     path = tmp_path / "public.txt"
-    path.write_text("\n".join(["apple pear with iron", "the tide of the reef", "old zinc", "some very small thing near a wave"]))
+    path.write_text(
+        "\n".join(["apple pear with iron", "the tide of the reef", "old zinc", "some very small thing near a wave"])
+    )
     return path
 
 
@@ -84,7 +86,7 @@ def test_osft_preserves_more_of_layers_that_matter(stream_toml: str, public: Pat
     bases = [load_file(str(path)) for path in (task / "bases").glob("*.safetensors")]
     sizes = {name: len(value) for basis in bases for name, value in basis.items() if name.endswith(".lora_A")}
     session = open_session(RunConfig.load(task / "run.toml").to_toml())
-    fresh = fedlab.adapters.initial_state(session.model, session.config.lora, session.config.run.seed)
+    fresh = fedlab.models.adapters.initial_state(session.model, session.config.lora, session.config.run.seed)
     session.model.load(fresh)
     scores = layer_importance(session.model, public_batches(session.model, session.config.lora))
     kept = preserved_ranks(dict.fromkeys(scores, (32, 32)), scores, 0.1, 0.4)
@@ -93,7 +95,9 @@ def test_osft_preserves_more_of_layers_that_matter(stream_toml: str, public: Pat
     assert json.loads((task / "result.json").read_text())["status"] == "completed"
 
 
-def test_importance_needs_public_texts_that_are_nobodys_data(stream_toml: str, stream_data: Path, public: Path, tmp_path: Path):
+def test_importance_needs_public_texts_that_are_nobodys_data(
+    stream_toml: str, stream_data: Path, public: Path, tmp_path: Path
+):
     osft = "strategy={name='osft', importance=true}"
     with pytest.raises(ConfigError, match=r"importance = true needs lora\.public"):
         fedlab.simulate(RunConfig.parse(stream_toml, [osft]), tmp_path / "run", quiet=True)

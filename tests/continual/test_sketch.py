@@ -10,7 +10,10 @@ from fedlab.privacy.noise import SeededNoise
 
 def records(count: int = 6, length: int = 5, seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    inputs = {"a": torch.randn(count, length, 7, generator=generator), "b": torch.randn(count, length, 3, generator=generator)}
+    inputs = {
+        "a": torch.randn(count, length, 7, generator=generator),
+        "b": torch.randn(count, length, 3, generator=generator),
+    }
     mask = (torch.arange(length) < torch.randint(1, length + 1, (count, 1), generator=generator)).long()
     return inputs, mask
 

@@ -30,7 +30,9 @@ def decaying(m: int, n: int, rate: float = 0.9) -> torch.Tensor:
     return rows(r, m, 1).mT @ torch.diag(rate ** torch.arange(r, dtype=torch.float64)) @ rows(r, n, 2)
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(40, 28, 12), (28, 40, 28), (130, 90, 9), (90, 300, 3), (7, 1, 1), (1, 9, 1), (5, 5, 0)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(40, 28, 12), (28, 40, 28), (130, 90, 9), (90, 300, 3), (7, 1, 1), (1, 9, 1), (5, 5, 0)]
+)
 def test_leading_triplets_are_those_of_the_whole_decomposition(m, n, k):
     W = decaying(m, n)
     found = leading_triplets(W, k)

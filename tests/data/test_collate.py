@@ -16,7 +16,9 @@ from fedlab.data.collate import tokenise
 from fedlab.data.corpus import Corpus
 from fedlab.errors import ConfigError
 
-CORPUS = Corpus("c", ["apple pear", "iron", "wave tide reef salt coral", "plum"], np.array([0, 1, 2, 0]), ("f", "m", "o"))
+CORPUS = Corpus(
+    "c", ["apple pear", "iron", "wave tide reef salt coral", "plum"], np.array([0, 1, 2, 0]), ("f", "m", "o")
+)
 
 
 @pytest.fixture
@@ -28,7 +30,9 @@ def test_batches_are_what_the_tokenizer_pads(tokenizer):
     tokens = tokenise(CORPUS, tokenizer, 6)
     indices = np.array([2, 0, 1])
     batch = tokens.batch(indices, tokenizer.pad_token_id)
-    wanted = tokenizer([CORPUS.texts[i] for i in indices], truncation=True, max_length=6, padding=True, return_tensors="pt")
+    wanted = tokenizer(
+        [CORPUS.texts[i] for i in indices], truncation=True, max_length=6, padding=True, return_tensors="pt"
+    )
     assert torch.equal(batch["input_ids"], wanted["input_ids"])
     assert torch.equal(batch["attention_mask"], wanted["attention_mask"])
     assert batch["labels"].tolist() == [2, 0, 1]
@@ -36,7 +40,9 @@ def test_batches_are_what_the_tokenizer_pads(tokenizer):
 
 
 def test_pairs_carry_token_types(tokenizer_files: Path):
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_files, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_files, model_input_names=["input_ids", "token_type_ids", "attention_mask"]
+    )
     corpus = Corpus("c", CORPUS.texts, CORPUS.labels, CORPUS.label_names, pairs=["gold", "zinc ore", "a", "b"])
     batch = tokenise(corpus, tokenizer, 16).batch(np.arange(4), tokenizer.pad_token_id)
     wanted = tokenizer(corpus.texts, corpus.pairs, padding=True, return_tensors="pt")

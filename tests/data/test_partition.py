@@ -7,15 +7,17 @@ import json
 import numpy as np
 import pytest
 
+from fedlab.config.sections import DataSection, Partition
 from fedlab.data.corpus import Corpus
 from fedlab.data.partition import Shards, deal, describe
 from fedlab.errors import ConfigError
-from fedlab.sections import DataSection, Partition
 
 
 def corpus(n: int = 300, test: int = 0) -> Corpus:
     labels = np.arange(n) % 5
-    return Corpus("c", [f"t{i}" for i in range(n)], labels, tuple("abcde"), natural=[f"s{i % 4}" for i in range(n)], test=test)
+    return Corpus(
+        "c", [f"t{i}" for i in range(n)], labels, tuple("abcde"), natural=[f"s{i % 4}" for i in range(n)], test=test
+    )
 
 
 KINDS = [
@@ -46,7 +48,9 @@ def test_disjoint_complete_and_deterministic(partition: Partition):
     assert sorted(shards.test.tolist()) == sorted(np.concatenate(list(shards.local_test.values())).tolist())
     for client in shards.train:
         assert np.array_equal(shards.train[client], again.train[client])
-        assert len(shards.local_test[client]) == round(0.2 * (len(shards.train[client]) + len(shards.local_test[client])))
+        assert len(shards.local_test[client]) == round(
+            0.2 * (len(shards.train[client]) + len(shards.local_test[client]))
+        )
     restored = Shards.from_arrays(shards.to_arrays())
     assert all(np.array_equal(restored.train[c], shards.train[c]) for c in shards.train)
     assert all(np.array_equal(restored.local_test[c], shards.local_test[c]) for c in shards.train)
@@ -68,7 +72,9 @@ def test_dirichlet_is_skewed_and_iid_is_not():
 
 
 def test_dirichlet_leaves_enough_to_train_on_after_the_hold_out():
-    data = DataSection(clients=4, partition=Partition(kind="dirichlet", alpha=0.3), min_client_size=30, test_fraction=0.2)
+    data = DataSection(
+        clients=4, partition=Partition(kind="dirichlet", alpha=0.3), min_client_size=30, test_fraction=0.2
+    )
     for seed in range(12):  # dealing 30 instead of 37 at least, a quarter of the seeds are refused
         assert min(len(p) for p in deal(corpus(), data, seed).train.values()) >= 30
 
@@ -88,7 +94,9 @@ def test_a_corpus_without_owners_has_no_natural_partition():
 
 
 def test_natural_partitions_keep_owners_together():
-    shards = deal(corpus(), DataSection(clients=4, partition=Partition(kind="natural", column="who"), min_client_size=4), 1)
+    shards = deal(
+        corpus(), DataSection(clients=4, partition=Partition(kind="natural", column="who"), min_client_size=4), 1
+    )
     for client in shards.train:
         positions = np.concatenate([shards.train[client], shards.local_test[client]])
         assert len({i % 4 for i in positions.tolist()}) == 1

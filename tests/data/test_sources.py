@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedlab.config.sections import DataSection, Partition
 from fedlab.data import docstrings, wordnet
 from fedlab.data.partition import deal
 from fedlab.data.sources import check_source, load_corpus
 from fedlab.errors import ConfigError
-from fedlab.sections import DataSection, Partition
 
 SYNSETS = """\
   1 This software and database is being provided to you, the LICENSEE
@@ -56,7 +56,9 @@ def test_a_natural_partition_needs_a_source_with_columns():
         check_source(DataSection(partition=Partition(kind="natural", column="who")))
 
 
-@pytest.mark.skipif(not any((Path(p) / "data.noun").is_file() for p in wordnet.PLACES), reason="wordnet-base is not installed")
+@pytest.mark.skipif(
+    not any((Path(p) / "data.noun").is_file() for p in wordnet.PLACES), reason="wordnet-base is not installed"
+)
 def test_installed_wordnet_has_its_82115_nouns_in_26_classes():
     corpus = load_corpus(DataSection(source="wordnet"), 0)
     assert (len(corpus), len(corpus.label_names)) == (82115, 26)
@@ -169,7 +171,12 @@ def test_a_test_file_is_the_official_test_split(rows: list[dict[str, object]], t
     for name, part in (("train.jsonl", rows[:8]), ("test.jsonl", rows[8:])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, part)))
     data = DataSection(
-        source="files", path=str(tmp_path / "train.jsonl"), test_path=str(tmp_path / "test.jsonl"), text="a", label="y", limit=4
+        source="files",
+        path=str(tmp_path / "train.jsonl"),
+        test_path=str(tmp_path / "test.jsonl"),
+        text="a",
+        label="y",
+        limit=4,
     )
     corpus = load_corpus(data, 0)
     assert (len(corpus), corpus.test) == (8, 4)
@@ -214,11 +221,16 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path):
         load_corpus(_files(tmp_path / "d.csv"), 0)
 
 
-def test_local_files_are_read_without_the_network(rows: list[dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_local_files_are_read_without_the_network(
+    rows: list[dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     import datasets
     import huggingface_hub.constants
 
-    for module in (datasets.config, huggingface_hub.constants):  # as for a user, not as conftest.py has it for every test
+    for module in (
+        datasets.config,
+        huggingface_hub.constants,
+    ):  # as for a user, not as conftest.py has it for every test
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     attempts = []
@@ -229,7 +241,9 @@ def test_local_files_are_read_without_the_network(rows: list[dict[str, object]],
 
     for name in ("getaddrinfo", "create_connection"):
         monkeypatch.setattr(socket, name, refuse)
-    data = DataSection(source="files", path=str(tmp_path / "d.jsonl"), text="a", label="y", clients=2, min_client_size=2)
+    data = DataSection(
+        source="files", path=str(tmp_path / "d.jsonl"), text="a", label="y", clients=2, min_client_size=2
+    )
     deal(load_corpus(data, 0), data, 0)
     assert attempts == []
 

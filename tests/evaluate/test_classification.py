@@ -19,5 +19,7 @@ def test_accuracy_and_macro_f1_are_scikit_learns(drawn: list[tuple[int, int]]):
     found = scores(predicted, labels, 0.5)
     present = sorted(set(labels.tolist()))  # scikit-learn would also average over classes that were only guessed
     assert found.accuracy == pytest.approx(accuracy_score(labels, predicted))
-    assert found.macro_f1 == pytest.approx(f1_score(labels, predicted, labels=present, average="macro", zero_division=0))
+    assert found.macro_f1 == pytest.approx(
+        f1_score(labels, predicted, labels=present, average="macro", zero_division=0)
+    )
     assert (found.examples, found.loss) == (len(labels), 0.5)

@@ -1,4 +1,7 @@
-"""LoRA aggregators that are right, written from the papers in a few lines. The broken ones of ``broken.py`` are made from them."""
+"""LoRA aggregators that are right, written from the papers in a few lines.
+
+The broken ones of ``broken.py`` are made from them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ def ends(state, updates, module):
     pairs = []
     for _, update in sorted(updates.items()):
         B, A = state[f"{module}.lora_B"].double(), state[f"{module}.lora_A"].double()
-        dB, dA = update.get(f"{module}.lora_B", torch.zeros_like(B)), update.get(f"{module}.lora_A", torch.zeros_like(A))
+        dB, dA = (
+            update.get(f"{module}.lora_B", torch.zeros_like(B)),
+            update.get(f"{module}.lora_A", torch.zeros_like(A)),
+        )
         r = min(dB.shape[1], dA.shape[0])
         pairs.append((B[:, :r] + dB[:, :r], A[:r] + dA[:r]))
     return pairs
@@ -144,7 +150,9 @@ def norm_shares(state, updates, weights):
 def hetlora_by_norm(state, updates, weights, round_number):
     """As published: the factors by norm, the head as usual."""
     after = hetlora(state, updates, norm_shares(state, updates, weights), round_number)
-    return after | {n: v for n, v in fedavg(state, updates_of_head(updates), weights, round_number).items() if n.startswith("head.")}
+    return after | {
+        n: v for n, v in fedavg(state, updates_of_head(updates), weights, round_number).items() if n.startswith("head.")
+    }
 
 
 CORRECT: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -1,4 +1,6 @@
-"""LoRA aggregators that are wrong, most of them after bugs in published code, and the properties that must name them."""
+"""LoRA aggregators that are wrong, most of them after bugs in published code, and
+the properties that must name them.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Bug:
 
 
 def transposed(after, before, module, matrix):
-    """The published FedEx-LoRA on nn.Linear: right for Conv1D, a wrong sum for square layers, an exception for others."""
+    """The published FedEx-LoRA on nn.Linear: right for Conv1D, a wrong sum for square layers,
+    an exception for others.
+    """
     return with_residual(after, before, module, matrix.T)
 
 
@@ -113,7 +117,9 @@ def pops_the_weights(state, updates, weights, round_number):
 
 
 def forgets_the_head(state, updates, weights, round_number):
-    return {n: state[n] if n.startswith("head.") else v for n, v in fedavg(state, updates, weights, round_number).items()}
+    return {
+        n: state[n] if n.startswith("head.") else v for n, v in fedavg(state, updates, weights, round_number).items()
+    }
 
 
 def averages_frozen(state, updates, weights, round_number):
@@ -167,7 +173,9 @@ def stacks_and_keeps(state, updates, weights, round_number):
     after = fedavg(state, updates_of_head(updates), weights, round_number)
     for module in modules(state):
         pairs = ends(state, updates, module)
-        after[f"{module}.lora_B"] = torch.cat([p * B for p, (B, _) in zip(shares(weights), pairs, strict=True)], 1).float()
+        after[f"{module}.lora_B"] = torch.cat(
+            [p * B for p, (B, _) in zip(shares(weights), pairs, strict=True)], 1
+        ).float()
         after[f"{module}.lora_A"] = torch.cat([A for _, A in pairs], 0).float()
     return after
 
@@ -212,7 +220,10 @@ def rounds_to_bfloat16(state, updates, weights, round_number):
 
 def misreads_bfloat16(state, updates, weights, round_number):
     """Takes values without low bits for a 16-bit wire and undoes a scaling that nobody applied."""
-    fixed = {c: {n: v / 2 if torch.equal(v.bfloat16().float(), v) and v.any() else v for n, v in u.items()} for c, u in updates.items()}
+    fixed = {
+        c: {n: v / 2 if torch.equal(v.bfloat16().float(), v) and v.any() else v for n, v in u.items()}
+        for c, u in updates.items()
+    }
     return fedavg(state, fixed, weights, round_number)
 
 
@@ -272,7 +283,13 @@ class Personal:
 
 def personal(**options: bool) -> dict[str, Any]:
     harness = Personal(**options)
-    return {"start": harness.start, "keep": harness.keep, "personal": ("lora_B",), "trains": ("lora_A", "head"), "aggregate": harness}
+    return {
+        "start": harness.start,
+        "keep": harness.keep,
+        "personal": ("lora_B",),
+        "trains": ("lora_A", "head"),
+        "aggregate": harness,
+    }
 
 
 EFFECTIVE = ("unequal weights", "uniform weights", "wide layer", "tall layer", "square layer", "several rounds")
@@ -281,39 +298,67 @@ BUGS: dict[str, Bug] = {
         lambda *a: fedex(*a, add=transposed), EFFECTIVE, EXACT, ("head", "one client", "order of replies"), error=0.1
     ),
     "residual right for square layers only": Bug(
-        lambda *a: fedex(*a, add=square_only), ("wide layer", "tall layer", "several rounds"), EXACT, ("square layer", "unequal weights")
+        lambda *a: fedex(*a, add=square_only),
+        ("wide layer", "tall layer", "several rounds"),
+        EXACT,
+        ("square layer", "unequal weights"),
     ),
-    "scale applied twice": Bug(fedex, ("scale",), EXACT, EFFECTIVE, {"at_scale": lambda s: lambda *a: fedex(*a, factor=s)}, error=0.3),
-    "scale dropped": Bug(fedex, ("scale",), EXACT, EFFECTIVE, {"at_scale": lambda s: lambda *a: fedex(*a, factor=1 / s)}, error=0.1),
+    "scale applied twice": Bug(
+        fedex, ("scale",), EXACT, EFFECTIVE, {"at_scale": lambda s: lambda *a: fedex(*a, factor=s)}, error=0.3
+    ),
+    "scale dropped": Bug(
+        fedex, ("scale",), EXACT, EFFECTIVE, {"at_scale": lambda s: lambda *a: fedex(*a, factor=1 / s)}, error=0.1
+    ),
     "scale written into the rule": Bug(lambda *a: fedex(*a, factor=4.0), ("scale", *EFFECTIVE), EXACT, ("one client",)),
     "only the first client": Bug(only_the_first, ("unequal weights", "uniform weights", "head"), keeps=("one client",)),
     "uniform instead of weighted": Bug(
-        unweighted, ("unequal weights", "head", "zero change", "partial participation"), keeps=("uniform weights", "one client")
+        unweighted,
+        ("unequal weights", "head", "zero change", "partial participation"),
+        keeps=("uniform weights", "one client"),
     ),
     "weights on both factors": Bug(weights_on_both, EFFECTIVE, EXACT, ("one client", "head"), {"refuses": Exception}),
     "root on one side": Bug(
-        lambda *a: flexlora(*a, split=root_on_one_side), ("one client", *EFFECTIVE), BEST, ("head", "shapes and dtype"), error=0.3
+        lambda *a: flexlora(*a, split=root_on_one_side),
+        ("one client", *EFFECTIVE),
+        BEST,
+        ("head", "shapes and dtype"),
+        error=0.3,
     ),
-    "sum in order of arrival": Bug(arrival_order, ("order of replies",), keeps=tuple(n for n in PROPERTIES if n != "order of replies")),
+    "sum in order of arrival": Bug(
+        arrival_order, ("order of replies",), keeps=tuple(n for n in PROPERTIES if n != "order of replies")
+    ),
     "state edited in place": Bug(edits_the_state, ("nothing in place",), keeps=EFFECTIVE),
     "updates edited in place": Bug(edits_the_updates, ("nothing in place",), keeps=EFFECTIVE),
     "weights edited in place": Bug(pops_the_weights, ("nothing in place",), keeps=EFFECTIVE),
     "head forgotten": Bug(forgets_the_head, ("head",), keeps=tuple(n for n in PROPERTIES if n != "head")),
     "frozen A averaged": Bug(averages_frozen, ("frozen tensors",), EXACT, EFFECTIVE, {"trains": B_ONLY}),
     "residual of earlier rounds lost": Bug(
-        lambda *a: fedex(*a, add=forgets_the_residual), ("several rounds",), EXACT, ("unequal weights", "wide layer", "one client")
+        lambda *a: fedex(*a, add=forgets_the_residual),
+        ("several rounds",),
+        EXACT,
+        ("unequal weights", "wide layer", "one client"),
     ),
     "B not reset after merging": Bug(keeps_b, ("one client", *EFFECTIVE), EXACT, ("head",), {"refuses": Exception}),
-    "first directions, not the largest": Bug(lambda *a: flexlora(*a, cut=first_not_largest), EFFECTIVE, BEST, ("head",)),
+    "first directions, not the largest": Bug(
+        lambda *a: flexlora(*a, cut=first_not_largest), EFFECTIVE, BEST, ("head",)
+    ),
     "factors averaged, products promised": Bug(fedavg, ("opposite clients", *EFFECTIVE), EXACT, ("one client", "head")),
-    "NaN passes through": Bug(lets_nan_through, ("NaN and infinity",), keeps=tuple(n for n in PROPERTIES if n != "NaN and infinity")),
+    "NaN passes through": Bug(
+        lets_nan_through, ("NaN and infinity",), keeps=tuple(n for n in PROPERTIES if n != "NaN and infinity")
+    ),
     "NaN crashes in torch": Bug(flexlora_without_check, ("NaN and infinity",), BEST, EFFECTIVE),
     "float64 out": Bug(float64_out, ("shapes and dtype",), keeps=EFFECTIVE),
-    "rank grows": Bug(stacks_and_keeps, ("shapes and dtype",), EXACT, ("unequal weights", "one client"), {"refuses": Exception}),
+    "rank grows": Bug(
+        stacks_and_keeps, ("shapes and dtype",), EXACT, ("unequal weights", "one client"), {"refuses": Exception}
+    ),
     "idle clients dropped": Bug(drops_the_idle, ("zero change",), keeps=(*EFFECTIVE, "partial participation")),
     "absent clients remembered": Bug(remembers, ("partial participation",)),
     "zero divided by zero": Bug(
-        lambda *a: flexlora(*a, split=divides_by_zero), ("zero or deficient B",), BEST, (*EFFECTIVE, "zero change"), {"refuses": Exception}
+        lambda *a: flexlora(*a, split=divides_by_zero),
+        ("zero or deficient B",),
+        BEST,
+        (*EFFECTIVE, "zero change"),
+        {"refuses": Exception},
     ),
     "redraws from the global generator": Bug(
         redraws_globally, ("same call twice", "order of replies"), EXACT, EFFECTIVE, {"refuses": Exception}
@@ -331,7 +376,8 @@ BUGS: dict[str, Bug] = {
         fedavg, ("client isolation",), FACTORS, EFFECTIVE, {"personal": ("lora_B",), "trains": ("lora_A", "head")}
     ),
     "returns nothing": Bug(
-        lambda *a: None, tuple(n for n in PROPERTIES if n not in ("frozen tensors", "opposite clients", "unequal ranks"))
+        lambda *a: None,
+        tuple(n for n in PROPERTIES if n not in ("frozen tensors", "opposite clients", "unequal ranks")),
     ),
     "raises": Bug(lambda *a: [][1], EFFECTIVE),
 }

@@ -20,7 +20,10 @@ HOSTILE = ["client-1", "client-4", "client-10"]
 def honest(clients: int = 11) -> dict[str, State]:
     g = torch.Generator().manual_seed(1)
     centre = {"a.lora_B": torch.randn(8, 4, generator=g), "head.w": torch.randn(40, generator=g)}
-    return {f"client-{i}": {n: c + 0.5 * torch.randn(c.shape, generator=g) for n, c in centre.items()} for i in range(clients)}
+    return {
+        f"client-{i}": {n: c + 0.5 * torch.randn(c.shape, generator=g) for n, c in centre.items()}
+        for i in range(clients)
+    }
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -57,10 +60,15 @@ def test_values():
 
 def test_gaussian_has_its_spread_and_its_stream():
     updates = {f"client-{i}": {"head.w": torch.zeros(20000)} for i in range(3)}
-    both, one = attack("gaussian", updates, ["client-0", "client-2"], 5, std=3.0), attack("gaussian", updates, ["client-2"], 5, std=3.0)
+    both, one = (
+        attack("gaussian", updates, ["client-0", "client-2"], 5, std=3.0),
+        attack("gaussian", updates, ["client-2"], 5, std=3.0),
+    )
     assert torch.equal(both["client-2"]["head.w"], one["client-2"]["head.w"])
     assert not torch.equal(both["client-2"]["head.w"], both["client-0"]["head.w"])
-    assert not torch.equal(one["client-2"]["head.w"], attack("gaussian", updates, ["client-2"], 6, std=3.0)["client-2"]["head.w"])
+    assert not torch.equal(
+        one["client-2"]["head.w"], attack("gaussian", updates, ["client-2"], 6, std=3.0)["client-2"]["head.w"]
+    )
     assert abs(float(one["client-2"]["head.w"].std()) - 3.0) < 0.1
 
 
@@ -82,7 +90,11 @@ def test_flip_labels():
     assert flip_labels(labels, 4).dtype == labels.dtype
     assert flip_labels(torch.tensor([2], dtype=torch.uint8), 10).tolist() == [7]
     assert flip_labels(labels[:0], 4).tolist() == []
-    for bad, words in ((torch.tensor([4]), r"\[0, 4\), got 4 to 4"), (torch.tensor([-100]), "got -100"), (torch.tensor([0.0]), "integers")):
+    for bad, words in (
+        (torch.tensor([4]), r"\[0, 4\), got 4 to 4"),
+        (torch.tensor([-100]), "got -100"),
+        (torch.tensor([0.0]), "integers"),
+    ):
         with pytest.raises(ValueError, match=words):
             flip_labels(bad, 4)
 
@@ -115,8 +127,16 @@ def test_rules_hold_where_the_mean_fails(name: str):
         parts = [(state[n] - wanted[n]).square().sum() for n in wanted]
         return math.sqrt(sum(parts) / sum(w.square().sum() for w in wanted.values()))
 
-    options = {"bulyan": {"byzantine": 3}, "krum": {"byzantine": 3}, "multi_krum": {"byzantine": 3}, "trimmed_mean": {"trim": 0.2}}
-    allowed = {"krum": 0.7, "norm_bounded_mean": 0.6}  # Krum is one client and as far as one; bounded sign flips still pull
+    options = {
+        "bulyan": {"byzantine": 3},
+        "krum": {"byzantine": 3},
+        "multi_krum": {"byzantine": 3},
+        "trimmed_mean": {"trim": 0.2},
+    }
+    allowed = {
+        "krum": 0.7,
+        "norm_bounded_mean": 0.6,
+    }  # Krum is one client and as far as one; bounded sign flips still pull
     assert distance(weighted_mean(arrived, weights)) > 0.9
     for rule, call in RULES.items():
         assert distance(call(arrived, weights, **options.get(rule, {}))) < allowed.get(rule, 0.35), rule

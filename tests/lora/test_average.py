@@ -15,7 +15,8 @@ from fedlab.lora.average import client_weights, weighted_mean
 def updates(clients: int) -> dict[str, dict[str, torch.Tensor]]:
     g = torch.Generator().manual_seed(2)
     return {
-        f"client-{i}": {"a.lora_B": torch.randn(6, 3, generator=g) * 10**i, "head.w": torch.randn(4, generator=g)} for i in range(clients)
+        f"client-{i}": {"a.lora_B": torch.randn(6, 3, generator=g) * 10**i, "head.w": torch.randn(4, generator=g)}
+        for i in range(clients)
     }
 
 

@@ -1,6 +1,7 @@
 """The conformance suite can fail: it passes what is right, and names the property that each of some forty bugs breaks.
 
-Correct ones are in aggregators.py, broken ones in broken_aggregators.py; fedlab's own strategies in tests/strategies/test_conformance.py.
+Correct ones are in aggregators.py, broken ones in broken_aggregators.py; fedlab's own strategies in
+tests/strategies/test_conformance.py.
 """
 
 from __future__ import annotations
@@ -47,7 +48,14 @@ def test_a_correct_aggregator_passes_everything(name: str):
 def test_a_bug_is_named(name: str):
     bug = BUGS[name]
     aggregate = bug.aggregate() if bug.aggregate is broken.remembers else bug.aggregate
-    report = check(**{"aggregate": aggregate, "promise": bug.promise, "only": dict.fromkeys((*bug.names, *bug.keeps)), **bug.claims})
+    report = check(
+        **{
+            "aggregate": aggregate,
+            "promise": bug.promise,
+            "only": dict.fromkeys((*bug.names, *bug.keeps)),
+            **bug.claims,
+        }
+    )
     assert set(bug.names) <= set(report.failed), str(report)
     assert not set(bug.keeps) & set(report.failed), str(report)
     if bug.error is not None:
@@ -69,7 +77,8 @@ def test_a_personal_strategy_passes():
     assert report["client isolation"].ok is True
 
 
-# --- the report -----------------------------------------------------------------------------------------------------------------
+# --- the report
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_is_readable_and_numbers_are_measured():
@@ -143,7 +152,7 @@ def test_the_example_of_the_docs_is_true(capsys: pytest.CaptureFixture[str]):
 
 
 def test_nothing_but_torch_and_the_library_is_needed():
-    for path in Path(conformance.__file__).parent.glob("conformance*.py"):
+    for path in Path(conformance.__file__).parent.glob("*.py"):
         imported = re.findall(r"^ *(?:from|import) ([\w.]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         others = [name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names | {"torch"}]
         assert all(name.startswith(("fedlab.lora", "fedlab.seeds", "fedlab._validate")) for name in others)
@@ -151,7 +160,7 @@ def test_nothing_but_torch_and_the_library_is_needed():
 
 def test_references_against_hand_computed_numbers():
     """2×2, rank 1: products diag(3, 0) and diag(0, 1), weights 1/2."""
-    from fedlab.lora.conformance_cases import Case, dense_mean
+    from fedlab.lora.conformance.cases import Case, dense_mean
 
     state = {"x.lora_A": torch.zeros(1, 2), "x.lora_B": torch.zeros(2, 1)}
     updates = {

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from fedlab.lora.exact import add_low_rank, compress, mean_of_products, residual_of_mean
 
-SHAPES = [(30, 12, 4), (12, 30, 4), (16, 16, 3), (5, 7, 9), (7, 5, 9), (6, 6, 6), (1, 8, 1), (8, 1, 3)]  # m, n, k; some with k > min(m, n)
+SHAPES = [
+    (30, 12, 4),
+    (12, 30, 4),
+    (16, 16, 3),
+    (5, 7, 9),
+    (7, 5, 9),
+    (6, 6, 6),
+    (1, 8, 1),
+    (8, 1, 3),
+]  # m, n, k; some with k > min(m, n)
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -39,7 +48,9 @@ def lost(pairs: list[Pair], weights: list[float]) -> np.ndarray:
 
 
 def best_error(matrix: np.ndarray, rank: int) -> float:
-    """The smallest Frobenius error of any approximation of a rank: the root of the sum of the squared remaining singular values."""
+    """The smallest Frobenius error of any approximation of a rank: the root of the sum of the squared remaining
+    singular values.
+    """
     values = np.linalg.svd(matrix, compute_uv=False)
     return float(np.sqrt((values[rank:] ** 2).sum()))
 
@@ -53,7 +64,9 @@ def close(found: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-12, size:
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 @pytest.mark.parametrize("scales", [None, [2.0, 0.5, -1.0]])
-def test_the_mean_of_products_is_exact_for_unequal_ranks_weights_and_scales(m: int, n: int, k: int, scales: list[float] | None):
+def test_the_mean_of_products_is_exact_for_unequal_ranks_weights_and_scales(
+    m: int, n: int, k: int, scales: list[float] | None
+):
     pairs = [pair(m, n, k + i, seed=i) for i in range(3)]
     weights = [0.7, 0.05, 0.25]
     B, A = mean_of_products(pairs, weights, scales)
@@ -80,9 +93,16 @@ def test_the_mean_is_taken_in_float64_whatever_comes_in(dtype: torch.dtype):
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6), st.sampled_from([1e-30, 1.0, 1e20])
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(0, 10**6),
+    st.sampled_from([1e-30, 1.0, 1e20]),
 )
-def test_means_and_residual_together_are_the_mean_of_the_products(m: int, n: int, r: int, clients: int, seed: int, scale: float):
+def test_means_and_residual_together_are_the_mean_of_the_products(
+    m: int, n: int, r: int, clients: int, seed: int, scale: float
+):
     pairs = [(scale * B, scale * A) for B, A in (pair(m, n, r, seed + i) for i in range(clients))]
     raw = np.random.default_rng(seed).uniform(0.01, 1, clients)
     weights = [float(x) for x in raw / raw.sum()]
@@ -105,7 +125,9 @@ def test_the_residual_has_the_rank_it_must_have_and_no_more():
 @pytest.mark.parametrize("clients", [1, 2, 3, 7, 10])
 @pytest.mark.parametrize("same", ["both", "A", "B"])
 def test_where_averaging_loses_nothing_the_residual_has_no_columns(clients: int, same: str):
-    """Weights like 1/7 leave rounding in B_k − B̄, which must not become directions that are then sent to every client."""
+    """Weights like 1/7 leave rounding in B_k − B̄,
+    which must not become directions that are then sent to every client.
+    """
     B, A = pair(20, 15, 4, dtype=torch.float32)
     own = [pair(20, 15, 4, seed + 1, torch.float32) for seed in range(clients)]
     pairs = [(B if same in ("both", "B") else b, A if same in ("both", "A") else a) for b, a in own]
@@ -140,7 +162,12 @@ def test_unequal_ranks_have_no_mean():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 10), st.integers(1, 10), st.integers(0, 6), st.integers(0, 6), st.integers(0, 10**6), st.sampled_from([1e-30, 1.0, 1e20])
+    st.integers(1, 10),
+    st.integers(1, 10),
+    st.integers(0, 6),
+    st.integers(0, 6),
+    st.integers(0, 10**6),
+    st.sampled_from([1e-30, 1.0, 1e20]),
 )
 def test_sums_are_exact_and_capped_sums_are_best(m: int, n: int, k: int, j: int, seed: int, scale: float):
     first, second = pair(m, n, k, seed), pair(m, n, j, seed + 1)
@@ -223,7 +250,14 @@ def test_equal_singular_values_at_the_cut(rank: int):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 10), st.integers(1, 10), st.integers(1, 8), st.integers(0, 10**6), st.floats(0, 0.99), st.integers(0, 8))
+@given(
+    st.integers(1, 10),
+    st.integers(1, 10),
+    st.integers(1, 8),
+    st.integers(0, 10**6),
+    st.floats(0, 0.99),
+    st.integers(0, 8),
+)
 def test_a_tolerance_is_kept_to_and_used_up(m: int, n: int, k: int, seed: int, tolerance: float, cap: int):
     B, A = pair(m, n, k, seed)
     B = B * torch.logspace(0, -6, k, dtype=torch.float64)
@@ -295,7 +329,15 @@ def test_non_finite_weights_and_scales_are_refused(bad: float):
 
 @pytest.mark.parametrize(
     ("B", "A"),
-    [((5, 2), (3, 4)), ((5, 2), (2,)), ((5,), (5, 4)), ((), (2, 4)), ((5, 2), ()), ((1, 5, 2), (2, 4)), ((5, 2), (1, 2, 4))],
+    [
+        ((5, 2), (3, 4)),
+        ((5, 2), (2,)),
+        ((5,), (5, 4)),
+        ((), (2, 4)),
+        ((5, 2), ()),
+        ((1, 5, 2), (2, 4)),
+        ((5, 2), (1, 2, 4)),
+    ],
 )
 def test_shapes_that_do_not_multiply_are_refused(B: tuple[int, ...], A: tuple[int, ...]):
     with pytest.raises(ValueError, match="do not multiply to"):
@@ -348,7 +390,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def test_the_m_by_n_matrix_is_never_formed():
-    """m = n = 200 000: the product alone would be 320 GB. Peak memory is read in a process of its own, so that no other test sets it."""
+    """m = n = 200 000: the product alone would be 320 GB.
+
+    Peak memory is read in a process of its own, so that no other test sets it.
+    """
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 600, "MB; three pairs are 19 MB, and 154 MB in float64 at rank 12 with their QR"

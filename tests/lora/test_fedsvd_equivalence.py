@@ -1,4 +1,5 @@
-"""FedSVD is a change of basis: under SGD, with or without momentum and DP, it gives the B·A of FFA-LoRA with A₀ := QR(A₀).
+"""FedSVD is a change of basis: under SGD, with or without momentum and DP, it gives the B·A of FFA-LoRA with A₀ :=
+QR(A₀).
 
 A two-layer network in float64, its own small federated loop, plain autograd. ``docs/fedsvd.md`` says what this means.
 """
@@ -19,7 +20,10 @@ def problem():
     g = torch.Generator().manual_seed(5)
     weights = [torch.randn(o, i, generator=g, dtype=torch.float64) / i**0.5 for i, o in SIZES]
     start = [orthonormal_rows(torch.randn(RANK, i, generator=g, dtype=torch.float64)) for i, _ in SIZES]
-    data = [(torch.randn(16, 10, generator=g, dtype=torch.float64), torch.randint(0, 5, (16,), generator=g)) for _ in range(CLIENTS)]
+    data = [
+        (torch.randn(16, 10, generator=g, dtype=torch.float64), torch.randint(0, 5, (16,), generator=g))
+        for _ in range(CLIENTS)
+    ]
     return weights, start, data
 
 
@@ -62,7 +66,9 @@ def run(svd: bool, optimizer: str, dp: bool) -> list[Tensor]:
                 if dp:
                     g = torch.Generator().manual_seed(1000 * round_number + 10 * client + step)
                     drawn = [torch.randn(o, RANK, generator=g, dtype=torch.float64) * 0.5 for _, o in SIZES]
-                    noise = [z @ rotation(a, a0).mT for z, a, a0 in zip(drawn, A, start, strict=True)]  # the same noise in this basis
+                    noise = [
+                        z @ rotation(a, a0).mT for z, a, a0 in zip(drawn, A, start, strict=True)
+                    ]  # the same noise in this basis
                 for parameter, grad in zip(local, gradient(local, A, weights, data[client], noise), strict=True):
                     parameter.grad = grad
                 optim.step()

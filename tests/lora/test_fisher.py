@@ -90,14 +90,19 @@ def test_weighting_is_worth_something():
     matrix = (B @ A).numpy()
     plain, weighted = ((x @ y).numpy() for x, y in (truncate(B, A, 3), truncate_weighted(B, A, 3, w)))
     assert error(weighted, matrix, w.numpy()) < 0.9 * error(plain, matrix, w.numpy())
-    assert np.linalg.norm(plain - matrix) < 0.99 * np.linalg.norm(weighted - matrix), "and it has its price in the plain norm"
+    assert np.linalg.norm(plain - matrix) < 0.99 * np.linalg.norm(weighted - matrix), (
+        "and it has its price in the plain norm"
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-300, 0.3, 1.0, 1e300])
 @pytest.mark.parametrize("split", ["sqrt", "left"])
 def test_equal_weights_are_plain_truncation_bit_for_bit(value: float, split: str):
     B, A, _ = problem(12, 9, 5)
-    found, plain = truncate_weighted(B, A, 3, torch.full((12,), value, dtype=torch.float64), split), truncate(B, A, 3, split)
+    found, plain = (
+        truncate_weighted(B, A, 3, torch.full((12,), value, dtype=torch.float64), split),
+        truncate(B, A, 3, split),
+    )
     assert torch.equal(found[0], plain[0])
     assert torch.equal(found[1], plain[1])
 
@@ -188,7 +193,10 @@ def test_the_m_by_n_product_is_never_formed():
 
 def test_row_weights_are_the_weighted_squared_updates_in_client_order():
     g = torch.Generator().manual_seed(0)
-    updates = {f"client-{i}": {"q.lora_B": torch.randn(6, 3, generator=g), "q.lora_A": torch.randn(3, 4, generator=g)} for i in range(12)}
+    updates = {
+        f"client-{i}": {"q.lora_B": torch.randn(6, 3, generator=g), "q.lora_A": torch.randn(3, 4, generator=g)}
+        for i in range(12)
+    }
     weights = {client: (i + 1) / 78 for i, client in enumerate(updates)}
     found = row_weights_of(updates, weights, "q")
     wanted = np.zeros(6)

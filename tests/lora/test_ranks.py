@@ -119,7 +119,9 @@ def test_each_client_gets_the_best_at_its_own_rank(split: str):
     B, A = pair(12, 9, 6)
     wanted = B.numpy() @ A.numpy()
     ranks = {"client-2": 1, "client-0": 9, "client-1": 4}
-    kept = dict(zip(("q.lora_B", "q.lora_A"), truncate(B, A, 9, split), strict=True))  # FlexLoRA's state: sorted directions
+    kept = dict(
+        zip(("q.lora_B", "q.lora_A"), truncate(B, A, 9, split), strict=True)
+    )  # FlexLoRA's state: sorted directions
     found = {client: narrow(kept, rank) for client, rank in ranks.items()}
     for client, own in found.items():
         B2, A2 = own["q.lora_B"], own["q.lora_A"]
@@ -142,9 +144,13 @@ def test_frobenius_products_are_the_dense_ones(m: int, n: int, k: int, j: int, s
     first, second = pair(m, n, k, seed), pair(m, n, j, seed + 1)
     scaled = [(scale * B, scale * A) for B, A in (first, second)]
     X, Y = (B.numpy() @ A.numpy() for B, A in (first, second))
-    size = sum(float(b.norm() * a.norm()) for b, a in zip(first[0].mT, first[1], strict=True)) * max(float(np.linalg.norm(Y)), 1e-300)
+    size = sum(float(b.norm() * a.norm()) for b, a in zip(first[0].mT, first[1], strict=True)) * max(
+        float(np.linalg.norm(Y)), 1e-300
+    )
     assert abs(frobenius_inner(*scaled) / scale**2 / scale**2 - float((X * Y).sum())) <= 1e-12 * size * (j + 1)
-    assert frobenius_inner(*scaled) == pytest.approx(frobenius_inner(*scaled[::-1]), rel=1e-9, abs=1e-12 * size * scale**4)
+    assert frobenius_inner(*scaled) == pytest.approx(
+        frobenius_inner(*scaled[::-1]), rel=1e-9, abs=1e-12 * size * scale**4
+    )
     assert frobenius_norm(*scaled[0]) / scale**2 == pytest.approx(float(np.linalg.norm(X)), rel=1e-11)
 
 

@@ -1,4 +1,6 @@
-"""Robust rules: each against slow loops in float64, the bits against every order, the result against clients that send anything."""
+"""Robust rules: each against slow loops in float64, the bits against every order, the result against clients that send
+anything.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
-def draw(seed: int, clients: int = N, dtype: torch.dtype = torch.float32, centre: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
+def draw(
+    seed: int, clients: int = N, dtype: torch.dtype = torch.float32, centre: float = 1.0
+) -> dict[str, dict[str, torch.Tensor]]:
     g = torch.Generator().manual_seed(seed)
     return {
         f"client-{i}": {
@@ -60,7 +64,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def mean_of(rows: list[list[float]], weights: list[float]) -> list[float]:
-    return [math.fsum(w * row[j] for row, w in zip(rows, weights, strict=True)) / sum(weights) for j in range(len(rows[0]))]
+    return [
+        math.fsum(w * row[j] for row, w in zip(rows, weights, strict=True)) / sum(weights) for j in range(len(rows[0]))
+    ]
 
 
 def median_of(column: list[float], weights: list[int]) -> float:
@@ -182,7 +188,9 @@ def test_equal_updates_are_returned_as_they_are(name: str, dtype: torch.dtype):
 @given(seed=seeds)
 def test_one_client_is_itself(name: str, seed: int):
     updates = draw(seed, 1)
-    assert same(RULES[name](updates, {"client-0": 0.3}, **({"trim": 0} if name == "trimmed_mean" else {})), updates["client-0"])
+    assert same(
+        RULES[name](updates, {"client-0": 0.3}, **({"trim": 0} if name == "trimmed_mean" else {})), updates["client-0"]
+    )
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -227,7 +235,9 @@ def test_attackers_at_a_million_do_not_move_the_result(name: str, together: bool
     rows = np.array([flat(updates[c]) for c in honest])
     centre, point = rows.mean(0), np.array(flat(found))
     radius = max(np.linalg.norm(rows - centre, axis=1))
-    assume(np.linalg.norm(np.array(flat(weighted_mean(updates, equal()))) - centre) > 1e4 * radius)  # random signs may cancel
+    assume(
+        np.linalg.norm(np.array(flat(weighted_mean(updates, equal()))) - centre) > 1e4 * radius
+    )  # random signs may cancel
     if name == "geometric_median":
         share = most / N
         assert np.linalg.norm(point - centre) <= 2 * (1 - share) / (1 - 2 * share) * radius
@@ -296,14 +306,29 @@ def test_a_client_that_is_not_finite_is_named(name: str, bad: float):
     [
         ("trimmed_mean", 11, {"trim": 0.5}, r"trim must be in \[0, 0\.5\), got 0\.5"),
         ("trimmed_mean", 11, {"trim": math.nan}, "trim must be in"),
-        ("trimmed_mean", 4, {"trim": 0.1}, "trim = 0.1 of 4 clients drops none of them: bring at least 10 clients, or raise trim to 0.25"),
+        (
+            "trimmed_mean",
+            4,
+            {"trim": 0.1},
+            "trim = 0.1 of 4 clients drops none of them: bring at least 10 clients, or raise trim to 0.25",
+        ),
         ("trimmed_mean", 2, {"trim": 0.4}, "trim = 0.4 of 2 clients drops none of them: bring at least 3"),
-        ("krum", 6, {"byzantine": 2}, "byzantine = 2 needs n >= 2·2 \\+ 3 clients, got 6: lower byzantine to at most 1 or bring 7"),
+        (
+            "krum",
+            6,
+            {"byzantine": 2},
+            "byzantine = 2 needs n >= 2·2 \\+ 3 clients, got 6: lower byzantine to at most 1 or bring 7",
+        ),
         ("krum", 2, {"byzantine": 0}, "byzantine = 0 .* got 2: bring 3"),
         ("krum", 9, {"byzantine": -1}, "byzantine must be >= 0, got -1"),
         ("multi_krum", 7, {"byzantine": 2, "keep": 6}, r"keep = 6 must be in \[1, n − byzantine\] = \[1, 5\]"),
         ("multi_krum", 7, {"byzantine": 2, "keep": 0}, "keep = 0"),
-        ("bulyan", 10, {"byzantine": 2}, "byzantine = 2 needs n >= 4·2 \\+ 3 clients, got 10: lower byzantine to at most 1 or bring 11"),
+        (
+            "bulyan",
+            10,
+            {"byzantine": 2},
+            "byzantine = 2 needs n >= 4·2 \\+ 3 clients, got 10: lower byzantine to at most 1 or bring 11",
+        ),
         ("geometric_median", 3, {"iterations": 0}, "iterations must be >= 1, got 0"),
         ("geometric_median", 3, {"tolerance": -1.0}, "tolerance must be >= 0"),
         ("geometric_median", 3, {"smoothing": 0.0}, "smoothing must be > 0"),
@@ -344,8 +369,13 @@ def test_unusable_input_is_refused(name: str):
 # ---- one low-rank matrix from corrupted copies
 
 
-def copies(hostile: int, noise: float, seed: int = 0, clients: int = 10, attack: float = -1.0) -> tuple[np.ndarray, list, np.ndarray]:
-    """Truth [24, 18] of rank 3 and norm 1; factor pairs near it; their honest mean. The first ``hostile`` are multiplied by ``attack``."""
+def copies(
+    hostile: int, noise: float, seed: int = 0, clients: int = 10, attack: float = -1.0
+) -> tuple[np.ndarray, list, np.ndarray]:
+    """Truth [24, 18] of rank 3 and norm 1; factor pairs near it; their honest mean.
+
+    The first ``hostile`` are multiplied by ``attack``.
+    """
     g = torch.Generator().manual_seed(seed)
     P, _ = torch.linalg.qr(torch.randn(24, 3, generator=g, dtype=torch.float64))
     Q, _ = torch.linalg.qr(torch.randn(18, 3, generator=g, dtype=torch.float64))
@@ -353,11 +383,17 @@ def copies(hostile: int, noise: float, seed: int = 0, clients: int = 10, attack:
     B, A = P * root, (Q * root).mT
     pairs = []
     for _ in range(clients):
-        turn = torch.linalg.qr(torch.randn(3, 3, generator=g, dtype=torch.float64))[0]  # factors differ where products agree
+        turn = torch.linalg.qr(torch.randn(3, 3, generator=g, dtype=torch.float64))[
+            0
+        ]  # factors differ where products agree
         own = B + noise * B.norm() / 72**0.5 * torch.randn(24, 3, generator=g, dtype=torch.float64)
         pairs.append((own @ turn, turn.mT @ A))
     honest = torch.stack([b @ a for b, a in pairs[hostile:]]).mean(0)
-    return (B @ A).numpy(), [(attack * b, a) if k < hostile else (b, a) for k, (b, a) in enumerate(pairs)], honest.numpy()
+    return (
+        (B @ A).numpy(),
+        [(attack * b, a) if k < hostile else (b, a) for k, (b, a) in enumerate(pairs)],
+        honest.numpy(),
+    )
 
 
 def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
@@ -408,7 +444,9 @@ def test_low_rank_takes_mixed_ranks_weights_and_zero():
     truth, pairs, _ = copies(0, 0.0)
     wide = (torch.cat([pairs[0][0], torch.zeros(24, 2)], 1), torch.cat([pairs[0][1], torch.ones(2, 18)]))
     hostile = [(-b, a) for b, a in pairs[:6]]
-    B, A = robust_low_rank([*hostile, wide, *pairs[7:]], 3, weights=[1] * 6 + [3] * 4)  # 6 of 10 clients, a third of the weight
+    B, A = robust_low_rank(
+        [*hostile, wide, *pairs[7:]], 3, weights=[1] * 6 + [3] * 4
+    )  # 6 of 10 clients, a third of the weight
     assert np.linalg.norm((B @ A).numpy() - truth) < 1e-6
     B, A = robust_low_rank([(torch.zeros(24, 2), torch.ones(2, 18))] * 2 + [(torch.ones(24, 2), torch.ones(2, 18))], 3)
     assert B.dtype == A.dtype == torch.float32

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from fedlab.lora.state import check_update, digest, effective_delta, from_wire, modules, nbytes, part_of, select, to_wire
+from fedlab.lora.state import (
+    check_update,
+    digest,
+    effective_delta,
+    from_wire,
+    modules,
+    nbytes,
+    part_of,
+    select,
+    to_wire,
+)
 
 STATE = {
     "enc.0.q.lora_A": torch.randn(2, 5, generator=torch.Generator().manual_seed(0)),

@@ -43,7 +43,10 @@ def test_opened_rows_are_gram_schmidt_in_order(n: int, data: st.DataObject):
     k = data.draw(st.integers(0, n))
     count = data.draw(st.integers(0, n - k))
     scale = data.draw(st.sampled_from([1e-200, 1e-30, 1.0, 1e20, 1e200]))
-    kept, candidates = kept_rows(k, n), draw(count + 2, n, data.draw(st.integers(100, 10**6)))  # not the seed of the kept rows
+    kept, candidates = (
+        kept_rows(k, n),
+        draw(count + 2, n, data.draw(st.integers(100, 10**6))),
+    )  # not the seed of the kept rows
     found = open_rows(kept, scale * candidates, count)
     assert found.shape == (count, n)
     assert found.dtype == torch.float64
@@ -62,7 +65,9 @@ def test_candidates_that_add_nothing_are_skipped():
 
 
 def test_a_candidate_just_above_the_threshold_opens_a_clean_direction():
-    """What is left of it is a millionth of its length: one pass of Gram–Schmidt would leave 1e-10 of the kept rows in it."""
+    """What is left of it is a millionth of its length: one pass of Gram–Schmidt would leave 1e-10 of the kept rows in
+    it.
+    """
     kept = kept_rows(3, 40)
     new = draw(1, 40, 8)
     found = open_rows(kept, kept[:1] + 1e-5 * new, 1)
@@ -78,7 +83,8 @@ def test_rows_that_fill_the_space():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wanted"), [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+    ("dtype", "wanted"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
 )
 def test_dtypes_follow_what_is_kept(dtype: torch.dtype, wanted: torch.dtype):
     kept = torch.eye(8)[:2].to(dtype)

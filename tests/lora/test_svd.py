@@ -16,7 +16,11 @@ def factors(m: int, n: int, r: int, seed: int = 0, dtype: torch.dtype = torch.fl
     g = torch.Generator().manual_seed(seed)
     B = torch.randn(m, r, generator=g, dtype=torch.float64)
     if product_rank is not None:
-        B = B[:, :product_rank] @ torch.randn(product_rank, r, generator=g, dtype=torch.float64) if product_rank else B * 0
+        B = (
+            B[:, :product_rank] @ torch.randn(product_rank, r, generator=g, dtype=torch.float64)
+            if product_rank
+            else B * 0
+        )
     return B.to(dtype), torch.randn(r, n, generator=g, dtype=torch.float64).to(dtype)
 
 
@@ -46,11 +50,15 @@ def test_product_orthonormality_and_singular_values_against_the_dense_svd(m: int
 
 @pytest.mark.parametrize("product_rank", [0, 1, 2])
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES[:4])
-def test_rank_deficient_products_still_give_orthonormal_rows_inside_the_old_row_space(m: int, n: int, r: int, product_rank: int):
+def test_rank_deficient_products_still_give_orthonormal_rows_inside_the_old_row_space(
+    m: int, n: int, r: int, product_rank: int
+):
     B, A = factors(m, n, r, product_rank=product_rank)
     B2, A2 = refactorize(B, A)
     assert_orthonormal(A2)
-    assert (B2.double() @ A2.double() - B.double() @ A.double()).norm() <= 1e-6 * max(1.0, float((B.double() @ A.double()).norm()))
+    assert (B2.double() @ A2.double() - B.double() @ A.double()).norm() <= 1e-6 * max(
+        1.0, float((B.double() @ A.double()).norm())
+    )
     basis = torch.linalg.qr(A.double().mT)[0]  # [n, r]
     assert (A2.double() - A2.double() @ basis @ basis.mT).abs().max() < 1e-6
 

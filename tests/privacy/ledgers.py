@@ -1,4 +1,6 @@
-"""A small writer of ledgers for tests, from ``docs/ledger.md`` alone: it shares nothing with the product on either side."""
+"""A small writer of ledgers for tests, from ``docs/ledger.md`` alone: it shares nothing with the product on either
+side.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,14 @@ class File:
 
     def add(self, kind_: str, **more: Any) -> dict[str, Any]:
         prev = self.lines[-1]["hash"] if self.lines else ZEROS
-        line = {"v": 1, "seq": len(self.lines), "prev": prev, "type": kind_, "time": "2026-11-23T14:20:01Z", "run": self.run}
+        line = {
+            "v": 1,
+            "seq": len(self.lines),
+            "prev": prev,
+            "type": kind_,
+            "time": "2026-11-23T14:20:01Z",
+            "run": self.run,
+        }
         self.lines.append(seal({**line, "owner": self.owner, "dataset": self.dataset, **more}, self.key))
         return self.lines[-1]
 
@@ -60,19 +69,31 @@ class File:
     def plan(self, happens: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
         self.planned = happens or event()
         fields = {
-            "key": public(self.key), "unit": "example", "relation": "add_remove", "event": self.planned, "clip": 1.0.hex(),
-            "normaliser": 16.0.hex(), "delta": 1e-5.hex(), "n": 1000, "participations": 10, "scope": SCOPE, "budget": None,
+            "key": public(self.key), "unit": "example", "relation": "add_remove", "event": self.planned,
+            "clip": 1.0.hex(),
+            "normaliser": 16.0.hex(), "delta": 1e-5.hex(), "n": 1000, "participations": 10, "scope": SCOPE,
+            "budget": None,
             "noise": "secure", "content": None, "code": {"fedlab": "0.1.0"},
         }  # fmt: skip
         return self.add("PLAN", **{**fields, **more})
 
     def charge(self, round_: int, state: str = "", **more: Any) -> dict[str, Any]:
         plan = [line for line in self.lines if line["type"] == "PLAN"][-1]
-        fields = {"round": round_, "plan": plan["hash"], "event": self.planned, "in": state or sha(f"state {round_}"), "filter": "none"}
+        fields = {
+            "round": round_,
+            "plan": plan["hash"],
+            "event": self.planned,
+            "in": state or sha(f"state {round_}"),
+            "filter": "none",
+        }
         return self.add("CHARGE", **{**fields, **more})
 
     def commit(self, charge: dict[str, Any], **more: Any) -> dict[str, Any]:
-        fields = {"charge": charge["hash"], "steps": charge["event"]["steps"], "out": sha(f"{self.owner} {charge['seq']}")}
+        fields = {
+            "charge": charge["hash"],
+            "steps": charge["event"]["steps"],
+            "out": sha(f"{self.owner} {charge['seq']}"),
+        }
         return self.add("COMMIT", **{**fields, **more})
 
     def release(self, commit: dict[str, Any], receipt: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +108,13 @@ class Server(File):
         self.add("START", key=public("server"), unit=unit, clients={name: public(name) for name in clients})
 
     def receipt(self, client_: str, round_: int, commit: dict[str, Any], **more: Any) -> dict[str, Any]:
-        fields = {"key": public("server"), "round": round_, "client": client_, "number": commit["seq"], "head": commit["hash"]}
+        fields = {
+            "key": public("server"),
+            "round": round_,
+            "client": client_,
+            "number": commit["seq"],
+            "head": commit["hash"],
+        }
         return self.add("RECEIPT", **{**fields, "out": commit["out"], **more})
 
     def round(self, round_: int, clients: list[str], **more: Any) -> dict[str, Any]:
@@ -106,7 +133,8 @@ def client_file(rounds: int = 2, owner: str = "client-0", **plan: Any) -> File:
 
 
 def write_run(
-    root: Path, clients: int = 3, rounds: int = 2, epsilon: dict[str, float] | None = None, events: dict[str, dict[str, Any]] | None = None,
+    root: Path, clients: int = 3, rounds: int = 2, epsilon: dict[str, float] | None = None, events: dict[str,
+    dict[str, Any]] | None = None,
     unit: str = "example", **plan: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A whole intact run directory. Everybody takes part in every round but the last client, who has done nothing yet.
@@ -129,7 +157,9 @@ def write_run(
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (root / "adapter" / name).write_bytes(name.encode() * 50)
     finish(root, server, files)
-    claims = {name: {"epsilon": (epsilon or {}).get(name, 0.0), "delta": 1e-5, "participations": rounds} for name in names}
+    claims = {
+        name: {"epsilon": (epsilon or {}).get(name, 0.0), "delta": 1e-5, "participations": rounds} for name in names
+    }
     claims[names[-1]]["participations"] = 0 if unit == "example" else rounds
     write_claims(root, claims)
     (root / "run.toml").write_text(f'[run]\nname = "t"\n[privacy]\nunit = "{unit}"\n')
@@ -158,7 +188,9 @@ def write_claims(root: Path, claims: dict[str, dict[str, Any]]) -> None:
     result = {"status": "completed", "epsilon": top, "adapter_digest": sha("final"), "clients": claims}
     (root / "result.json").write_text(json.dumps(result))
     rows = [f"| {name} | {up(claim['epsilon']):.4f} | {claim['delta']:g} | x |" for name, claim in claims.items()]
-    (root / "PRIVACY.md").write_text("# Privacy\n\n| client | ε | δ | … |\n|---|---|---|---|\n" + "\n".join(rows) + "\n")
+    (root / "PRIVACY.md").write_text(
+        "# Privacy\n\n| client | ε | δ | … |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
 
 
 def up(value: float) -> float:

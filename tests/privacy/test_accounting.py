@@ -91,7 +91,11 @@ def test_full_batches_match_the_closed_form_for_both_relations(sigma: float, ste
 
 def test_only_poisson_is_amplified_and_unknown_samplers_are_refused():
     poisson = epsilon([Event("poisson", 0.01, 1.0, 200)], 1e-5)
-    assert epsilon([Event("fixed_wor", 0.01, 1.0, 200)], 1e-5) == epsilon([Event("full", 1.0, 0.5, 200)], 1e-5) > 20 * poisson
+    assert (
+        epsilon([Event("fixed_wor", 0.01, 1.0, 200)], 1e-5)
+        == epsilon([Event("full", 1.0, 0.5, 200)], 1e-5)
+        > 20 * poisson
+    )
     shuffled = epsilon([Event("shuffle", 0.01, 1.0, 200)], 1e-5)
     assert shuffled == pytest.approx(gaussian_epsilon(math.sqrt(2 * 5), 1e-5), rel=1e-6)
     assert shuffled > 5 * poisson
@@ -101,7 +105,9 @@ def test_only_poisson_is_amplified_and_unknown_samplers_are_refused():
 
 @pytest.mark.parametrize("n", [1, 3, 10])
 def test_a_fixed_size_batch_is_covered_even_where_adding_a_record_displaces_another(n: int):
-    """All n records pull by +C, the added one by −C: n of n + 1 times it displaces one of them, which moves the sum by 2C."""
+    """All n records pull by +C, the added one by −C: n of n + 1 times it displaces one of them, which moves the sum by
+    2C.
+    """
     z = np.linspace(-40, 40, 400_001)
     without, displaced = norm.pdf(z, n), norm.pdf(z, n - 2)  # batches of n, σ = C = 1
 
@@ -116,7 +122,9 @@ def test_a_fixed_size_batch_is_covered_even_where_adding_a_record_displaces_anot
 
 
 def test_the_reference_lower_bound_of_fixed_size_sampling_is_respected():
-    """n = 6, batches of 3, σ = 4, 100 steps, δ = 0.01: at least 8.719426, which is above 8.24, the value of full batches."""
+    """n = 6, batches of 3, σ = 4, 100 steps, δ = 0.01: at least 8.719426, which is above 8.24, the value of full
+    batches.
+    """
     assert epsilon([Event("fixed_wor", 0.5, 4.0, 100)], 0.01) >= 8.719426
 
 
@@ -131,7 +139,10 @@ def test_shuffle_counts_at_least_the_batches_that_a_record_is_in(n: int, size: i
 
 @pytest.mark.parametrize("sigma", [0.3, 0.05, 0.01, 1e-3])
 def test_one_sampled_step_with_little_noise_matches_its_closed_form(sigma: float):
-    """T = 1: ε(δ) = ln(1 + q·(exp(ε'(δ/q)) − 1)) with ε' of the plain Gaussian. Neither hangs, nor eats memory, nor overflows."""
+    """T = 1: ε(δ) = ln(1 + q·(exp(ε'(δ/q)) − 1)) with ε' of the plain Gaussian.
+
+    Neither hangs, nor eats memory, nor overflows.
+    """
     plain = accounting.epsilon([Event("full", 1.0, sigma, 1)], 1e-4)
     truth = plain + math.log(0.1) + (math.log1p(9 * math.exp(-plain)))
     pld, rdp, prv = (epsilon([Event("poisson", 0.1, sigma, 1)], 1e-5, a) for a in ("pld", "rdp", "prv"))
@@ -145,10 +156,14 @@ def test_almost_no_noise_promises_nothing_and_infinite_noise_costs_nothing():
         assert epsilon([Event("poisson", 0.1, 1e-200, 1)], 1e-5, accountant) == math.inf
         assert epsilon([Event("poisson", 0.1, math.inf, 5)], 1e-5, accountant) == 0.0
     one = [Event("poisson", 0.1, 1.0, 5)]
-    assert epsilon([*one, Event("poisson", 0.1, math.inf, 5)], 1e-5, interval=COARSE) == epsilon(one, 1e-5, interval=COARSE)
+    assert epsilon([*one, Event("poisson", 0.1, math.inf, 5)], 1e-5, interval=COARSE) == epsilon(
+        one, 1e-5, interval=COARSE
+    )
 
 
-@pytest.mark.parametrize("event", [Event("poisson", 0.2, 0.3, 1000), Event("poisson", 0.5, 1.0, 100_000), Event("full", 1.0, 1.0, 100_000)])
+@pytest.mark.parametrize(
+    "event", [Event("poisson", 0.2, 0.3, 1000), Event("poisson", 0.5, 1.0, 100_000), Event("full", 1.0, 1.0, 100_000)]
+)
 def test_hardly_private_runs_have_a_finite_bound_in_seconds(event: Event):
     pld, rdp = (epsilon([event], 1e-5, a) for a in ("pld", "rdp"))
     assert 1016 < pld <= rdp < math.inf
@@ -164,7 +179,9 @@ def test_a_number_that_is_none_does_not_pass_for_zero(monkeypatch: pytest.Monkey
     assert epsilon([FEDSVD], 1e-5) == math.inf
 
 
-@pytest.mark.parametrize("bad", [{"q": -0.1}, {"q": 1.1}, {"sigma": -1.0}, {"steps": -1}, {"q": math.nan}, {"sigma": math.nan}])
+@pytest.mark.parametrize(
+    "bad", [{"q": -0.1}, {"q": 1.1}, {"sigma": -1.0}, {"steps": -1}, {"q": math.nan}, {"sigma": math.nan}]
+)
 def test_impossible_events_are_refused(bad: dict):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Event(**{"sampler": "poisson", "q": 0.1, "sigma": 1.0, "steps": 1, **bad})
@@ -209,7 +226,9 @@ def test_unreachable_targets_and_bad_arguments():
         calibrate_sigma(1.0, 10**9, 1e-4, 1e-12)
     with pytest.raises(PrivacyError, match="use pld"):
         calibrate_sigma(0.01, 1000, 0.005, 1e-5, "prv")
-    assert calibrate_sigma(1e-6, 1, 1.0, 1e-5) == pytest.approx(0.01), "drawn with probability below δ: any noise will do"
+    assert calibrate_sigma(1e-6, 1, 1.0, 1e-5) == pytest.approx(0.01), (
+        "drawn with probability below δ: any noise will do"
+    )
     for bad in ({"epsilon": 0.0}, {"delta": 0.0}, {"delta": 1.0}, {"q": 2.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             calibrate_sigma(**{"q": 0.1, "steps": 10, "epsilon": 1.0, "delta": 1e-5, **bad})
@@ -217,7 +236,8 @@ def test_unreachable_targets_and_bad_arguments():
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp", "prv"])
 @pytest.mark.parametrize(
-    "event", [Event("poisson", 1e-9, 0.5, 2**53 - 1), Event("poisson", 0.5, 1.0, 2**53 - 1), Event("full", 1.0, 1.0, 2**53 - 1)]
+    "event",
+    [Event("poisson", 1e-9, 0.5, 2**53 - 1), Event("poisson", 0.5, 1.0, 2**53 - 1), Event("full", 1.0, 1.0, 2**53 - 1)],
 )
 def test_absurdly_many_steps_have_an_answer(accountant, event: Event):
     assert epsilon([event], 1e-5, accountant) > (1 if event.q < 1e-3 else 100)

@@ -12,7 +12,10 @@ from fedlab.privacy.clipping import clip_factors, clipped_sum
 
 def gradients(n: int, scale: float, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return {"b": (torch.randn(n, 6, 3, generator=g) * scale).to(dtype), "head": (torch.randn(n, 4, generator=g) * scale).to(dtype)}
+    return {
+        "b": (torch.randn(n, 6, 3, generator=g) * scale).to(dtype),
+        "head": (torch.randn(n, 4, generator=g) * scale).to(dtype),
+    }
 
 
 def joint_norm(total: dict[str, torch.Tensor]) -> float:
@@ -20,7 +23,9 @@ def joint_norm(total: dict[str, torch.Tensor]) -> float:
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.floats(1e-12, 1e12), st.floats(1e-3, 1e3), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 1000))
+@given(
+    st.floats(1e-12, 1e12), st.floats(1e-3, 1e3), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 1000)
+)
 def test_no_clipped_gradient_exceeds_the_clip(scale: float, clip: float, dtype: torch.dtype, seed: int):
     total, norms = clipped_sum(gradients(1, scale, dtype, seed), clip)
     assert joint_norm(total) <= clip

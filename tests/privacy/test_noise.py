@@ -43,7 +43,9 @@ def test_quantiles_of_the_transform_are_exact():
 
 
 def test_seeded_noise_repeats_and_other_streams_differ():
-    a, b, c = (SeededNoise(stream(5, "noise", client, 2)).draw((8,), 1.0) for client in ("client-1", "client-1", "client-2"))
+    a, b, c = (
+        SeededNoise(stream(5, "noise", client, 2)).draw((8,), 1.0) for client in ("client-1", "client-1", "client-2")
+    )
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 

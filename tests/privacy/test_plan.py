@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
+from fedlab.config.sections import PrivacySection, TrainSection
 from fedlab.errors import ConfigError, PrivacyError
 from fedlab.privacy.accounting import Event, epsilon
+from fedlab.privacy.ledger.spending import Spent, summary
 from fedlab.privacy.plan import DPPlan, default_delta, make_plan
-from fedlab.privacy.spent import Spent, summary
-from fedlab.sections import PrivacySection, TrainSection
 from fedlab.seeds import stream
 
 PLAN = DPPlan(n=200, batch_size=20, steps=5, sigma=1.5, clip=0.5, delta=1e-5, participations=4, noise="seeded")
@@ -94,7 +94,9 @@ def test_delta_policy():
 
 
 def test_epochs_become_steps():
-    assert make_plan(section(sigma=1.0), TrainSection(lr=1.0, epochs=1.5, batch_size=32), 100, 1).steps == math.ceil(1.5 * 100 / 32)
+    assert make_plan(section(sigma=1.0), TrainSection(lr=1.0, epochs=1.5, batch_size=32), 100, 1).steps == math.ceil(
+        1.5 * 100 / 32
+    )
 
 
 def test_a_client_level_run_has_no_plan_of_a_client():

@@ -12,7 +12,7 @@ import pytest
 import fedlab
 from fedlab.config import RunConfig
 from fedlab.privacy.accounting import Event, epsilon
-from fedlab.privacy.ledger import events, parse_lines
+from fedlab.privacy.ledger.ledger import events, parse_lines
 
 
 def simulate(toml: str, out: Path, *overrides: str) -> fedlab.Run:
@@ -36,7 +36,8 @@ def test_every_round_is_planned_charged_committed_and_receipted(tiny_toml: str, 
         assert told["epsilon"] == pytest.approx(epsilon(events(ledger(run.path, client)), told["delta"]), rel=1e-9)
     assert not list(run.path.rglob("*.pem")), "the keys of a finished simulation are destroyed"
     assert (
-        f"| client-0 | {math.ceil(run.result['clients']['client-0']['epsilon'] * 1e4) / 1e4:.4f} |" in (run.path / "PRIVACY.md").read_text()
+        f"| client-0 | {math.ceil(run.result['clients']['client-0']['epsilon'] * 1e4) / 1e4:.4f} |"
+        in (run.path / "PRIVACY.md").read_text()
     )
 
 
@@ -46,7 +47,9 @@ def test_clients_stop_at_their_budget_and_the_adapter_is_saved(tiny_toml: str, t
     run = simulate(tiny_toml, tmp_path / "run", "run.rounds=5", f"privacy.budget.epsilon={limit}")
     assert (run.result["status"], run.result["rounds"]) == ("budget-exhausted", 2)
     assert run.result["epsilon"] <= limit
-    assert run.result["adapter_digest"] == free.result["adapter_digest"], "a limit changes when a run ends, not what it computes"
+    assert run.result["adapter_digest"] == free.result["adapter_digest"], (
+        "a limit changes when a run ends, not what it computes"
+    )
     assert (run.path / "adapter" / "adapter_model.safetensors").is_file()
     assert types(run.path)[-2:] in (["REFUSE", "RELEASE"], ["RELEASE", "REFUSE"])
     assert "refused round 3: budget-exhausted" in (run.path / "PRIVACY.md").read_text()
@@ -67,7 +70,9 @@ def test_the_run_goes_on_without_an_exhausted_client(tiny_toml: str, tmp_path: P
 
 
 def test_a_budget_below_one_round_ends_with_exit_code_3_and_spends_nothing(tiny_toml: str, tmp_path: Path):
-    with pytest.raises(fedlab.PrivacyError, match="0 clients can take part, 1 needed; client-0: budget-exhausted") as caught:
+    with pytest.raises(
+        fedlab.PrivacyError, match="0 clients can take part, 1 needed; client-0: budget-exhausted"
+    ) as caught:
         simulate(tiny_toml, tmp_path / "run", "privacy.budget.epsilon=0.01")
     assert caught.value.exit_code == 3
     assert types(tmp_path / "run") == ["PLAN", "REFUSE"]
@@ -81,7 +86,9 @@ def test_a_second_run_on_the_same_data_starts_from_what_is_spent(tiny_toml: str,
     second = simulate(tiny_toml, tmp_path / "second", shared, "run.rounds=2", "run.seed=9")
     told = second.result["clients"]["client-0"]
     assert told["epsilon_before"] == pytest.approx(first.result["clients"]["client-0"]["epsilon"], rel=1e-9)
-    assert told["epsilon"] == pytest.approx(alone.result["clients"]["client-0"]["epsilon"], rel=0.1), "sizes differ a little with the seed"
+    assert told["epsilon"] == pytest.approx(alone.result["clients"]["client-0"]["epsilon"], rel=0.1), (
+        "sizes differ a little with the seed"
+    )
     assert types(second.path).count("PLAN") == 2, "the run directory holds a copy of the whole ledger"
     assert "up to 1 in these ledgers" in (second.path / "PRIVACY.md").read_text()
     limit = second.result["epsilon"] * 1.0001
@@ -103,27 +110,39 @@ def test_an_older_copy_of_a_shared_ledger_is_refused(tiny_toml: str, tmp_path: P
 
 
 def test_client_level_noise_is_charged_to_every_client_whether_drawn_or_not(tiny_toml: str, tmp_path: Path):
-    text = tiny_toml.replace('unit = "example"', 'unit = "client"').replace('name = "fedsvd"', 'name = "fedsvd"\nweights = "uniform"')
+    text = tiny_toml.replace('unit = "example"', 'unit = "client"').replace(
+        'name = "fedsvd"', 'name = "fedsvd"\nweights = "uniform"'
+    )
     full = simulate(text, tmp_path / "full", "run.rounds=2", "privacy.sigma=3")
     expected = epsilon([Event("full", 1.0, 3.0, 2)], full.result["clients"]["client-0"]["delta"])
     assert [c["epsilon"] for c in full.result["clients"].values()] == pytest.approx([expected] * 3)
     assert types(full.path, "server") == ["PLAN", "CHARGE", "COMMIT", "CHARGE", "COMMIT"]
     assert "one client with all its records" in (full.path / "PRIVACY.md").read_text()
-    sampled = simulate(text, tmp_path / "poisson", "run.rounds=3", "privacy.sigma=3", "run.fraction=0.5", "run.sampling=poisson")
+    sampled = simulate(
+        text, tmp_path / "poisson", "run.rounds=3", "privacy.sigma=3", "run.fraction=0.5", "run.sampling=poisson"
+    )
     expected = epsilon([Event("poisson", 0.5, 3.0, 3)], sampled.result["clients"]["client-0"]["delta"])
     assert [c["epsilon"] for c in sampled.result["clients"].values()] == pytest.approx([expected] * 3)
     fixed = simulate(text, tmp_path / "fixed", "run.rounds=2", "privacy.sigma=3", "run.fraction=0.34")
-    assert fixed.result["epsilon"] > full.result["epsilon"], "a fixed-size draw amplifies nothing and moves the sum by 2C"
+    assert fixed.result["epsilon"] > full.result["epsilon"], (
+        "a fixed-size draw amplifies nothing and moves the sum by 2C"
+    )
 
 
 def test_client_level_budget_ends_the_run(tiny_toml: str, tmp_path: Path):
-    text = tiny_toml.replace('unit = "example"', 'unit = "client"').replace('name = "fedsvd"', 'name = "ffa"\nweights = "uniform"')
+    text = tiny_toml.replace('unit = "example"', 'unit = "client"').replace(
+        'name = "fedsvd"', 'name = "ffa"\nweights = "uniform"'
+    )
     limit = epsilon([Event("full", 1.0, 3.0, 2)], 1e-5) * 1.001
-    run = simulate(text, tmp_path / "run", "run.rounds=5", "privacy.sigma=3", f"privacy.budget={{epsilon={limit}, delta=1e-5}}")
+    run = simulate(
+        text, tmp_path / "run", "run.rounds=5", "privacy.sigma=3", f"privacy.budget={{epsilon={limit}, delta=1e-5}}"
+    )
     assert (run.result["status"], run.result["rounds"]) == ("budget-exhausted", 2)
 
 
-def test_local_accuracy_is_the_simulators_and_a_client_refuses_to_send_it(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_local_accuracy_is_the_simulators_and_a_client_refuses_to_send_it(
+    tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     import clients.evaluate
 
     monkeypatch.setattr(clients.app, "evaluate_cohort", lambda *_: pytest.fail("a client was asked"))

@@ -29,7 +29,9 @@ def config_file(tiny_toml: str, tmp_path: Path) -> Path:
 
 
 def test_a_run_prints_plain_lines_when_piped(config_file: Path, tmp_path: Path):
-    done = fedlab_cli("simulate", config_file, "--out", tmp_path / "run", "--set", "run.rounds=2", "--set", "run.tensorboard=true")
+    done = fedlab_cli(
+        "simulate", config_file, "--out", tmp_path / "run", "--set", "run.rounds=2", "--set", "run.tensorboard=true"
+    )
     assert done.returncode == 0, done.stderr
     rounds = [line for line in done.stdout.splitlines() if line.startswith("round")]
     assert len(rounds) == 2
@@ -46,7 +48,9 @@ def test_a_run_prints_plain_lines_when_piped(config_file: Path, tmp_path: Path):
 def test_quiet_is_quiet_and_no_dp_says_so(config_file: Path, tmp_path: Path):
     done = fedlab_cli("simulate", config_file, "--out", tmp_path / "a", "--set", "run.rounds=1", "--quiet")
     assert (done.returncode, done.stdout) == (0, "")
-    done = fedlab_cli("simulate", config_file, "--out", tmp_path / "b", "--set", "run.rounds=1", "--set", 'privacy={unit="none"}')
+    done = fedlab_cli(
+        "simulate", config_file, "--out", tmp_path / "b", "--set", "run.rounds=1", "--set", 'privacy={unit="none"}'
+    )
     assert "no DP" in done.stdout
     assert "ε =" not in done.stdout
     assert "no privacy guarantee" in (tmp_path / "b" / "report.html").read_text()
@@ -63,7 +67,9 @@ def test_quiet_is_quiet_and_no_dp_says_so(config_file: Path, tmp_path: Path):
         (["--set", "data.path=/nowhere.csv"], "no such file"),
     ],
 )
-def test_usage_errors_end_with_2_and_leave_nothing(arguments: list[str], expected: str, config_file: Path, tmp_path: Path):
+def test_usage_errors_end_with_2_and_leave_nothing(
+    arguments: list[str], expected: str, config_file: Path, tmp_path: Path
+):
     done = fedlab_cli("simulate", config_file, "--out", tmp_path / "run", *arguments)
     assert done.returncode == 2
     assert expected in done.stderr
@@ -116,7 +122,9 @@ def rounds_done(run: Path) -> int:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_is_valid_and_resumes_to_the_same_bits(number: int, config_file: Path, tmp_path: Path):
     options = ["--set", "run.rounds=12", "--set", "evaluate.every=12"]
-    process = subprocess.Popen(command("simulate", config_file, *options, "--out", tmp_path / "run"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("simulate", config_file, *options, "--out", tmp_path / "run"), stderr=subprocess.PIPE, text=True
+    )
     wait_for(lambda: rounds_done(tmp_path / "run") >= 2)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -133,7 +141,9 @@ def test_an_interrupted_run_is_valid_and_resumes_to_the_same_bits(number: int, c
 def ray_processes() -> set[int]:
     names = ("raylet", "gcs_server")
     return {
-        p.pid for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] in names or "ray::" in " ".join(p.info["cmdline"] or [])
+        p.pid
+        for p in psutil.process_iter(["name", "cmdline"])
+        if p.info["name"] in names or "ray::" in " ".join(p.info["cmdline"] or [])
     }
 
 
@@ -143,7 +153,15 @@ def test_ray_is_bitwise_the_local_backend_for_any_number_of_nodes(config_file: P
     digests = {}
     for name, backend, nodes in (("local", "local", 1), ("ray-3", "ray", 3)):
         done = fedlab_cli(
-            "simulate", config_file, "--out", tmp_path / name, "--quiet", "--set", f'run.backend="{backend}"', "--set", f"run.nodes={nodes}"
+            "simulate",
+            config_file,
+            "--out",
+            tmp_path / name,
+            "--quiet",
+            "--set",
+            f'run.backend="{backend}"',
+            "--set",
+            f"run.nodes={nodes}",
         )
         assert done.returncode == 0, done.stderr
         assert done.stderr == "", "Ray and Flower say nothing"
@@ -155,11 +173,25 @@ def test_ray_is_bitwise_the_local_backend_for_any_number_of_nodes(config_file: P
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_a_killed_actor_is_replaced_loudly_and_ray_listens_on_loopback_only(config_file: Path, tmp_path: Path):
-    options = ["--set", 'run.backend="ray"', "--set", "run.nodes=1", "--set", "run.rounds=16", "--set", "evaluate.every=16"]
+    options = [
+        "--set",
+        'run.backend="ray"',
+        "--set",
+        "run.nodes=1",
+        "--set",
+        "run.rounds=16",
+        "--set",
+        "evaluate.every=16",
+    ]
     process = subprocess.Popen(command("simulate", config_file, *options, "--out", tmp_path / "run", "--quiet"))
     family = psutil.Process(process.pid)
     wait_for(lambda: rounds_done(tmp_path / "run") >= 2)
-    listening = [c.laddr.ip for p in [family, *family.children(recursive=True)] for c in connections(p) if c.status == psutil.CONN_LISTEN]
+    listening = [
+        c.laddr.ip
+        for p in [family, *family.children(recursive=True)]
+        for c in connections(p)
+        if c.status == psutil.CONN_LISTEN
+    ]
     assert listening
     assert all(ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1") for ip in listening), listening
     victims = [p for p in family.children(recursive=True) if "ClientAppActor" in " ".join(p.cmdline())]
@@ -169,7 +201,10 @@ def test_a_killed_actor_is_replaced_loudly_and_ray_listens_on_loopback_only(conf
     assert "a node process died" in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert json.loads((tmp_path / "run" / "result.json").read_text())["excluded"] == 0
     assert (
-        fedlab_cli("simulate", config_file, *options, "--set", 'run.backend="local"', "--out", tmp_path / "calm", "--quiet").returncode == 0
+        fedlab_cli(
+            "simulate", config_file, *options, "--set", 'run.backend="local"', "--out", tmp_path / "calm", "--quiet"
+        ).returncode
+        == 0
     )
     digests = [json.loads((tmp_path / name / "result.json").read_text())["adapter_digest"] for name in ("run", "calm")]
     assert digests[0] == digests[1]
@@ -187,7 +222,9 @@ def connections(process: psutil.Process) -> list:
 def test_interrupting_ray_leaves_no_process(config_file: Path, tmp_path: Path):
     before = ray_processes()
     options = ["--set", 'run.backend="ray"', "--set", "run.rounds=1000", "--set", "evaluate.every=1000"]
-    process = subprocess.Popen(command("simulate", config_file, *options, "--out", tmp_path / "run"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("simulate", config_file, *options, "--out", tmp_path / "run"), stderr=subprocess.PIPE, text=True
+    )
     wait_for(lambda: rounds_done(tmp_path / "run") >= 1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -199,7 +236,9 @@ def test_interrupting_ray_leaves_no_process(config_file: Path, tmp_path: Path):
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_a_cluster_of_two_raylets_can_be_joined_and_gives_the_same_bits(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_cluster_of_two_raylets_can_be_joined_and_gives_the_same_bits(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
@@ -208,7 +247,8 @@ def test_a_cluster_of_two_raylets_can_be_joined_and_gives_the_same_bits(config_f
         cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
         done = fedlab_cli(
-            "simulate", config_file, "--out", tmp_path / "cluster", "--quiet", "--set", 'run.backend="ray"', "--set", "run.nodes=2",
+            "simulate", config_file, "--out", tmp_path / "cluster", "--quiet", "--set", 'run.backend="ray"',
+            "--set", "run.nodes=2",
             "--set", f'run.ray_address="{cluster.address}"',
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -216,7 +256,9 @@ def test_a_cluster_of_two_raylets_can_be_joined_and_gives_the_same_bits(config_f
     finally:
         cluster.shutdown()
     assert fedlab_cli("simulate", config_file, "--out", tmp_path / "local", "--quiet").returncode == 0
-    digests = [json.loads((tmp_path / name / "result.json").read_text())["adapter_digest"] for name in ("cluster", "local")]
+    digests = [
+        json.loads((tmp_path / name / "result.json").read_text())["adapter_digest"] for name in ("cluster", "local")
+    ]
     assert digests[0] == digests[1]
 
 

@@ -26,7 +26,8 @@ def losses(run: fedlab.Run) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "name", ["fedsvd", "flexlora", "hetlora", *(pytest.param(n, marks=slow) for n in ("fedavg", "ffa", "flora", "rolora"))]
+    "name",
+    ["fedsvd", "flexlora", "hetlora", *(pytest.param(n, marks=slow) for n in ("fedavg", "ffa", "flora", "rolora"))],
 )
 def test_clients_of_unequal_rank_learn_together_and_send_less(name: str, learnable_toml: str, tmp_path: Path):
     settings = [f"strategy.name={name}", "run.rounds=4", "train.steps=8", "train.lr=0.3"]
@@ -37,7 +38,9 @@ def test_clients_of_unequal_rank_learn_together_and_send_less(name: str, learnab
     assert run.result["bytes_up"] / 4 < whole.result["bytes_up"]
 
 
-def test_unequal_ranks_under_dp_are_charged_like_any_other_and_give_the_same_bits_on_any_node(tiny_toml: str, tmp_path: Path):
+def test_unequal_ranks_under_dp_are_charged_like_any_other_and_give_the_same_bits_on_any_node(
+    tiny_toml: str, tmp_path: Path
+):
     ranks = "clients.rank={'67%'=2}"
     runs = [simulate(tiny_toml, tmp_path / f"{i}", ranks, f"run.nodes={n}") for i, n in enumerate((1, 3))]
     assert runs[0].result["adapter_digest"] == runs[1].result["adapter_digest"]
@@ -50,18 +53,25 @@ def test_pruned_ranks_survive_a_resume(learnable_toml: str, tmp_path: Path, monk
     settings = ["strategy.name=hetlora", "strategy.prune=0.5", "run.rounds=4", "train.weight_decay=0.5", "train.lr=0.3"]
     whole = simulate(learnable_toml, tmp_path / "whole", "clients.rank={client-0=3}", *settings)
     assert any(c["rank"] < 3 for c in whole.result["clients"].values()), "somebody was pruned"
-    resumed = interrupted_at(3, learnable_toml, tmp_path / "broken", monkeypatch, "clients.rank={client-0=3}", *settings)
+    resumed = interrupted_at(
+        3, learnable_toml, tmp_path / "broken", monkeypatch, "clients.rank={client-0=3}", *settings
+    )
     for key in ("adapter_digest", "accuracy", "bytes_up", "clients"):
         assert resumed.result[key] == whole.result[key], key
 
 
 @pytest.mark.parametrize("server", ["momentum", pytest.param("adam", marks=slow)])
-def test_a_server_optimiser_survives_a_resume(server: str, tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_server_optimiser_survives_a_resume(
+    server: str, tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     settings = ["strategy.name=ffa", "run.rounds=4", f"strategy.server={{optimizer='{server}', lr=0.1}}"]
     whole = simulate(tiny_toml, tmp_path / "whole", *settings)
     resumed = interrupted_at(3, tiny_toml, tmp_path / "broken", monkeypatch, *settings)
     assert resumed.result["adapter_digest"] == whole.result["adapter_digest"]
-    assert simulate(tiny_toml, tmp_path / "plain", *settings[:2]).result["adapter_digest"] != whole.result["adapter_digest"]
+    assert (
+        simulate(tiny_toml, tmp_path / "plain", *settings[:2]).result["adapter_digest"]
+        != whole.result["adapter_digest"]
+    )
 
 
 def test_fedsa_shares_a_alone_and_scores_every_client_with_its_own_model(learnable_toml: str, tmp_path: Path):
@@ -71,7 +81,9 @@ def test_fedsa_shares_a_alone_and_scores_every_client_with_its_own_model(learnab
     assert run.result["client_accuracy"]["mean"] > 0.6
     A_bytes = 4 * 4 * 32 * 4  # four modules, rank 4, 32 inputs, float32
     assert run.result["bytes_up"] == 6 * 3 * A_bytes
-    adapters = [load_file(run.path / "personal" / f"client-{i}" / "adapter" / "adapter_model.safetensors") for i in range(3)]
+    adapters = [
+        load_file(run.path / "personal" / f"client-{i}" / "adapter" / "adapter_model.safetensors") for i in range(3)
+    ]
     for name in adapters[0]:
         same = torch.equal(adapters[0][name], adapters[1][name])
         assert same == ("lora_A" in name), f"{name}: A is shared, B and the head are not"
@@ -85,7 +97,9 @@ def test_fedsa_never_sends_what_is_personal_under_dp_either(tiny_toml: str, tmp_
     assert not audit_run(run.path).findings
 
 
-def test_fedsa_resumes_with_every_clients_own_part(learnable_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_fedsa_resumes_with_every_clients_own_part(
+    learnable_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     settings = ["strategy.name=fedsa", "run.rounds=4", "run.fraction=0.67", "train.lr=0.3"]
     whole = simulate(learnable_toml, tmp_path / "whole", *settings)
     resumed = interrupted_at(3, learnable_toml, tmp_path / "broken", monkeypatch, *settings)
@@ -97,7 +111,10 @@ def test_fedsa_resumes_with_every_clients_own_part(learnable_toml: str, tmp_path
     ("settings", "reason"),
     [
         (["strategy.name=fedsa", "evaluate.clients=never"], "no global model"),
-        (["strategy.name=fedsa", "privacy={unit='client', sigma=1.0, clip=1.0}", "strategy.weights=uniform"], "what clients keep"),
+        (
+            ["strategy.name=fedsa", "privacy={unit='client', sigma=1.0, clip=1.0}", "strategy.weights=uniform"],
+            "what clients keep",
+        ),
         (["clients.rank={client-7=2}"], "client-7 is none of the 3 clients"),
         (["clients.rank={client-1=9}"], "exceeds lora.rank = 4"),
         (["clients.rank={client-1=0}"], "rank >= 1"),
@@ -116,14 +133,20 @@ def test_what_makes_no_sense_is_refused(settings: list[str], reason: str, tiny_t
 
 
 def interrupted_at(number: int, toml: str, out: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> fedlab.Run:
-    """A run that is cut off when the clients of a round have trained and nothing of it is kept by the server; then resumed."""
-    import strategies.loop as loop
+    """A run that is cut off when the clients of a round have trained and nothing of it is kept by the server; then
+    resumed.
+    """
+    import strategies.server.loop as loop
 
     original = loop.exchange
 
     def cut_off(grid, messages, *args, **kwargs):
         replies = original(grid, messages, *args, **kwargs)
-        if messages and messages[0].metadata.message_type == "train" and messages[0].content["round"]["round"] == number:
+        if (
+            messages
+            and messages[0].metadata.message_type == "train"
+            and messages[0].content["round"]["round"] == number
+        ):
             raise KeyboardInterrupt
         return replies
 

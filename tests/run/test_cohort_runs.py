@@ -1,4 +1,6 @@
-"""Runs whose clients share a pass: the numbers of one after the other, the same bits on any number of nodes, failures by themselves."""
+"""Runs whose clients share a pass: the numbers of one after the other, the same bits on any number of nodes, failures
+by themselves.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,14 @@ import fedlab
 from fedlab.config import RunConfig
 from fedlab.errors import RunFailed
 from fedlab.privacy.audit.run import audit_run
-from fedlab.privacy.ledger import parse_lines
+from fedlab.privacy.ledger.ledger import parse_lines
 
 slow = pytest.mark.slow
 STRATEGIES = ["fedsvd", "flora", "fedsa"]  # and the others, in the slow suite
-STRATEGIES += [pytest.param(n, marks=slow) for n in ("fedavg", "ffa", "fedex", "flexlora", "hetlora", "lora-fair", "rolora", "head")]
+STRATEGIES += [
+    pytest.param(n, marks=slow)
+    for n in ("fedavg", "ffa", "fedex", "flexlora", "hetlora", "lora-fair", "rolora", "head")
+]
 
 
 def simulate(toml: str, out: Path, *overrides: str) -> fedlab.Run:
@@ -26,25 +31,36 @@ def simulate(toml: str, out: Path, *overrides: str) -> fedlab.Run:
 
 def adapters(run: fedlab.Run) -> dict[str, torch.Tensor]:
     """The final adapter, or every client's own, flat."""
-    found = sorted(run.path.glob("personal/*/adapter/adapter_model.safetensors")) or [run.path / "adapter" / "adapter_model.safetensors"]
+    found = sorted(run.path.glob("personal/*/adapter/adapter_model.safetensors")) or [
+        run.path / "adapter" / "adapter_model.safetensors"
+    ]
     return {f"{path.relative_to(run.path)}/{name}": value for path in found for name, value in load_file(path).items()}
 
 
 @pytest.mark.parametrize("private", [pytest.param(False, marks=slow), True], ids=["plain", "dp"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_ends_where_one_client_at_a_time_ends(name: str, private: bool, tiny_toml: str, tmp_path: Path):
-    settings = [f"strategy.name={name}", "run.rounds=2", "train.lr=0.1", *([] if private else ["privacy={unit='none'}"])]
+    settings = [
+        f"strategy.name={name}",
+        "run.rounds=2",
+        "train.lr=0.1",
+        *([] if private else ["privacy={unit='none'}"]),
+    ]
     alone, together = (simulate(tiny_toml, tmp_path / f"{k}", *settings, f"run.cohort={k}") for k in (1, 3))
     one, other = adapters(alone), adapters(together)
     assert one.keys() == other.keys()
-    products = {n for n in one if "lora_" not in n}  # factors may turn, and in flora A is redrawn: compare what they amount to
+    products = {
+        n for n in one if "lora_" not in n
+    }  # factors may turn, and in flora A is redrawn: compare what they amount to
     for name_ in products:
         assert torch.allclose(one[name_], other[name_], atol=2e-5)
     for name_ in (n for n in one if "lora_A" in n):
         b = name_.replace("lora_A", "lora_B")
         assert torch.allclose(one[b] @ one[name_], other[b] @ other[name_], atol=2e-5)
     assert together.result["epsilon"] == alone.result["epsilon"]
-    assert [c["epsilon"] for c in together.result["clients"].values()] == [c["epsilon"] for c in alone.result["clients"].values()]
+    assert [c["epsilon"] for c in together.result["clients"].values()] == [
+        c["epsilon"] for c in alone.result["clients"].values()
+    ]
     if private:
         assert not audit_run(together.path).findings
 
@@ -52,7 +68,9 @@ def test_every_strategy_ends_where_one_client_at_a_time_ends(name: str, private:
 @pytest.mark.parametrize("cohort", [pytest.param(1, marks=slow), 2, pytest.param(5, marks=slow)])
 def test_the_same_bits_on_any_number_of_nodes(cohort: int, tiny_toml: str, tmp_path: Path):
     settings = ["data.clients=5", "run.rounds=2", f"run.cohort={cohort}"]
-    digests = {simulate(tiny_toml, tmp_path / f"{n}", *settings, f"run.nodes={n}").result["adapter_digest"] for n in (1, 2, 4)}
+    digests = {
+        simulate(tiny_toml, tmp_path / f"{n}", *settings, f"run.nodes={n}").result["adapter_digest"] for n in (1, 2, 4)
+    }
     assert len(digests) == 1
 
 
@@ -75,7 +93,9 @@ def test_a_client_that_fails_in_a_shared_pass_is_excluded_alone_and_charged(
     assert not audit_run(run.path).findings
 
 
-def test_an_error_of_the_pass_excludes_its_clients_and_names_them(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_error_of_the_pass_excludes_its_clients_and_names_them(
+    tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def breaks(*args, **kwargs):
         raise RuntimeError("the pass broke")
 
@@ -100,7 +120,9 @@ def test_what_cannot_share_a_pass_trains_one_by_one(tiny_toml: str, tmp_path: Pa
 def test_the_references_end_where_fused_layers_do(private: bool, tiny_toml: str, tmp_path: Path):
     """``train.gradients``: fedlab's hooks and Opacus' give the same adapter, and the same charges."""
     settings = ["run.rounds=2", "train.lr=0.1", "lora.dropout=0.2", *([] if private else ["privacy={unit='none'}"])]
-    fused, *others = (simulate(tiny_toml, tmp_path / g, *settings, f"train.gradients={g}") for g in ("fused", "hooks", "opacus"))
+    fused, *others = (
+        simulate(tiny_toml, tmp_path / g, *settings, f"train.gradients={g}") for g in ("fused", "hooks", "opacus")
+    )
     for other in others:
         assert other.result["epsilon"] == fused.result["epsilon"]
         for name, value in adapters(fused).items():

@@ -32,9 +32,21 @@ def cluster() -> Iterator[str]:
 def test_two_raylets_give_the_same_bits_as_one_process(cluster: str, tiny_toml: str, tmp_path: Path):
     (tmp_path / "tiny.toml").write_text(tiny_toml)
     settings = ["run.backend=ray", "run.nodes=2", f"run.ray_address={cluster}", "run.rounds=2"]
-    command = [sys.executable, "-m", "fedlab.cli", "simulate", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "run"), "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "fedlab.cli",
+        "simulate",
+        str(tmp_path / "tiny.toml"),
+        "--out",
+        str(tmp_path / "run"),
+        "--quiet",
+    ]
     done = subprocess.run(
-        [*command, *(text for value in settings for text in ("--set", value))], capture_output=True, text=True, timeout=280
+        [*command, *(text for value in settings for text in ("--set", value))],
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "run" / "result.json").read_text())

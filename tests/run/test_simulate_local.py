@@ -24,7 +24,15 @@ def lines(run: fedlab.Run, phase: str) -> list[dict]:
 def test_a_run_leaves_what_the_design_promises(tiny_toml: str, tmp_path: Path):
     run = simulate(tiny_toml, tmp_path / "run")
     assert run.result["status"] == "completed"
-    for name in ("run.toml", "environment.json", "result.json", "metrics.jsonl", "partition.json", "log.txt", "report.html"):
+    for name in (
+        "run.toml",
+        "environment.json",
+        "result.json",
+        "metrics.jsonl",
+        "partition.json",
+        "log.txt",
+        "report.html",
+    ):
         assert (run.path / name).is_file(), name
     assert (run.path / "adapter" / "adapter_model.safetensors").is_file()
     assert 0 < run.result["epsilon"] < 100
@@ -41,7 +49,10 @@ def test_a_run_leaves_what_the_design_promises(tiny_toml: str, tmp_path: Path):
     "strategy",
     [
         *("fedavg", "fedsvd", "fedsvd refresh={every=2,keep=1}", "head"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ffa", "fedex", "flora", "flora train=B", "flexlora", "rolora")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("ffa", "fedex", "flora", "flora train=B", "flexlora", "rolora")
+        ),
     ],
 )
 def test_every_strategy_learns_without_dp(strategy: str, learnable_toml: str, tmp_path: Path):
@@ -103,7 +114,7 @@ def test_adapter_loads_with_peft_and_scores_the_same(strategy: str, tiny_toml: s
 def test_resume_gives_the_bits_of_an_unbroken_run(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = ["run.rounds=4", "strategy.refresh={every=1}"]  # with a residual in the state
     whole = simulate(tiny_toml, tmp_path / "whole", *settings)
-    import strategies.loop as loop
+    import strategies.server.loop as loop
 
     original = loop.Rounds._round
 
@@ -123,9 +134,13 @@ def test_resume_gives_the_bits_of_an_unbroken_run(tiny_toml: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(("noise", "rounds"), [("seeded", 3), ("secure", 2)])
-def test_a_round_that_was_cut_off_is_charged(noise: str, rounds: int, tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Cut off when the clients had trained: the interrupted result counts it; with new noise the resumed run has a round less left."""
-    import strategies.loop as loop
+def test_a_round_that_was_cut_off_is_charged(
+    noise: str, rounds: int, tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Cut off when the clients had trained: the interrupted result counts it; with new noise the resumed run has a
+    round less left.
+    """
+    import strategies.server.loop as loop
 
     original = loop.exchange
 
@@ -195,7 +210,9 @@ def test_diverging_clients_are_excluded_and_the_run_fails_loudly(tiny_toml: str,
     assert "usable updates" in result["reason"]
 
 
-def test_a_run_cut_off_after_its_seal_can_still_be_resumed(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_cut_off_after_its_seal_can_still_be_resumed(
+    tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The keys of its ledgers go last of all."""
     from fedlab.privacy.audit.run import audit_run
     from strategies import app

@@ -27,7 +27,12 @@ def matrix(result: dict) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "name",
-    ["osft-data", "osft", "fedsvd-continual", *(pytest.param(name, marks=pytest.mark.slow) for name in ("o-lora", "full", "fedavg"))],
+    [
+        "osft-data",
+        "osft",
+        "fedsvd-continual",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("o-lora", "full", "fedavg")),
+    ],
 )
 def test_every_strategy_runs_a_stream_and_reports_the_matrix(name: str, stream_toml: str, tmp_path: Path):
     result = run(stream_toml, tmp_path / "run", name=name).result
@@ -42,7 +47,9 @@ def test_every_strategy_runs_a_stream_and_reports_the_matrix(name: str, stream_t
     assert "<svg" in (tmp_path / "run" / "report.html").read_text()
     first, second = (load_file(str(tmp_path / "run" / t / "memory.safetensors")) for t in ("task-0-wet", "task-1-hard"))
     assert not np.array_equal(*(m["head.classifier.weight"] for m in (first, second)))
-    assert (first["head.classifier.weight"][:2] == second["head.classifier.weight"][:2]).all(), "rows of the other task's labels stay"
+    assert (first["head.classifier.weight"][:2] == second["head.classifier.weight"][:2]).all(), (
+        "rows of the other task's labels stay"
+    )
 
 
 def test_one_label_space_for_all_tasks_has_a_forward_transfer(stream_toml: str, tmp_path: Path):
@@ -77,7 +84,9 @@ def test_the_protected_basis_grows_by_what_the_first_task_used_and_keeps_it(stre
 
 
 def test_the_masked_sum_is_the_clear_sum_and_leaves_no_key(stream_toml: str, tmp_path: Path):
-    hidden, clear = (run(stream_toml, tmp_path / n, *s) for n, s in (("hidden", []), ("clear", ["strategy.gram={clear=true}"])))
+    hidden, clear = (
+        run(stream_toml, tmp_path / n, *s) for n, s in (("hidden", []), ("clear", ["strategy.gram={clear=true}"]))
+    )
     assert hidden.result["matrix"] == clear.result["matrix"]
     same = [load_file(str(r.path / "task-0-wet" / "memory.safetensors")) for r in (hidden, clear)]
     assert same[0].keys() == same[1].keys()
@@ -159,13 +168,15 @@ def test_a_budget_that_ends_in_a_task_ends_the_stream_with_what_there_is(stream_
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_a_release_is_made_once_however_often_the_run_is_cut_off(stream_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_release_is_made_once_however_often_the_run_is_cut_off(
+    stream_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from fedlab.run.launch import resume
     from strategies import app
 
     real = app._finish
     settings = ["privacy={unit='example', sigma=1.0, clip=1.0, noise='secure'}"]
-    for broken in ("strategies.stage.write_state", "strategies.app._finish"):
+    for broken in ("strategies.server.task_boundary.write_state", "strategies.app._finish"):
         out = tmp_path / broken.rpartition(".")[2]
         with monkeypatch.context() as patch:
             patch.setattr(broken, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -180,7 +191,9 @@ def test_a_release_is_made_once_however_often_the_run_is_cut_off(stream_toml: st
 
 
 def test_a_masked_sum_is_over_one_set_of_clients(stream_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """One that fails once is asked again with all others; one that stays away ends the run, since a sum without it would show it."""
+    """One that fails once is asked again with all others; one that stays away ends the run, since a sum without it
+    would show it.
+    """
     from clients import gram
     from fedlab.run.launch import resume
 
@@ -209,8 +222,8 @@ def test_a_client_refuses_a_masked_sum_over_others(tmp_path: Path):
     from types import SimpleNamespace
 
     from clients.gram import _key_file, _masked, keys_message
+    from fedlab.config.tasks import Gram
     from fedlab.errors import PrivacyError
-    from fedlab.stream import Gram
 
     order = {"bases": str(tmp_path), "run": "r", "attempt": 0}
     context = SimpleNamespace(node_config={})
@@ -261,7 +274,9 @@ def test_replay_and_joint_training_see_earlier_texts(stream_toml: str, tmp_path:
     assert again["status"] == "completed"
 
 
-def test_a_stream_that_was_cut_off_goes_on_with_the_same_bits(stream_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stream_that_was_cut_off_goes_on_with_the_same_bits(
+    stream_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from fedlab.run.launch import resume
     from strategies import loop
 
@@ -279,7 +294,10 @@ def test_a_stream_that_was_cut_off_goes_on_with_the_same_bits(stream_toml: str, 
         run(stream_toml, tmp_path / "cut")
     monkeypatch.setattr(loop.Rounds, "_round", real)
     assert resume(tmp_path / "cut", quiet=True).result["matrix"] == whole.result["matrix"]
-    ends = [json.loads((tmp_path / n / "task-1-hard" / "result.json").read_text())["adapter_digest"] for n in ("whole", "cut")]
+    ends = [
+        json.loads((tmp_path / n / "task-1-hard" / "result.json").read_text())["adapter_digest"]
+        for n in ("whole", "cut")
+    ]
     assert ends[0] == ends[1]
 
 
@@ -289,12 +307,17 @@ def test_a_stream_that_was_cut_off_goes_on_with_the_same_bits(stream_toml: str, 
         (["train.gradients=hooks"], "needs train.gradients"),
         (["data.clients=2"], "sums would be of too few"),
         (["strategy.energy=0"], "energy"),
-        (["privacy={unit='client', sigma=1.0, clip=1.0}", "run.sampling=poisson", "strategy.weights=uniform"], "noised per example"),
+        (
+            ["privacy={unit='client', sigma=1.0, clip=1.0}", "run.sampling=poisson", "strategy.weights=uniform"],
+            "noised per example",
+        ),
         (["clients.rank={'50%' = 2}"], "equal ranks"),
         (["strategy={name='fedsa'}"], "clients keep head, lora_B"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_starts(settings: list[str], reason: str, stream_toml: str, tmp_path: Path):
+def test_what_cannot_work_is_refused_before_anything_starts(
+    settings: list[str], reason: str, stream_toml: str, tmp_path: Path
+):
     with pytest.raises(ConfigError, match=reason):
         run(stream_toml, tmp_path / "run", *settings)
     assert not (tmp_path / "run").exists()
@@ -312,7 +335,9 @@ def test_capacity_that_runs_out_ends_the_run_with_its_reason(stream_toml: str, t
     assert result["status"] == "failed"
 
 
-def test_the_command_line_runs_audits_and_reports_a_stream(stream_toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_line_runs_audits_and_reports_a_stream(
+    stream_toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     from typer.testing import CliRunner
 
     from fedlab.cli import app

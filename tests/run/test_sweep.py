@@ -64,9 +64,14 @@ def test_finished_runs_are_kept_cut_off_ones_resumed_and_failures_stay_alone(
     original = module.resume
     monkeypatch.setattr(module, "resume", lambda path, quiet: calls.append(path.name) or original(path, quiet))
     monkeypatch.setattr(module, "simulate", lambda *a: pytest.fail("nothing is begun again"))
-    again = sweep({n: c for n, c in configs.items() if "e+300" not in n and "1e300" not in n}, tmp_path / "sweep", quiet=True)
+    again = sweep(
+        {n: c for n, c in configs.items() if "e+300" not in n and "1e300" not in n}, tmp_path / "sweep", quiet=True
+    )
     assert calls == [last.path.name]
-    assert [r.result["adapter_digest"] for r in again.values()] == [good.result["adapter_digest"], last.result["adapter_digest"]]
+    assert [r.result["adapter_digest"] for r in again.values()] == [
+        good.result["adapter_digest"],
+        last.result["adapter_digest"],
+    ]
     with pytest.raises(fedlab.ConfigError, match="another configuration"):
         sweep({good.path.name: RunConfig.load(config_file, ["train.lr=0.125"])}, tmp_path / "sweep", quiet=True)
 
@@ -78,7 +83,17 @@ def test_all_are_checked_before_the_first_starts(config_file: Path, tmp_path: Pa
 
 
 def test_the_command_prints_a_table(config_file: Path, tmp_path: Path):
-    command = [sys.executable, "-m", "fedlab.cli", "simulate", str(config_file), "--vary", "lora.rank=[1,2]", "--out", str(tmp_path / "s")]
+    command = [
+        sys.executable,
+        "-m",
+        "fedlab.cli",
+        "simulate",
+        str(config_file),
+        "--vary",
+        "lora.rank=[1,2]",
+        "--out",
+        str(tmp_path / "s"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "[2/2] lora.rank=2" in done.stdout
@@ -103,7 +118,12 @@ def test_one_ray_serves_all_and_changes_no_bit(config_file: Path, tmp_path: Path
             assert isinstance(run, fedlab.RunFailed)
             continue
         assert isinstance(run, fedlab.Run)
-        alone = configs[name].model_copy(update={"run": configs[name].run.model_copy(update={"backend": "local", "nodes": 1})})
-        assert fedlab.simulate(alone, tmp_path / f"alone-{name}", quiet=True).result["adapter_digest"] == run.result["adapter_digest"]
+        alone = configs[name].model_copy(
+            update={"run": configs[name].run.model_copy(update={"backend": "local", "nodes": 1})}
+        )
+        assert (
+            fedlab.simulate(alone, tmp_path / f"alone-{name}", quiet=True).result["adapter_digest"]
+            == run.result["adapter_digest"]
+        )
     lines = (found["after"].path / "metrics.jsonl").read_text().splitlines()  # type: ignore[union-attr]
     assert len([line for line in lines if json.loads(line)["phase"] == "train"]) == 2

@@ -63,7 +63,9 @@ def test_rounds_are_summed_up_by_medians():
 
 
 def test_the_plain_flower_app_is_fedlab_without_fedlab(tiny_toml: str, monkeypatch: pytest.MonkeyPatch):
-    """Without noise and at q = 1, its client's update is that of fedlab's: the two ways that are timed do the same work."""
+    """Without noise and at q = 1, its client's update is that of fedlab's: the two ways that are timed do the same
+    work.
+    """
     import torch
 
     from fedlab.config import RunConfig
@@ -72,7 +74,12 @@ def test_the_plain_flower_app_is_fedlab_without_fedlab(tiny_toml: str, monkeypat
     from fedlab.train.trainer import train_client
 
     module = script("plain_flower")
-    settings = ["privacy={unit='example', sigma=1e-9, clip=0.3}", "train.batch_size=96", "train.steps=2", "train.momentum=0.5"]
+    settings = [
+        "privacy={unit='example', sigma=1e-9, clip=0.3}",
+        "train.batch_size=96",
+        "train.steps=2",
+        "train.momentum=0.5",
+    ]
     config = RunConfig.parse(tiny_toml, settings)
     session = open_session(config.to_toml())
     assert session.data.size("client-0") == 96, "so that every step of both sees every example"
@@ -81,7 +88,11 @@ def test_the_plain_flower_app_is_fedlab_without_fedlab(tiny_toml: str, monkeypat
     mine, names = module.trained(model), {}
     for name in mine:
         short = name.removeprefix("base_model.model.").replace(".default", "")
-        names[f"head.{short.replace('.modules_to_save', '')}" if "modules_to_save" in short else short.removesuffix(".weight")] = name
+        names[
+            f"head.{short.replace('.modules_to_save', '')}"
+            if "modules_to_save" in short
+            else short.removesuffix(".weight")
+        ] = name
     state = {n: p.detach().clone() for n, p in session.model.parameters.items()}
     for n, p in model.named_parameters():
         if "lora_A" in n:
@@ -115,11 +126,26 @@ def test_the_boundary_benchmark_times_every_step(tmp_path: Path):
     assert all(row["seconds"] > 0 for row in rows.values())
 
 
-def test_the_continual_table_tunes_and_keeps_what_is_done(stream_toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_continual_table_tunes_and_keeps_what_is_done(
+    stream_toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     config, kept = tmp_path / "stream.toml", tmp_path / "kept.json"
     config.write_text(stream_toml)
     module = script("continual_table")
-    arguments = ["--config", str(config), "--methods", "full", "--seeds", "1", "2", "--rates", "0.1", "0.2", "--json", str(kept)]
+    arguments = [
+        "--config",
+        str(config),
+        "--methods",
+        "full",
+        "--seeds",
+        "1",
+        "2",
+        "--rates",
+        "0.1",
+        "0.2",
+        "--json",
+        str(kept),
+    ]
     arguments += ["--set", "run.rounds=1"]
     first = module.main(arguments)
     printed = capsys.readouterr().out
@@ -142,10 +168,21 @@ def test_plots_are_drawn_from_what_was_measured(tmp_path: Path):
     assert all("<svg" in path.read_text() for path in drawn)
 
 
-def test_curves_of_every_way_are_the_same_but_for_rounding(tiny_toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_curves_of_every_way_are_the_same_but_for_rounding(
+    tiny_toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "tiny.toml").write_text(tiny_toml)
     settings = ["run.backend='local'", "lora.layers_to_transform=[1]", "lora.target_modules=['query']", "train.steps=2"]
-    arguments = ["--config", str(tmp_path / "tiny.toml"), "--rounds", "2", "--seeds", "1", "--json", str(tmp_path / "curves.json")]
+    arguments = [
+        "--config",
+        str(tmp_path / "tiny.toml"),
+        "--rounds",
+        "2",
+        "--seeds",
+        "1",
+        "--json",
+        str(tmp_path / "curves.json"),
+    ]
     module = script("curves")
     found = module.main([*arguments, *(text for value in settings for text in ("--set", value))])
     assert found.keys() == module.WAYS.keys()

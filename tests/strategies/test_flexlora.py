@@ -1,4 +1,6 @@
-"""FlexLoRA's own options: the cut that is best where updates are large (``fisher``), and a mean that a minority cannot steer (``mean``)."""
+"""FlexLoRA's own options: the cut that is best where updates are large (``fisher``), and a mean that a minority cannot
+steer (``mean``).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.lora.state import State
 from strategies import STRATEGIES
-from strategies.federation import Federation
+from strategies.server.federation import Federation
 
 SHAPES = {"wide.q": (12, 20), "tall.v": (20, 12)}  # m × n
 RANK = 3
@@ -44,7 +46,9 @@ def errors(after: State, state: State, updates: dict[str, State]) -> list[float]
     found = []
     for module in SHAPES:
         B, A = f"{module}.lora_B", f"{module}.lora_A"
-        exact = sum(p * (state[B].double() + updates[c][B]) @ (state[A].double() + updates[c][A]) for c, p in WEIGHTS.items())
+        exact = sum(
+            p * (state[B].double() + updates[c][B]) @ (state[A].double() + updates[c][A]) for c, p in WEIGHTS.items()
+        )
         rows = sum(p * updates[c][B].double().square().sum(1, keepdim=True) for c, p in WEIGHTS.items())
         found.append(float((rows.sqrt() * (exact - after[B].double() @ after[A].double())).norm()))
     return found
@@ -96,10 +100,15 @@ def test_other_values_are_refused():
 
 
 def test_a_robust_mean_of_products_survives_a_minority_that_flips_its_sign():
-    """Ten clients near one product, three of them send minus ten times theirs; factors differ, since every client has its own basis."""
+    """Ten clients near one product, three of them send minus ten times theirs; factors differ, since every client has
+    its own basis.
+    """
     g = torch.Generator().manual_seed(0)
     state = {n: torch.zeros_like(v) for n, v in drawn()[0].items()}
-    common = {m: (torch.randn(shape[0], RANK, generator=g), torch.randn(RANK, shape[1], generator=g)) for m, shape in SHAPES.items()}
+    common = {
+        m: (torch.randn(shape[0], RANK, generator=g), torch.randn(RANK, shape[1], generator=g))
+        for m, shape in SHAPES.items()
+    }
     updates: dict[str, State] = {}
     for i in range(10):
         mix = torch.linalg.qr(torch.randn(RANK, RANK, generator=g)).Q

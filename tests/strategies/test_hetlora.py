@@ -10,7 +10,7 @@ from fedlab.errors import ConfigError
 from fedlab.lora.exact import corrected_b
 from fedlab.lora.state import State
 from strategies import STRATEGIES
-from strategies.federation import Federation
+from strategies.server.federation import Federation
 
 RANKS = {"client-0": 4, "client-1": 2, "client-2": 1}
 WEIGHTS = {"client-0": 0.2, "client-1": 0.5, "client-2": 0.3}
@@ -18,7 +18,8 @@ SHAPES = {"wide": (6, 11), "tall": (11, 6)}
 
 
 def make(name: str, *overrides: str):
-    text = f'[run]\nrounds=3\n[lora]\nrank=4\nalpha=8\n[data]\nclients=3\n[train]\nlr=1\nsteps=1\n[strategy]\nname="{name}"\n'
+    text = f"[run]\nrounds=3\n[lora]\nrank=4\nalpha=8\n[data]\nclients=3\n[train]\nlr=1\nsteps=1\n"
+    text += f'[strategy]\nname="{name}"\n'
     config = RunConfig.parse(text, overrides)
     return STRATEGIES[name](config, Federation(config, {}, {}, []))
 
@@ -27,7 +28,10 @@ def start(rank: int = 4) -> State:
     g = torch.Generator().manual_seed(0)
     state = {"head.w": torch.randn(2, 3, generator=g)}
     for module, (m, n) in SHAPES.items():
-        state |= {f"{module}.lora_A": torch.randn(rank, n, generator=g), f"{module}.lora_B": torch.randn(m, rank, generator=g)}
+        state |= {
+            f"{module}.lora_A": torch.randn(rank, n, generator=g),
+            f"{module}.lora_B": torch.randn(m, rank, generator=g),
+        }
     return state
 
 
@@ -47,7 +51,11 @@ def held(state: State, update: State, module: str, rank: int) -> tuple[torch.Ten
 
 @pytest.mark.parametrize("by_norm", [True, False])
 def test_padded_factors_are_averaged_with_the_weights_that_are_claimed(by_norm: bool):
-    strategy, state, updates = make("hetlora", f"strategy.norm_weights={str(by_norm).lower()}"), start(), updates_of(RANKS)
+    strategy, state, updates = (
+        make("hetlora", f"strategy.norm_weights={str(by_norm).lower()}"),
+        start(),
+        updates_of(RANKS),
+    )
     after = strategy.aggregate(state, updates, WEIGHTS, 1)
     factors = {c: {module: held(state, updates[c], module, r) for module in SHAPES} for c, r in RANKS.items()}
     norms = {c: sum((B @ A).square().sum() for B, A in own.values()).sqrt() for c, own in factors.items()}
@@ -63,7 +71,9 @@ def test_padded_factors_are_averaged_with_the_weights_that_are_claimed(by_norm: 
 def test_zero_products_fall_back_to_the_usual_weights():
     strategy, state, updates = make("hetlora"), start(), updates_of(RANKS)
     state |= {n: torch.zeros_like(v) for n, v in state.items() if n.endswith("lora_B")}
-    updates = {c: {n: torch.zeros_like(v) if n.endswith("lora_B") else v for n, v in u.items()} for c, u in updates.items()}
+    updates = {
+        c: {n: torch.zeros_like(v) if n.endswith("lora_B") else v for n, v in u.items()} for c, u in updates.items()
+    }
     after = strategy.aggregate(state, updates, WEIGHTS, 1)
     assert all(bool(torch.isfinite(v).all()) for v in after.values())
     A = sum(WEIGHTS[c] * held(state, updates[c], "wide", r)[1] for c, r in RANKS.items())
@@ -113,7 +123,9 @@ def test_the_correction_with_a_large_ridge_is_none_and_solves_its_own_equation()
     for ridge in (1e-3, 1.0):
         change = corrected_b(B, A, pairs, [0.5, 0.5], ridge) - B
         lam = ridge * float(torch.trace(A @ A.mT)) / 3
-        assert torch.allclose(((B + change) @ A - D) @ A.mT + lam * change, torch.zeros(7, 3, dtype=torch.float64), atol=1e-9)
+        assert torch.allclose(
+            ((B + change) @ A - D) @ A.mT + lam * change, torch.zeros(7, 3, dtype=torch.float64), atol=1e-9
+        )
     assert torch.equal(corrected_b(B, torch.zeros(3, 9), pairs, [0.5, 0.5], 1.0), B)
     with pytest.raises(ValueError, match="ridge"):
         corrected_b(B, A, pairs, [0.5, 0.5], 0.0)

@@ -1,4 +1,6 @@
-"""``strategy.robust`` and ``strategy.server``: on every strategy that works from a mean, refused with a reason elsewhere."""
+"""``strategy.robust`` and ``strategy.server``: on every strategy that works from a mean, refused with a reason
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from fedlab.lora.robust import RULES
 from fedlab.lora.state import State, modules
 from fedlab.lora.svd import orthonormal_rows
 from strategies import AGGREGATORS
-from strategies.federation import Federation
 from strategies.options import MeanOptions, Robust
+from strategies.server.federation import Federation
 
 CLIENTS = 10
 LINEAR = sorted(name for name, strategy in AGGREGATORS.items() if issubclass(strategy.Options, MeanOptions))
@@ -29,21 +31,27 @@ OPTIONS = {
 
 
 def make(name: str, *overrides: str):
-    text = f'[run]\nrounds=3\n[lora]\nrank=3\nalpha=6\n[data]\nclients={CLIENTS}\n[train]\nlr=1\nsteps=1\n[strategy]\nname="{name}"\n'
+    text = f"[run]\nrounds=3\n[lora]\nrank=3\nalpha=6\n[data]\nclients={CLIENTS}\n[train]\nlr=1\nsteps=1\n"
+    text += f'[strategy]\nname="{name}"\n'
     config = RunConfig.parse(text, overrides)
     return AGGREGATORS[name](config, Federation(config, {}, {}, []))
 
 
 def start() -> State:
     g = torch.Generator().manual_seed(0)
-    return {n: torch.randn(s, generator=g) for n, s in {"q.lora_A": (3, 8), "q.lora_B": (6, 3), "head.w": (2, 6)}.items()}
+    return {
+        n: torch.randn(s, generator=g) for n, s in {"q.lora_A": (3, 8), "q.lora_B": (6, 3), "head.w": (2, 6)}.items()
+    }
 
 
 def updates_around(strategy, state: State, spread: float, round_number: int = 1) -> dict[str, State]:
     g = torch.Generator().manual_seed(round_number)
     names = strategy.sent_names(state, round_number)
     middle = {n: torch.randn(state[n].shape, generator=g) for n in names}
-    return {f"client-{i}": {n: middle[n] + spread * torch.randn(middle[n].shape, generator=g) for n in names} for i in range(CLIENTS)}
+    return {
+        f"client-{i}": {n: middle[n] + spread * torch.randn(middle[n].shape, generator=g) for n in names}
+        for i in range(CLIENTS)
+    }
 
 
 def weights() -> dict[str, float]:
@@ -78,9 +86,13 @@ def test_a_hostile_minority_does_not_move_a_robust_strategy_far(name: str, rule:
 
 
 def test_clients_that_gave_themselves_away_are_feared_no_more():
-    """Krum among ten of which three may be hostile; the server excluded all three for NaN, and seven honest ones are left."""
+    """Krum among ten of which three may be hostile; the server excluded all three for NaN, and seven honest ones are
+    left.
+    """
     strategy, state = make("ffa", "strategy.robust={rule='krum', byzantine=3}"), start()
-    updates = {c: u for c, u in updates_around(strategy, state, 0.1).items() if c not in ("client-0", "client-1", "client-2")}
+    updates = {
+        c: u for c, u in updates_around(strategy, state, 0.1).items() if c not in ("client-0", "client-1", "client-2")
+    }
     left = dict.fromkeys(updates, 1 / 7)
     with pytest.raises(RunFailed, match="7"):
         strategy.aggregate(state, updates, left, 1)
@@ -113,7 +125,9 @@ def test_fedsvd_with_server_momentum_is_ffa_with_server_momentum():
     states = {"svd": dict(state), "ffa": dict(state)}
     for number in range(1, 7):
         g = torch.Generator().manual_seed(number)
-        drawn = {f"client-{i}": torch.randn(6, 8, generator=g, dtype=torch.float64) for i in range(CLIENTS)}  # gradients of the weight
+        drawn = {
+            f"client-{i}": torch.randn(6, 8, generator=g, dtype=torch.float64) for i in range(CLIENTS)
+        }  # gradients of the weight
         for key, strategy in (("svd", svd), ("ffa", ffa)):
             A = states[key]["q.lora_A"].double()
             updates = {c: {"q.lora_B": (G @ A.mT).float(), "head.w": torch.zeros(2, 6)} for c, G in drawn.items()}

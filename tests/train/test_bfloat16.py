@@ -1,4 +1,6 @@
-"""A bfloat16 base: what is trained beside it is what float32 arithmetic on the same rounded base trains, up to bfloat16's rounding."""
+"""A bfloat16 base: what is trained beside it is what float32 arithmetic on the same rounded base trains, up to
+bfloat16's rounding.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlab.adapters import initial_state
-from fedlab.attention import NAME
 from fedlab.config import RunConfig
 from fedlab.lora.state import State
-from fedlab.models import _build
+from fedlab.models.adapters import initial_state
+from fedlab.models.attention import NAME
+from fedlab.models.loading import _build
 from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session, open_session
 from fedlab.train.cohort import Member, train_cohort
@@ -23,16 +25,24 @@ MODELS = ["tiny_bert", "tiny_gpt2", "tiny_sentence_encoder"]
 
 def session_of(toml: str, *overrides: str) -> Session:
     _build.cache_clear()  # a model of its own: one is rounded below
-    return open_session(RunConfig.parse(toml, ["lora.target_modules='all-linear'", "train.momentum=0.0", *overrides]).to_toml())
+    return open_session(
+        RunConfig.parse(toml, ["lora.target_modules='all-linear'", "train.momentum=0.0", *overrides]).to_toml()
+    )
 
 
 def moved_state(session: Session) -> State:
     g = torch.Generator().manual_seed(0)
-    return {n: v + 0.1 * torch.randn(v.shape, generator=g) for n, v in initial_state(session.model, session.config.lora, 0).items()}
+    return {
+        n: v + 0.1 * torch.randn(v.shape, generator=g)
+        for n, v in initial_state(session.model, session.config.lora, 0).items()
+    }
 
 
 def members_of(session: Session, state: State) -> list[Member]:
-    return [Member(c, state, DPPlan(session.data.size(c), 12, 2, 1e-9, 0.3, 1e-5, 3, "seeded")) for c in session.data.clients]
+    return [
+        Member(c, state, DPPlan(session.data.size(c), 12, 2, 1e-9, 0.3, 1e-5, 3, "seeded"))
+        for c in session.data.clients
+    ]
 
 
 def distance(one: State, other: State) -> float:
@@ -43,7 +53,9 @@ def distance(one: State, other: State) -> float:
 
 @pytest.mark.parametrize("trained", [("lora_B", "head"), ("lora_A", "lora_B", "head")], ids=["B", "A and B"])
 @pytest.mark.parametrize("name", MODELS)
-def test_updates_are_float32s_up_to_rounding(name: str, trained: tuple[str, ...], tiny_toml: str, tiny_bert: Path, request):
+def test_updates_are_float32s_up_to_rounding(
+    name: str, trained: tuple[str, ...], tiny_toml: str, tiny_bert: Path, request
+):
     toml = tiny_toml.replace(str(tiny_bert), str(request.getfixturevalue(name)))
     found = {}
     for dtype in ("float32", "bfloat16"):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.errors import RunFailed
 from fedlab.lora.state import State
+from fedlab.models.adapters import initial_state
 from fedlab.privacy.plan import DPPlan
 from fedlab.seeds import stream
 from fedlab.session import Session, open_session
@@ -16,7 +16,12 @@ from fedlab.train.cohort import Member, train_cohort
 from fedlab.train.trainer import Trained, train_client
 
 CLIENTS = ["client-0", "client-1", "client-2"]
-PARTS = {"B and head": ("lora_B", "head"), "both and head": ("lora_A", "lora_B", "head"), "A": ("lora_A",), "head": ("head",)}
+PARTS = {
+    "B and head": ("lora_B", "head"),
+    "both and head": ("lora_A", "lora_B", "head"),
+    "A": ("lora_A",),
+    "head": ("head",),
+}
 
 
 def session_of(toml: str, *overrides: str) -> Session:
@@ -34,7 +39,15 @@ def names_of(state: State, parts: tuple[str, ...]) -> list[str]:
 
 
 def plan_of(session: Session, client: str, **change) -> DPPlan:
-    values = {"n": session.data.size(client), "batch_size": 12, "steps": 3, "sigma": 1.0, "clip": 0.3, "delta": 1e-5, "participations": 3}
+    values = {
+        "n": session.data.size(client),
+        "batch_size": 12,
+        "steps": 3,
+        "sigma": 1.0,
+        "clip": 0.3,
+        "delta": 1e-5,
+        "participations": 3,
+    }
     return DPPlan(**{**values, "noise": "seeded", **change})
 
 
@@ -59,10 +72,17 @@ def compare(session: Session, members: list[Member], names: list[str], tolerance
 @pytest.mark.parametrize("parts", PARTS, ids=str)
 @pytest.mark.parametrize("private", [False, True], ids=["plain", "dp"])
 @pytest.mark.parametrize("model", ["tiny_bert", "tiny_gpt2", "tiny_sentence_encoder"])
-def test_equal_to_one_client_at_a_time(model: str, private: bool, parts: str, tiny_toml: str, tiny_bert, request: pytest.FixtureRequest):
+def test_equal_to_one_client_at_a_time(
+    model: str, private: bool, parts: str, tiny_toml: str, tiny_bert, request: pytest.FixtureRequest
+):
     toml = tiny_toml.replace(str(tiny_bert), str(request.getfixturevalue(model)))
     session = session_of(
-        toml, "lora.target_modules='all-linear'", "train.momentum=0.5", "train.lr=0.05", "train.head_lr=0.2", "train.prox=0.1"
+        toml,
+        "lora.target_modules='all-linear'",
+        "train.momentum=0.5",
+        "train.lr=0.05",
+        "train.head_lr=0.2",
+        "train.prox=0.1",
     )
     state = moved_state(session)
     members = [Member(c, state, plan_of(session, c) if private else None) for c in CLIENTS]
@@ -76,11 +96,21 @@ def test_optimisers_and_clients_of_unequal_length(optimizer: str, length: str, t
     toml = tiny_toml.replace("steps = 3\n", "")
     skew = "data.partition={kind='dirichlet', alpha=0.5}"
     session = session_of(
-        toml, f"train.optimizer={optimizer}", momentum, length, "train.lr=0.01", "train.weight_decay=0.1", skew, "privacy={unit='none'}"
+        toml,
+        f"train.optimizer={optimizer}",
+        momentum,
+        length,
+        "train.lr=0.01",
+        "train.weight_decay=0.1",
+        skew,
+        "privacy={unit='none'}",
     )
     state = moved_state(session)
     found = compare(
-        session, [Member(c, state) for c in CLIENTS], names_of(state, ("lora_A", "lora_B", "head")), 1e-4 if optimizer == "adamw" else 1e-5
+        session,
+        [Member(c, state) for c in CLIENTS],
+        names_of(state, ("lora_A", "lora_B", "head")),
+        1e-4 if optimizer == "adamw" else 1e-5,
     )
     assert len({t.steps for t in found.values()}) == (1 if "steps" in length else 3)
 
@@ -91,14 +121,18 @@ def test_each_client_has_its_own_plan_rank_and_start(tiny_toml: str):
     common = moved_state(session)
     members = []
     for i, client in enumerate(CLIENTS):
-        own = {n: v for n, v in moved_state(session, seed=i + 5).items() if n.endswith("lora_B") or n.startswith("head.")}
+        own = {
+            n: v for n, v in moved_state(session, seed=i + 5).items() if n.endswith("lora_B") or n.startswith("head.")
+        }
         plan = plan_of(session, client, clip=0.1 * (i + 1), sigma=0.5 + i, steps=2 + i) if i else None
         members.append(Member(client, common | own, plan, rank=(None, 2, 3)[i]))
     compare(session, members, names_of(common, ("lora_A", "lora_B", "head")))
     compare(session, list(reversed(members)), names_of(common, ("lora_B", "head")))
 
 
-@pytest.mark.parametrize("settings", [["train.momentum=0.9", "train.prox=0.1"], ["train.optimizer=adamw", "train.momentum=0.0"]], ids=str)
+@pytest.mark.parametrize(
+    "settings", [["train.momentum=0.9", "train.prox=0.1"], ["train.optimizer=adamw", "train.momentum=0.0"]], ids=str
+)
 def test_each_client_has_its_own_learning_rate(settings: list[str], tiny_toml: str):
     own = ["clients.lr={client-0=0.25, client-2=3}", "train.lr=0.2", "train.head_lr=0.1", "train.weight_decay=0.1"]
     session = session_of(tiny_toml, *settings, *own)
@@ -106,7 +140,9 @@ def test_each_client_has_its_own_learning_rate(settings: list[str], tiny_toml: s
     members = [Member(c, state, plan_of(session, c, sigma=1e-6) if c == "client-1" else None) for c in CLIENTS]
     names = names_of(state, ("lora_A", "lora_B", "head"))
     found = compare(session, members, names, 1e-4 if "adamw" in str(settings) else 1e-5)
-    same = train_cohort(session.model, session.data, members, names, session_of(tiny_toml, *settings, *own[1:]).config, 2)
+    same = train_cohort(
+        session.model, session.data, members, names, session_of(tiny_toml, *settings, *own[1:]).config, 2
+    )
 
     def size(trained: dict, client: str) -> float:
         return sum(float(v.double().square().sum()) for v in trained[client].update.values()) ** 0.5
@@ -154,7 +190,9 @@ def test_one_client_that_diverges_is_named_and_spares_the_others(tiny_toml: str)
     state = moved_state(session)
     broken = {n: v * 1e30 if n.endswith("lora_B") else v for n, v in state.items()}
     names = names_of(state, ("lora_B",))
-    found = train_cohort(session.model, session.data, [Member(CLIENTS[0], state), Member(CLIENTS[1], broken)], names, session.config, 1)
+    found = train_cohort(
+        session.model, session.data, [Member(CLIENTS[0], state), Member(CLIENTS[1], broken)], names, session.config, 1
+    )
     assert isinstance(found[CLIENTS[0]], Trained)
     assert isinstance(found[CLIENTS[1]], RunFailed)
     assert "diverged" in str(found[CLIENTS[1]])

@@ -1,4 +1,6 @@
-"""Core coordinates in a shared pass: B trained in the coordinates of ``basis_U``, against autograd and a loop over single texts."""
+"""Core coordinates in a shared pass: B trained in the coordinates of ``basis_U``, against autograd and a loop over
+single texts.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.continual.subspace import complement
 from fedlab.lora.state import State, modules
 from fedlab.lora.svd import orthonormal_rows
+from fedlab.models.adapters import initial_state
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
 from fedlab.seeds import stream
@@ -20,7 +22,9 @@ from fedlab.train.cohort import Member, penalty_gradient, train_cohort
 
 def session_of(toml: str) -> Session:
     """Steps long enough that an update is more than the spacing of float32 around B."""
-    return open_session(RunConfig.parse(toml, ["privacy={unit='none'}", "train.momentum=0.0", "train.lr=2.0"]).to_toml())
+    return open_session(
+        RunConfig.parse(toml, ["privacy={unit='none'}", "train.momentum=0.0", "train.lr=2.0"]).to_toml()
+    )
 
 
 def core_state(session: Session, left: bool) -> State:
@@ -40,7 +44,9 @@ def core_state(session: Session, left: bool) -> State:
 
 
 def reference(session: Session, state: State, client: str, names: list[str], plan: DPPlan | None) -> State:
-    """The client's change by plain autograd through the model: gradients of the outer B, projected on U, one text at a time."""
+    """The client's change by plain autograd through the model: gradients of the outer B, projected on U, one text at a
+    time.
+    """
     model, data, config = session.model, session.data, session.config
     now = {name: value.clone() for name, value in state.items()}
     indices = data.train(client)
@@ -83,7 +89,9 @@ def test_a_shared_pass_is_autograd_in_core_coordinates(together: int, left: bool
     names = sorted(n for n in state if n.endswith("lora_B") or n.startswith("head."))
     clients = session.data.clients[:together]
     plans = {c: DPPlan(session.data.size(c), 6, 2, 1.0, 0.3, 1e-5, 3, "seeded") if private else None for c in clients}
-    found = train_cohort(session.model, session.data, [Member(c, state, plans[c]) for c in clients], names, session.config, 2)
+    found = train_cohort(
+        session.model, session.data, [Member(c, state, plans[c]) for c in clients], names, session.config, 2
+    )
     for client in clients:
         wanted = reference(session, state, client, names, plans[client])
         for name in names:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
-from fedlab.models import LoadedModel
+from fedlab.models.adapters import initial_state
+from fedlab.models.loaded import LoadedModel
 from fedlab.session import Session, open_session
 from fedlab.train.dp import PerExampleGradients
 from fedlab.train.opacus import OpacusGradients
@@ -22,7 +22,9 @@ def open_in_float64(toml: str, *overrides: str) -> Session:
     session = open_session.__wrapped__(config.to_toml())
     state = initial_state(session.model, config.lora, 0)
     g = torch.Generator().manual_seed(1)
-    session.model.load({n: v if not n.endswith("lora_B") else torch.randn(v.shape, generator=g) * 0.2 for n, v in state.items()})
+    session.model.load(
+        {n: v if not n.endswith("lora_B") else torch.randn(v.shape, generator=g) * 0.2 for n, v in state.items()}
+    )
     session.model.module.double()
     return session
 
@@ -35,9 +37,13 @@ def loss_of(model: LoadedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.fixture(params=["bert", "gpt2", "encoder"])
 def session(request: pytest.FixtureRequest, tiny_toml: str, tiny_bert, tiny_gpt2, tiny_sentence_encoder) -> Session:
     if request.param == "gpt2":
-        return open_in_float64(tiny_toml.replace(str(tiny_bert), str(tiny_gpt2)), "lora.target_modules=['c_attn', 'c_fc']")
+        return open_in_float64(
+            tiny_toml.replace(str(tiny_bert), str(tiny_gpt2)), "lora.target_modules=['c_attn', 'c_fc']"
+        )
     if request.param == "encoder":
-        return open_in_float64(tiny_toml.replace(str(tiny_bert), str(tiny_sentence_encoder)), "lora.target_modules=all-linear")
+        return open_in_float64(
+            tiny_toml.replace(str(tiny_bert), str(tiny_sentence_encoder)), "lora.target_modules=all-linear"
+        )
     return open_in_float64(tiny_toml)
 
 
@@ -52,7 +58,9 @@ def test_equal_to_a_loop_over_single_examples(parts: tuple[str, ...], session: S
     assert found.keys() == set(names)
     parameters = [model.parameters[n].requires_grad_() for n in names]
     for i, index in enumerate(indices):
-        alone = loss_of(model, tokens.batch(np.array([index]), model.tokenizer.pad_token_id))  # padded to its own length
+        alone = loss_of(
+            model, tokens.batch(np.array([index]), model.tokenizer.pad_token_id)
+        )  # padded to its own length
         for name, wanted in zip(names, torch.autograd.grad(alone, parameters), strict=True):
             assert found[name][i].shape == wanted.shape
             assert torch.allclose(found[name][i], wanted, rtol=1e-6, atol=1e-9), name
@@ -79,7 +87,9 @@ def test_equal_to_opacus(session: Session):
 def test_nothing_below_the_lowest_trained_layer_is_differentiated(session: Session):
     model = session.model
     with PerExampleGradients(model, [n for n in model.parameters if n.startswith("head.")]):
-        logits = model.logits(session.data.tokens.batch(session.data.train("client-0")[:3], model.tokenizer.pad_token_id))
+        logits = model.logits(
+            session.data.tokens.batch(session.data.train("client-0")[:3], model.tokenizer.pad_token_id)
+        )
         assert logits.requires_grad
         logits.sum().backward()
     assert all(p.grad is None for p in model.module.parameters())
@@ -87,7 +97,10 @@ def test_nothing_below_the_lowest_trained_layer_is_differentiated(session: Sessi
 
 def test_a_layer_that_took_no_part_is_an_error(session: Session):
     model = session.model
-    with PerExampleGradients(model, list(model.parameters)) as hooks, pytest.raises(RuntimeError, match="no gradient reached"):
+    with (
+        PerExampleGradients(model, list(model.parameters)) as hooks,
+        pytest.raises(RuntimeError, match="no gradient reached"),
+    ):
         hooks.take()
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fedlab
-from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
+from fedlab.models.adapters import initial_state
 from fedlab.session import Session, open_session
 from fedlab.train.cohort import Member, train_cohort
 from fedlab.train.memory import GB, MemoryPlan, plan_memory
@@ -31,7 +31,9 @@ def plan_of(toml: str, *overrides: str, clients: int = 4) -> MemoryPlan:
 
 @pytest.mark.parametrize("model", ["tiny_bert", "tiny_gpt2"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_changes_no_bit(model: str, dropout: float, tiny_toml: str, tiny_bert: Path, request: pytest.FixtureRequest):
+def test_checkpointing_changes_no_bit(
+    model: str, dropout: float, tiny_toml: str, tiny_bert: Path, request: pytest.FixtureRequest
+):
     toml = tiny_toml.replace(str(tiny_bert), str(request.getfixturevalue(model)))
     found = []
     for checkpointing in ("false", "true"):
@@ -66,7 +68,9 @@ def test_as_many_clients_as_fit_and_an_error_where_none_does(tiny_toml: str):
     tight = plan_of(tiny_toml, f"run.memory={needed / GB}", clients=64)
     assert 4 <= tight.clients <= 7
     assert tight.total <= needed
-    with pytest.raises(ConfigError, match=r"one client needs .* \(run.memory\); lower train.physical_batch .* run.checkpointing = true"):
+    with pytest.raises(
+        ConfigError, match=r"one client needs .* \(run.memory\); lower train.physical_batch .* run.checkpointing = true"
+    ):
         plan_of(tiny_toml, "run.memory=0.0001")
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedlab.adapters import initial_state
 from fedlab.config import RunConfig
 from fedlab.errors import RunFailed
 from fedlab.lora.ranks import narrow
+from fedlab.models.adapters import initial_state
 from fedlab.privacy.plan import DPPlan
 from fedlab.seeds import stream
 from fedlab.session import Session, open_session
@@ -24,7 +24,11 @@ def session_of(toml: str, *overrides: str) -> Session:
 
 
 def train(
-    session: Session, client: str = "client-0", plan: DPPlan | None = None, round_number: int = 1, parts=("lora_B", "head")
+    session: Session,
+    client: str = "client-0",
+    plan: DPPlan | None = None,
+    round_number: int = 1,
+    parts=("lora_B", "head"),
 ) -> Trained:
     state = initial_state(session.model, session.config.lora, 0)
     names = [n for n in state if n.endswith(parts) or ("head" in parts and n.startswith("head."))]
@@ -34,10 +38,19 @@ def train(
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_client_of_lower_rank_trains_as_if_the_adapter_were_that_small(optimizer: str, tiny_toml: str):
     """Without DP, from a start with B ≠ 0: the same steps as a model whose adapter has this rank and the same scale."""
-    settings = [f"train.optimizer={optimizer}", "train.momentum=0.0", "train.lr=0.05", "train.weight_decay=0.01", "train.prox=0.1"]
+    settings = [
+        f"train.optimizer={optimizer}",
+        "train.momentum=0.0",
+        "train.lr=0.05",
+        "train.weight_decay=0.01",
+        "train.prox=0.1",
+    ]
     large, small = session_of(tiny_toml, *settings), None
     g = torch.Generator().manual_seed(0)
-    state = {n: torch.randn(v.shape, generator=g).mul(0.3) for n, v in initial_state(large.model, large.config.lora, 0).items()}
+    state = {
+        n: torch.randn(v.shape, generator=g).mul(0.3)
+        for n, v in initial_state(large.model, large.config.lora, 0).items()
+    }
     names = sorted(state)
     found = train_client(large.model, large.data, "client-0", state, names, large.config, 1, None, rank=2).update
     small = session_of(tiny_toml, *settings, "lora.rank=2", "lora.alpha=4")
@@ -65,7 +78,15 @@ def test_no_noise_falls_into_directions_that_a_client_does_not_have(parts: tuple
 
 
 def plan_of(session: Session, client: str = "client-0", **change) -> DPPlan:
-    values = {"n": session.data.size(client), "batch_size": 16, "steps": 3, "sigma": 1.0, "clip": 0.3, "delta": 1e-5, "participations": 3}
+    values = {
+        "n": session.data.size(client),
+        "batch_size": 16,
+        "steps": 3,
+        "sigma": 1.0,
+        "clip": 0.3,
+        "delta": 1e-5,
+        "participations": 3,
+    }
     return DPPlan(**{**values, "noise": "seeded", **change})
 
 
@@ -95,7 +116,9 @@ def test_dp_sgd_against_a_loop_over_single_examples(tiny_toml: str):
             for n, g in zip(names, gradient, strict=True):
                 total[n] += g.double() * min(1.0, plan.clip / norm)
         for n in names:
-            noised = (total[n] + torch.from_numpy(noise.standard_normal(total[n].shape)) * plan.sigma * plan.clip) / (plan.q * plan.n)
+            noised = (total[n] + torch.from_numpy(noise.standard_normal(total[n].shape)) * plan.sigma * plan.clip) / (
+                plan.q * plan.n
+            )
             velocity[n] = 0.5 * velocity[n] + noised
             with torch.no_grad():
                 model.parameters[n] -= ((0.2 if n.startswith("head.") else 0.5) * velocity[n]).float()
@@ -148,7 +171,11 @@ def test_dropout_is_drawn_from_the_clients_stream_and_ends_with_the_training(tin
 @pytest.mark.parametrize("dp", [False, True])
 def test_only_what_is_named_changes(dp: bool, tiny_toml: str):
     session = session_of(tiny_toml)
-    frozen = {n: p.detach().clone() for n, p in session.model.module.named_parameters() if "lora" not in n and "modules_to_save" not in n}
+    frozen = {
+        n: p.detach().clone()
+        for n, p in session.model.module.named_parameters()
+        if "lora" not in n and "modules_to_save" not in n
+    }
     found = train(session, plan=plan_of(session) if dp else None, parts=("lora_B",))
     assert all(n.endswith("lora_B") for n in found.update)
     assert all(torch.equal(p, frozen[n]) for n, p in session.model.module.named_parameters() if n in frozen)
@@ -164,7 +191,9 @@ def test_prox_pulls_towards_the_received_state(tiny_toml: str):
 
 
 def test_adamw_and_weight_decay_run(tiny_toml: str):
-    found = train(session_of(tiny_toml, "train.optimizer=adamw", "train.momentum=0.0", "train.lr=0.01", "train.weight_decay=0.1"))
+    found = train(
+        session_of(tiny_toml, "train.optimizer=adamw", "train.momentum=0.0", "train.lr=0.01", "train.weight_decay=0.1")
+    )
     assert all(bool(v.any()) for v in found.update.values())
 
 

@@ -1,8 +1,9 @@
 """From canary scores to lower bounds on ε. Pure arithmetic: nothing here trains, draws noise or knows a model.
 
-An audit puts m canaries before a mechanism, each included by its own fair coin, and gives each a score: high where the release looks as if
-the canary was in. A bound says: a mechanism with a smaller ε would produce scores this telling with probability at most 1 − confidence.
-So a bound above the claimed ε refutes the claim (wrongly in at most 1 − confidence of all audits); a bound below it proves nothing.
+An audit puts m canaries before a mechanism, each included by its own fair coin, and gives each a score: high where the
+release looks as if the canary was in. A bound says: a mechanism with a smaller ε would produce scores this telling with
+probability at most 1 − confidence. So a bound above the claimed ε refutes the claim (wrongly in at most 1 − confidence
+of all audits); a bound below it proves nothing.
 
 | bound | assumes | paper |
 |---|---|---|
@@ -10,10 +11,11 @@ So a bound above the claimed ε refutes the claim (wrongly in at most 1 − conf
 | ``f-dp`` | the trade-off curve is a Gaussian's (µ-GDP) | Mahloujifar, Melis and Chaudhuri, arXiv 2410.22235 |
 | ``cp-gdp`` | that, and independent scores | Clopper and Pearson (1934) on the two error rates; Dong et al., arXiv 1905.02383 |
 
-Guesses of the first two: the k highest scores are guessed in, the k lowest out, the rest abstained from. Any rule that looks at the release
-alone is allowed, but not one that looks at how many were right. So the few k are fractions of m fixed beforehand (``FRACTIONS``), each
-tested at (1 − confidence)/len(FRACTIONS): the best of them holds at ``confidence`` by the union bound. With all r guesses right the Steinke
-bound is logit(α^(1/r)) at most, α the level of one test; no audit of r guesses can prove more.
+Guesses of the first two: the k highest scores are guessed in, the k lowest out, the rest abstained from. Any rule that
+looks at the release alone is allowed, but not one that looks at how many were right. So the few k are fractions of m
+fixed beforehand (``FRACTIONS``), each tested at (1 − confidence)/len(FRACTIONS): the best of them holds at
+``confidence`` by the union bound. With all r guesses right the Steinke bound is logit(α^(1/r)) at most, α the level of
+one test; no audit of r guesses can prove more.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from fedlab._validate import non_negative, positive, probability
 FRACTIONS = (0.02, 0.08, 0.2)  # k/m, guessed on each side: few sure guesses for large ε, many unsure ones for small ε
 MOST = 100.0  # no bound is searched for above this ε or µ
 COINS = "each canary was included by an independent fair coin"
-GDP = "the mechanism's trade-off curve is a Gaussian's (exact for one Gaussian release at q = 1, an approximation for q < 1)"
+GDP = (
+    "the mechanism's trade-off curve is a Gaussian's (exact for one Gaussian release at q = 1, an approximation for q"
+    " < 1)"
+)
 INDEPENDENT = "scores are independent given the coins (orthogonal canaries under isotropic noise)"
 
 
@@ -47,21 +52,23 @@ class Bound:
     assumptions: tuple[str, ...]
 
 
-def lower_bounds(scores: np.ndarray, included: np.ndarray, delta: float, confidence: float = 0.95, seed: int = 0) -> tuple[Bound, ...]:
+def lower_bounds(
+    scores: np.ndarray, included: np.ndarray, delta: float, confidence: float = 0.95, seed: int = 0
+) -> tuple[Bound, ...]:
     """The three bounds, each at ``confidence`` by itself (together, by the union bound, at 1 − 3·(1 − confidence)).
 
     Args:
-        scores: [m] float, m >= 2, one per canary; higher means "in". NaN counts as no evidence and is ranked in the middle.
-        included: [m] bool, the coins.
-        delta: in (0, 1).
-        confidence: in (0, 1).
-        seed: of the split into halves for ``cp-gdp``; independent of the scores.
+        scores: [m] float, m >= 2, one per canary; higher means "in". NaN counts as no evidence and is ranked in the
+        middle. included: [m] bool, the coins. delta: in (0, 1). confidence: in (0, 1). seed: of the split into halves
+        for ``cp-gdp``; independent of the scores.
 
     Raises ValueError for arguments out of range.
     """
     scores, included = np.asarray(scores, dtype=np.float64), np.asarray(included, dtype=bool)
     if scores.ndim != 1 or scores.shape != included.shape or len(scores) < 2:
-        raise ValueError(f"want one score and one coin per canary, at least two; got {scores.shape} and {included.shape}")
+        raise ValueError(
+            f"want one score and one coin per canary, at least two; got {scores.shape} and {included.shape}"
+        )
     _open_interval(delta=delta)
     _open_interval(confidence=confidence)
     if np.isnan(scores).any():
@@ -81,7 +88,8 @@ def lower_bounds(scores: np.ndarray, included: np.ndarray, delta: float, confide
 
 
 def one_run_guesses(scores: np.ndarray, included: np.ndarray, k: int) -> tuple[int, int]:
-    """(guesses, right ones) when the k highest scores are guessed in and the k lowest out; k >= 1, at most half of the canaries.
+    """(guesses, right ones) when the k highest scores are guessed in and the k lowest out; k >= 1, at most half of the
+    canaries.
 
     Ties are broken by position, which the coins do not move.
     """
@@ -117,8 +125,9 @@ def steinke_epsilon(canaries: int, guesses: int, right: int, delta: float, confi
 def fdp_mu(canaries: int, guesses: int, right: int, confidence: float) -> float:
     """Largest µ for which µ-GDP is rejected by v right of c guesses over m canaries; 0 if none is.
 
-    With α = 1 − confidence, r = α·v/m and h = α·(c − v)/m bound from below, under µ-GDP, the weight that more than i right guesses must
-    have; for i = v − 1 … 0: h' = max(h, Φ(Φ⁻¹(r) − µ)), r' = r + i/(c − i)·(h' − h). µ is impossible if at last r + h > c/m.
+    With α = 1 − confidence, r = α·v/m and h = α·(c − v)/m bound from below, under µ-GDP, the weight that more than i
+    right guesses must have; for i = v − 1 … 0: h' = max(h, Φ(Φ⁻¹(r) − µ)), r' = r + i/(c − i)·(h' − h). µ is impossible
+    if at last r + h > c/m.
     """
     if not 0 <= right <= guesses <= canaries or guesses == 0:
         raise ValueError(f"want 0 <= right <= guesses <= canaries and a guess, got {right}, {guesses}, {canaries}")
@@ -140,9 +149,11 @@ def fdp_mu(canaries: int, guesses: int, right: int, confidence: float) -> float:
 def clopper_pearson_mu(
     scores: np.ndarray, included: np.ndarray, held_scores: np.ndarray, held_included: np.ndarray, confidence: float
 ) -> float:
-    """µ ≥ −Φ⁻¹(FPR) − Φ⁻¹(FNR) with upper confidence limits of both rates, each at (1 − confidence)/2, on the held-out half.
+    """µ ≥ −Φ⁻¹(FPR) − Φ⁻¹(FNR) with upper confidence limits of both rates, each at (1 − confidence)/2, on the held-out
+    half.
 
-    The threshold is the one that is best, by the same formula, on the other half. 0 if a half holds only one kind of canary.
+    The threshold is the one that is best, by the same formula, on the other half. 0 if a half holds only one kind of
+    canary.
     """
     _open_interval(confidence=confidence)
     alpha = (1 - confidence) / 2
@@ -163,7 +174,9 @@ def clopper_pearson_mu(
 
 
 def clopper_pearson_upper(hits: np.ndarray, trials: int, alpha: float) -> np.ndarray:
-    """Exact upper limit of a binomial rate at level alpha: the rate at which so few hits have probability alpha; 1 if all hit."""
+    """Exact upper limit of a binomial rate at level alpha: the rate at which so few hits have probability alpha; 1 if
+    all hit.
+    """
     hits = np.asarray(hits)
     return np.where(hits >= trials, 1.0, beta.ppf(1 - alpha, hits + 1, np.maximum(trials - hits, 1)))
 
@@ -184,7 +197,9 @@ def gdp_epsilon(mu: float, delta: float) -> float:
 
 
 def _largest(rejected: Callable[[float], bool], most: float = MOST, tolerance: float = 1e-6) -> float:
-    """Largest value in [0, most] that is rejected, from below, where rejection is a lower set; 0 if 0 is not rejected."""
+    """Largest value in [0, most] that is rejected, from below, where rejection is a lower set;
+    0 if 0 is not rejected.
+    """
     low, high = 0.0, most
     if not rejected(low):
         return 0.0

@@ -1,9 +1,9 @@
 """One ledger file: is every line the one that its owner wrote, and where its owner wrote it? See ``docs/ledger.md``.
 
-Guarantees of ``read_chain`` for any bytes whatever: it does not raise; a file without findings consists of canonical lines with right
-hashes, all signed by one key, numbered without a gap, each naming its predecessor. A finding names the line that was touched; its
-intact neighbours are left in peace. That the end was cut off, or an older copy put back, no chain can show: see ``receipts.py``.
-What the lines *mean* is checked in ``rules.py``.
+Guarantees of ``read_chain`` for any bytes whatever: it does not raise; a file without findings consists of canonical
+lines with right hashes, all signed by one key, numbered without a gap, each naming its predecessor. A finding names the
+line that was touched; its intact neighbours are left in peace. That the end was cut off, or an older copy put back, no
+chain can show: see ``receipts.py``. What the lines *mean* is checked in ``rules.py``.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Line:
 class Chain:
     """A verified file. ``lines``: the usable ones in the order of their ``seq``, without duplicates and foreign ones.
 
-    ``holes``: lines are missing or could not be relied upon, so that a reference which leads nowhere is no finding of its own.
+    ``holes``: lines are missing or could not be relied upon, so that a reference which leads nowhere is no finding of
+    its own.
     ``unreadable``: lines of the owner that could not be interpreted, so that what they spent is unknown.
     """
 
@@ -92,7 +93,9 @@ def canonical(value: Mapping[str, Any]) -> bytes:
 
 def digest(body: Mapping[str, Any]) -> str:
     """The hash that a line with this content must carry."""
-    return hashlib.sha256(canonical({key: value for key, value in body.items() if key not in ("hash", "sig")})).hexdigest()
+    return hashlib.sha256(
+        canonical({key: value for key, value in body.items() if key not in ("hash", "sig")})
+    ).hexdigest()
 
 
 @lru_cache(maxsize=1024)
@@ -105,7 +108,11 @@ def _public(key: str) -> Ed25519PublicKey | None:
 
 def signed(body: Mapping[str, Any], key: Any) -> bool:
     """Whether the line's ``sig`` over its ``hash`` is by this key. Never raises."""
-    if any(COMMON[name](body.get(name)) for name in ("hash", "sig")) or COMMON["hash"](key) or (public := _public(key)) is None:
+    if (
+        any(COMMON[name](body.get(name)) for name in ("hash", "sig"))
+        or COMMON["hash"](key)
+        or (public := _public(key)) is None
+    ):
         return False
     try:
         public.verify(bytes.fromhex(body["sig"]), PREFIX + body["hash"].encode("ascii"))
@@ -132,7 +139,9 @@ def parse(raw: bytes) -> dict[str, Any] | str:
 
 
 def _authentic(body: dict[str, Any], raw: bytes) -> tuple[str | None, bool]:
-    """What is wrong with a line taken alone, and whether its hash vouches for its content; the signature comes later."""
+    """What is wrong with a line taken alone, and whether its hash vouches for its content;
+    the signature comes later.
+    """
     try:
         right, straight = digest(body), canonical(body) == raw
     except (ValueError, RecursionError):
@@ -142,31 +151,46 @@ def _authentic(body: dict[str, Any], raw: bytes) -> tuple[str | None, bool]:
             return f"was edited or is no ledger line: it lacks the key {name!r}", False
     if body["hash"] != right:
         return "was edited: its hash is not that of its content", False
-    if text := next((f"{name} {text}" for name in ("seq", "prev", "owner") if (text := COMMON[name](body[name]))), None):
+    if text := next(
+        (f"{name} {text}" for name in ("seq", "prev", "owner") if (text := COMMON[name](body[name]))), None
+    ):
         return f"is no ledger line: {text}", False
     return (None if straight else "is not in canonical form (spaces, order of keys, escapes)"), True
 
 
-def _file_key(data: bytes, bodies: Mapping[int, dict[str, Any]], vouched: set[int], first: str, expected: str | None) -> str | None:
-    """The key that the file is signed with: its first line's if that line is authentic, else the one under which most lines are.
+def _file_key(
+    data: bytes, bodies: Mapping[int, dict[str, Any]], vouched: set[int], first: str, expected: str | None
+) -> str | None:
+    """The key that the file is signed with: its first line's if that line is authentic, else the one under which most
+    lines are.
 
-    None if the first line is damaged and no key that the file or the caller names fits any line: then signatures cannot be judged.
+    None if the first line is damaged and no key that the file or the caller names fits any line: then signatures cannot
+    be judged.
     """
     start = bodies.get(1, {})
     if 1 in vouched and start.get("type") == first and signed(start, start.get("key")):
         return str(start["key"])
     named = (match.decode() for match in re.findall(rb'"key":"([0-9a-f]{64})"', data))
     counts = {
-        key: sum(signed(bodies[n], key) for n in vouched) for key in list(dict.fromkeys([*named, *([expected] if expected else [])]))[:8]
+        key: sum(signed(bodies[n], key) for n in vouched)
+        for key in list(dict.fromkeys([*named, *([expected] if expected else [])]))[:8]
     }
     best = max(counts, key=lambda key: counts[key], default=None)
     return best if best is not None and (counts[best] or (1 in vouched and start.get("type") == first)) else None
 
 
 def read_chain(
-    data: bytes, where: str, owner: str, types: Mapping[str, Mapping[str, Check]], first: str, expected: str | None = None
+    data: bytes,
+    where: str,
+    owner: str,
+    types: Mapping[str, Mapping[str, Check]],
+    first: str,
+    expected: str | None = None,
 ) -> Chain:
-    """Verify the bytes of one file that should belong to ``owner``. ``first`` is the type that names the key; ``expected`` is a hint."""
+    """Verify the bytes of one file that should belong to ``owner``.
+
+    ``first`` is the type that names the key; ``expected`` is a hint.
+    """
     pieces = data.split(b"\n")
     torn = pieces.pop()
     raws = [*pieces, torn] if torn else pieces
@@ -281,7 +305,9 @@ def _order(sound: Mapping[int, Mapping[str, Any]], readable: set[int]) -> tuple[
 
 
 def _increasing(numbers: Sequence[int], seqs: Iterable[int]) -> list[int]:
-    """The longest selection of lines whose seq strictly increases: what is outside of it was moved, and as little as possible is."""
+    """The longest selection of lines whose seq strictly increases: what is outside of it was moved, and as little as
+    possible is.
+    """
     tails: list[int] = []  # the smallest seq that ends a selection of each length
     ends: list[int] = []  # and the line that carries it
     previous: dict[int, int | None] = {}

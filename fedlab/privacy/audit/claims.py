@@ -63,27 +63,42 @@ def read_claims(result: Mapping[str, Any]) -> tuple[dict[str, Claim], list[Findi
             findings.append(Finding(RESULT, None, f"clients.{name!a}.delta must be in [0, 1], got {delta}"))
             delta = None
         took_part = amount(entry.get("participations"))
-        claims[name] = Claim(amount(entry.get("epsilon")), delta, 0 if took_part is None else math.ceil(min(took_part, 2**53)))
+        claims[name] = Claim(
+            amount(entry.get("epsilon")), delta, 0 if took_part is None else math.ceil(min(took_part, 2**53))
+        )
     return claims, findings
 
 
 def compare_claim(name: str, claim: Claim | None, found: Recomputed, spent: bool) -> Iterator[Finding]:
-    """A client's claimed ε against the recomputed one. Lower is a broken promise; much higher means that lines are missing."""
+    """A client's claimed ε against the recomputed one.
+
+    Lower is a broken promise; much higher means that lines are missing.
+    """
     if claim is None:
         if spent:
             yield Finding(RESULT, None, f"does not list {name!a}, whose ledger has charges")
     elif claim.epsilon is None:
         yield Finding(RESULT, None, f"claims no ε for {name!a}; the ledger shows {found.pld:.4f}")
     elif claim.epsilon < found.pld * (1 - 1e-4) - 1e-6:
-        yield Finding(name, None, f"{RESULT} claims less than the ledger shows: ε = {claim.epsilon:.4f}, recomputed {found.pld:.4f}")
+        yield Finding(
+            name,
+            None,
+            f"{RESULT} claims less than the ledger shows: ε = {claim.epsilon:.4f}, recomputed {found.pld:.4f}",
+        )
     elif claim.epsilon > found.ceiling * 1.02 + 1e-3:
-        text = f"{RESULT} claims more than the ledger shows: ε = {claim.epsilon:.4f}, recomputed {found.pld:.4f}; are lines missing?"
+        text = (
+            f"{RESULT} claims more than the ledger shows: ε = {claim.epsilon:.4f}, recomputed {found.pld:.4f}; are"
+            " lines missing?"
+        )
         yield Finding(name, None, text)
 
 
 def compare_maximum(result: Mapping[str, Any], claims: Mapping[str, Claim]) -> Iterator[Finding]:
     """``epsilon`` is the maximum over clients, never a mean."""
-    claimed, each = amount(result.get("epsilon")), [claim.epsilon for claim in claims.values() if claim.epsilon is not None]
+    claimed, each = (
+        amount(result.get("epsilon")),
+        [claim.epsilon for claim in claims.values() if claim.epsilon is not None],
+    )
     if claimed is None:
         yield Finding(RESULT, None, "claims no ε")
     elif each and not math.isclose(claimed, max(each), rel_tol=1e-9, abs_tol=1e-12):
@@ -106,11 +121,17 @@ def compare_card(card: str, numbers: Mapping[str, tuple[float | None, float | No
                 yield Finding(CARD, line, f"the row of {name!a} has no ε")
             elif epsilon < found.pld * (1 - 1e-4) - 1e-6 or (claimed is not None and epsilon < claimed):
                 most = max(found.pld, claimed or 0)
-                yield Finding(CARD, line, f"says ε = {epsilon:g} for {name!a}, which is below {most:.6f}: it must be rounded up")
+                yield Finding(
+                    CARD, line, f"says ε = {epsilon:g} for {name!a}, which is below {most:.6f}: it must be rounded up"
+                )
             elif epsilon > found.ceiling * 1.02 + 1e-3 + 1e-4:
                 yield Finding(CARD, line, f"says ε = {epsilon:g} for {name!a}, recomputed {found.pld:.4f}")
-            if delta is not None and (said is None or not math.isclose(said, delta, rel_tol=0.1)):  # it may be printed with one digit
-                yield Finding(CARD, line, f"says δ = {'nothing' if said is None else said} for {name!a}, {RESULT} says {delta:g}")
+            if delta is not None and (
+                said is None or not math.isclose(said, delta, rel_tol=0.1)
+            ):  # it may be printed with one digit
+                yield Finding(
+                    CARD, line, f"says δ = {'nothing' if said is None else said} for {name!a}, {RESULT} says {delta:g}"
+                )
 
 
 def _shown(cell: str) -> float | None:
@@ -133,7 +154,9 @@ def check_budgets(name: str, ledger: Ledger) -> Iterator[Finding]:
         spent = recompute(ledger.events(until=of_run[-1]), delta).pld
         if spent > most * (1 + 1e-6):
             yield Finding(
-                name, plan.number, f"the budget was exceeded: ε = {spent:.4f} at δ = {delta:g} was spent, the PLAN allows {most:g}"
+                name,
+                plan.number,
+                f"the budget was exceeded: ε = {spent:.4f} at δ = {delta:g} was spent, the PLAN allows {most:g}",
             )
 
 
@@ -152,6 +175,12 @@ def check_delta(name: str, delta: float, ledger: Ledger) -> tuple[list[Finding],
     n = max((plan["n"] for plan in ledger.plans), default=0)
     if delta * n >= 1:
         return [
-            Finding(name, None, f"δ·n = {delta * n:.3g} is not below 1 (δ = {delta:g}, n = {n}): one record could be published whole")
+            Finding(
+                name,
+                None,
+                f"δ·n = {delta * n:.3g} is not below 1 (δ = {delta:g}, n = {n}): one record could be published whole",
+            )
         ], []
-    return [], [f"{name}: δ·n = {delta * n:.3g} is above 0.1; a smaller δ would promise more"] if delta * n > 0.1 else []
+    return [], (
+        [f"{name}: δ·n = {delta * n:.3g} is above 0.1; a smaller δ would promise more"] if delta * n > 0.1 else []
+    )

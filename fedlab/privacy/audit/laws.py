@@ -1,6 +1,7 @@
 """Exact or nearly exact p-values for what a correct DP-SGD releases. Two-sided where both directions are wrong.
 
-All arguments are what was observed, then what is claimed; all results lie in [0, 1], 0 for an observation that is not finite.
+All arguments are what was observed, then what is claimed; all results lie in [0, 1], 0 for an observation that is not
+finite.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def shape_p(standardised: np.ndarray) -> float:
 
 
 def correlation_p(r: np.ndarray, count: int) -> np.ndarray:
-    """Pearson correlations of ``count`` independent Gaussian pairs each: r·√((k − 2)/(1 − r²)) is Student's t, exact, two-sided.
+    """Pearson correlations of ``count`` independent Gaussian pairs each: r·√((k − 2)/(1 − r²)) is Student's t, exact,
+    two-sided.
 
     NaN (a constant vector) says nothing: 1.
     """
@@ -39,7 +41,8 @@ def rate_p(hits: int, trials: int, q: float) -> float:
 def dispersion(counts: np.ndarray, trials: int, q: float) -> tuple[float, float]:
     """(variance of the counts relative to Bin(T, q), p), 0 < q < 1.
 
-    Σ (c − Tq)²/(Tq(1 − q)) over N counts has mean N and variance N·(2 + excess kurtosis); it is taken for a gamma with those moments.
+    Σ (c − Tq)²/(Tq(1 − q)) over N counts has mean N and variance N·(2 + excess kurtosis); it is taken for a gamma with
+    those moments.
     """
     variance = trials * q * (1 - q)
     statistic = float(np.square(counts - trials * q).sum()) / variance
@@ -48,7 +51,9 @@ def dispersion(counts: np.ndarray, trials: int, q: float) -> tuple[float, float]
 
 
 def overlap_p(shared: int, n: int, q: float) -> float:
-    """Two independent Poisson batches of n records have ``shared`` or more in common: binomial with q², exact, one-sided."""
+    """Two independent Poisson batches of n records have ``shared`` or more in common: binomial with q², exact,
+    one-sided.
+    """
     return float(stats.binom.sf(shared - 1, n, q * q))
 
 

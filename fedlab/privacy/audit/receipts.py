@@ -1,4 +1,5 @@
-"""``receipts.jsonl`` and what only it can show: that a ledger's end was cut off, that an older copy was put back, that keys changed.
+"""``receipts.jsonl`` and what only it can show: that a ledger's end was cut off, that an older copy was put back, that
+keys changed.
 
 ``read_receipts`` applies the rules of the file itself; the other functions hold it against the ledgers.
 """
@@ -67,9 +68,15 @@ def read_receipts(chain: Chain) -> Receipts:
             earlier = heads.setdefault((line["client"], line["number"]), line)
             if earlier["head"] != line["head"]:
                 report(
-                    line, f"RECEIPT names for seq {line['number']} another line than the receipt in line {earlier.number}: a forked ledger"
+                    line,
+                    f"RECEIPT names for seq {line['number']} another line than the receipt in line {earlier.number}: a"
+                    " forked ledger",
                 )
-        if line.kind == "ROUND" and start["unit"] == "example" and (strangers := sorted(set(line["clients"]) - start["clients"].keys())):
+        if (
+            line.kind == "ROUND"
+            and start["unit"] == "example"
+            and (strangers := sorted(set(line["clients"]) - start["clients"].keys()))
+        ):
             report(line, f"ROUND used {strangers[0]!a}, whom START does not name")
     finals = [line for line in lines if line.kind == "FINAL"]
     final = finals[-1] if finals else None
@@ -78,7 +85,9 @@ def read_receipts(chain: Chain) -> Receipts:
 
 
 def compare(receipts: Receipts, ledgers: Mapping[str, Ledger]) -> Iterator[Finding]:
-    """Every RECEIPT, ROUND and FINAL against the ledgers of this run, and the ledgers' receipts against the server's file."""
+    """Every RECEIPT, ROUND and FINAL against the ledgers of this run, and the ledgers' receipts against the server's
+    file.
+    """
     for line in receipts.chain.lines:
         if line.sound and line.kind == "RECEIPT":
             yield from _receipt(line, ledgers.get(line["client"]))
@@ -94,13 +103,20 @@ def _last(chain: Chain) -> int:
 
 
 def _cut(chain: Chain, number: int, by: str) -> Finding:
-    message = f"ends at line {_last(chain)}, but {by} names line {number + 1}: the end was cut off or an older copy was put back"
+    message = (
+        f"ends at line {_last(chain)}, but {by} names line {number + 1}: the end was cut off or an older copy was put"
+        " back"
+    )
     return Finding(chain.where, None, message)
 
 
 def _receipt(line: Line, ledger: Ledger | None) -> Iterator[Finding]:
     if ledger is None:
-        yield Finding(line["client"], None, f"has no ledger file, but the server holds a receipt for it ({WHERE} line {line.number})")
+        yield Finding(
+            line["client"],
+            None,
+            f"has no ledger file, but the server holds a receipt for it ({WHERE} line {line.number})",
+        )
         return
     chain = ledger.chain
     if chain.swapped:
@@ -112,14 +128,20 @@ def _receipt(line: Line, ledger: Ledger | None) -> Iterator[Finding]:
             yield _cut(chain, line["number"], f"a receipt ({WHERE} line {line.number})")
         elif not chain.holes:
             yield Finding(
-                chain.where, line["number"] + 1, f"is not the COMMIT that the receipt in {WHERE} line {line.number} names: another history"
+                chain.where,
+                line["number"] + 1,
+                f"is not the COMMIT that the receipt in {WHERE} line {line.number} names: another history",
             )
     elif found.sound:
         expected: dict[str, Any] = {"number": found.seq, "out": found["out"], "run": found["run"]}
         if charge is not None and charge.sound:
             expected["round"] = charge["round"]
         if wrong := [key for key, value in expected.items() if line[key] != value]:
-            yield Finding(WHERE, line.number, f"RECEIPT has another {wrong[0]} than the COMMIT in {chain.where} line {found.number}")
+            yield Finding(
+                WHERE,
+                line.number,
+                f"RECEIPT has another {wrong[0]} than the COMMIT in {chain.where} line {found.number}",
+            )
 
 
 def _held(receipts: Receipts, ledgers: Mapping[str, Ledger]) -> Iterator[Finding]:
@@ -131,7 +153,11 @@ def _held(receipts: Receipts, ledgers: Mapping[str, Ledger]) -> Iterator[Finding
             if not line.sound or line["run"] != receipts.run:
                 continue
             if receipt["key"] != receipts.chain.key:
-                yield Finding(ledger.chain.where, line.number, "RELEASE holds a receipt that is not signed with this run's server key")
+                yield Finding(
+                    ledger.chain.where,
+                    line.number,
+                    "RELEASE holds a receipt that is not signed with this run's server key",
+                )
             elif receipt["hash"] in known:
                 continue
             elif receipt["seq"] >= _last(receipts.chain):
@@ -142,7 +168,9 @@ def _held(receipts: Receipts, ledgers: Mapping[str, Ledger]) -> Iterator[Finding
 
 
 def _rounds(receipts: Receipts, ledgers: Mapping[str, Ledger]) -> Iterator[Finding]:
-    """One state per round for all clients, the one that the server says it sent; and a COMMIT and a receipt from everyone who was used."""
+    """One state per round for all clients, the one that the server says it sent; and a COMMIT and a receipt from
+    everyone who was used.
+    """
     run, lines = receipts.run, [line for line in receipts.chain.lines if line.sound]
     rounds = [line for line in lines if line.kind == "ROUND"]
     sent: dict[int, set[str]] = {}
@@ -162,7 +190,9 @@ def _rounds(receipts: Receipts, ledgers: Mapping[str, Ledger]) -> Iterator[Findi
             if number in sent:
                 if state not in sent[number]:
                     yield Finding(
-                        ledger.chain.where, line.number, f"CHARGE of round {number} has another state than the one the server sent"
+                        ledger.chain.where,
+                        line.number,
+                        f"CHARGE of round {number} has another state than the one the server sent",
                     )
             elif (first := reference.setdefault(number, (name, line)))[1]["in"] != state:
                 message = f"CHARGE of round {number} has another state than {first[0]}'s (line {first[1].number})"
@@ -176,7 +206,9 @@ def _rounds(receipts: Receipts, ledgers: Mapping[str, Ledger]) -> Iterator[Findi
                 text = "has no COMMIT for it" if ledger_ else "has no ledger file"
                 yield Finding(WHERE, line.number, f"ROUND {line['round']} used an update of {name!a}, who {text}")
             if unit == "example" and (name, line["round"]) not in receipted and not receipts.chain.holes:
-                yield Finding(WHERE, line.number, f"ROUND {line['round']} used an update of {name!a} without a receipt for it")
+                yield Finding(
+                    WHERE, line.number, f"ROUND {line['round']} used an update of {name!a} without a receipt for it"
+                )
 
 
 def _committed(ledger: Ledger, run: str | None, line: Line) -> bool:
@@ -187,7 +219,9 @@ def _heads(final: Line, ledgers: Mapping[str, Ledger]) -> Iterator[Finding]:
     """FINAL names the last line of every ledger."""
     heads: Mapping[str, Any] = final["heads"]
     for name in sorted(heads.keys() - ledgers.keys()):
-        yield Finding(name, None, f"has no ledger file, but FINAL names its line {heads[name][0] + 1}: the file was removed")
+        yield Finding(
+            name, None, f"has no ledger file, but FINAL names its line {heads[name][0] + 1}: the file was removed"
+        )
     for name, ledger in ledgers.items():
         chain = ledger.chain
         if name not in heads:
@@ -199,17 +233,23 @@ def _heads(final: Line, ledgers: Mapping[str, Ledger]) -> Iterator[Finding]:
         if number >= _last(chain):
             yield _cut(chain, number, f"FINAL ({WHERE} line {final.number})")
         elif any(line.hash == head and line.sound for line in chain.lines):
-            yield Finding(chain.where, number + 2, f"was added after the run's end: FINAL names line {number + 1} as the last")
+            yield Finding(
+                chain.where, number + 2, f"was added after the run's end: FINAL names line {number + 1} as the last"
+            )
         elif not chain.holes:
             yield Finding(
-                chain.where, number + 1, f"is not the line that FINAL ({WHERE} line {final.number}) names as the last: another history"
+                chain.where,
+                number + 1,
+                f"is not the line that FINAL ({WHERE} line {final.number}) names as the last: another history",
             )
 
 
 def check_files(root: Path, final: Line) -> Iterator[Finding]:
     """The files below ``adapter/`` are exactly those of FINAL."""
     files: Mapping[str, str] = final["files"]
-    there = {path.relative_to(root).as_posix(): path for path in sorted((root / "adapter").rglob("*")) if not path.is_dir()}
+    there = {
+        path.relative_to(root).as_posix(): path for path in sorted((root / "adapter").rglob("*")) if not path.is_dir()
+    }
     for name in sorted(files.keys() - there.keys()):
         yield Finding(name, None, "is missing, FINAL names it")
     for name, path in there.items():

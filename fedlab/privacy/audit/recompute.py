@@ -1,7 +1,9 @@
-"""ε of a list of events by three accountants, written on the libraries alone: dp-accounting's PLD and RDP, and Opacus' PRV.
+"""ε of a list of events by three accountants, written on the libraries alone: dp-accounting's PLD and RDP, and Opacus'
+PRV.
 
-Of ``fedlab.privacy.accounting`` only ``Event`` is used, which says what the fields mean; how its samplers are bounded is decided
-here a second time. Every number is an upper bound. For any legal events and δ the result is in [0, inf], never NaN, never an exception.
+Of ``fedlab.privacy.accounting`` only ``Event`` is used, which says what the fields mean; how its samplers are bounded
+is decided here a second time. Every number is an upper bound. For any legal events and δ the result is in [0, inf],
+never NaN, never an exception.
 
 | sampler | counted as |
 |---|---|
@@ -26,14 +28,21 @@ from fedlab.privacy.accounting import Event
 
 GRID = 1e-4
 MOST_POINTS = 2**19  # per PLD; the grid is widened beyond
-PRV_LOSS, PRV_POINTS = 300.0, 2**22  # Opacus exponentiates losses in float64, and its mesh grows with √steps: not beyond these
-MANY_STEPS, MOST_STEPS = 10**5, 2 * 10**6  # beyond the one, the grid's surplus can pass RDP's; beyond the other, PLDs take too long
+PRV_LOSS, PRV_POINTS = (
+    300.0,
+    2**22,
+)  # Opacus exponentiates losses in float64, and its mesh grows with √steps: not beyond these
+MANY_STEPS, MOST_STEPS = (
+    10**5,
+    2 * 10**6,
+)  # beyond the one, the grid's surplus can pass RDP's; beyond the other, PLDs take too long
 LITTLE_NOISE, MUCH_NOISE = 1e-3, 1e6  # σ below: nothing is promised; above: sampling is not worth a grid
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """ε of one client's charges; ``replaced`` names the accountants that could not answer, for which the RDP number stands.
+    """ε of one client's charges; ``replaced`` names the accountants that could not answer, for which the RDP number
+    stands.
 
     ``ceiling`` is the largest number that an honest PLD could give: ``pld``, more where its grid's surplus shows.
     """
@@ -101,7 +110,9 @@ def _compose(spent: _Spent, everything: float, delta: float) -> Recomputed:
     ceiling = math.inf if math.isnan(pld) else pld
     surplus = pld > rdp and (_steps(spent) > MANY_STEPS or _grid(spent) > GRID)
     replaced = [name for name, lost in (("pld", math.isnan(pld) or surplus), ("prv", math.isnan(prv))) if lost]
-    return Recomputed(rdp if "pld" in replaced else pld, rdp, rdp if "prv" in replaced else prv, unamplified, ceiling, tuple(replaced))
+    return Recomputed(
+        rdp if "pld" in replaced else pld, rdp, rdp if "prv" in replaced else prv, unamplified, ceiling, tuple(replaced)
+    )
 
 
 def _steps(spent: _Spent) -> int:
@@ -120,7 +131,9 @@ def _try(run: Callable[[], float]) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """The least ε of one Gaussian mechanism with sensitivity/σ = mu (Balle and Wang, 2018), by bisection, rounded up by 1e-9."""
+    """The least ε of one Gaussian mechanism with sensitivity/σ = mu (Balle and Wang, 2018), by bisection, rounded up by
+    1e-9.
+    """
     from scipy.special import log_ndtr
 
     if mu == 0 or delta >= 1:
@@ -147,7 +160,9 @@ def _mechanisms(spent: _Spent) -> list[tuple[Any, int]]:
     """dp-accounting's events with their counts."""
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
-    events: list[tuple[Any, int]] = [(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), times) for q, sigma, times in spent.sampled]
+    events: list[tuple[Any, int]] = [
+        (PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), times) for q, sigma, times in spent.sampled
+    ]
     return [*events, (GaussianDpEvent(1 / math.sqrt(spent.rho2)), 1)] if spent.rho2 else events
 
 
@@ -177,7 +192,9 @@ def _reach(spent: _Spent) -> float:
 def _grid(spent: _Spent) -> float:
     """A power of two times GRID: wide enough for the PLD to fit. The bound stays a bound, with a larger surplus."""
     return (
-        GRID * 2.0 ** max(0, math.ceil(math.log2(2 * _reach(spent) / (GRID * MOST_POINTS)))) if math.isfinite(_reach(spent)) else math.inf
+        GRID * 2.0 ** max(0, math.ceil(math.log2(2 * _reach(spent) / (GRID * MOST_POINTS))))
+        if math.isfinite(_reach(spent))
+        else math.inf
     )
 
 

@@ -1,7 +1,7 @@
 """What the lines of a client's file say together: who was planned, charged, committed, released, and what counts.
 
-Checked on authentic lines only, and only against authentic lines: damage is named in ``chain.py``, once. Counting errs upward:
-a line whose hash or signature is wrong still counts as a charge if it reads as one.
+Checked on authentic lines only, and only against authentic lines: damage is named in ``chain.py``, once. Counting errs
+upward: a line whose hash or signature is wrong still counts as a charge if it reads as one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from fedlab.privacy.audit.schema import number
 
 @dataclass(frozen=True)
 class Ledger:
-    """A client's file, read. ``counted``: the charges that count, in the order of the file; ``commits``: with their charges."""
+    """A client's file, read.
+
+    ``counted``: the charges that count, in the order of the file; ``commits``: with their charges.
+    """
 
     chain: Chain
     findings: tuple[Finding, ...]
@@ -63,7 +66,9 @@ class _State:
     open: Line | None = None
     counted: list[Line] = field(default_factory=list)
     per_run: Counter[str] = field(default_factory=Counter)
-    repeats: dict[tuple[str, int, str, str], str | None] = field(default_factory=dict)  # seeded charge → the `out` of its COMMIT
+    repeats: dict[tuple[str, int, str, str], str | None] = field(
+        default_factory=dict
+    )  # seeded charge → the `out` of its COMMIT
     commits: list[tuple[Line, Line]] = field(default_factory=list)
     released: dict[str, Line] = field(default_factory=dict)
 
@@ -94,7 +99,8 @@ def read_ledger(chain: Chain) -> Ledger:
             handlers[line.kind](state, line)
         state.by_hash.setdefault(line.hash, line)
     return Ledger(
-        chain, (*chain.findings, *sorted(state.findings, key=lambda f: f.line or 0)), tuple(chain.of("PLAN")), tuple(chain.of("CHARGE")),
+        chain, (*chain.findings, *sorted(state.findings, key=lambda f: f.line or 0)), tuple(chain.of("PLAN")),
+        tuple(chain.of("CHARGE")),
         tuple(state.counted), tuple(state.commits), tuple(chain.of("RELEASE")), len(chain.of("REFUSE")),
     )  # fmt: skip
 
@@ -114,7 +120,9 @@ def _charge(state: _State, line: Line) -> None:
             state.report(line, f"CHARGE has another event than its plan (line {plan.number})")
         if (line["filter"] == "none") != (plan["budget"] is None):
             state.report(
-                line, f"CHARGE was admitted under {line['filter']!r}, but its plan has {'no' if plan['budget'] is None else 'a'} budget"
+                line,
+                f"CHARGE was admitted under {line['filter']!r}, but its plan has"
+                f" {'no' if plan['budget'] is None else 'a'} budget",
             )
     if state.open is not None:
         state.ended.setdefault(state.open.hash, line)
@@ -136,7 +144,10 @@ def _end(state: _State, line: Line) -> Line | None:
     if charge is None:
         return None
     if (ender := state.ended.setdefault(charge.hash, line)) is not line and ender.sound and charge.sound:
-        state.report(line, f"{line.kind} names the CHARGE in line {charge.number}, which line {ender.number} ({ender.kind}) has ended")
+        state.report(
+            line,
+            f"{line.kind} names the CHARGE in line {charge.number}, which line {ender.number} ({ender.kind}) has ended",
+        )
     return charge
 
 
@@ -148,13 +159,18 @@ def _commit(state: _State, line: Line) -> None:
     if not charge.sound:
         return
     if line["steps"] != charge["event"]["steps"]:
-        state.report(line, f"COMMIT executed {line['steps']} steps, {charge['event']['steps']} were charged (line {charge.number})")
+        state.report(
+            line,
+            f"COMMIT executed {line['steps']} steps, {charge['event']['steps']} were charged (line {charge.number})",
+        )
     repeat = (charge["run"], charge["round"], charge["plan"], charge["in"])
     if repeat in state.repeats and line.sound:
         before = state.repeats[repeat]
         if before is not None and before != line["out"]:
             state.report(
-                line, "COMMIT differs in its `out` from an earlier one of the same seeded round: not the same bits, both were spent"
+                line,
+                "COMMIT differs in its `out` from an earlier one of the same seeded round: not the same bits, both were"
+                " spent",
             )
             state.counted.append(charge)
         else:
@@ -177,12 +193,24 @@ def _release(state: _State, line: Line) -> None:
     if commit is None:
         return
     if (earlier := state.released.setdefault(commit.hash, line)) is not line and earlier.sound:
-        state.report(line, f"RELEASE of the COMMIT in line {commit.number}, which line {earlier.number} has released already")
+        state.report(
+            line, f"RELEASE of the COMMIT in line {commit.number}, which line {earlier.number} has released already"
+        )
     if not commit.sound:
         return
     charge = next((charge for end, charge in state.commits if end is commit and charge.sound), None)
-    expected = {"client": state.chain.owner, "number": commit.seq, "head": commit.hash, "out": commit["out"], "run": commit["run"]}
+    expected = {
+        "client": state.chain.owner,
+        "number": commit.seq,
+        "head": commit.hash,
+        "out": commit["out"],
+        "run": commit["run"],
+    }
     if charge is not None:
         expected["round"] = charge["round"]
     if wrong := [key for key, value in expected.items() if receipt[key] != value]:
-        state.report(line, f"RELEASE holds a receipt for something else: its {wrong[0]} is not that of the COMMIT in line {commit.number}")
+        state.report(
+            line,
+            f"RELEASE holds a receipt for something else: its {wrong[0]} is not that of the COMMIT in line"
+            f" {commit.number}",
+        )

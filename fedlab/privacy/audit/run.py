@@ -93,7 +93,8 @@ class _Audit:
 
 
 def audit_run(path: Path | str, keys: Mapping[str, str] | None = None) -> RunAudit:
-    """Check everything in a run directory. ``keys``: client → Ed25519 public key (hex), published elsewhere than in the run.
+    """Check everything in a run directory. ``keys``: client → Ed25519 public key (hex), published elsewhere than in the
+    run.
 
     Raises ConfigError if there is no ``run.toml``, for then it is no run directory.
     """
@@ -115,15 +116,22 @@ def audit_run(path: Path | str, keys: Mapping[str, str] | None = None) -> RunAud
     per_client, delta = _numbers(audit, result, ledgers, receipts, unit)
     seeded = [plan for ledger in ledgers.values() for plan in ledger.plans if plan["noise"] == "seeded"]
     if seeded:
-        audit.notes.append("noise was seeded: reproducible, hence no protection against anyone who knows or guesses the seed")
+        audit.notes.append(
+            "noise was seeded: reproducible, hence no protection against anyone who knows or guesses the seed"
+        )
     if keys is None:
-        audit.notes.append("keys are those that the run itself names; only keys published elsewhere (--keys) show who signed")
+        audit.notes.append(
+            "keys are those that the run itself names; only keys published elsewhere (--keys) show who signed"
+        )
     top = {
-        key: max((row[key] or 0.0 for row in per_client.values()), default=None) for key in ("epsilon_pld", "epsilon_rdp", "epsilon_prv")
+        key: max((row[key] or 0.0 for row in per_client.values()), default=None)
+        for key in ("epsilon_pld", "epsilon_rdp", "epsilon_prv")
     }
     return RunAudit(
-        "fail" if audit.findings else "pass", unit, delta, c.amount(result.get("epsilon")), **top, per_client=per_client,
-        findings=tuple(dict.fromkeys(audit.findings)), notes=tuple(dict.fromkeys(audit.notes)), seconds=time.perf_counter() - began,
+        "fail" if audit.findings else "pass", unit, delta, c.amount(result.get("epsilon")), **top,
+        per_client=per_client,
+        findings=tuple(dict.fromkeys(audit.findings)), notes=tuple(dict.fromkeys(audit.notes)),
+        seconds=time.perf_counter() - began,
     )  # fmt: skip
 
 
@@ -133,7 +141,9 @@ def load_keys(path: Path) -> dict[str, str]:
         value = c.load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--keys {str(path)!r} cannot be read: {error}") from None
-    good = isinstance(value, dict) and all(isinstance(key, str) and re.fullmatch("[0-9a-fA-F]{64}", key) for key in value.values())
+    good = isinstance(value, dict) and all(
+        isinstance(key, str) and re.fullmatch("[0-9a-fA-F]{64}", key) for key in value.values()
+    )
     if not good:
         raise ConfigError(f'--keys {str(path)!r} must be one JSON object, {{"client": "64 hex digits"}}')
     return dict(value)
@@ -164,10 +174,14 @@ def _without_dp(audit: _Audit, result: Mapping[str, Any], files: Mapping[str, Pa
         audit.find(c.RESULT, f"claims an ε of {result['epsilon']!a} for a run without DP")
     verdict: Verdict = "fail" if audit.findings else "no-dp"
     findings, seconds = tuple(audit.findings), time.perf_counter() - began
-    return RunAudit(verdict, "none", None, None, None, None, None, {}, findings, ("the run had no differential privacy",), seconds)
+    return RunAudit(
+        verdict, "none", None, None, None, None, None, {}, findings, ("the run had no differential privacy",), seconds
+    )
 
 
-def _files(audit: _Audit, files: Mapping[str, Path], keys: Mapping[str, str] | None) -> tuple[Receipts | None, dict[str, Ledger]]:
+def _files(
+    audit: _Audit, files: Mapping[str, Path], keys: Mapping[str, str] | None
+) -> tuple[Receipts | None, dict[str, Ledger]]:
     """Read receipts.jsonl and every ledger, and check whose keys they are signed with."""
     published = keys or {}
     data, receipts = audit.read(WHERE), None
@@ -181,10 +195,16 @@ def _files(audit: _Audit, files: Mapping[str, Path], keys: Mapping[str, str] | N
     for name, file in files.items():
         if (raw := audit.read(file.relative_to(audit.root).as_posix())) is None:
             continue
-        ledger = ledgers[name] = read_ledger(read_chain(raw, name, name, CLIENT, "PLAN", published.get(name) or named.get(name)))
+        ledger = ledgers[name] = read_ledger(
+            read_chain(raw, name, name, CLIENT, "PLAN", published.get(name) or named.get(name))
+        )
         audit.findings += ledger.findings
         if receipts and receipts.start and not ledger.chain.swapped and ledger.chain.key not in (None, named.get(name)):
-            where = "START names no such client" if name not in named else "it is signed with another key than START names for this client"
+            where = (
+                "START names no such client"
+                if name not in named
+                else "it is signed with another key than START names for this client"
+            )
             audit.find(name, f"{where} ({WHERE} line {receipts.start.number})")
     for name in sorted(named.keys() | ledgers.keys()) if keys is not None else ():
         used = {key for key in (named.get(name), ledgers[name].chain.key if name in ledgers else None) if key}
@@ -217,9 +237,17 @@ def _run_lines(audit: _Audit, receipts: Receipts | None, ledgers: Mapping[str, L
         audit.find("server", 'has a ledger, which only a run with privacy.unit = "client" has')
     if receipts is None or receipts.start is None:
         text = "is missing" if receipts is None else "names no START, so no key is known"
-        audit.find(WHERE, text) if status in FINISHED or receipts else audit.notes.append(f"{WHERE} {text}: the run was {status}")
+        (
+            audit.find(WHERE, text)
+            if status in FINISHED or receipts
+            else audit.notes.append(f"{WHERE} {text}: the run was {status}")
+        )
     if receipts and not receipts.closed:
-        text = f"does not end in a FINAL, though the run was {status}" if status in FINISHED else f"has no FINAL: the run was {status}"
+        text = (
+            f"does not end in a FINAL, though the run was {status}"
+            if status in FINISHED
+            else f"has no FINAL: the run was {status}"
+        )
         audit.find(WHERE, text) if status in FINISHED else audit.notes.append(f"{WHERE} {text}")
 
 
@@ -250,7 +278,10 @@ def _numbers(
         if name in ledgers and not receipts and result and name not in claims:
             audit.find(name, f"has a ledger, but {c.RESULT} does not list it")
         if ledger is None and claim is not None and (claim.participations > 0 or claim.epsilon):
-            audit.find("server" if unit == "client" else name, f"has no ledger file, but {c.RESULT} says that {name!a} took part")
+            audit.find(
+                "server" if unit == "client" else name,
+                f"has no ledger file, but {c.RESULT} says that {name!a} took part",
+            )
         delta = _delta(audit, name, claim, ledger, receipts)
         found = NOTHING_KNOWN
         if ledger is None or (not ledger.charges and ledger.bounded):
@@ -274,8 +305,12 @@ def _numbers(
     return rows, max((value for _, value, _ in card.values() if value is not None), default=None)
 
 
-def _delta(audit: _Audit, name: str, claim: c.Claim | None, ledger: Ledger | None, receipts: Receipts | None) -> float | None:
-    """The δ at which ε is recomputed: the claimed one, which must not be larger than this run's plan says; else the plan's."""
+def _delta(
+    audit: _Audit, name: str, claim: c.Claim | None, ledger: Ledger | None, receipts: Receipts | None
+) -> float | None:
+    """The δ at which ε is recomputed: the claimed one, which must not be larger than this run's plan says; else the
+    plan's.
+    """
     plan = None
     if ledger is not None:
         plan = ledger.plan(receipts.run) if receipts and receipts.run else None
@@ -292,7 +327,9 @@ def _delta(audit: _Audit, name: str, claim: c.Claim | None, ledger: Ledger | Non
     return delta
 
 
-def _row(delta: float | None, claim: c.Claim | None, found: Recomputed, ledger: Ledger | None) -> dict[str, float | int | None]:
+def _row(
+    delta: float | None, claim: c.Claim | None, found: Recomputed, ledger: Ledger | None
+) -> dict[str, float | int | None]:
     return {
         "delta": delta,
         "epsilon_claimed": claim.epsilon if claim else None,

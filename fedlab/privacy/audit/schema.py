@@ -44,7 +44,9 @@ def _integer(least: int) -> Check:
 
 
 def number(text: Any) -> float | None:
-    """The double that a hexadecimal string stands for, if it is finite and the string is its one spelling (``float.hex``)."""
+    """The double that a hexadecimal string stands for, if it is finite and the string is its one spelling
+    (``float.hex``).
+    """
     if not isinstance(text, str) or len(text) > 40:
         return None
     try:
@@ -63,7 +65,12 @@ def _real(low: float, high: float = math.inf, above: bool = False) -> Check:
             return f"must be a finite real in hexadecimal form, got {_shown(value)}"
         inside = (found > low or (found == low and not above and math.copysign(1, found) > 0)) and found <= high
         return (
-            None if inside else f"must be {'>' if above else '>='} {low:g}{f' and <= {high:g}' if high < math.inf else ''}, got {found:g}"
+            None
+            if inside
+            else (
+                f"must be {'>' if above else '>='} {low:g}{f' and <= {high:g}' if high < math.inf else ''}, got"
+                f" {found:g}"
+            )
         )
 
     return check
@@ -78,12 +85,18 @@ def _name(value: Any) -> str | None:
 
 
 def _one_of(*words: str) -> Check:
-    return lambda value: None if isinstance(value, str) and value in words else f"must be one of {', '.join(words)}, got {_shown(value)}"
+    return lambda value: (
+        None if isinstance(value, str) and value in words else f"must be one of {', '.join(words)}, got {_shown(value)}"
+    )
 
 
 def _exactly(expected: int | str) -> Check:
     def check(value: Any) -> str | None:
-        return None if type(value) is type(expected) and value == expected else f"must be {_shown(expected)}, got {_shown(value)}"
+        return (
+            None
+            if type(value) is type(expected) and value == expected
+            else f"must be {_shown(expected)}, got {_shown(value)}"
+        )
 
     return check
 
@@ -145,7 +158,12 @@ def _time(value: Any) -> str | None:
 
 def _path(value: Any) -> str | None:
     """A file below ``adapter/``, so that a reader never leaves the run directory."""
-    good = isinstance(value, str) and value.startswith("adapter/") and not {"", ".", ".."} & set(value.split("/")) and "\0" not in value
+    good = (
+        isinstance(value, str)
+        and value.startswith("adapter/")
+        and not {"", ".", ".."} & set(value.split("/"))
+        and "\0" not in value
+    )
     return None if good else f"must be a path below adapter/, got {_shown(value)}"
 
 
@@ -173,20 +191,27 @@ def problem(line: Mapping[str, Any], types: Mapping[str, Mapping[str, Check]]) -
 
 
 def _receipt(value: Any) -> str | None:
-    return problem(value, {"RECEIPT": SERVER["RECEIPT"]}) if isinstance(value, dict) else f"must be an object, got {_shown(value)}"
+    return (
+        problem(value, {"RECEIPT": SERVER["RECEIPT"]})
+        if isinstance(value, dict)
+        else f"must be an object, got {_shown(value)}"
+    )
 
 
 CLIENT: Mapping[str, Mapping[str, Check]] = {
     "PLAN": {
         "key": _KEY, "unit": _one_of("example", "client"), "relation": _one_of("add_remove"), "event": _EVENT,
-        "clip": _real(0, above=True), "normaliser": _real(0, above=True), "delta": _real(0, 1), "n": _COUNT, "participations": _integer(0),
-        "scope": _HASH, "budget": _or_null(_record({"epsilon": _real(0), "delta": _real(0, 1)})), "noise": _one_of("seeded", "secure"),
+        "clip": _real(0, above=True), "normaliser": _real(0, above=True), "delta": _real(0, 1), "n": _COUNT,
+        "participations": _integer(0),
+        "scope": _HASH, "budget": _or_null(_record({"epsilon": _real(0), "delta": _real(0, 1)})),
+        "noise": _one_of("seeded", "secure"),
         "content": _or_null(_HASH), "code": _each(_name, _text),
     },
     "CHARGE": {"round": _COUNT, "plan": _HASH, "event": _EVENT, "in": _DIGEST, "filter": _one_of("rdp", "pld", "none")},
     "COMMIT": {"charge": _HASH, "steps": _integer(0), "out": _DIGEST},
     "ABORT": {"charge": _HASH, "reason": _text},
     "RELEASE": {"commit": _HASH, "receipt": _receipt},
-    "REFUSE": {"round": _integer(0), "kind": _one_of("budget-exhausted", "plan-mismatch", "participations"), "reason": _text},
+    "REFUSE": {"round": _integer(0), "kind": _one_of("budget-exhausted", "plan-mismatch", "participations"),
+    "reason": _text},
     "RECOVER": {"bytes": _COUNT, "lost": _HASH},
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Start a run: the server's and the clients' apps, by reference, on Ray or in this process.
 
-The only part of ``fedlab`` that knows Flower and Ray. Everything private of Flower's that is used sits in this package; flwr is
-pinned to the version it was written for.
+The only part of ``fedlab`` that knows Flower and Ray. Everything private of Flower's that is used sits in this package;
+flwr is pinned to the version it was written for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import pydantic
 
-from fedlab.config import RunConfig, unknown_key
+from fedlab.config import RunConfig
+from fedlab.config.load import unknown_key
 from fedlab.errors import ConfigError, FedlabError, RunFailed
 from fedlab.run.directory import RunDirectory
 
@@ -46,9 +47,10 @@ class Run:
 def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = False) -> Run:
     """Run a simulation to its end and return it.
 
-    ``out`` is the run directory (default ``runs/<name>-<time>``); it must not hold anything yet. Raises ConfigError before anything
-    is started if the configuration, the model or the data cannot work, RunFailed if the run could not be finished (``result.json``
-    then says why), Interrupted on Ctrl-C. A configuration with ``[[tasks]]`` is a stream of runs, one per task (``launch.stream``).
+    ``out`` is the run directory (default ``runs/<name>-<time>``); it must not hold anything yet. Raises ConfigError
+    before anything is started if the configuration, the model or the data cannot work, RunFailed if the run could not
+    be finished (``result.json`` then says why), Interrupted on Ctrl-C. A configuration with ``[[tasks]]`` is a stream
+    of runs, one per task (``launch.stream``).
     """
     if config.is_stream:
         from fedlab.run.launch.stream import simulate_stream
@@ -58,8 +60,11 @@ def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = Fal
 
 
 def prepared(config: RunConfig) -> RunConfig:
-    """The configuration as it will run. Raises ConfigError for everything that can be known to be wrong before a process is started."""
-    from fedlab.hardware import resolve_dtype
+    """The configuration as it will run.
+
+    Raises ConfigError for everything that can be known to be wrong before a process is started.
+    """
+    from fedlab.models.hardware import resolve_dtype
 
     _prepare_environment(config)
     check(config)
@@ -67,7 +72,10 @@ def prepared(config: RunConfig) -> RunConfig:
 
 
 def resume(path: str | Path, quiet: bool = False) -> Run:
-    """Continue a run that was interrupted or killed, from its last complete round. The bits are those of an unbroken run."""
+    """Continue a run that was interrupted or killed, from its last complete round.
+
+    The bits are those of an unbroken run.
+    """
     directory = RunDirectory.open(Path(path))
     _prepare_environment(directory.config)
     if directory.config.is_stream:
@@ -81,7 +89,9 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
 
 
 def check(config: RunConfig) -> None:
-    """Everything that can be known to be wrong before a process is started: names and files first, then keys, then the data."""
+    """Everything that can be known to be wrong before a process is started: names and files first, then keys, then the
+    data.
+    """
     from fedlab.data import corpus_and_shards
     from fedlab.data.public import check_public
     from fedlab.data.sources import check_source
@@ -92,7 +102,7 @@ def check(config: RunConfig) -> None:
         make_client_plan(config)
     check_source(config.data)
     check_public(config)
-    from fedlab.hub import check_model
+    from fedlab.models.hub import check_model
 
     check_model(config.model)
     check_strategy(config)
@@ -122,12 +132,17 @@ def check_strategy(config: RunConfig) -> None:
         if detail["type"] == "extra_forbidden":
             fields = ["name", "weights", *known[name].Options.model_fields]
             raise ConfigError(f'{unknown_key(f"strategy.{key}", key, fields)} (strategy "{name}")') from None
-        raise ConfigError(f"strategy.{key}: {detail['msg'].replace('Input should', 'must')}, got {detail['input']!r}") from None
+        raise ConfigError(
+            f"strategy.{key}: {detail['msg'].replace('Input should', 'must')}, got {detail['input']!r}"
+        ) from None
     known[name].check(config)
 
 
 def _prepare_environment(config: RunConfig) -> None:
-    """Set what is not set yet. In a cluster that is joined, the other machines' workers must be able to reach this process."""
+    """Set what is not set yet.
+
+    In a cluster that is joined, the other machines' workers must be able to reach this process.
+    """
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if config.run.ray_address is None else "1"}
     for key, value in {**QUIET_ENVIRONMENT, **loopback}.items():
         os.environ.setdefault(key, value)
@@ -146,7 +161,12 @@ def _launch(directory: RunDirectory, quiet: bool) -> Run:
     config = directory.config
     backend = {"ray": run_ray, "local": run_local}[config.run.backend]
     try:
-        backend(load_reference(SERVER_APP), load_reference(CLIENT_APP), config, {"run-dir": str(directory.path), "quiet": quiet})
+        backend(
+            load_reference(SERVER_APP),
+            load_reference(CLIENT_APP),
+            config,
+            {"run-dir": str(directory.path), "quiet": quiet},
+        )
     except (FedlabError, KeyboardInterrupt):
         _ensure_result(directory)
         raise

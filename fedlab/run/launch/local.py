@@ -1,6 +1,7 @@
 """The local backend: the same apps, unchanged, called in this process one node after the other.
 
-For tests, debugging and single-device runs: no Ray, no threads, exceptions where they happen. Bitwise equal to the Ray backend.
+For tests, debugging and single-device runs: no Ray, no threads, exceptions where they happen. Bitwise equal to the Ray
+backend.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ CLIENT_APP_ERROR = 2  # Flower's code for "the ClientApp raised"
 
 
 class LocalGrid(Grid):
-    """A Grid whose nodes are contexts in this process. A message is handled when its reply is pulled, in the order it was sent."""
+    """A Grid whose nodes are contexts in this process.
+
+    A message is handled when its reply is pulled, in the order it was sent.
+    """
 
     def __init__(self, client_app: Callable[[Message, Context], Message], nodes: int) -> None:
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = RUN_ID  # Message() asks for them
         self._client_app = client_app
         self._contexts = {
-            i + 10: Context(RUN_ID, i + 10, {"partition-id": i, "num-partitions": nodes}, RecordDict(), {}) for i in range(nodes)
+            i + 10: Context(RUN_ID, i + 10, {"partition-id": i, "num-partitions": nodes}, RecordDict(), {})
+            for i in range(nodes)
         }
         self._waiting: dict[str, Message] = {}
 

@@ -1,8 +1,9 @@
 """The Ray backend: Flower's simulation runtime, with what it lacks.
 
-Flower's own ``run_simulation`` is deprecated, hides a server app's exception, and never replaces an actor that died: the dead one
-stays on top of its pool and swallows the work. Here the server app runs in the calling thread (so Ctrl-C and exceptions arrive
-where they should), nodes are registered before it starts, and a lost actor is replaced and its message tried once more.
+Flower's own ``run_simulation`` is deprecated, hides a server app's exception, and never replaces an actor that died:
+the dead one stays on top of its pool and swallows the work. Here the server app runs in the calling thread (so Ctrl-C
+and exceptions arrive where they should), nodes are registered before it starts, and a lost actor is replaced and its
+message tried once more.
 """
 
 from __future__ import annotations
@@ -67,9 +68,11 @@ class ResilientRayBackend(RayBackend):
         self._actors = list(self.pool.pool)
 
     def process_message(self, message: Message, context: Context) -> tuple[Message, Context]:
-        """Run one message on an idle actor. A lost actor is replaced; the message is retried once, unless noise is secret.
+        """Run one message on an idle actor. A lost actor is replaced; the message is retried once, unless noise is
+        secret.
 
-        With seeded noise a retry repeats the same bits, so it releases nothing new; with secure noise it would be another release.
+        With seeded noise a retry repeats the same bits, so it releases nothing new; with secure noise it would be
+        another release.
         """
         pool: Any = self.pool
         assert pool is not None
@@ -134,7 +137,9 @@ _kept = _Kept()
 
 @contextmanager
 def keep_ray() -> Iterator[None]:
-    """While it is open, runs that need the same Ray (nodes, resources) use one, with its processes and the models that they loaded."""
+    """While it is open, runs that need the same Ray (nodes, resources) use one, with its processes and the models that
+    they loaded.
+    """
     _kept.wanted = True
     try:
         yield
@@ -144,8 +149,12 @@ def keep_ray() -> Iterator[None]:
 
 
 def run_ray(server_app: Any, client_app: Any, config: RunConfig, run_config: dict[str, Any]) -> None:
-    """Run the server app in this thread over Ray-simulated nodes; its exceptions pass through, and no process is left behind."""
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what goes wrong reaches the run's own log, with the round it belongs to
+    """Run the server app in this thread over Ray-simulated nodes; its exceptions pass through, and no process is left
+    behind.
+    """
+    logging.getLogger("flwr").setLevel(
+        logging.CRITICAL
+    )  # what goes wrong reaches the run's own log, with the round it belongs to
     state_factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
     run = _register_run(state_factory)
     grid = InMemoryGrid(state_factory=state_factory, pull_interval=0.02)
@@ -175,7 +184,9 @@ def run_ray(server_app: Any, client_app: Any, config: RunConfig, run_config: dic
         if not backend.resting:
             backend.stop()
         thread.join(timeout=30)
-        if not backend.resting or thread.is_alive():  # something still works at a message: it must not meet the next run
+        if (
+            not backend.resting or thread.is_alive()
+        ):  # something still works at a message: it must not meet the next run
             _kept.backend = None
             backend.stop()
 
@@ -201,7 +212,9 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"run.ray_address = {address!r}: nothing answers there ({error}); give host:port of a running Ray head") from None
+        raise ConfigError(
+            f"run.ray_address = {address!r}: nothing answers there ({error}); give host:port of a running Ray head"
+        ) from None
 
 
 def _start_ray(config: RunConfig) -> ResilientRayBackend:
@@ -220,7 +233,9 @@ def _start_ray(config: RunConfig) -> ResilientRayBackend:
             max_actors=run.nodes,
         )
     except (ConnectionError, RuntimeError) as error:
-        raise ConfigError(f"run.ray_address = {run.ray_address!r}: no Ray cluster could be joined or started ({error})") from None
+        raise ConfigError(
+            f"run.ray_address = {run.ray_address!r}: no Ray cluster could be joined or started ({error})"
+        ) from None
     total = ray.cluster_resources()
     if total.get("CPU", 0) < run.cpus_per_node or total.get("GPU", 0) < gpus:
         ray.shutdown()

@@ -1,4 +1,6 @@
-"""A stream of tasks: a chain of runs, each from what the one before left, on one Ray; and one result over all of them."""
+"""A stream of tasks: a chain of runs, each from what the one before left, on one Ray; and
+one result over all of them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ WHERE = {"source", "path", "subset", "split"}  # keys of [data] that say which t
 
 
 def simulate_stream(config: RunConfig, out: str | Path | None = None, quiet: bool = False) -> Run:
-    """Run every task of ``config.tasks`` in order, in ``out/task-<n>-<name>``; ``out/result.json`` has the accuracy matrix.
+    """Run every task of ``config.tasks`` in order, in ``out/task-<n>-<name>``; ``out/result.json`` has the accuracy
+    matrix.
 
     Raises what ``simulate`` raises; ``fedlab resume out`` then goes on where it stopped.
     """
@@ -37,20 +40,27 @@ def resume_stream(path: str | Path, quiet: bool = False) -> Run:
 
 
 def with_ledger(config: RunConfig, out: str | Path | None) -> RunConfig:
-    """Private streams charge one ledger over all tasks: the same texts may come again. Raises ConfigError where that has no place."""
+    """Private streams charge one ledger over all tasks: the same texts may come again.
+
+    Raises ConfigError where that has no place.
+    """
     if not config.private:
         return config
     if config.privacy.ledger is not None:
         own = next(((task.name, key) for task in config.tasks for key in sorted(task.data.keys() & WHERE)), None)
         if own:
             raise ConfigError(
-                f"privacy.ledger with tasks: {own[0]} sets data.{own[1]}, but a ledger is kept per data source; leave privacy.ledger out, "
-                "or name all texts in [data]"
+                f"privacy.ledger with tasks: {own[0]} sets data.{own[1]}, but a ledger is kept per data source; leave"
+                " privacy.ledger out, or name all texts in [data]"
             )
         return config
     if out is None:
-        raise ConfigError("a stream under DP needs --out, or privacy.ledger: all its tasks charge one ledger, which must have a place")
-    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"ledger": str(Path(out).absolute() / "ledger")})})
+        raise ConfigError(
+            "a stream under DP needs --out, or privacy.ledger: all its tasks charge one ledger, which must have a place"
+        )
+    return config.model_copy(
+        update={"privacy": config.privacy.model_copy(update={"ledger": str(Path(out).absolute() / "ledger")})}
+    )
 
 
 def stages(config: RunConfig, path: Path) -> list[tuple[Path, RunConfig]]:
@@ -132,11 +142,18 @@ def render(result: dict[str, Any]) -> str:
     """The matrix and the metrics, for a terminal."""
     names = result["tasks"]
     width = max(10, *(len(name) for name in names))
-    lines = ["\naccuracy on each task (columns) after each task (rows)", " " * width + "".join(f"{name:>{width + 1}}" for name in names)]
+    lines = [
+        "\naccuracy on each task (columns) after each task (rows)",
+        " " * width + "".join(f"{name:>{width + 1}}" for name in names),
+    ]
     labels = names[: len(result["matrix"])] if not result["joint"] else ["all"]
     for name, row in zip(labels, result["matrix"], strict=True):
         lines.append(f"{name:<{width}}" + "".join(f"{'–' if math.isnan(v) else f'{v:.4f}':>{width + 1}}" for v in row))
-    shown = {"average_accuracy": "average accuracy", "backward_transfer": "backward transfer", "forgetting": "forgetting"}
+    shown = {
+        "average_accuracy": "average accuracy",
+        "backward_transfer": "backward transfer",
+        "forgetting": "forgetting",
+    }
     shown |= {"forward_transfer": "forward transfer", "learning_accuracy": "learning accuracy"}
     lines += [f"{label}: {result[key]:.4f}" for key, label in shown.items() if key in result]
     epsilon = result["epsilon"]

@@ -1,4 +1,6 @@
-"""Several runs one after the other: every combination of configurations and varied values, on one Ray, each in its own directory."""
+"""Several runs one after the other: every combination of configurations and varied values, on one Ray, each in its own
+directory.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from fedlab.run.directory import RunDirectory
 from fedlab.run.launch import FINISHED, Run, prepared, resume, simulate
 
 
-def combinations(configs: Sequence[Path], overrides: Sequence[str] = (), vary: Sequence[str] = ()) -> dict[str, RunConfig]:
+def combinations(
+    configs: Sequence[Path], overrides: Sequence[str] = (), vary: Sequence[str] = ()
+) -> dict[str, RunConfig]:
     """Name → configuration of every combination. ``vary`` holds ``section.key=[value, ...]``; a name says what differs.
 
     Raises ConfigError for what is no list, an empty one, or two combinations that are the same.
@@ -31,7 +35,9 @@ def combinations(configs: Sequence[Path], overrides: Sequence[str] = (), vary: S
             parts = [config.stem] * (len(configs) > 1) + settings
             name = re.sub(r"[^\w.=+-]", "_", ",".join(part.replace('"', "") for part in parts).replace(",", "+"))
             if name in found:
-                raise ConfigError(f"two runs of the sweep would be called {name!r}; give each configuration file and each value once")
+                raise ConfigError(
+                    f"two runs of the sweep would be called {name!r}; give each configuration file and each value once"
+                )
             found[name] = RunConfig.load(config, [*overrides, *settings])
     return found
 
@@ -46,16 +52,22 @@ def _axis(text: str) -> tuple[str, list[str]]:
     except tomllib.TOMLDecodeError:
         values = None
     if not isinstance(values, list) or not values:
-        raise ConfigError(f"--vary {text!r}: write section.key=[value, value], for example --vary 'train.lr=[0.5, 1.5]'")
-    return key.strip(), [tomli_w.dumps({"v": [value]}).partition("=")[2].strip()[1:-1].strip().removesuffix(",") for value in values]
+        raise ConfigError(
+            f"--vary {text!r}: write section.key=[value, value], for example --vary 'train.lr=[0.5, 1.5]'"
+        )
+    return key.strip(), [
+        tomli_w.dumps({"v": [value]}).partition("=")[2].strip()[1:-1].strip().removesuffix(",") for value in values
+    ]
 
 
-def sweep(configs: Mapping[str, RunConfig], out: str | Path | None = None, quiet: bool = False) -> dict[str, Run | FedlabError]:
+def sweep(
+    configs: Mapping[str, RunConfig], out: str | Path | None = None, quiet: bool = False
+) -> dict[str, Run | FedlabError]:
     """Run every configuration; name → its run, or why it failed (which does not stop the others).
 
-    Each lies in ``out/<name>`` (default ``runs/sweep-<time>``) and has the bits that it has alone. All configurations are checked before
-    the first run starts (ConfigError). What is finished in ``out`` already is not run again, and what was cut off is resumed; Ctrl-C
-    raises Interrupted, after which the same call goes on.
+    Each lies in ``out/<name>`` (default ``runs/sweep-<time>``) and has the bits that it has alone. All configurations
+    are checked before the first run starts (ConfigError). What is finished in ``out`` already is not run again, and
+    what was cut off is resumed; Ctrl-C raises Interrupted, after which the same call goes on.
     """
     from fedlab.run.launch.ray import keep_ray
 

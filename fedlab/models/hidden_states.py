@@ -1,0 +1,213 @@
+"""What the frozen blocks below the lowest adapter compute for each text, kept on disk (``run.cache_prefix``).
+
+With adapters in the upper blocks only, the lower ones give the same hidden states in every step, round and evaluation.
+They are computed once per text, in batches that depend on the texts alone, by whichever processes are there, and read
+back memory-mapped. Results differ from running the whole model by rounding only; where a model passes more from block
+to block than hidden states this is refused, by trial.
+
+A hidden state tells nearly as much as its text. It lies in the cache directory of whoever holds the text, and never
+leaves it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlab.data import FederatedData
+from fedlab.data.cache import cache_directory
+from fedlab.data.collate import Tokens
+from fedlab.errors import ConfigError
+from fedlab.models.blocks import find_blocks, stepping_over, watching
+from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
+
+PART = 4096  # texts per file
+BATCH = 64  # texts per forward pass
+TRIAL = 4  # texts on which the model is tried
+TOLERANCE = 1e-4  # relative difference of logits; float32 leaves 1e-6
+SETTING = "run.cache_prefix"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Hidden states of every text: text i is rows ``starts[i]`` to ``starts[i] + length`` of file ``parts[part_of[i]]``
+    [tokens, H].
+    """
+
+    dtype: torch.dtype
+    starts: np.ndarray
+    part_of: np.ndarray
+    parts: list[np.ndarray]
+
+    def batch(self, indices: np.ndarray, lengths: np.ndarray) -> Tensor:
+        """Hidden states of these texts, padded on the right with zeros, [N, T, H]."""
+        width = self.parts[0].shape[1]
+        result = np.zeros((len(indices), int(lengths.max()), width), dtype=self.parts[0].dtype)
+        for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
+            start = self.starts[index]
+            result[row, :length] = self.parts[self.part_of[index]][start : start + length]
+        return torch.from_numpy(result).view(self.dtype)
+
+
+def cache_prefix(model: LoadedModel, data: FederatedData) -> FederatedData:
+    """The same data, whose batches carry ``hidden``; computes and stores what is not there yet.
+
+    Raises ConfigError if the lowest block is adapted, if the model's blocks cannot be stepped over, or if the disk is
+    too small.
+    """
+    adapted = [PEFT_PREFIX + name for name in model.scale]
+    blocks, lowest = find_blocks(model.module, adapted, SETTING)
+    if lowest == 0:
+        raise ConfigError(
+            f"{SETTING} = true, but the lowest block has an adapter: nothing below it to cache; set"
+            " lora.layers_to_transform"
+        )
+    tokens = data.tokens
+    order = np.argsort(tokens.lengths(np.arange(len(tokens.labels))), kind="stable")
+    extra, width, dtype = _try(model, tokens, blocks[:lowest], order)
+    lengths = tokens.lengths(order)
+    folder = cache_directory() / "prefix" / _identity(model, tokens, blocks[lowest:])
+    bits = dtype.itemsize
+    _require_space(folder, int(lengths.sum()) * width * bits)
+    starts, part_of = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+    paths, shapes = [], []
+    for number, first in enumerate(range(0, len(order), PART)):
+        own = lengths[first : first + PART]
+        starts[order[first : first + PART]], part_of[order[first : first + PART]] = np.cumsum(own) - own, number
+        paths.append(folder / f"{number:05d}.npy")
+        shapes.append((int(own.sum()), width))
+    for wait in (False, True):  # first whatever nobody works at, then what the others have not finished
+        for number, path in enumerate(paths):
+            with _alone(path, wait) as mine:
+                if mine and _open(path, shapes[number]) is None:
+                    _store(
+                        path, _compute(model, tokens, blocks[lowest - 1], order[number * PART : (number + 1) * PART])
+                    )
+    parts = [cast(np.ndarray, _open(path, shape)) for path, shape in zip(paths, shapes, strict=True)]
+    model.lower = (blocks[:lowest], extra)
+    return replace(data, prefix=Prefix(dtype, starts, part_of, parts))
+
+
+def _hidden(output: Any) -> Tensor:
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def _try(model: LoadedModel, tokens: Tokens, lower: list[nn.Module], order: np.ndarray) -> tuple[int, int, torch.dtype]:
+    """Form, width and type of the last lower block's output.
+
+    Raises ConfigError unless the logits need nothing else of the lower blocks.
+    """
+    indices = order[-TRIAL:]
+    batch = tokens.batch(indices, model.tokenizer.pad_token_id)
+    seen: list[Any] = []
+    before = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
+    try:
+        with torch.no_grad(), watching(lower[-1], seen.append):
+            model.logits(batch)
+            for name, parameter in model.parameters.items():
+                if name.endswith("lora_B"):
+                    parameter.fill_(0.01)
+            wanted = model.logits(batch)
+        if not torch.equal(_hidden(seen[0]), _hidden(seen[1])):
+            raise ConfigError(
+                f"{SETTING}: an adapter below the lowest adapted block changes what is to be cached; set {SETTING} ="
+                " false"
+            )
+        extra = len(seen[1]) - 1 if isinstance(seen[1], tuple) else -1
+        shape = (*batch["input_ids"].shape, _hidden(seen[1]).shape[-1])
+        try:
+            with torch.no_grad(), stepping_over(lower, _hidden(seen[1]), extra):
+                gap = float((model.logits(batch) - wanted).norm() / wanted.norm())
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ConfigError(
+                f"{SETTING}: this model's blocks cannot be stepped over ({error}); set {SETTING} = false"
+            ) from None
+        if _hidden(seen[1]).shape != shape or not gap < TOLERANCE:
+            raise ConfigError(f"{SETTING}: this model's blocks pass on more than hidden states; set {SETTING} = false")
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.parameters.items():
+                parameter.copy_(before[name])
+    return extra, shape[-1], _hidden(seen[1]).dtype
+
+
+def _compute(model: LoadedModel, tokens: Tokens, last: nn.Module, indices: np.ndarray) -> np.ndarray:
+    """Hidden states of these texts one after the other, [tokens, H]; 16-bit floats as their bits."""
+    rows: list[Tensor] = []
+    for first in range(0, len(indices), BATCH):
+        batch = tokens.batch(indices[first : first + BATCH], model.tokenizer.pad_token_id)
+        seen: list[Any] = []
+        with torch.inference_mode(), watching(last, seen.append):
+            model.logits(batch)
+        rows.append(_hidden(seen[0])[batch["attention_mask"].to(model.device).bool()].cpu())
+    flat = torch.cat(rows)
+    if not bool(torch.isfinite(flat).all()):
+        raise ConfigError(f'{SETTING}: hidden states are NaN or infinite; use run.dtype = "float32"')
+    return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
+
+
+def _identity(model: LoadedModel, tokens: Tokens, upper: list[nn.Module]) -> str:
+    """Name of what determines the hidden states: the lower weights, the texts' tokens, and what computes them."""
+    result = hashlib.sha256(
+        json.dumps([PART, BATCH, torch.__version__, model.device.type, torch.get_num_threads()]).encode()
+    )
+    skipped = {id(p) for block in upper for p in block.parameters()} | {id(p) for p in model.parameters.values()}
+    for name, parameter in [*model.module.named_parameters(), *model.module.named_buffers()]:
+        if id(parameter) not in skipped and ".modules_to_save." not in name and ".original_module." not in name:
+            value = parameter.detach().cpu().contiguous()
+            result.update(
+                f"{name}{value.dtype}{tuple(value.shape)}".encode()
+                + value.reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
+    for array in (tokens.ids, tokens.offsets, tokens.types):
+        result.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
+    return result.hexdigest()[:32]
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    needed -= sum(path.stat().st_size for path in folder.glob("*.npy"))
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise ConfigError(
+            f"{SETTING} needs {needed / 1e9:.1f} GB in {cache_directory()}, which has {free / 1e9:.1f} GB free; point"
+            f" FEDLAB_CACHE to a larger disk, shorten data.max_length, or set {SETTING} = false"
+        )
+
+
+@contextmanager
+def _alone(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process may work at a file now; it is let go when a process dies, however it dies."""
+    with path.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _store(path: Path, rows: np.ndarray) -> None:
+    temporary = path.with_suffix(".part")
+    with temporary.open("wb") as file:
+        np.save(file, rows, allow_pickle=False)
+    temporary.replace(path)
+
+
+def _open(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The stored array, memory-mapped; None if it is not there or was cut off."""
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.shape == shape else None

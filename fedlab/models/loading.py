@@ -1,0 +1,183 @@
+"""Load a base model once per process, put a LoRA adapter into it, say what is trainable.
+
+A base model is a Hugging Face id, a local directory, or an installed package that carries one. It is frozen, shared by
+every client that this process trains, and never serialised: only a ``State`` (adapter and head tensors) leaves a
+process. Adapters are peft's (``LoraConfig``), so what a run saves loads with ``PeftModel.from_pretrained``.
+
+The frozen base runs without its own dropout; ``lora.dropout`` is the only dropout there is. That makes a client's
+gradient a function of its batch alone, and costs nothing: a base that does not learn needs no regularisation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from fedlab.config import RunConfig
+from fedlab.config.sections import LoraSection, ModelSection
+from fedlab.errors import ConfigError
+from fedlab.models.attention import attend_in_float32
+from fedlab.models.encoder import SentenceClassifier, pooling_of
+from fedlab.models.hub import locate
+from fedlab.models.loaded import LoadedModel
+from fedlab.models.targets import check_adapted, target_modules
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+@contextmanager
+def _quiet_seeded(seed: int) -> Iterator[None]:
+    """Draw what the loader initialises at random from ``seed``, and leave the caller's random state alone."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        torch.manual_seed(seed % 2**63)
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            hf_logging.set_verbosity(level)
+
+
+def load_base(model: ModelSection, num_labels: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[str]]:
+    """The base with a classification head, and the names of the head's modules (those that no checkpoint filled).
+
+    This is the object to give to ``PeftModel.from_pretrained(base, RUN_DIR/"adapter")``. For a plain transformer it is
+    what
+    ``AutoModelForSequenceClassification`` returns; for a sentence encoder it is a ``SentenceClassifier``.
+    """
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    location = locate(model)
+    options: dict[str, Any] = {"revision": model.revision, "dtype": dtype, "local_files_only": Path(location).is_dir()}
+    try:
+        with _quiet_seeded(0):
+            pooling = pooling_of(location, model.revision)
+            if pooling is not None:
+                return SentenceClassifier(AutoModel.from_pretrained(location, **options), pooling, num_labels), [
+                    "classifier"
+                ]
+            base, info = AutoModelForSequenceClassification.from_pretrained(
+                location, num_labels=num_labels, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name = {model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    fresh = {
+        *info["missing_keys"],
+        *(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]),
+    }
+    head = sorted({key.rpartition(".")[0] for key in fresh}) or [n for n in ("classifier", "score") if hasattr(base, n)]
+    if not head:
+        raise ConfigError(f"model.name = {model.name!r}: no classification head found to train")
+    return base, head
+
+
+def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer; one without a padding token pads with its end-of-text token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(model), revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name = {model.name!r} has no usable tokenizer: {str(error).splitlines()[0]}"
+        ) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"model.name = {model.name!r}: its tokenizer has neither a padding nor an end-of-text token")
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def device_of(name: str) -> torch.device:
+    """What ``run.device`` names; ConfigError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"run.device = {name!r} is no torch device; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"run.device = {name!r}, but torch sees no GPU here; use auto or cpu")
+    return device
+
+
+def build(config: RunConfig, num_labels: int) -> LoadedModel:
+    """The process's one model for this configuration; later calls return the same object."""
+    return _build(config.model, config.lora, num_labels, config.run.dtype, config.run.device)
+
+
+@lru_cache(maxsize=1)
+def _build(model: ModelSection, lora: LoraSection, num_labels: int, dtype: str, device_name: str) -> LoadedModel:
+    tokenizer = load_tokenizer(model)
+    base, head = load_base(model, num_labels, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    return adapt(base, head, tokenizer, lora, model.name, device_of(device_name))
+
+
+def adapt(
+    base: nn.Module,
+    head: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    lora: LoraSection,
+    name: str,
+    device: torch.device,
+) -> LoadedModel:
+    """Put an adapter into a base, whose ``head`` modules are trained beside it. ``name`` is what a saved adapter calls
+    its base.
+
+    Raises ConfigError where the adapter would do less, or more, than ``lora`` says.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    sixteen_bits = next(base.parameters()).dtype == torch.bfloat16
+    cast(Any, base).config.pad_token_id = tokenizer.pad_token_id
+    cast(Any, base).config.use_cache = False  # keys and values are never read again: nothing is generated
+    if sixteen_bits and device.type == "cpu":
+        attend_in_float32(base)
+    base.to(device)  # before the adapter is made: moving afterwards would detach what optimisers hold
+    settings = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),
+        target_modules=target_modules(base, lora, head),
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        layers_to_transform=list(lora.layers_to_transform) if lora.layers_to_transform is not None else None,
+        modules_to_save=head,
+    )
+    with _quiet_seeded(0):
+        try:
+            wrapped = get_peft_model(cast(Any, base), settings)
+        except ValueError as error:
+            if lora.layers_to_transform is not None:
+                layers = ", ".join(map(str, lora.layers_to_transform))
+                raise ConfigError(
+                    f"lora.layers_to_transform: no adapted module in layer {layers}; layers count from 0"
+                ) from None
+            raise ConfigError(f"lora: peft found nothing to adapt ({str(error).splitlines()[0]})") from None
+    cast(Any, wrapped.peft_config["default"]).base_model_name_or_path = name
+    loaded = LoadedModel(cast("PeftModel", wrapped), tokenizer, device)
+    check_adapted(loaded, base, lora)
+    if sixteen_bits:
+        _float32_head(loaded)
+    return loaded
+
+
+def _float32_head(loaded: LoadedModel) -> None:
+    """A 16-bit base keeps float32 adapters (peft casts around them); the head gets the same."""
+    for name in (n for n in loaded.parameters if n.startswith("head.")):
+        owner = loaded.owners[name]
+        owner.float()
+        owner.register_forward_pre_hook(lambda _, args: tuple(a.float() if a.is_floating_point() else a for a in args))

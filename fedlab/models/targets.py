@@ -1,0 +1,75 @@
+"""Which modules get an adapter, and the refusal of adapters that would silently do less, or more, than was asked."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from fedlab.config.sections import LoraSection
+from fedlab.errors import ConfigError
+from fedlab.models.loaded import LoadedModel
+
+
+def linear_names(base: nn.Module, head: list[str]) -> list[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    outside = tuple(f"{name}." for name in head)
+    return [
+        n
+        for n, m in base.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) and not (n in head or n.startswith(outside))
+    ]
+
+
+def target_modules(base: nn.Module, lora: LoraSection, head: list[str]) -> list[str]:
+    """Resolve ``lora.target_modules`` to names that each match at least one linear module, or raise ConfigError."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+
+    linear = linear_names(base, head)
+    asked = lora.target_modules
+    if asked == "all-linear":  # peft leaves whole names alone whatever layers_to_transform says
+        layers = lora.layers_to_transform
+        return linear if layers is None else [n for n in linear if not {*n.split(".")}.isdisjoint(map(str, layers))]
+    if asked == "auto":
+        model_type = getattr(base.config, "model_type", "")
+        if model_type not in known:
+            raise ConfigError(
+                f'lora.target_modules = "auto" knows no default for {model_type!r}; name modules, or use "all-linear"'
+            )
+        asked = tuple(known[model_type])
+    names = [asked] if isinstance(asked, str) else list(asked)
+    for name in names:
+        if not any(n == name or n.endswith(f".{name}") for n in linear):
+            short = sorted({n.rpartition(".")[2] for n in linear})
+            raise ConfigError(
+                f"lora.target_modules: {name!r} matches no linear module; this model has {', '.join(short)}"
+            )
+    return names
+
+
+def check_adapted(loaded: LoadedModel, base: nn.Module, lora: LoraSection) -> None:
+    """Refuse adapters that would silently do less, or more, than was asked."""
+    adapted = loaded.scale
+    for layer in lora.layers_to_transform or []:
+        if not any(f".{layer}." in f".{name}." for name in adapted):
+            raise ConfigError(f"lora.layers_to_transform: no adapted module in layer {layer}; layers count from 0")
+    if (layers := lora.layers_to_transform) is not None:
+        outside = [name for name in adapted if {*name.split(".")}.isdisjoint(map(str, layers))]
+        if outside:
+            raise ConfigError(
+                f"lora.layers_to_transform = {list(layers)}, but {outside[0]} is adapted too; name modules by their"
+                " last part"
+            )
+    owners: dict[int, list[str]] = {}
+    for name, module in base.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for name in adapted:
+        weight = cast(Any, base.get_submodule(name)).base_layer.weight
+        if len(shared := owners[id(weight)]) > 1:
+            raise ConfigError(
+                f"lora: {name} shares its weight with {len(shared) - 1} other module(s) (tied); adapt other modules"
+            )
+        if lora.rank > min(weight.shape):
+            raise ConfigError(f"lora.rank = {lora.rank} exceeds {name}'s smaller side, {min(weight.shape)}")

@@ -1,0 +1,261 @@
+"""The owner's side of a ledger: what was promised, what may still be spent, and nothing without a line first.
+
+plan → (charge → train → commit → release) per round. A charge is on the disk before the data is touched. A request that
+differs from the signed plan, exceeds its participations, or would cross the budget is refused, and the refusal
+recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fedlab.errors import FedlabError, PrivacyError
+from fedlab.privacy.accounting import COARSE, FINE, Event, epsilon
+from fedlab.privacy.ledger.ledger import Entry, Ledger, authentic, charged, event_fields, event_of, events
+
+TERMS = (
+    "unit",
+    "relation",
+    "event",
+    "clip",
+    "normaliser",
+    "delta",
+    "n",
+    "participations",
+    "scope",
+    "budget",
+    "noise",
+    "content",
+)
+
+
+class Refusal(PrivacyError):
+    """The owner will not do what it was asked; nothing was spent.
+
+    ``kind``: budget-exhausted, plan-mismatch or participations.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(f"{kind}: {reason}")
+        self.kind, self.reason = kind, reason
+
+
+def scope_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """SHA-256 of the trained tensors' names and shapes: what one clip covers."""
+    return hashlib.sha256(
+        "\n".join(f"{name}:{tuple(shape)}" for name, shape in sorted(shapes.items())).encode()
+    ).hexdigest()
+
+
+class Guard:
+    """One owner's ledger in one run."""
+
+    def __init__(self, ledger: Ledger, run: str) -> None:
+        self.ledger, self.run = ledger, run
+
+    def plan(self, terms: Mapping[str, Any], code: Mapping[str, str]) -> Refusal | None:
+        """Sign the plan of this run, or find the signed one. Returns the refusal if not even one round is affordable.
+
+        ``terms`` has the keys ``TERMS``. Raises Refusal ("plan-mismatch") if this run's plan was signed with other
+        terms.
+        """
+        with self.ledger.locked():
+            if self._plan() is None:
+                self.ledger.append("PLAN", self.run, key=self.ledger.public, code=dict(code), **terms)
+            plan = self._agreed(terms, 0)
+            if charged(
+                self.ledger.entries, self.run
+            ):  # resumed: what was afforded once may be repeated, the rest is refused in its round
+                return None
+            try:
+                self._admit(plan, 0, None)
+            except Refusal as refusal:
+                return refusal
+        return None
+
+    @contextmanager
+    def charge(
+        self, terms: Mapping[str, Any], round_number: int, received: str
+    ) -> Iterator[Callable[[int, str], None]]:
+        """Charge one round and hold the data set's lock while it is trained; yields ``commit(steps, digest of the
+        update)``.
+
+        Leaving without a commit, in whatever way, leaves the charge counted in full. Raises Refusal before anything is
+        charged.
+        """
+        with self.ledger.locked():
+            plan = self._agreed(terms, round_number)
+            admitted = self._admit(plan, round_number, received)
+            fields = {
+                "round": round_number,
+                "plan": plan["hash"],
+                "event": plan["event"],
+                "in": received,
+                "filter": admitted,
+            }
+            charge = self.ledger.append("CHARGE", self.run, **fields)
+            done = False
+
+            def commit(steps: int, out: str) -> None:
+                nonlocal done
+                if steps != plan["event"]["steps"]:
+                    raise PrivacyError(
+                        f"{steps} steps were executed, {plan['event']['steps']} were charged; the update is not"
+                        " released"
+                    )
+                self.ledger.append("COMMIT", self.run, charge=charge["hash"], steps=steps, out=out)
+                done = True
+
+            try:
+                yield commit
+            except BaseException as error:
+                if not done:
+                    self.ledger.append("ABORT", self.run, charge=charge["hash"], reason=public_reason(error))
+                raise
+
+    def exhausted(self, terms: Mapping[str, Any], round_number: int) -> bool:
+        """Whether the budget cannot cover a further round; if so, the refusal is recorded before anybody has to ask."""
+        if terms["budget"] is None:
+            return False
+        with self.ledger.locked():
+            try:
+                self._admit(self._agreed(terms, round_number), round_number, None)
+            except Refusal:
+                return True
+        return False
+
+    def release(self, receipt: Entry) -> None:
+        """Keep the server's countersignature of a commit.
+
+        Raises PrivacyError for a receipt of something that was never committed.
+        """
+        with self.ledger.locked():
+            wanted = receipt.get("number"), receipt.get("head")
+            found = [e for e in self.ledger.entries if e["type"] == "COMMIT" and (e["seq"], e["hash"]) == wanted]
+            if not found or receipt.get("client") != self.ledger.owner or receipt.get("out") != found[0]["out"]:
+                raise PrivacyError(
+                    f"{self.ledger.owner}: the server's receipt names line {wanted[0]}, which is no commit of this"
+                    " ledger"
+                )
+            if not authentic(receipt, str(receipt.get("key"))):
+                raise PrivacyError(
+                    f"{self.ledger.owner}: the server's receipt of line {wanted[0]} is not signed by the key it names"
+                )
+            known = {e["commit"] for e in self.ledger.entries if e["type"] == "RELEASE"}
+            if receipt["head"] not in known:  # a duplicated message
+                self.ledger.append("RELEASE", self.run, durable=False, commit=receipt["head"], receipt=receipt)
+
+    def _plan(self) -> Entry | None:
+        return next((e for e in self.ledger.entries if e["type"] == "PLAN" and e["run"] == self.run), None)
+
+    def _agreed(self, terms: Mapping[str, Any], round_number: int) -> Entry:
+        """The signed plan, if it says what is asked."""
+        plan = self._plan()
+        if plan is None:
+            raise self._refused(round_number, "plan-mismatch", "this run signed no plan with this client")
+        for name in TERMS:
+            if plan[name] != terms[name]:
+                reason = f"{name} = {_shown(terms[name])} was asked, {_shown(plan[name])} was signed"
+                raise self._refused(round_number, "plan-mismatch", reason)
+        return plan
+
+    def _admit(self, plan: Entry, round_number: int, received: str | None) -> str:
+        """The accountant under which one more round is allowed ("none" without a budget). Raises Refusal."""
+        entries = self.ledger.entries
+        mine = charged(entries, self.run)
+        asked = {
+            "type": "CHARGE",
+            "run": self.run,
+            "round": round_number,
+            "plan": plan["hash"],
+            "in": received,
+            "event": plan["event"],
+        }
+        repeated = len(charged([*entries, asked])) == len(charged(entries))
+        if not repeated and received is not None and len(mine) >= plan["participations"]:
+            raise self._refused(
+                round_number, "participations", f"{len(mine)} of {plan['participations']} rounds are used"
+            )
+        if plan["budget"] is None:
+            return "none"
+        limit, delta = (float.fromhex(plan["budget"][k]) for k in ("epsilon", "delta"))
+        spent = events(entries)
+        admitted, would = affordable(spent if repeated else [*spent, event_of(plan["event"])], limit, delta)
+        if admitted is None:
+            before = epsilon(spent, delta)
+            more = f"one more round of {_shown(plan['event'])} would make it {would:.4f}"
+            reason = f"ε = {before:.4f} of {limit:g} is spent at δ = {delta:.2g}; {more}"
+            raise self._refused(round_number, "budget-exhausted", reason)
+        return admitted
+
+    def _refused(self, round_number: int, kind: str, reason: str) -> Refusal:
+        last = self.ledger.entries[-1] if self.ledger.entries else None
+        again = (
+            last is not None
+            and last["type"] == "REFUSE"
+            and (last["run"], last["round"], last["kind"]) == (self.run, round_number, kind)
+        )
+        if last is not None and not again:  # a server that keeps asking does not fill the disk
+            self.ledger.append("REFUSE", self.run, round=round_number, kind=kind, reason=reason)
+        return Refusal(kind, reason)
+
+
+def affordable(spent: Iterable[Event], limit: float, delta: float) -> tuple[str | None, float]:
+    """Whether ε of all events is at most ``limit`` at ``delta``: the accountant that says so (or None), and the ε it
+    found.
+
+    RDP is a valid filter also when later events were chosen after looking at earlier outputs (Feldman and Zrnic, arXiv
+    2008.11193). PLD is tighter and needs a schedule that nobody adapts; many steps of one mechanism, stopped at a
+    number that only the budget decides, are one.
+    """
+    work = list(spent)
+    if (found := epsilon(work, delta, "rdp")) <= limit:
+        return "rdp", found
+    if len({(e.sampler, e.q, e.sigma) for e in work}) == 1:
+        for interval in (
+            COARSE,
+            FINE,
+        ):  # both are upper bounds; the fine one is tighter by a little and ten times as slow
+            if (found := epsilon(work, delta, "pld", interval=interval)) <= limit:
+                return "pld", found
+    return None, found
+
+
+def budget_terms(limit: float, delta: float) -> dict[str, str]:
+    """A budget as a plan holds it."""
+    return {"epsilon": float(limit).hex(), "delta": float(delta).hex()}
+
+
+def plan_terms(
+    event: Event, *, unit: str, clip: float, normaliser: float, delta: float, n: int, participations: int, noise: str
+) -> dict[str, Any]:
+    """The terms that a plan object knows; ``scope``, ``budget`` and ``content`` are the owner's to add."""
+    return {
+        "unit": unit,
+        "relation": "add_remove",
+        "event": event_fields(event),
+        "clip": float(clip).hex(),
+        "normaliser": float(normaliser).hex(),
+        "delta": float(delta).hex(),
+        "n": n,
+        "participations": participations,
+        "noise": noise,
+    }
+
+
+def public_reason(error: BaseException) -> str:
+    """What may leave of an error: the text of our own, the kind alone of any other, whose text may quote data."""
+    kind = type(error).__name__
+    return f"{kind}: {error}"[:300] if isinstance(error, FedlabError) else f"{kind} (its text stays in the owner's log)"
+
+
+def _shown(value: Any) -> str:
+    """Hexadecimal reals in figures that people read."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_shown(v)}" for k, v in sorted(value.items())) + "}"
+    if isinstance(value, str) and "0x" in value:
+        return f"{float.fromhex(value):.6g}"
+    return str(value)[:40]

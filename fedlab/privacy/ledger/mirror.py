@@ -1,0 +1,181 @@
+"""The server's side of the ledgers: it reads every line a client sends, countersigns every update it receives, and
+keeps the receipts.
+
+A client's chain shows that nothing in the middle was changed; only somebody else's memory shows that its end was not
+cut off and no older copy was put back. That memory is ``receipts.jsonl`` of the run, and ``heads.json`` beside ledgers
+that several runs share.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlab.errors import PrivacyError
+from fedlab.privacy.accounting import Event
+from fedlab.privacy.ledger.keys import fsync_directory, load_or_create_key
+from fedlab.privacy.ledger.ledger import (
+    NO_DATASET,
+    SERVER,
+    Entry,
+    Ledger,
+    canonical,
+    check_chain,
+    event_of,
+    events,
+    parse_lines,
+)
+
+
+class Book:
+    """What the server of one run knows of its clients' ledgers. Nothing in it is believed unsigned."""
+
+    def __init__(self, run_path: Path, run: str, ledgers: Path) -> None:
+        """``ledgers`` is where the clients' own files lie; unless that is the run's own ``ledger/``, verified copies
+        are kept there.
+        """
+        self.run = run
+        self._copies = run_path / "ledger"
+        self._mirror = ledgers.absolute() != self._copies.absolute()
+        self._heads_file = ledgers / "heads.json" if self._mirror else None
+        self._copies.mkdir(parents=True, exist_ok=True)
+        self.key = load_or_create_key(ledgers / "keys" / "server.pem")  # one for all runs that share ledgers
+        self._own = Ledger(run_path / "receipts.jsonl", SERVER, NO_DATASET, self.key)
+        self._clients: dict[str, list[Entry]] = {}
+        self._keys: dict[str, str] = {}
+
+    def enrol(self, client: str, public: str, text: str) -> None:
+        """Take a client's key and its whole ledger.
+
+        Raises PrivacyError if the chain is broken or older than what was receipted.
+        """
+        entries = parse_lines(text)
+        check_chain(entries, client, public)
+        with self._own.locked():
+            seen = [
+                (e["number"], e["head"]) for e in self._own.entries if e["type"] == "RECEIPT" and e["client"] == client
+            ]
+        if entries and (head := self._heads().get(client, {}).get(entries[0]["dataset"])):
+            seen.append((head[0], head[1]))
+        for seq, head in seen:
+            if seq >= len(entries) or entries[seq]["hash"] != head:
+                raise PrivacyError(
+                    f"ledger of {client}: it ends at line {len(entries)} or differs there, but line {seq + 1} was"
+                    " receipted: its end was cut off, or an older copy was put back"
+                )
+        self._clients[client], self._keys[client] = [], public
+        self._take(client, entries)
+
+    def start(self, unit: str) -> None:
+        """Name the server's key and the clients' in ``receipts.jsonl``."""
+        with self._own.locked():
+            self._own.append("START", self.run, key=self._own.public, unit=unit, clients=dict(self._keys))
+
+    def known(self, client: str) -> int:
+        """Number of a client's lines that are known; it need not send them again."""
+        return len(self._clients.get(client, []))
+
+    def accept(self, client: str, text: str) -> None:
+        """Take new lines. Raises PrivacyError if they do not continue the known ones."""
+        entries = parse_lines(text)
+        known = self._clients[client]
+        check_chain(entries, client, self._keys[client], known[-1] if known else None)
+        self._take(client, entries)
+
+    def entries(self, client: str) -> list[Entry]:
+        """The verified lines of a client."""
+        return self._clients.get(client, [])
+
+    def events(self, client: str, run: str | None = None) -> list[Event]:
+        """What a client was charged: in all, or in one run."""
+        return events(self.entries(client), run)
+
+    def witness(self, client: str, round_number: int, declared: Event, received: str, update: str) -> Entry:
+        """The COMMIT line of this round's update.
+
+        Raises PrivacyError if the ledger does not show it charged and committed as it came.
+        """
+        charges = [
+            e
+            for e in self.entries(client)
+            if e["type"] == "CHARGE" and (e["run"], e["round"]) == (self.run, round_number)
+        ]
+        if not charges:
+            raise PrivacyError(f"its ledger shows no charge for round {round_number}")
+        charge = charges[-1]
+        if (found := event_of(charge["event"])) != declared:
+            raise PrivacyError(f"it charged {found}, which is not what it declared")
+        if charge["in"] != received:
+            raise PrivacyError("it charged a round on another state than the one that was sent")
+        commits = [e for e in self.entries(client) if e["type"] == "COMMIT" and e["charge"] == charge["hash"]]
+        if not commits or commits[-1]["out"] != update:
+            raise PrivacyError("its ledger does not commit the update that it sent")
+        return commits[-1]
+
+    def close_round(
+        self, round_number: int, received: str, state: str, commits: Mapping[str, Entry]
+    ) -> dict[str, Entry]:
+        """Countersign the commits of a round and record its states.
+
+        Returns the receipts, client → line; they are on the disk.
+        """
+        with self._own.locked():
+            receipts = {
+                client: self._own.append(
+                    "RECEIPT",
+                    self.run,
+                    durable=False,
+                    key=self._own.public,
+                    round=round_number,
+                    client=client,
+                    number=commit["seq"],
+                    head=commit["hash"],
+                    out=commit["out"],
+                )
+                for client, commit in commits.items()
+            }
+            entry: dict[str, Any] = {"round": round_number, "in": received, "out": state, "clients": list(commits)}
+            self._own.append("ROUND", self.run, **entry)
+        self._remember(commits)
+        return receipts
+
+    def final(self, files: Mapping[str, str], state: str, status: str, more: Mapping[str, Entry]) -> None:
+        """Seal the run: the last line of every ledger (``more``: of ledgers that are not clients'), the adapter's
+        files, the state.
+        """
+        last = {client: entries[-1] for client, entries in self._clients.items() if entries} | dict(more)
+        heads = {owner: [entry["seq"], entry["hash"]] for owner, entry in last.items()}
+        with self._own.locked():
+            self._own.append("FINAL", self.run, heads=heads, files=dict(files), state=state, status=status)
+        self._remember({client: entry for client, entry in last.items() if client in self._clients})
+
+    def _take(self, client: str, entries: list[Entry]) -> None:
+        self._clients[client] += entries
+        if self._mirror and entries:
+            path = self._copies / f"{client}.jsonl"
+            have = path.read_bytes().count(b"\n") if path.is_file() else 0
+            with path.open("ab") as file:
+                file.writelines(canonical(entry) + b"\n" for entry in self._clients[client][have:])
+
+    def _heads(self) -> dict[str, dict[str, list[Any]]]:
+        if self._heads_file is None or not self._heads_file.is_file():
+            return {}
+        return dict(json.loads(self._heads_file.read_text(encoding="utf-8")))
+
+    def _remember(self, last: Mapping[str, Entry]) -> None:
+        if self._heads_file is None:
+            return
+        with self._heads_file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # several runs may share these ledgers at the same time
+            heads = self._heads()
+            for client, entry in last.items():
+                known = heads.setdefault(client, {}).get(entry["dataset"])
+                if known is None or known[0] < entry["seq"]:
+                    heads[client][entry["dataset"]] = [entry["seq"], entry["hash"]]
+            temporary = self._heads_file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(heads, indent=1), encoding="utf-8")
+            temporary.replace(self._heads_file)
+            fsync_directory(self._heads_file.parent)

@@ -1,0 +1,94 @@
+"""What each client has spent, as the server sees it: the events in the ledgers, and what is assumed of clients that did
+not answer.
+
+A run's ε is the maximum over its clients, never a mean.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+
+from fedlab.privacy.accounting import COARSE, FINE, Event, epsilon
+
+
+class Spent:
+    """Events per client, equal ones merged."""
+
+    def __init__(self, deltas: Mapping[str, float]) -> None:
+        self.deltas = dict(deltas)
+        self._ledger: dict[str, tuple[Event, ...]] = dict.fromkeys(deltas, ())
+        self._assumed: dict[str, list[Event]] = {client: [] for client in deltas}
+        self._unproven: dict[str, list[Event]] = {client: [] for client in deltas}
+
+    def record(self, client: str, events: Iterable[Event]) -> None:
+        """What the client's ledger shows, all of it; nothing needs to be assumed any more.
+
+        Raises KeyError for an unknown client.
+        """
+        if client not in self.deltas:
+            raise KeyError(client)
+        self._assumed[client] = []
+        self._ledger[client] = merged(events)
+
+    def assume(self, client: str, event: Event, for_good: bool = False) -> None:
+        """A client was asked and its ledger is not at hand: it may have spent.
+
+        Undone by the next ``record``, unless it is ``for_good``.
+        """
+        (self._unproven if for_good else self._assumed)[client].append(event)
+
+    def unseen(self) -> list[str]:
+        """Clients of which something is assumed."""
+        return [client for client, assumed in self._assumed.items() if assumed]
+
+    def events(self, client: str) -> tuple[Event, ...]:
+        """What the client spent so far."""
+        return merged([*self._ledger[client], *self._assumed[client], *self._unproven[client]])
+
+    def epsilons(self) -> dict[str, float]:
+        """ε of every client at its own δ (PLD, upper bounds); 0 for one that never took part."""
+        distinct = {(self.events(client), delta) for client, delta in self.deltas.items()}
+        grid = FINE if len(distinct) <= 16 else COARSE  # both give upper bounds; the coarse one is ten times as fast
+        return {client: _epsilon(self.events(client), delta, grid) for client, delta in self.deltas.items()}
+
+    def worst(self) -> float:
+        """ε of the client that spent most, quickly, for display between rounds:
+        the largest Σ T·q²/σ² picks the client.
+        """
+
+        def cost(client: str) -> float:
+            return sum(e.steps * (e.q / e.sigma) ** 2 if e.sigma else math.inf for e in self.events(client))
+
+        if not self.deltas:
+            return 0.0
+        client = max(self.deltas, key=cost)
+        return _epsilon(self.events(client), self.deltas[client], COARSE)
+
+
+def merged(events: Iterable[Event]) -> tuple[Event, ...]:
+    """Equal mechanisms with their steps added, in a fixed order."""
+    steps: dict[Event, int] = {}
+    for event in events:
+        kind = Event(event.sampler, event.q, event.sigma, 1)
+        steps[kind] = steps.get(kind, 0) + event.steps
+    kinds = sorted(steps, key=lambda e: (e.sampler, e.q, e.sigma))
+    return tuple(Event(kind.sampler, kind.q, kind.sigma, steps[kind]) for kind in kinds)
+
+
+def exact(events: Iterable[Event], delta: float) -> float:
+    """ε of events on the fine grid, remembered."""
+    return _epsilon(merged(events), delta, FINE)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(events: tuple[Event, ...], delta: float, interval: float) -> float:
+    return epsilon(events, delta, interval=interval)
+
+
+def summary(epsilons: Mapping[str, float]) -> dict[str, float]:
+    """Maximum (the run's ε) and median over clients."""
+    values = list(epsilons.values())
+    return {"max": max(values), "median": statistics.median(values)}

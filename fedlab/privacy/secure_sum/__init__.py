@@ -1,0 +1,1 @@
+"""Sums over clients of which nobody sees a part."""

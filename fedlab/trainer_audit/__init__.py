@@ -1,0 +1,1 @@
+"""The empirical audit: canaries and mechanism checks put through the real trainer."""

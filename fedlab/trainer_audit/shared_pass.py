@@ -1,0 +1,71 @@
+"""The audit's check of a shared pass: what a client releases from one must be what it releases when it trains alone.
+
+The other checks look at ``train_client``. A run trains several clients in one pass (``fedlab.train.cohort``), so
+whatever goes wrong there (a clip left out, another client's rows, weights or noise, a step too few) must show as a
+difference between the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fedlab.errors import FedlabError
+from fedlab.seeds import stream_seed
+from fedlab.train.cohort import Member, train_cohort
+from fedlab.train.trainer import Trained, train_client
+from fedlab.trainer_audit.observation import Subject
+
+CLIENTS = 3
+STEPS = 2
+SPREAD = 0.1  # of the clients' weights around the received ones
+TOLERANCE = 1e-3  # relative; float32 leaves 1e-6
+
+
+def shared_pass(who: Subject) -> list[str]:
+    """Sentences; empty where all is well, or where no two clients ever share a pass.
+
+    Each client keeps its own plan (σ, clip, q) but for two steps and noise that can be repeated, and starts from
+    weights of its own, so that another's in their place would show. Steps are small, so that rounding stays rounding.
+    """
+    session, config = who.session, who.config
+    others = [client for client in session.data.clients if client != who.client]
+    if config.train.gradients != "fused":
+        return []
+    members = []
+    for client in [who.client, *others[: CLIENTS - 1]]:
+        plan = session.plan(client)
+        assert plan is not None  # who.plan() would have raised
+        draws = torch.Generator().manual_seed(stream_seed(config.run.seed, "shared-pass", client) % 2**63)
+        moved = {
+            name: who.state[name] + SPREAD * torch.randn(who.state[name].shape, generator=draws) for name in who.names
+        }
+        members.append(Member(client, who.state | moved, replace(plan, steps=STEPS, noise="seeded")))
+    lr = min(0.01 * m.plan.normaliser / m.plan.clip for m in members if m.plan)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"lr": lr})})
+    found = train_cohort(who.model, session.data, members, who.names, config, 1)
+    sentences = []
+    for m in members:
+        alone, mine = (
+            train_client(who.model, session.data, m.client, m.state, who.names, config, 1, m.plan),
+            found[m.client],
+        )
+        if isinstance(mine, FedlabError):
+            sentences.append(f"{m.client} fails in a shared pass, and not alone: {mine}")
+        elif (gap := _gap(mine, alone)) > TOLERANCE:
+            sentences.append(
+                f"{m.client} releases another update from a shared pass than alone (relative difference {gap:.2g})"
+            )
+        elif mine.steps != alone.steps:
+            sentences.append(f"{m.client} takes {mine.steps} steps in a shared pass, {alone.steps} alone")
+    return sentences
+
+
+def _gap(mine: Trained, alone: Trained) -> float:
+    """Largest relative difference of any tensor, so that a small one cannot hide behind a large one."""
+    gaps = []
+    for name, wanted in alone.update.items():
+        difference = (mine.update[name] - wanted).double()
+        gaps.append(float(difference.norm() / wanted.double().norm().clamp(min=torch.finfo(torch.float32).tiny)))
+    return max(gaps)

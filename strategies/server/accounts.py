@@ -1,0 +1,217 @@
+"""The server's accounts of a private run: who was charged what, receipts for it, and the seal at the end.
+
+Under unit "example" the clients keep ledgers and the server checks and countersigns them. Under unit "client" the
+server adds the noise, so the ledger is its own and every client of the population is charged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedlab.config import RunConfig
+from fedlab.data.sources import identity
+from fedlab.errors import PrivacyError
+from fedlab.privacy.accounting import Event
+from fedlab.privacy.client_level import ClientPlan, make_client_plan
+from fedlab.privacy.ledger.guard import Guard, budget_terms, scope_of
+from fedlab.privacy.ledger.keys import keyed_hash
+from fedlab.privacy.ledger.ledger import SERVER, Entry, Ledger, charged, events
+from fedlab.privacy.ledger.mirror import Book
+from fedlab.privacy.ledger.spending import Spent, exact, summary
+from fedlab.run.directory import RunDirectory
+from strategies.base import TrainOutcome
+from strategies.server.federation import Federation
+
+NO_DP = "no DP"
+
+
+class Accounts:
+    """Empty for a run without DP: every method then does nothing."""
+
+    def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
+        self.config, self._directory = config, directory
+        self.ledgers = ledger_directory(config, directory.path)
+        self._book: Book | None = None
+        self._guard: Guard | None = None
+        if config.private:
+            self.ledgers.mkdir(parents=True, exist_ok=True)
+            self._book = Book(directory.path, directory.run_id, self.ledgers)
+        self.plan: ClientPlan | None = make_client_plan(config) if config.privacy.unit == "client" else None
+        self.spent = Spent({})
+
+    @property
+    def book(self) -> Book | None:
+        """What is known of the clients' ledgers; None if they keep none."""
+        return self._book if self.config.privacy.unit == "example" else None
+
+    def begin(self, federation: Federation, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Sign the server's own plan if it has one. Raises PrivacyError if too few clients can afford a round."""
+        self._federation = federation
+        if self._book is None:
+            return
+        if self.plan is None:
+            self.spent = Spent(
+                {client: info.delta for client, info in federation.clients.items() if info.event is not None}
+            )
+            for client in federation.clients:
+                self.spent.record(client, self._book.events(client))
+            if len(federation.eligible) < self.config.run.min_clients and federation.refused:
+                client, reason = next(iter(federation.refused.items()))
+                raise PrivacyError(
+                    f"{len(federation.eligible)} clients can take part, {self.config.run.min_clients} needed; {client}:"
+                    f" {reason}"
+                )
+            return
+        self._book.start("client")
+        key, budget = self._book.key, self.config.privacy.budget
+        ledger = Ledger(
+            self.ledgers / f"{SERVER}.jsonl", SERVER, keyed_hash(key, "dataset", identity(self.config.data)), key
+        )
+        self._guard = Guard(ledger, self._directory.run_id)
+        self._terms: dict[str, Any] = {
+            **self.plan.terms(),
+            "scope": scope_of(shapes),
+            "budget": budget_terms(budget.epsilon, budget.delta or self.plan.delta) if budget else None,
+            "content": None,
+        }
+        if refusal := self._guard.plan(self._terms, {}):
+            raise refusal
+        self.spent = Spent(dict.fromkeys(federation.clients, self.plan.delta))
+        self._record_population()
+
+    def exhausted(self, round_number: int) -> bool:
+        """Whether the server's own budget cannot cover a further round (unit "client" only)."""
+        return self._guard is not None and self._guard.exhausted(self._terms, round_number)
+
+    @contextmanager
+    def charge(self, round_number: int, drawn: list[str], received: str) -> Iterator[Callable[[str], None]]:
+        """Around one round of training; yields what commits its result.
+
+        Whoever is asked counts as charged until its ledger is seen.
+        """
+        if self._guard is None:
+            for client in drawn if self._book else []:
+                event = self._federation.clients[client].event
+                assert event is not None
+                self.spent.assume(client, event)
+            yield lambda state: None
+            return
+        try:
+            with self._guard.charge(self._terms, round_number, received) as commit:
+                yield lambda state: commit(1, state)
+        finally:
+            self._record_population()
+
+    def settle(self, outcome: TrainOutcome, drawn: list[str]) -> None:
+        """After the replies: ledgers that came back are the truth, silent clients stay charged, and so do updates
+        without their charge.
+        """
+        if self.book is not None:
+            for client in drawn:
+                if client not in outcome.silent:
+                    self.spent.record(client, self.book.events(client))
+                event = self._federation.clients[client].event
+                if client in outcome.unproven and event is not None:
+                    self.spent.assume(client, event, for_good=True)
+
+    def close_round(self, round_number: int, received: str, state: str, outcome: TrainOutcome) -> dict[str, Entry]:
+        """Receipts for the updates of a round, on the disk when this returns; empty if clients keep no ledgers."""
+        if self._book is None:
+            return {}
+        commits = {client: outcome.commits[client] for client in outcome.updates if client in outcome.commits}
+        return self._book.close_round(round_number, received, state, commits)
+
+    def rounds_charged_after(self, client: str, round_number: int) -> int:
+        """Charges of this run for later rounds: rounds that were cut off, and under secure noise released something
+        new.
+        """
+        entries = self._book.entries(client) if self._book else []
+        return sum(1 for e in charged(entries, self._directory.run_id) if e["round"] > round_number)
+
+    def unseen(self) -> list[str]:
+        """Clients whose ledger is behind what they were asked to do."""
+        return self.spent.unseen() if self.book is not None else []
+
+    def expect(self, clients: list[str], event: Event) -> None:
+        """These clients are asked for a release beside the rounds: it counts as spent until their ledger is seen."""
+        for client in clients if self.book is not None else []:
+            self.spent.assume(client, event)
+
+    def see(self, clients: list[str]) -> None:
+        """These clients' ledgers are complete now: nothing needs to be assumed of them."""
+        for client in clients:
+            if self.book is not None:
+                self.spent.record(client, self.book.events(client))
+
+    def finish(self, state: str, status: str) -> None:
+        """Seal a run that ended by itself."""
+        if self._book is None:
+            return
+        adapter = self._directory.path / "adapter"
+        files = {
+            f"adapter/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest()
+            for f in sorted(adapter.iterdir())
+            if f.is_file()
+        }
+        self._book.final(files, state, status, {SERVER: self._guard.ledger.entries[-1]} if self._guard else {})
+        if self.config.privacy.ledger is not None and self._guard:  # a copy for the run directory: the original goes on
+            shutil.copy(self._guard.ledger.path, self._directory.path / "ledger" / f"{SERVER}.jsonl")
+
+    def destroy_keys(self) -> None:
+        """Keys that only this run used go, so that nobody can add a line later.
+
+        Last of all: a run cut off before can still be resumed.
+        """
+        if self._book is not None and self.config.privacy.ledger is None:
+            shutil.rmtree(self._directory.path / "ledger" / "keys", ignore_errors=True)
+
+    def result(self) -> dict[str, Any]:
+        """``epsilon``, its median, the accountant, and per client ε in all, of this run alone, and δ."""
+        if not self.config.private:
+            return {"epsilon": NO_DP, "epsilon_median": NO_DP, "accountant": NO_DP, "noise": NO_DP, "clients": {}}
+        epsilons, run = self.spent.epsilons(), self._directory.run_id
+        clients = {}
+        for client, value in epsilons.items():
+            delta = self.spent.deltas[client]
+            before = exact(events(e for e in self._entries(client) if e["run"] != run), delta)
+            clients[client] = {"epsilon": value, "epsilon_before": before, "delta": delta}
+        unit = "example" if self.plan is None else "client"
+        return {
+            "epsilon": summary(epsilons)["max"] if epsilons else 0.0,
+            "epsilon_median": summary(epsilons)["median"] if epsilons else 0.0,
+            "accountant": f"dp-accounting PLD, add/remove one {unit}, {self._sampling()}",
+            "noise": self.config.privacy.noise,
+            "clients": clients,
+        }
+
+    def _sampling(self) -> str:
+        if self.plan is None:
+            return "Poisson sampling within a client"
+        return {"poisson": "Poisson sampling of clients", "full": "every client in every round"}.get(
+            self.plan.sampler, "fixed-size rounds, not amplified"
+        )
+
+    def _entries(self, client: str) -> list[Entry]:
+        return self._guard.ledger.entries if self._guard else self._book.entries(client) if self._book else []
+
+    def _record_population(self) -> None:
+        assert self._guard is not None
+        spent = events(self._guard.ledger.entries)
+        for client in self._federation.clients:
+            self.spent.record(client, spent)
+
+
+def ledger_directory(config: RunConfig, run_path: Path) -> Path:
+    """Where simulated clients keep their ledgers: in the run directory, or below ``privacy.ledger``, one directory per
+    data source.
+    """
+    if config.privacy.ledger is None:
+        return run_path / "ledger"
+    source = identity(config.data)
+    name = f"{config.data.source}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    return Path(config.privacy.ledger).absolute() / name

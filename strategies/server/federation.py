@@ -1,0 +1,220 @@
+"""Who is there: nodes, the clients they host, what each client declared, and who takes part in a round.
+
+In a simulation every node can host every client, so a round's clients are dealt over the nodes; in a deployment a node
+hosts the one client it names. Which node trains a client never changes its result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedlab.config import RunConfig
+from fedlab.config.clients import initial_ranks
+from fedlab.errors import PrivacyError, RunFailed
+from fedlab.privacy.accounting import Event
+from fedlab.privacy.ledger.mirror import Book
+from fedlab.privacy.noise import SecureStream
+from fedlab.seeds import client_order, stream
+from strategies.server.exchange import exchange
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What a client declares about itself before the first round. Its size is public: it is its weight."""
+
+    examples: int
+    event: Event | None = None  # what one round costs it; None if it adds no noise itself
+    delta: float = math.nan
+
+
+@dataclass(frozen=True)
+class RunOrder:
+    """What every message of a run says beside its own business: which run, where simulated ledgers lie, which parts are
+    trained.
+    """
+
+    run: str
+    ledger: str
+    parts: list[str]
+    personal: str = ""  # directory where simulated clients keep what is theirs alone
+    basis: str = ""  # hash of what stays as it is during this task of a stream; "" if nothing does
+    bases: str = ""  # directory where simulated nodes keep it
+
+    def record(self, config: RunConfig, clients: list[str], **values: Any) -> ConfigRecord:
+        """The ``round`` record of one message to the node of these clients."""
+        common: dict[str, Any] = {
+            "config": config.to_toml(),
+            "clients": clients,
+            "run": self.run,
+            "ledger": self.ledger,
+            "parts": self.parts,
+            "personal": self.personal,
+            "basis": self.basis,
+            "bases": self.bases,
+        }
+        return ConfigRecord({**common, **values})
+
+
+@dataclass
+class Federation:
+    """The clients of a run and how often each took part."""
+
+    config: RunConfig
+    clients: dict[str, ClientInfo]
+    hosts: dict[str, int]  # client → the one node that hosts it; empty in a simulation
+    nodes: list[int]
+    order: RunOrder = field(default_factory=lambda: RunOrder("", "", []))
+    book: Book | None = None  # what is known of the clients' ledgers; None if they keep none
+    refused: dict[str, str] = field(default_factory=dict)  # client → why it takes part no more
+    participations: Counter[str] = field(default_factory=Counter)
+    ranks: dict[str, int] = field(
+        default_factory=dict
+    )  # client → rank of its adapter; lora.rank unless clients.rank or pruning says less
+
+    room: int = 0  # clients of a pass that fit into memory; 0: as many as the configuration says
+
+    def __post_init__(self) -> None:
+        self.ranks = initial_ranks(self.config) | self.ranks
+
+    @classmethod
+    def discover(
+        cls,
+        grid: Grid,
+        config: RunConfig,
+        order: RunOrder,
+        book: Book | None,
+        meanwhile: Callable[[], object] = lambda: None,
+        basis: ArrayRecord | None = None,
+    ) -> Federation:
+        """Ask every node which clients it hosts, and let the clients declare sizes, privacy plans and ledgers.
+
+        ``basis`` goes along, once for the whole task of a stream. ``meanwhile`` runs between asking and collecting.
+        Raises RunFailed if a node fails or does not answer, PrivacyError if the clients that refuse leave too few.
+        """
+        nodes = sorted(grid.get_node_ids())
+        everyone = [f"client-{i}" for i in range(config.data.clients)]
+        along = {"basis": basis} if basis is not None else {}
+        messages = [
+            Message(
+                RecordDict({"round": order.record(config, everyone[i :: len(nodes)]), **along}),
+                node,
+                f"{MessageType.QUERY}.describe",
+            )
+            for i, node in enumerate(nodes)
+        ]
+        found = cls(config, {}, {}, nodes, order, book)
+        answered = 0
+        for reply in exchange(grid, messages, config.run.timeout, meanwhile=meanwhile):
+            if reply.has_error():
+                raise RunFailed(f"a node could not prepare the run: {reply.error.reason}")
+            answer: Any = reply.content.config_records["clients"]  # per-client lists
+            answered += 1
+            for i, client in enumerate(answer["ids"]):
+                found._admit(str(client), {key: values[i] for key, values in answer.items() if key != "pinned"})
+                if answer["pinned"]:
+                    found.hosts[str(client)] = reply.metadata.src_node_id
+        if answered < len(nodes):
+            raise RunFailed(
+                f"{len(nodes) - answered} of {len(nodes)} nodes did not answer in {config.run.timeout:.0f} s"
+            )
+        found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
+        if book is not None:
+            book.start(config.privacy.unit)
+        return found
+
+    def _admit(self, client: str, row: dict[str, Any]) -> None:
+        """Enter one client's declaration; a client that refuses, or whose ledger is not what it was, is known but never
+        drawn.
+        """
+        event = Event(row["sampler"], row["q"], row["sigma"], row["steps"]) if row["sampler"] != "none" else None
+        self.clients[client] = ClientInfo(row["examples"], event, row["delta"])
+        problem = row["refusals"]
+        if self.book is not None and row["keys"]:
+            try:
+                self.book.enrol(client, row["keys"], row["lines"])
+            except PrivacyError as error:
+                problem = str(error)
+        if problem:
+            self.refused[client] = problem
+
+    @property
+    def eligible(self) -> list[str]:
+        """Clients that may be drawn: they did not refuse, and are below the cap on participations."""
+        cap = self.config.participations if self.config.privacy.unit == "example" else self.config.run.rounds
+        return [client for client in self.clients if client not in self.refused and self.participations[client] < cap]
+
+    def draw(self, round_number: int) -> list[str]:
+        """Choose and count this round's clients. Nobody is drawn who may not be (``eligible``).
+
+        ``balanced`` takes those that took part least, ties at random, so counts differ by at most one; ``uniform``
+        takes a uniform sample; ``poisson`` takes each with probability ``run.fraction``, unforeseeably if the noise is
+        secure. May return fewer than
+        ``clients_per_round``, also none.
+        """
+        eligible, rng = self.eligible, stream(self.config.draws, "clients", round_number)
+        if self.config.run.sampling == "poisson":
+            coins = SecureStream() if self.config.privacy.noise == "secure" else rng
+            drawn = [
+                client
+                for client, coin in zip(eligible, coins.random(len(eligible)), strict=True)
+                if coin < self.config.run.fraction
+            ]
+        else:
+            shuffled = [eligible[i] for i in rng.permutation(len(eligible))]
+            if self.config.run.sampling == "balanced":
+                shuffled.sort(key=lambda client: self.participations[client])
+            drawn = sorted(shuffled[: self.config.clients_per_round], key=client_order)
+        self.participations.update(drawn)
+        return drawn
+
+    def groups(self, clients: list[str]) -> list[list[str]]:
+        """The clients that share a pass: at most ``cohort_size`` of them, alike in work, whatever the number of nodes.
+
+        Sorted by work before they are split evenly, so that in epochs clients of like length train together; a node
+        that hosts one client shares its pass with nobody.
+        """
+        ordered = sorted(clients, key=lambda c: (-self._work(c), client_order(c)))
+        size = 1 if self.hosts else min(self.config.cohort_size, self.room or self.config.cohort_size)
+        count = -(-len(ordered) // size)
+        if self.config.run.cohort is None and not self.hosts:
+            count = min(len(ordered), _even(count))
+        bounds = [round(i * len(ordered) / count) for i in range(count + 1)] if count else [0]
+        return [sorted(ordered[a:b], key=client_order) for a, b in pairwise(bounds)]
+
+    def deal(self, groups: list[list[str]]) -> dict[int, list[list[str]]]:
+        """Deal groups to nodes, most work first to the node with the least."""
+        load: Counter[int] = Counter()
+        dealt: dict[int, list[list[str]]] = {}
+        for group in sorted(groups, key=lambda g: (-sum(map(self._work, g)), client_order(g[0]))):
+            node = self.hosts[group[0]] if group[0] in self.hosts else min(self.nodes, key=lambda n: (load[n], n))
+            load[node] += sum(map(self._work, group))
+            dealt.setdefault(node, []).append(group)
+        return dealt
+
+    def cohorts(self, clients: list[str]) -> dict[int, list[str]]:
+        """Deal clients one by one to nodes, each cohort in client order."""
+        dealt = self.deal([[client] for client in clients])
+        return {
+            node: sorted((c for group in groups for c in group), key=client_order) for node, groups in dealt.items()
+        }
+
+    def _work(self, client: str) -> int:
+        """Expected examples of one round: with fixed steps all clients cost the same, with epochs the large ones cost
+        more.
+        """
+        return 1 if self.config.train.steps is not None else self.clients[client].examples
+
+
+def _even(groups: int) -> int:
+    """As many groups or a few more, in a number that the usual numbers of nodes divide: powers of two, at least 2, then
+    multiples of 16.
+    """
+    return max(2, 1 << (groups - 1).bit_length()) if groups <= 16 else -(-groups // 16) * 16

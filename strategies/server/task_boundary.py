@@ -1,0 +1,133 @@
+"""One task of a stream on the server: what its run starts from, and what it leaves to the next.
+
+At the end of a task, after its last round: every task's texts are scored (a row of the accuracy matrix), what was
+learnt is merged, the inputs that were used are protected (a release of their own, ``clients.gram``), and
+``memory.safetensors`` and ``task.json`` are written. The sums that clients released are kept first, so that nothing is
+released again if the run is cut off in between.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedlab.config import RunConfig
+from fedlab.continual.metrics import worst_share
+from fedlab.continual.subspace import complement, leak
+from fedlab.errors import ConfigError
+from fedlab.evaluate.classification import classify
+from fedlab.lora.state import BASIS, State, modules, nbytes, outer_b, part_of, write_state
+from fedlab.models.adapters import initial_state
+from fedlab.session import Session, torch_threads
+from strategies.base import LoraStrategy
+from strategies.continual import PROTECTED
+from strategies.server.gram_release import collect_grams
+
+if TYPE_CHECKING:
+    from strategies.server.loop import Rounds
+
+MEMORY, TASK = "memory.safetensors", "task.json"
+
+
+def first_state(config: RunConfig, strategy: type[LoraStrategy], session: Session) -> tuple[State, dict[str, Tensor]]:
+    """The state that the run starts from, and what the task before left (nothing for the first, or
+    without a stream).
+    """
+    fresh = initial_state(session.model, config.lora, config.run.seed)
+    if config.stage is None:
+        return fresh, {}
+    memory: dict[str, Tensor] = {}
+    if config.stage.previous is not None:
+        path = Path(config.stage.previous) / MEMORY
+        if not path.is_file():
+            raise ConfigError(
+                f"stage.previous = {config.stage.previous!r} has no {MEMORY}: that task is not finished; resume it"
+                " first"
+            )
+        memory = load_file(str(path))
+    with torch_threads(1):  # bases must not depend on the number of cores
+        return strategy.begin_task(config, fresh, memory, session.model, config.stage.task), memory
+
+
+def end_stage(rounds: Rounds, status: str) -> None:
+    """Score, protect, write. Does nothing outside a stream, or where it was done before the run was cut off.
+
+    If the budget ended the task, no further release is asked for: no task follows.
+    """
+    config, stage = rounds.config, rounds.config.stage
+    if stage is None or all((rounds.directory.path / name).is_file() for name in (MEMORY, TASK)):
+        return
+    rounds.progress.note("scoring every task")
+    scores = score_tasks(rounds.session, rounds.state, config)
+    if stage.task == 0 and config.stream.heads == "shared":  # what forward transfer is measured from
+        scores["before"] = score_tasks(
+            rounds.session, first_state(config, type(rounds.strategy), rounds.session)[0], config
+        )["accuracy"]
+    started = time.perf_counter()
+    last = stage.task == len(config.tasks) - 1 or config.stream.joint or status == "budget-exhausted"
+    grams = {} if last or config.gram is None else collect_grams(rounds)
+    with torch_threads(1):
+        memory = rounds.strategy.end_task(rounds.state, rounds.memory, grams)
+    write_state(rounds.directory.path / MEMORY, memory)
+    rows = {
+        name.removesuffix(f".{PROTECTED}"): value for name, value in memory.items() if name.endswith(f".{PROTECTED}")
+    }
+    rounds.directory.write_json(
+        TASK,
+        {
+            "task": stage.task,
+            "name": config.tasks[stage.task].name,
+            **scores,
+            "leak": orthogonality(rounds.state, rounds.memory),
+            "protected": {module: [len(value), value.shape[1]] for module, value in rows.items()},
+            "bytes_basis": nbytes({n: v for n, v in rounds.state.items() if part_of(n) in rounds.strategy.static}),
+            "boundary_seconds": round(time.perf_counter() - started, 3),
+        },
+    )
+
+
+def score_tasks(session: Session, state: State, config: RunConfig) -> dict[str, Any]:
+    """Accuracy on every task's held-out texts, pooled and per client; NaN for tasks whose head was not trained yet."""
+    assert config.stage is not None
+    pooled: list[float] = []
+    clients: list[dict[str, float]] = []
+    with torch_threads(os.cpu_count() or 1):
+        session.model.load(state)
+        for task in range(len(config.tasks)):
+            if task > config.stage.task and config.stream.heads == "own" and not config.stream.joint:
+                pooled.append(math.nan)
+                clients.append({})
+                continue
+            data, size = session.data.at(task), config.evaluate.batch_size
+            pooled.append(classify(session.model, data, data.test, size).accuracy)
+            each = config.evaluate.clients != "never"
+            clients.append(
+                {c: classify(session.model, data, data.local_test(c), size).accuracy for c in data.clients}
+                if each
+                else {}
+            )
+    spread = [
+        {"mean": float(np.nanmean(list(own.values()))), "worst_tenth": worst_share(own.values())} if own else {}
+        for own in clients
+    ]
+    return {"accuracy": pooled, "clients": clients, "spread": spread}
+
+
+def orthogonality(state: State, memory: Mapping[str, Tensor]) -> float | None:
+    """Largest share of any layer's change of this task inside what was protected from it; None where nothing was."""
+    found = []
+    for module in modules(state):
+        delta = outer_b(state, module) @ state[f"{module}.lora_A"]
+        if (rows := memory.get(f"{module}.{PROTECTED}")) is not None:
+            found.append(leak(delta, None, rows))
+        elif (basis := state.get(f"{module}.{BASIS}")) is not None:
+            found.append(leak(delta, complement(basis), complement(state[f"{module}.lora_A"])))
+    return max(found) if found else None

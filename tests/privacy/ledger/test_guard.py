@@ -1,0 +1,197 @@
+"""What the owner agrees to, what it refuses, and that a refusal costs nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlab.errors import PrivacyError
+from fedlab.privacy.accounting import Event, calibrate_sigma, epsilon
+from fedlab.privacy.ledger.guard import Guard, Refusal, affordable, budget_terms, plan_terms, scope_of
+from fedlab.privacy.ledger.keys import load_or_create_key
+from fedlab.privacy.ledger.ledger import Ledger, charged, events
+
+EVENT = Event("poisson", 0.05, 0.9, 4)
+DELTA = 1e-5
+
+
+def terms(
+    budget: float | None = None, event: Event = EVENT, participations: int = 50, noise: str = "secure", **more: Any
+) -> dict[str, Any]:
+    base = plan_terms(
+        event, unit="example", clip=1.0, normaliser=32.0, delta=DELTA, n=640, participations=participations, noise=noise
+    )
+    limit = budget_terms(budget, DELTA) if budget is not None else None
+    return {**base, "scope": scope_of({"a.lora_B": (4, 2)}), "budget": limit, "content": None, **more}
+
+
+def guard(folder: Path, run: str = "r1") -> Guard:
+    return Guard(Ledger(folder / "c.jsonl", "c", "d" * 64, load_or_create_key(folder / "c.pem")), run)
+
+
+def spend(guarded: Guard, agreed: dict[str, Any], number: int) -> None:
+    with guarded.charge(agreed, number, f"{number:064d}") as commit:
+        commit(agreed["event"]["steps"], "f" * 64)
+
+
+def kinds(guarded: Guard) -> list[str]:
+    return [e["type"] for e in guarded.ledger.entries]
+
+
+def test_the_round_that_would_cross_the_budget_is_refused_and_not_a_round_earlier(tmp_path: Path):
+    limit, agreed, guarded = 3.0, terms(3.0), guard(tmp_path)
+    assert guarded.plan(agreed, {}) is None
+    affordable_rounds = next(
+        k for k in range(1, 99) if epsilon([Event("poisson", 0.05, 0.9, 4 * (k + 1))], DELTA) > limit
+    )
+    for number in range(1, affordable_rounds + 1):
+        spend(guarded, agreed, number)
+    trained = False
+    with (
+        pytest.raises(Refusal, match="budget-exhausted: ε = 2") as refused,
+        guarded.charge(agreed, affordable_rounds + 1, "0" * 64),
+    ):
+        trained = True
+    assert not trained
+    assert refused.value.kind == "budget-exhausted"
+    assert kinds(guarded)[-1] == "REFUSE"
+    assert epsilon(events(guarded.ledger.entries), DELTA) <= limit
+    assert guarded.exhausted(agreed, affordable_rounds + 1)
+    assert kinds(guarded).count("REFUSE") == 1, "asking again does not fill the disk"
+
+
+def test_a_budget_that_covers_the_calibrated_run_exactly_is_no_obstacle(tmp_path: Path):
+    sigma = calibrate_sigma(0.05, 6 * 4, 2.0, DELTA)
+    agreed, guarded = terms(2.0, Event("poisson", 0.05, sigma, 4)), guard(tmp_path)
+    guarded.plan(agreed, {})
+    for number in range(1, 7):
+        spend(guarded, agreed, number)
+    assert guarded.exhausted(agreed, 7)
+
+
+def test_a_second_run_starts_from_what_is_spent_and_other_parameters_go_through_the_rdp_filter(tmp_path: Path):
+    first = guard(tmp_path, "r1")
+    first.plan(terms(3.0), {})
+    for number in (1, 2, 3):
+        spend(first, terms(3.0), number)
+    other = terms(3.0, Event("poisson", 0.05, 1.1, 4))
+    second = guard(tmp_path, "r2")
+    second.plan(other, {})
+    rounds = 0
+    while not second.exhausted(other, rounds + 1):
+        rounds += 1
+        spend(second, other, rounds)
+    work = events(second.ledger.entries)
+    assert epsilon(work, DELTA, "rdp") <= 3.0, "parameters chosen after looking at outputs need a filter"
+    assert epsilon([*work, Event("poisson", 0.05, 1.1, 4)], DELTA, "rdp") > 3.0
+    assert {e["filter"] for e in charged(second.ledger.entries, "r2")} == {"rdp"}
+    assert rounds > 0
+    third = guard(tmp_path, "r3")
+    assert third.plan(other, {}).kind == "budget-exhausted", "not even one round"
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"event": Event("poisson", 0.05, 0.45, 4)}, "sigma: 0.45"),
+        ({"event": Event("poisson", 0.05, 0.9, 8)}, "steps: 8"),
+        ({"clip": (2.0).hex()}, "clip = 2 was asked, 1 was signed"),
+        ({"scope": scope_of({"a.lora_B": (4, 2), "head.weight": (3, 4)})}, "scope"),
+        ({"normaliser": (16.0).hex()}, "normaliser"),
+        ({"noise": "seeded"}, "noise = seeded"),
+        ({"participations": 51}, "participations = 51"),
+        ({"budget": 9.0}, "budget"),
+    ],
+)
+def test_whoever_asks_for_other_terms_than_were_signed_is_refused(changed: dict[str, Any], named: str, tmp_path: Path):
+    guarded = guard(tmp_path)
+    guarded.plan(terms(3.0), {})
+    asked = terms(**({"budget": 3.0} | changed))
+    with pytest.raises(Refusal, match="plan-mismatch") as refused, guarded.charge(asked, 1, "0" * 64):
+        pytest.fail("trained")
+    assert named in str(refused.value)
+    assert "CHARGE" not in kinds(guarded)
+    with pytest.raises(Refusal, match="plan-mismatch"):
+        guarded.plan(asked, {})
+    spend(guarded, terms(3.0), 1)
+
+
+def test_no_plan_no_charge_and_no_round_beyond_the_participations(tmp_path: Path):
+    guarded = guard(tmp_path)
+    with pytest.raises(Refusal, match="signed no plan"), guarded.charge(terms(), 1, "0" * 64):
+        pytest.fail("trained")
+    agreed = terms(participations=2)
+    guarded.plan(agreed, {})
+    spend(guarded, agreed, 1)
+    spend(guarded, agreed, 2)
+    with pytest.raises(Refusal, match="participations: 2 of 2"), guarded.charge(agreed, 3, "0" * 64):
+        pytest.fail("trained")
+
+
+def test_a_duplicated_message_costs_a_seeded_client_nothing_and_a_secure_one_a_round(tmp_path: Path):
+    for noise, expected in (("seeded", 1), ("secure", 2)):
+        folder = tmp_path / noise
+        folder.mkdir()
+        guarded, agreed = guard(folder), terms(noise=noise, participations=2)
+        guarded.plan(agreed, {})
+        spend(guarded, agreed, 1)
+        spend(guarded, agreed, 1)
+        assert len(charged(guarded.ledger.entries)) == expected
+
+
+def test_training_that_breaks_is_aborted_and_charged_in_full(tmp_path: Path):
+    guarded, agreed = guard(tmp_path), terms()
+    guarded.plan(agreed, {})
+    with pytest.raises(ZeroDivisionError), guarded.charge(agreed, 1, "0" * 64):
+        raise ZeroDivisionError("half-way")
+    assert kinds(guarded) == ["PLAN", "CHARGE", "ABORT"]
+    assert events(guarded.ledger.entries) == [EVENT]
+
+
+def test_another_number_of_steps_than_charged_is_never_committed(tmp_path: Path):
+    guarded, agreed = guard(tmp_path), terms()
+    guarded.plan(agreed, {})
+    with (
+        pytest.raises(PrivacyError, match="5 steps were executed, 4 were charged"),
+        guarded.charge(agreed, 1, "0" * 64) as commit,
+    ):
+        commit(5, "f" * 64)
+    assert kinds(guarded) == ["PLAN", "CHARGE", "ABORT"]
+
+
+def test_the_filter_of_one_mechanism_is_pld_of_several_is_rdp():
+    one = [Event("poisson", 0.05, 0.9, 40)]
+    tight, loose = epsilon(one, DELTA, "pld"), epsilon(one, DELTA, "rdp")
+    between = (tight + loose) / 2
+    assert affordable(one, between, DELTA)[0] == "pld"
+    assert affordable(one, loose * 1.001, DELTA)[0] == "rdp"
+    assert affordable([*one, Event("poisson", 0.05, 50.0, 1)], between, DELTA)[0] is None
+    assert affordable([], 1.0, DELTA) == ("rdp", 0.0)
+    assert affordable([Event("poisson", 0.05, 0.0, 1)], 1e9, DELTA)[0] is None
+
+
+def test_a_receipt_must_be_signed_and_name_a_commit(tmp_path: Path):
+    from fedlab.privacy.ledger.mirror import Book
+
+    guarded, agreed = guard(tmp_path), terms()
+    guarded.plan(agreed, {})
+    spend(guarded, agreed, 1)
+    book = Book(tmp_path / "run", "r1", tmp_path / "run" / "ledger")
+    book.enrol("c", guarded.ledger.public, guarded.ledger.path.read_text())
+    commit = guarded.ledger.entries[-1]
+    receipt = book.close_round(1, "0" * 64, "1" * 64, {"c": commit})["c"]
+    for key, value in (
+        ("head", "0" * 64),
+        ("number", 0),
+        ("client", "d"),
+        ("out", "0" * 64),
+        ("round", 2),
+        ("sig", "00"),
+    ):
+        with pytest.raises(PrivacyError, match="receipt"):
+            guarded.release({**receipt, key: value})
+    guarded.release(receipt)
+    guarded.release(receipt)
+    assert kinds(guarded) == ["PLAN", "CHARGE", "COMMIT", "RELEASE"]

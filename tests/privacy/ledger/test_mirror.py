@@ -1,0 +1,116 @@
+"""What the server keeps, checks and seals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedlab.errors import PrivacyError
+from fedlab.privacy.accounting import Event
+from fedlab.privacy.ledger.guard import Guard, plan_terms
+from fedlab.privacy.ledger.keys import load_or_create_key
+from fedlab.privacy.ledger.ledger import Ledger, authentic, lines_after, parse_lines
+from fedlab.privacy.ledger.mirror import Book
+
+EVENT = Event("poisson", 0.05, 0.9, 4)
+TERMS = plan_terms(
+    EVENT, unit="example", clip=1.0, normaliser=32.0, delta=1e-5, n=640, participations=9, noise="secure"
+) | {
+    "scope": "0" * 64,
+    "budget": None,
+    "content": None,
+}
+STATE, OUT = "5" * 64, "6" * 64
+
+
+@pytest.fixture
+def guard(tmp_path: Path) -> Guard:
+    folder = tmp_path / "client"
+    folder.mkdir()
+    made = Guard(Ledger(folder / "c.jsonl", "c", "d" * 64, load_or_create_key(folder / "c.pem")), "r1")
+    made.plan(TERMS, {})
+    return made
+
+
+def book(tmp_path: Path, guard: Guard, name: str = "run") -> Book:
+    made = Book(tmp_path / name, "r1", tmp_path / "client")
+    made.enrol("c", guard.ledger.public, guard.ledger.path.read_text())
+    made.start("example")
+    return made
+
+
+def train(guard: Guard, number: int, out: str = OUT) -> None:
+    with guard.charge(TERMS, number, STATE) as commit:
+        commit(4, out)
+
+
+def test_an_update_is_witnessed_only_as_it_was_charged_and_committed(tmp_path: Path, guard: Guard):
+    kept = book(tmp_path, guard)
+    with pytest.raises(PrivacyError, match="shows no charge for round 1"):
+        kept.witness("c", 1, EVENT, STATE, OUT)
+    train(guard, 1)
+    kept.accept("c", lines_after(guard.ledger.entries, kept.known("c")))
+    assert kept.witness("c", 1, EVENT, STATE, OUT)["type"] == "COMMIT"
+    for arguments, reason in (
+        ((2, EVENT, STATE, OUT), "no charge for round 2"),
+        ((1, Event("poisson", 0.05, 1.0, 4), STATE, OUT), "not what it declared"),
+        ((1, EVENT, "7" * 64, OUT), "another state"),
+        ((1, EVENT, STATE, "7" * 64), "does not commit the update"),
+    ):
+        with pytest.raises(PrivacyError, match=reason):
+            kept.witness("c", *arguments)
+
+
+def test_lines_that_do_not_continue_the_known_ones_are_refused(tmp_path: Path, guard: Guard):
+    kept = book(tmp_path, guard)
+    train(guard, 1)
+    with pytest.raises(PrivacyError, match="does not follow"):
+        kept.accept("c", lines_after(guard.ledger.entries, 2))
+    with pytest.raises(PrivacyError, match="line 1: not a JSON object"):
+        kept.accept("c", "[1]\n")
+    kept.accept("c", lines_after(guard.ledger.entries, 1))
+    with pytest.raises(PrivacyError, match="does not follow"):
+        kept.accept("c", lines_after(guard.ledger.entries, 1))
+    assert kept.known("c") == 3
+
+
+def test_a_server_that_starts_again_remembers_what_it_receipted(tmp_path: Path, guard: Guard):
+    kept = book(tmp_path, guard)
+    older = guard.ledger.path.read_text()
+    train(guard, 1)
+    kept.accept("c", lines_after(guard.ledger.entries, 1))
+    receipt = kept.close_round(1, STATE, "8" * 64, {"c": kept.witness("c", 1, EVENT, STATE, OUT)})["c"]
+    assert authentic(receipt, receipt["key"])
+    guard.release(receipt)
+    again = Book(tmp_path / "run", "r1", tmp_path / "client")
+    with pytest.raises(PrivacyError, match="its end was cut off, or an older copy was put back"):
+        again.enrol("c", guard.ledger.public, older)
+    again.enrol("c", guard.ledger.public, guard.ledger.path.read_text())
+
+
+def test_another_run_that_shares_the_ledgers_remembers_too(tmp_path: Path, guard: Guard):
+    kept = book(tmp_path, guard)
+    older = guard.ledger.path.read_text()
+    train(guard, 1)
+    kept.accept("c", lines_after(guard.ledger.entries, 1))
+    kept.close_round(1, STATE, "8" * 64, {"c": kept.witness("c", 1, EVENT, STATE, OUT)})
+    later = Book(tmp_path / "later", "r2", tmp_path / "client")
+    with pytest.raises(PrivacyError, match="an older copy was put back"):
+        later.enrol("c", guard.ledger.public, older)
+
+
+def test_the_copy_in_the_run_directory_is_the_ledger_to_the_byte(tmp_path: Path, guard: Guard):
+    kept = book(tmp_path, guard)
+    train(guard, 1)
+    kept.accept("c", lines_after(guard.ledger.entries, 1))
+    assert (tmp_path / "run" / "ledger" / "c.jsonl").read_bytes() == guard.ledger.path.read_bytes()
+
+
+def test_the_seal_names_every_head_and_file(tmp_path: Path, guard: Guard):
+    kept = book(tmp_path, guard)
+    kept.final({"adapter/x": "9" * 64}, STATE, "completed", {})
+    final = parse_lines((tmp_path / "run" / "receipts.jsonl").read_text())[-1]
+    assert final["heads"] == {"c": [0, guard.ledger.entries[-1]["hash"]]}
+    assert (final["files"], final["state"], final["status"]) == ({"adapter/x": "9" * 64}, STATE, "completed")
+    assert authentic(final, parse_lines((tmp_path / "run" / "receipts.jsonl").read_text())[0]["key"])
