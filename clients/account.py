@@ -25,7 +25,7 @@ from fedlab.session import Session
 PACKAGES = ("fedlab", "torch", "dp-accounting", "opacus", "cryptography")
 
 
-class Custody:
+class ClientAccount:
     """One client's guard and the terms under which it takes part in this run."""
 
     def __init__(self, session: Session, client: str, order: ConfigRecord, context: Context) -> None:

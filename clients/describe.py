@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from clients.account import Custody, code_versions
+from clients.account import ClientAccount, code_versions
 from fedlab.errors import PrivacyError
 from fedlab.session import Session
 
@@ -34,9 +34,9 @@ def describe_client(session: Session, client: str, order: ConfigRecord, context:
     event = plan.event()
     row |= {"sampler": event.sampler, "q": event.q, "sigma": event.sigma, "steps": event.steps, "delta": plan.delta}
     try:
-        custody = Custody(session, client, order, context)
-        refusal = custody.guard.plan(custody.terms, code_versions())
-        row |= {"keys": custody.guard.ledger.public, "lines": custody.lines_after(0), "refusals": str(refusal or "")}
+        account = ClientAccount(session, client, order, context)
+        refusal = account.guard.plan(account.terms, code_versions())
+        row |= {"keys": account.guard.ledger.public, "lines": account.lines_after(0), "refusals": str(refusal or "")}
     except PrivacyError as error:
         row["refusals"] = str(error)
     return row
@@ -51,10 +51,10 @@ def keep_receipts(session: Session, cohort: list[str], content: RecordDict, cont
         cohort, cast(list[int], order["known"]), cast(list[str], order["receipts"]), strict=True
     ):
         try:
-            custody = Custody(session, client, order, context)
+            account = ClientAccount(session, client, order, context)
             if receipt:
-                custody.guard.release(json.loads(receipt))
-            lines[client] = custody.lines_after(known)
+                account.guard.release(json.loads(receipt))
+            lines[client] = account.lines_after(known)
         except (PrivacyError, ValueError) as error:
             failures[client] = str(error)
     return RecordDict(

@@ -19,11 +19,11 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 from torch import Tensor
 
-from clients.account import Custody
+from clients.account import ClientAccount
 from clients.basis import bases_directory
 from clients.train import EXPECTED, received_state
 from fedlab.config.tasks import Gram
-from fedlab.continual.observed import input_groups, observe
+from fedlab.continual.input_grams import input_grams, input_groups
 from fedlab.continual.sketch import privatise, to_fixed
 from fedlab.errors import PrivacyError
 from fedlab.lora.state import digest
@@ -31,7 +31,7 @@ from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.guard import Guard, plan_terms, public_reason, scope_of
 from fedlab.privacy.noise import SecureNoise, SeededNoise
 from fedlab.privacy.secure_sum.masking import add, masked, new_key, public_of
-from fedlab.seeds import stream
+from fedlab.seeds import random_stream
 from fedlab.session import Session
 
 logger = logging.getLogger("fedlab")
@@ -57,19 +57,19 @@ def gram_message(session: Session, cohort: list[str], content: RecordDict, conte
     lines: dict[str, str] = {}
     failures: dict[str, str] = {}
     for client, known in zip(cohort, cast(list[int], order["known"]), strict=True):
-        custody = None
+        account = None
         try:
-            custody = Custody(session, client, order, context) if session.config.private else None
-            own = _release(session, client, groups, settings, custody, order, sent)
+            account = ClientAccount(session, client, order, context) if session.config.private else None
+            own = _release(session, client, groups, settings, account, order, sent)
             if not session.config.private and not settings.clear:
                 own = _masked(own, client, settings, order, context)
             total = add(total, own)
             done.append(client)
         except EXPECTED as error:
             logger.warning("%s gave no Gram matrices: %s", client, error)
-            failures[client] = public_reason(error) if custody else f"{type(error).__name__}: {error}"
-        if custody:
-            lines[client] = custody.lines_after(known)
+            failures[client] = public_reason(error) if account else f"{type(error).__name__}: {error}"
+        if account:
+            lines[client] = account.lines_after(known)
     return RecordDict(
         {
             "grams": ArrayRecord({name: Array(value) for name, value in total.items()}),
@@ -125,7 +125,7 @@ def _masked(
             f"{client} was asked for a sum over other clients before: the difference of both would show single ones"
         )
     return masked(
-        values, private, client, peers, f"{cast(str, order['run'])}|{cast(int, order['attempt'])}", settings.cohort
+        values, private, client, peers, f"{cast(str, order['run'])}|{cast(int, order['attempt'])}", settings.min_clients
     )
 
 
@@ -138,7 +138,7 @@ def _release(
     client: str,
     groups: dict[str, str],
     settings: Gram,
-    custody: Custody | None,
+    account: ClientAccount | None,
     order: ConfigRecord,
     sent: str,
 ) -> dict[str, np.ndarray]:
@@ -147,17 +147,17 @@ def _release(
     size = session.config.train.physical_batch
 
     def look() -> dict[str, Tensor]:
-        return observe(session.model, session.data, positions, groups, settings.clip, size)
+        return input_grams(session.model, session.data, positions, groups, settings.clip, size)
 
-    if custody is None:
+    if account is None:
         return to_fixed(look())
     width = {name: session.shapes[f"{name}.lora_A"][1] for name in sorted(set(groups.values()))}
-    terms = gram_terms(custody, settings, {name: (n, n) for name, n in width.items()})
-    guard = Guard(custody.guard.ledger, release_run(custody.guard.run))
+    terms = gram_terms(account, settings, {name: (n, n) for name, n in width.items()})
+    guard = Guard(account.guard.ledger, release_run(account.guard.run))
     if refusal := guard.plan(terms, {}):
         raise refusal
-    seeded = SeededNoise(stream(session.config.draws, "noise", client, "gram"))
-    noise = seeded if custody.plan.noise == "seeded" else SecureNoise()
+    seeded = SeededNoise(random_stream(session.config.sampling_seed, "noise", client, "gram"))
+    noise = seeded if account.plan.noise == "seeded" else SecureNoise()
     with guard.charge(terms, 1, sent) as commit:
         released = to_fixed(privatise(look(), settings.sigma, settings.clip, noise))
         commit(1, fixed_digest(released))
@@ -169,9 +169,9 @@ def release_run(run: str) -> str:
     return hashlib.sha256(f"{run}|gram".encode()).hexdigest()[:32]
 
 
-def gram_terms(custody: Custody, settings: Gram, shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+def gram_terms(account: ClientAccount, settings: Gram, shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """What the client signs for the release: one Gaussian mechanism over all its texts."""
-    plan = custody.plan
+    plan = account.plan
     own = plan_terms(
         Event("full", 1.0, settings.sigma, 1),
         unit="example",
@@ -182,7 +182,7 @@ def gram_terms(custody: Custody, settings: Gram, shapes: dict[str, tuple[int, in
         participations=ATTEMPTS,
         noise=plan.noise,
     )
-    return {**custody.terms, **own, "scope": scope_of(shapes)}
+    return {**account.terms, **own, "scope": scope_of(shapes)}
 
 
 def fixed_digest(values: dict[str, np.ndarray]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
-from clients.account import Custody
+from clients.account import ClientAccount
 from fedlab.errors import ConfigError, FedlabError, PrivacyError
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, PAST, State, digest, from_wire, part_of, select, to_wire
@@ -42,7 +42,7 @@ class Job:
     known: int
     rank: int
     guarded: bool  # under example-level DP: a charge comes first, and a failure's reason gives no data away
-    custody: Custody | None = None
+    account: ClientAccount | None = None
     member: Member | None = None
     result: Trained | None = None
     wire: dict[str, np.ndarray] = field(default_factory=dict)
@@ -161,11 +161,11 @@ def _begin(
         raise FedlabError(f"rank {job.rank} was asked for, outside [1, {highest}]")
     start = state | (load_personal(home, job.client, number) if keep else {})
     if job.guarded:
-        job.custody = Custody(session, job.client, order, context)
-        job.custody.check_scope(cast(list[str], order["trained"]))
-        job.commit = job.charge.enter_context(job.custody.guard.charge(job.custody.terms, number, received))
+        job.account = ClientAccount(session, job.client, order, context)
+        job.account.check_scope(cast(list[str], order["trained"]))
+        job.commit = job.charge.enter_context(job.account.guard.charge(job.account.terms, number, received))
     job.member = Member(
-        job.client, start, job.custody.plan if job.custody else None, job.rank if job.rank < highest else None
+        job.client, start, job.account.plan if job.account else None, job.rank if job.rank < highest else None
     )
 
 
@@ -232,10 +232,10 @@ def _end(job: Job, result: Trained, order: ConfigRecord, home: Path) -> None:
 def _after(job: Job, number: int, lines: dict[str, str], exhausted: list[str]) -> None:
     """The ledger's new lines, and whether another round would be within the budget."""
     try:
-        if job.custody and job.result is not None and job.custody.exhausted(number + 1):
+        if job.account and job.result is not None and job.account.exhausted(number + 1):
             exhausted.append(job.client)
-        if job.custody:
-            lines[job.client] = job.custody.lines_after(job.known)
+        if job.account:
+            lines[job.client] = job.account.lines_after(job.known)
     except PrivacyError as error:
         job.failure = job.failure or str(error)
 

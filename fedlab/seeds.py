@@ -19,8 +19,8 @@ def stream_seed(seed: int, purpose: str, *names: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
 
 
-def stream(seed: int, purpose: str, *names: str | int) -> np.random.Generator:
-    """Independent numpy generator (Philox) for one purpose, for example ``stream(7, "noise", "client-3", 12)``."""
+def random_stream(seed: int, purpose: str, *names: str | int) -> np.random.Generator:
+    """Independent numpy generator (Philox) for one purpose, e.g. ``random_stream(7, "noise", "client-3", 12)``."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(stream_seed(seed, purpose, *names))))
 
 

@@ -15,7 +15,7 @@ import torch
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData, corpus_and_shards, open_data
 from fedlab.lora.state import BASIS, State
-from fedlab.models.hidden_states import cache_prefix
+from fedlab.models.hidden_states import cache_hidden_states
 from fedlab.models.loaded import LoadedModel
 from fedlab.models.loading import build
 from fedlab.privacy.plan import DPPlan, plan_of
@@ -65,9 +65,9 @@ def open_session(config_toml: str) -> Session:
     corpus, _ = corpus_and_shards(config)
     model = build(config, len(corpus.label_names))
     data = open_data(config, model.tokenizer)
-    if config.run.cache_prefix:
+    if config.run.cache_hidden_states:
         with torch_threads(config.run.threads):
-            data = cache_prefix(model, data)
+            data = cache_hidden_states(model, data)
     return Session(config, model, data)
 
 

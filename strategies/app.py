@@ -20,7 +20,7 @@ from fedlab.data.partition import describe
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.privacy.statement import write_statement
 from fedlab.run.directory import RunDirectory
-from fedlab.run.events import Events
+from fedlab.run.metrics import MetricsLog
 from fedlab.run.progress import make_progress
 from strategies.server.loop import Rounds
 from strategies.server.task_boundary import end_stage
@@ -40,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
             " [stage]"
         )
     progress = make_progress(config, directory.path, quiet=bool(context.run_config.get("quiet", False)))
-    events = Events(directory, config.run.tensorboard)
+    events = MetricsLog(directory, config.run.tensorboard)
     started = time.time()
     rounds: Rounds | None = None
     try:

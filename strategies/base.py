@@ -28,7 +28,7 @@ from fedlab.models.loaded import LoadedModel
 from fedlab.privacy.client_level import make_client_plan
 from fedlab.privacy.ledger.ledger import Entry
 from fedlab.privacy.noise import SecureNoise, SeededNoise
-from fedlab.seeds import client_order, stream
+from fedlab.seeds import client_order, random_stream
 from strategies.folding import require_float32
 from strategies.heads import frozen_layers, keep_other_heads
 from strategies.options import MeanOptions, NoOptions
@@ -253,7 +253,7 @@ class LoraStrategy(Strategy):
         """
         plan = self.client_plan
         assert plan is not None
-        seeded = SeededNoise(stream(self.config.draws, "noise", "server", server_round))
+        seeded = SeededNoise(random_stream(self.config.sampling_seed, "noise", "server", server_round))
         noise = seeded if plan.noise == "seeded" else SecureNoise()
         updates = {client: widen(update, self._state) for client, update in self.train_outcome.updates.items()}
         mean = plan.mean(updates, {name: self._state[name] for name in trained}, noise)
@@ -331,19 +331,19 @@ class LoraStrategy(Strategy):
 
         A broken chain is a problem of its client alone.
         """
-        book, entered = self.federation.book, set()
+        mirror, entered = self.federation.mirror, set()
         for client, text in zip(cast(list[str], record["ids"]), cast(list[str], record["lines"]), strict=True):
-            if client in self._sent[node] and book is not None:
+            if client in self._sent[node] and mirror is not None:
                 try:
-                    book.accept(client, text)
+                    mirror.accept(client, text)
                     entered.add(client)
                 except FedlabError as error:
                     problems[client] = str(error)
         return entered
 
     def _order(self, cohort: list[str], values: dict[str, Any]) -> ConfigRecord:
-        book = self.federation.book
-        known = [book.known(client) if book else 0 for client in cohort]
+        mirror = self.federation.mirror
+        known = [mirror.known(client) if mirror else 0 for client in cohort]
         ranks = [self.federation.ranks[client] for client in cohort]
         return self.federation.order.record(
             self.config, cohort, known=known, ranks=ranks, keep=sorted(self.personal), **values
@@ -431,7 +431,7 @@ class LoraStrategy(Strategy):
             try:
                 update = from_record(received[client], self.config.run.wire_dtype)
                 problem = check_update(update, narrow(self._state, self.federation.ranks[client]), trained)
-                if problem is None and self.federation.book is not None:
+                if problem is None and self.federation.mirror is not None:
                     outcome.commits[client] = self._witness(server_round, client, update)
             except PrivacyError as error:
                 problem = str(error)
@@ -446,10 +446,10 @@ class LoraStrategy(Strategy):
 
     def _witness(self, server_round: int, client: str, update: State) -> Entry:
         """The signed line that commits this very update. Raises PrivacyError without one."""
-        book, event = self.federation.book, self.federation.clients[client].event
-        assert book is not None
+        mirror, event = self.federation.mirror, self.federation.clients[client].event
+        assert mirror is not None
         assert event is not None
-        return book.witness(client, server_round, event, self.sent_digest, digest(update))
+        return mirror.witness(client, server_round, event, self.sent_digest, digest(update))
 
 
 def _last_line(reason: str | None) -> str:

@@ -92,10 +92,11 @@ def _check(config: RunConfig) -> None:
         (gram := config.gram) is not None
         and not config.private
         and not gram.clear
-        and config.data.clients < gram.cohort
+        and config.data.clients < gram.min_clients
     ):
         raise ConfigError(
-            f"strategy.gram.cohort = {gram.cohort} with data.clients = {config.data.clients}: sums would be of too few"
+            f"strategy.gram.min_clients = {gram.min_clients} with data.clients = {config.data.clients}: "
+            "sums would be of too few"
         )
     require_float32(config)
 

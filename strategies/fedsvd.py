@@ -123,6 +123,6 @@ class FedSVD(LoraStrategy):
             rows = open_session(self.config.to_toml()).model.leading_inputs(module, n)
             return rows.roll(-(taken % n), 0)[: min(n, 2 * count + len(A))]
         generator = torch.Generator().manual_seed(
-            stream_seed(self.config.draws, "refresh", module, round_number) % 2**63
+            stream_seed(self.config.sampling_seed, "refresh", module, round_number) % 2**63
         )
         return torch.randn(min(n, 2 * count), n, generator=generator, dtype=torch.float64)

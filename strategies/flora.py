@@ -56,6 +56,6 @@ class FLora(LoraStrategy):
             A = state[f"{module}.lora_A"]
             averaged[f"{module}.lora_B"] = torch.zeros_like(state[f"{module}.lora_B"])
             averaged[f"{module}.lora_A"] = draw_a(
-                options.redraw, A.shape, self.config.draws, "redraw", module, round_number
+                options.redraw, A.shape, self.config.sampling_seed, "redraw", module, round_number
             )
         return averaged

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from fedlab.config import RunConfig
 from fedlab.config.sections import percent
-from fedlab.seeds import stream
+from fedlab.seeds import random_stream
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def _deal(own: Mapping[str, T], default: T, count: int, seed: int, purpose: str)
     """
     clients = [f"client-{i}" for i in range(count)]
     result = dict.fromkeys(clients, default)
-    rest = [clients[i] for i in stream(seed, purpose).permutation(count)]
+    rest = [clients[i] for i in random_stream(seed, purpose).permutation(count)]
     for key, value in own.items():
         chosen = [key]
         if key.endswith("%"):

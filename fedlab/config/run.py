@@ -128,7 +128,7 @@ class RunConfig(Section):
         return bool(self.tasks) and self.stage is None
 
     @property
-    def draws(self) -> int:
+    def sampling_seed(self) -> int:
         """Seed of what is drawn from round to round (batches, noise, masks, who takes part): in a stream each task has
         its own.
         """

@@ -57,7 +57,7 @@ class RunSection(Section):
     checkpointing: bool = Field(
         default=False, description="compute a block again on the way back instead of keeping its activations"
     )
-    cache_prefix: bool = Field(
+    cache_hidden_states: bool = Field(
         default=False,
         description=(
             "keep what the frozen blocks below the lowest adapter compute for each text on disk, across rounds and runs"

@@ -23,7 +23,7 @@ class Gram(Section):
     clear: bool = Field(
         default=False, description="without DP: let the server see each client's sum, which may reveal texts"
     )
-    cohort: int = Field(
+    min_clients: int = Field(
         default=3, gt=1, description="without DP: fewest clients whose sums are added before anybody sees them"
     )
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from fedlab.models.hidden_states import Prefix
+    from fedlab.models.hidden_states import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FederatedData:
     tokens: Tokens
     shards: Shards
     label_names: tuple[str, ...]
-    prefix: Prefix | None = None  # hidden states below the lowest adapter
+    hidden_states: HiddenStates | None = None  # hidden states below the lowest adapter
     tasks: TaskData | None = None  # of a stream
     _fingerprints: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -58,8 +58,8 @@ class FederatedData:
     def batch(self, indices: np.ndarray, pad_id: int) -> dict[str, Tensor]:
         """A padded batch of these examples for ``LoadedModel.logits``."""
         batch = self.tokens.batch(indices, pad_id)
-        if self.prefix is not None:
-            batch["hidden"] = self.prefix.batch(indices, self.tokens.lengths(indices))
+        if self.hidden_states is not None:
+            batch["hidden"] = self.hidden_states.batch(indices, self.tokens.lengths(indices))
         if self.tasks is not None and self.tasks.groups is not None:
             import torch  # here, as in collate
 

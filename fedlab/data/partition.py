@@ -13,7 +13,7 @@ import numpy as np
 from fedlab.config.sections import DataSection
 from fedlab.data.corpus import Corpus
 from fedlab.errors import ConfigError
-from fedlab.seeds import stream, stream_seed
+from fedlab.seeds import random_stream, stream_seed
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def deal(corpus: Corpus, data: DataSection, seed: int) -> Shards:
         raise ConfigError(
             f"data.clients = {data.clients}, but {corpus.name} has only {trainable} examples to deal; use fewer clients"
         )
-    order = stream(seed, "deal").permutation(trainable)
+    order = random_stream(seed, "deal").permutation(trainable)
     columns: dict[str, Any] = {"position": order, "label": corpus.labels[order]}
     if data.partition.kind == "natural":
         if corpus.natural is None:
@@ -153,7 +153,7 @@ def deal(corpus: Corpus, data: DataSection, seed: int) -> Shards:
             raise ConfigError(
                 f"data.partition = {data.partition.kind}: {str(error).splitlines()[0]}; use fewer clients or less skew"
             ) from None
-        shuffled = np.sort(held)[stream(seed, "hold-out", client).permutation(len(held))]
+        shuffled = np.sort(held)[random_stream(seed, "hold-out", client).permutation(len(held))]
         out = _held_out(len(held), data)
         train[client], local_test[client] = np.sort(shuffled[out:]), np.sort(shuffled[:out])
         if len(train[client]) < data.min_client_size:

@@ -13,7 +13,7 @@ from fedlab.data import docstrings, tables, wordnet
 from fedlab.data.corpus import Corpus
 from fedlab.data.tasks import with_labels
 from fedlab.errors import ConfigError
-from fedlab.seeds import stream
+from fedlab.seeds import random_stream
 
 SOURCES: dict[str, Callable[[DataSection], Corpus]] = {
     "docstrings": lambda data: docstrings.load(),
@@ -63,5 +63,5 @@ def load_corpus(data: DataSection, seed: int, labels: tuple[str, ...] = (), task
     trainable = len(corpus) - corpus.test
     if data.limit is None or data.limit >= trainable:
         return corpus
-    kept = np.sort(stream(seed, "limit").choice(trainable, data.limit, replace=False))
+    kept = np.sort(random_stream(seed, "limit").choice(trainable, data.limit, replace=False))
     return corpus.take(np.concatenate([kept, np.arange(trainable, len(corpus))]), corpus.test)

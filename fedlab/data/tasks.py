@@ -12,7 +12,7 @@ from fedlab.config.tasks import TaskSection
 from fedlab.data.corpus import Corpus
 from fedlab.data.partition import Shards
 from fedlab.errors import ConfigError
-from fedlab.seeds import stream
+from fedlab.seeds import random_stream
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TaskData:
             for earlier in range(task):
                 held = self.shards[earlier].train[client]
                 count = round(replay * len(held))
-                parts.append(stream(seed, "replay", client, earlier).choice(held, count, replace=False))
+                parts.append(random_stream(seed, "replay", client, earlier).choice(held, count, replace=False))
             train[client] = _union(parts)
         return Shards(train, mine.local_test, mine.test)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlab.lora.state import State
-from fedlab.seeds import client_order, stream
+from fedlab.seeds import client_order, random_stream
 
 
 def attack(
@@ -54,7 +54,7 @@ def gaussian(updates: Mapping[str, State], attackers: list[str], seed: int, *, s
         raise ValueError(f"std must be >= 0 and finite, got {std}")
     result: dict[str, State] = {}
     for client in attackers:
-        draws = stream(seed, "attack-gaussian", client)
+        draws = random_stream(seed, "attack-gaussian", client)
         own = updates[client]
         noise = {
             name: torch.from_numpy(np.asarray(draws.normal(0.0, std, tuple(own[name].shape)))) for name in sorted(own)

@@ -1,4 +1,4 @@
-"""What the frozen blocks below the lowest adapter compute for each text, kept on disk (``run.cache_prefix``).
+"""What the frozen blocks below the lowest adapter compute for each text, kept on disk (``run.cache_hidden_states``).
 
 With adapters in the upper blocks only, the lower ones give the same hidden states in every step, round and evaluation.
 They are computed once per text, in batches that depend on the texts alone, by whichever processes are there, and read
@@ -36,11 +36,11 @@ PART = 4096  # texts per file
 BATCH = 64  # texts per forward pass
 TRIAL = 4  # texts on which the model is tried
 TOLERANCE = 1e-4  # relative difference of logits; float32 leaves 1e-6
-SETTING = "run.cache_prefix"
+SETTING = "run.cache_hidden_states"
 
 
 @dataclass(frozen=True)
-class Prefix:
+class HiddenStates:
     """Hidden states of every text: text i is rows ``starts[i]`` to ``starts[i] + length`` of file ``parts[part_of[i]]``
     [tokens, H].
     """
@@ -60,7 +60,7 @@ class Prefix:
         return torch.from_numpy(result).view(self.dtype)
 
 
-def cache_prefix(model: LoadedModel, data: FederatedData) -> FederatedData:
+def cache_hidden_states(model: LoadedModel, data: FederatedData) -> FederatedData:
     """The same data, whose batches carry ``hidden``; computes and stores what is not there yet.
 
     Raises ConfigError if the lowest block is adapted, if the model's blocks cannot be stepped over, or if the disk is
@@ -77,7 +77,7 @@ def cache_prefix(model: LoadedModel, data: FederatedData) -> FederatedData:
     order = np.argsort(tokens.lengths(np.arange(len(tokens.labels))), kind="stable")
     extra, width, dtype = _try(model, tokens, blocks[:lowest], order)
     lengths = tokens.lengths(order)
-    folder = cache_directory() / "prefix" / _identity(model, tokens, blocks[lowest:])
+    folder = cache_directory() / "hidden-states" / _identity(model, tokens, blocks[lowest:])
     bits = dtype.itemsize
     _require_space(folder, int(lengths.sum()) * width * bits)
     starts, part_of = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
@@ -96,7 +96,7 @@ def cache_prefix(model: LoadedModel, data: FederatedData) -> FederatedData:
                     )
     parts = [cast(np.ndarray, _open(path, shape)) for path, shape in zip(paths, shapes, strict=True)]
     model.lower = (blocks[:lowest], extra)
-    return replace(data, prefix=Prefix(dtype, starts, part_of, parts))
+    return replace(data, hidden_states=HiddenStates(dtype, starts, part_of, parts))
 
 
 def _hidden(output: Any) -> Tensor:

@@ -38,7 +38,7 @@ from fedlab.privacy.clipping import clip_factors
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
-from fedlab.seeds import stream, stream_seed
+from fedlab.seeds import random_stream, stream_seed
 from fedlab.train.dropout import row_keys
 from fedlab.train.fused import CohortLayers
 from fedlab.train.trainer import Trained, check_finite, learning_rate_factor, local_steps, rates
@@ -166,12 +166,12 @@ def _memory(model: LoadedModel, checkpointing: bool) -> AbstractContextManager[N
 
 
 def _worker(data: FederatedData, member: Member, config: RunConfig, round_number: int) -> _Worker:
-    seed, client, plan = config.draws, member.client, member.plan
+    seed, client, plan = config.sampling_seed, member.client, member.plan
     indices = data.train(client)
     steps = plan.steps if plan else local_steps(config.train, len(indices))
-    draws = stream(seed, "batches", client, round_number)
+    draws = random_stream(seed, "batches", client, round_number)
     fixed = [] if plan else list(fixed_batches(len(indices), config.train.batch_size, steps, draws))
-    noise = plan.noise_source(stream(seed, "noise", client, round_number)) if plan else None
+    noise = plan.noise_source(random_stream(seed, "noise", client, round_number)) if plan else None
     own = narrow(member.state, member.rank) if member.rank is not None else member.state
     drops = stream_seed(seed, "dropout", client, round_number)
     return _Worker(member, own, indices, steps, draws, fixed, noise, drops)

@@ -30,7 +30,7 @@ from fedlab.models.loaded import LoadedModel
 from fedlab.privacy.clipping import clipped_sum
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
-from fedlab.seeds import stream, stream_seed
+from fedlab.seeds import random_stream, stream_seed
 from fedlab.train.dp import PerExampleGradients
 from fedlab.train.dropout import DropoutLayers, Masks, row_keys
 from fedlab.train.opacus import OpacusGradients
@@ -97,17 +97,17 @@ def train_client(
     own = narrow(state, rank) if rank is not None else state
     model.load(widen(own, state))
     indices = data.train(client)
-    seed = config.draws
+    seed = config.sampling_seed
     steps = plan.steps if plan else local_steps(config.train, len(indices))
     factor = learning_rate_factor(config.train, round_number, config.run.rounds) * rate_factor(config, client)
     optimizer = _optimizer(model, names, config, factor)
-    draws = stream(seed, "batches", client, round_number)
+    draws = random_stream(seed, "batches", client, round_number)
     batches = (
         (plan.batch(draws) for _ in range(steps))
         if plan
         else iter(fixed_batches(len(indices), config.train.batch_size, steps, draws))
     )
-    noise = plan.noise_source(stream(seed, "noise", client, round_number)) if plan else None
+    noise = plan.noise_source(random_stream(seed, "noise", client, round_number)) if plan else None
     ones = {name: torch.ones_like(own[name], device=model.device) for name in names} if rank is not None else {}
     inside = widen(ones, state)
     start = {name: model.parameters[name].detach().clone() for name in names} if config.train.prox else {}

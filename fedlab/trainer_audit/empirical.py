@@ -27,7 +27,7 @@ from fedlab.errors import FedlabError
 from fedlab.lora.state import part_of
 from fedlab.privacy.accounting import epsilon
 from fedlab.privacy.audit.bounds import Bound, lower_bounds
-from fedlab.seeds import stream
+from fedlab.seeds import random_stream
 from fedlab.session import Session, open_session, torch_threads
 from fedlab.trainer_audit.mechanism import Findings, conformance
 from fedlab.trainer_audit.observation import (
@@ -177,7 +177,7 @@ def canary_bounds(
             )
     else:
         plan = who.plan(count, count, 1, sigma=SIGMA, delta=DELTA)
-    rng = stream(seed, "audit")
+    rng = random_stream(seed, "audit")
     tensor, element = places(who, canaries, rng)
     included = rng.random(canaries) < 0.5
     records = Records(int(real[0]), real, tensor, element, np.where(included, SIZE * own.clip, 0.0))

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fedlab.errors import FedlabError
 from fedlab.privacy.audit import laws
-from fedlab.seeds import stream
+from fedlab.seeds import random_stream
 from fedlab.session import Session
 from fedlab.trainer_audit.observation import (
     DEFAULT_PARTS,
@@ -244,7 +244,7 @@ def _one_step(who: Subject, findings: list[str]) -> None:
     """One step at q = 1 over real records and Dirac records, whose clipped sum is known without the trainer."""
     real = who.session.data.train(who.client)[:6]
     clip = who.plan(1, 1, 1).clip
-    rng = stream(0, "conformance")
+    rng = random_stream(0, "conformance")
     tensor = np.arange(4 * len(who.names)) % len(who.names)
     element = (rng.random(len(tensor)) * who.sizes[tensor]).astype(np.int64)
     records = Records(int(real[0]), real, tensor, element, np.full(len(tensor), 10 * clip))

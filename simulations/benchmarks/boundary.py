@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from fedlab.config.sections import LoraSection
-from fedlab.continual.observed import input_groups, observe
+from fedlab.continual.input_grams import input_groups
 from fedlab.continual.subspace import complement, extend, leading_triplets
 from fedlab.data import FederatedData
 from fedlab.data.collate import Tokens
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         rows[f"osft, preserve = {preserve:g}: triplets and complements"] = cost(lambda p=preserve: osft(p))  # type: ignore[misc]
         show(rows)
     name = f"Gram matrices of {len(data.train('client-0'))} texts of {args.length} tokens, forward passes included"
-    rows[name] = cost(lambda: grams.update(observe(model, data, data.train("client-0"), groups, 1.0, 16)))
+    rows[name] = cost(lambda: grams.update(input_grams(model, data, data.train("client-0"), groups, 1.0, 16)))
     show(rows)
     rows[f"protected basis (energy {args.energy:g}) and complement"] = cost(lambda: grow(grams))
     show(rows)

@@ -5,10 +5,9 @@ the accuracy curve.
     hour on two cores python simulations/benchmarks/curves.py --seeds 1 --rounds 2
 
 The ways: one client at a time (``run.cohort=1``); as it comes; with what lies below the lowest adapter computed once
-per text (``run.cache_prefix``); with a bfloat16 base where the processor multiplies it; and with both. They take turns,
-seed by seed, on the same clients, batches and noise, so that curves differ by rounding alone. A round's seconds leave
-out evaluation, and the first round, which loads models (and fills the cache).
-"""
+per text (``run.cache_hidden_states``); with a bfloat16 base where the processor multiplies it; and with both. They
+take turns, seed by seed, on the same clients, batches and noise, so that curves differ by rounding alone. A round's
+seconds leave out evaluation, and the first round, which loads models (and fills the cache)."""
 
 from __future__ import annotations
 
@@ -27,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 WAYS = {
     "sequential": ["run.cohort=1"],
     "cohort": [],
-    "prefix cached": ["run.cache_prefix=true"],
+    "prefix cached": ["run.cache_hidden_states=true"],
     "bfloat16": ["run.dtype=bfloat16"],
-    "bfloat16, prefix cached": ["run.dtype=bfloat16", "run.cache_prefix=true"],
+    "bfloat16, prefix cached": ["run.dtype=bfloat16", "run.cache_hidden_states=true"],
 }
 Way = dict[str, Any]
 

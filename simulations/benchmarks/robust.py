@@ -42,7 +42,7 @@ from fedlab.lora.state import State, check_update, digest, select
 from fedlab.models.adapters import initial_state
 from fedlab.models.encoder import SentenceClassifier
 from fedlab.models.loaded import LoadedModel
-from fedlab.seeds import client_order, stream, stream_seed
+from fedlab.seeds import client_order, random_stream, stream_seed
 from fedlab.session import Session, open_session, torch_threads
 from fedlab.train.trainer import train_client
 
@@ -155,7 +155,7 @@ def open_setting(config: RunConfig, hostile: int) -> Setting:
     data = session.data
     labels = flip_labels(torch.from_numpy(data.tokens.labels.copy()), len(data.label_names)).numpy()
     start = initial_state(session.model, config.lora, config.run.seed)
-    drawn = stream(config.run.seed, "hostile").choice(data.clients, hostile, replace=False)
+    drawn = random_stream(config.run.seed, "hostile").choice(data.clients, hostile, replace=False)
     chosen = sorted(map(str, drawn), key=client_order)
     return Setting(
         session,

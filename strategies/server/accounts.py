@@ -21,8 +21,8 @@ from fedlab.privacy.client_level import ClientPlan, make_client_plan
 from fedlab.privacy.ledger.guard import Guard, budget_terms, scope_of
 from fedlab.privacy.ledger.keys import keyed_hash
 from fedlab.privacy.ledger.ledger import SERVER, Entry, Ledger, charged, events
-from fedlab.privacy.ledger.mirror import Book
-from fedlab.privacy.ledger.spending import Spent, exact, summary
+from fedlab.privacy.ledger.mirror import LedgerMirror
+from fedlab.privacy.ledger.spending import PrivacySpent, exact, summary
 from fedlab.run.directory import RunDirectory
 from strategies.base import TrainOutcome
 from strategies.server.federation import Federation
@@ -36,30 +36,30 @@ class Accounts:
     def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
         self.config, self._directory = config, directory
         self.ledgers = ledger_directory(config, directory.path)
-        self._book: Book | None = None
+        self._mirror: LedgerMirror | None = None
         self._guard: Guard | None = None
         if config.private:
             self.ledgers.mkdir(parents=True, exist_ok=True)
-            self._book = Book(directory.path, directory.run_id, self.ledgers)
+            self._mirror = LedgerMirror(directory.path, directory.run_id, self.ledgers)
         self.plan: ClientPlan | None = make_client_plan(config) if config.privacy.unit == "client" else None
-        self.spent = Spent({})
+        self.spent = PrivacySpent({})
 
     @property
-    def book(self) -> Book | None:
+    def mirror(self) -> LedgerMirror | None:
         """What is known of the clients' ledgers; None if they keep none."""
-        return self._book if self.config.privacy.unit == "example" else None
+        return self._mirror if self.config.privacy.unit == "example" else None
 
     def begin(self, federation: Federation, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Sign the server's own plan if it has one. Raises PrivacyError if too few clients can afford a round."""
         self._federation = federation
-        if self._book is None:
+        if self._mirror is None:
             return
         if self.plan is None:
-            self.spent = Spent(
+            self.spent = PrivacySpent(
                 {client: info.delta for client, info in federation.clients.items() if info.event is not None}
             )
             for client in federation.clients:
-                self.spent.record(client, self._book.events(client))
+                self.spent.record(client, self._mirror.events(client))
             if len(federation.eligible) < self.config.run.min_clients and federation.refused:
                 client, reason = next(iter(federation.refused.items()))
                 raise PrivacyError(
@@ -67,8 +67,8 @@ class Accounts:
                     f" {reason}"
                 )
             return
-        self._book.start("client")
-        key, budget = self._book.key, self.config.privacy.budget
+        self._mirror.start("client")
+        key, budget = self._mirror.key, self.config.privacy.budget
         ledger = Ledger(
             self.ledgers / f"{SERVER}.jsonl", SERVER, keyed_hash(key, "dataset", identity(self.config.data)), key
         )
@@ -81,7 +81,7 @@ class Accounts:
         }
         if refusal := self._guard.plan(self._terms, {}):
             raise refusal
-        self.spent = Spent(dict.fromkeys(federation.clients, self.plan.delta))
+        self.spent = PrivacySpent(dict.fromkeys(federation.clients, self.plan.delta))
         self._record_population()
 
     def exhausted(self, round_number: int) -> bool:
@@ -95,7 +95,7 @@ class Accounts:
         Whoever is asked counts as charged until its ledger is seen.
         """
         if self._guard is None:
-            for client in drawn if self._book else []:
+            for client in drawn if self._mirror else []:
                 event = self._federation.clients[client].event
                 assert event is not None
                 self.spent.assume(client, event)
@@ -111,46 +111,46 @@ class Accounts:
         """After the replies: ledgers that came back are the truth, silent clients stay charged, and so do updates
         without their charge.
         """
-        if self.book is not None:
+        if self.mirror is not None:
             for client in drawn:
                 if client not in outcome.silent:
-                    self.spent.record(client, self.book.events(client))
+                    self.spent.record(client, self.mirror.events(client))
                 event = self._federation.clients[client].event
                 if client in outcome.unproven and event is not None:
                     self.spent.assume(client, event, for_good=True)
 
     def close_round(self, round_number: int, received: str, state: str, outcome: TrainOutcome) -> dict[str, Entry]:
         """Receipts for the updates of a round, on the disk when this returns; empty if clients keep no ledgers."""
-        if self._book is None:
+        if self._mirror is None:
             return {}
         commits = {client: outcome.commits[client] for client in outcome.updates if client in outcome.commits}
-        return self._book.close_round(round_number, received, state, commits)
+        return self._mirror.close_round(round_number, received, state, commits)
 
     def rounds_charged_after(self, client: str, round_number: int) -> int:
         """Charges of this run for later rounds: rounds that were cut off, and under secure noise released something
         new.
         """
-        entries = self._book.entries(client) if self._book else []
+        entries = self._mirror.entries(client) if self._mirror else []
         return sum(1 for e in charged(entries, self._directory.run_id) if e["round"] > round_number)
 
     def unseen(self) -> list[str]:
         """Clients whose ledger is behind what they were asked to do."""
-        return self.spent.unseen() if self.book is not None else []
+        return self.spent.unseen() if self.mirror is not None else []
 
     def expect(self, clients: list[str], event: Event) -> None:
         """These clients are asked for a release beside the rounds: it counts as spent until their ledger is seen."""
-        for client in clients if self.book is not None else []:
+        for client in clients if self.mirror is not None else []:
             self.spent.assume(client, event)
 
     def see(self, clients: list[str]) -> None:
         """These clients' ledgers are complete now: nothing needs to be assumed of them."""
         for client in clients:
-            if self.book is not None:
-                self.spent.record(client, self.book.events(client))
+            if self.mirror is not None:
+                self.spent.record(client, self.mirror.events(client))
 
     def finish(self, state: str, status: str) -> None:
         """Seal a run that ended by itself."""
-        if self._book is None:
+        if self._mirror is None:
             return
         adapter = self._directory.path / "adapter"
         files = {
@@ -158,7 +158,7 @@ class Accounts:
             for f in sorted(adapter.iterdir())
             if f.is_file()
         }
-        self._book.final(files, state, status, {SERVER: self._guard.ledger.entries[-1]} if self._guard else {})
+        self._mirror.final(files, state, status, {SERVER: self._guard.ledger.entries[-1]} if self._guard else {})
         if self.config.privacy.ledger is not None and self._guard:  # a copy for the run directory: the original goes on
             shutil.copy(self._guard.ledger.path, self._directory.path / "ledger" / f"{SERVER}.jsonl")
 
@@ -167,7 +167,7 @@ class Accounts:
 
         Last of all: a run cut off before can still be resumed.
         """
-        if self._book is not None and self.config.privacy.ledger is None:
+        if self._mirror is not None and self.config.privacy.ledger is None:
             shutil.rmtree(self._directory.path / "ledger" / "keys", ignore_errors=True)
 
     def result(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class Accounts:
         )
 
     def _entries(self, client: str) -> list[Entry]:
-        return self._guard.ledger.entries if self._guard else self._book.entries(client) if self._book else []
+        return self._guard.ledger.entries if self._guard else self._mirror.entries(client) if self._mirror else []
 
     def _record_population(self) -> None:
         assert self._guard is not None

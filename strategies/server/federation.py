@@ -20,9 +20,9 @@ from fedlab.config import RunConfig
 from fedlab.config.clients import initial_ranks
 from fedlab.errors import PrivacyError, RunFailed
 from fedlab.privacy.accounting import Event
-from fedlab.privacy.ledger.mirror import Book
+from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.noise import SecureStream
-from fedlab.seeds import client_order, stream
+from fedlab.seeds import client_order, random_stream
 from strategies.server.exchange import exchange
 
 
@@ -72,14 +72,14 @@ class Federation:
     hosts: dict[str, int]  # client → the one node that hosts it; empty in a simulation
     nodes: list[int]
     order: RunOrder = field(default_factory=lambda: RunOrder("", "", []))
-    book: Book | None = None  # what is known of the clients' ledgers; None if they keep none
+    mirror: LedgerMirror | None = None  # what is known of the clients' ledgers; None if they keep none
     refused: dict[str, str] = field(default_factory=dict)  # client → why it takes part no more
     participations: Counter[str] = field(default_factory=Counter)
     ranks: dict[str, int] = field(
         default_factory=dict
     )  # client → rank of its adapter; lora.rank unless clients.rank or pruning says less
 
-    room: int = 0  # clients of a pass that fit into memory; 0: as many as the configuration says
+    max_clients_per_pass: int = 0  # clients of a pass that fit into memory; 0: as many as the configuration says
 
     def __post_init__(self) -> None:
         self.ranks = initial_ranks(self.config) | self.ranks
@@ -90,7 +90,7 @@ class Federation:
         grid: Grid,
         config: RunConfig,
         order: RunOrder,
-        book: Book | None,
+        mirror: LedgerMirror | None,
         meanwhile: Callable[[], object] = lambda: None,
         basis: ArrayRecord | None = None,
     ) -> Federation:
@@ -110,7 +110,7 @@ class Federation:
             )
             for i, node in enumerate(nodes)
         ]
-        found = cls(config, {}, {}, nodes, order, book)
+        found = cls(config, {}, {}, nodes, order, mirror)
         answered = 0
         for reply in exchange(grid, messages, config.run.timeout, meanwhile=meanwhile):
             if reply.has_error():
@@ -126,8 +126,8 @@ class Federation:
                 f"{len(nodes) - answered} of {len(nodes)} nodes did not answer in {config.run.timeout:.0f} s"
             )
         found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
-        if book is not None:
-            book.start(config.privacy.unit)
+        if mirror is not None:
+            mirror.start(config.privacy.unit)
         return found
 
     def _admit(self, client: str, row: dict[str, Any]) -> None:
@@ -137,9 +137,9 @@ class Federation:
         event = Event(row["sampler"], row["q"], row["sigma"], row["steps"]) if row["sampler"] != "none" else None
         self.clients[client] = ClientInfo(row["examples"], event, row["delta"])
         problem = row["refusals"]
-        if self.book is not None and row["keys"]:
+        if self.mirror is not None and row["keys"]:
             try:
-                self.book.enrol(client, row["keys"], row["lines"])
+                self.mirror.enrol(client, row["keys"], row["lines"])
             except PrivacyError as error:
                 problem = str(error)
         if problem:
@@ -159,7 +159,7 @@ class Federation:
         secure. May return fewer than
         ``clients_per_round``, also none.
         """
-        eligible, rng = self.eligible, stream(self.config.draws, "clients", round_number)
+        eligible, rng = self.eligible, random_stream(self.config.sampling_seed, "clients", round_number)
         if self.config.run.sampling == "poisson":
             coins = SecureStream() if self.config.privacy.noise == "secure" else rng
             drawn = [
@@ -182,7 +182,7 @@ class Federation:
         that hosts one client shares its pass with nobody.
         """
         ordered = sorted(clients, key=lambda c: (-self._work(c), client_order(c)))
-        size = 1 if self.hosts else min(self.config.cohort_size, self.room or self.config.cohort_size)
+        size = 1 if self.hosts else min(self.config.cohort_size, self.max_clients_per_pass or self.config.cohort_size)
         count = -(-len(ordered) // size)
         if self.config.run.cohort is None and not self.hosts:
             count = min(len(ordered), _even(count))

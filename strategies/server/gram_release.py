@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedlab.continual.observed import input_groups
+from fedlab.continual.input_grams import input_groups
 from fedlab.continual.sketch import from_fixed, side
 from fedlab.errors import FedlabError, RunFailed
 from fedlab.lora.state import nbytes, write_state
@@ -58,7 +58,7 @@ def _collect(rounds: Rounds, traffic: dict[str, int]) -> dict[str, Tensor]:
     rounds.progress.note("learning which inputs the task used")
     clients = [client for client in rounds.federation.clients if client not in rounds.federation.refused]
     hidden = not rounds.config.private and not settings.clear
-    least = settings.cohort if hidden else 1
+    least = settings.min_clients if hidden else 1
     for attempt in range(ATTEMPTS if hidden else 1):
         keys = _keys(rounds, clients) if hidden else {}
         if hidden and attempt == 0:  # who has no key was in no sum yet and may stay out
@@ -117,7 +117,7 @@ def _ask(
     peers = {"peers": list(keys), "public": list(keys.values()), "attempt": attempt, "wire_dtype": "float32"}
     messages = []
     for node, cohort in cohorts.items():
-        known = [federation.book.known(client) if federation.book else 0 for client in cohort]
+        known = [federation.mirror.known(client) if federation.mirror else 0 for client in cohort]
         order = federation.order.record(config, cohort, known=known, **peers)
         messages.append(Message(RecordDict({"state": state, "round": order}), node, f"{MessageType.QUERY}.gram"))
     total: dict[str, np.ndarray] = {}
@@ -142,8 +142,8 @@ def _lines(rounds: Rounds, cohort: list[str], content: RecordDict) -> list[str]:
     """Enter the ledgers' new lines; returns the clients whose matrices are in the node's sum."""
     charges, failures = content.config_records["charges"], content.config_records["failures"]
     for client, text in zip(cast(list[str], charges["ids"]), cast(list[str], charges["lines"]), strict=True):
-        if client in cohort and rounds.federation.book is not None:
-            rounds.federation.book.accept(client, text)
+        if client in cohort and rounds.federation.mirror is not None:
+            rounds.federation.mirror.accept(client, text)
             rounds.accounts.see([client])
     for client, reason in zip(cast(list[str], failures["ids"]), cast(list[str], failures["reasons"]), strict=True):
         logger.warning("%s gave no Gram matrices: %s", client, reason)

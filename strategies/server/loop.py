@@ -26,7 +26,7 @@ from fedlab.models.adapters import save_adapter
 from fedlab.privacy.ledger.ledger import Entry
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
-from fedlab.run.events import Events
+from fedlab.run.metrics import MetricsLog
 from fedlab.run.personal import load_personal
 from fedlab.run.progress import Progress, RoundLine
 from fedlab.seeds import client_order
@@ -48,7 +48,7 @@ class Rounds:
     """State of one run on the server: adapter, strategy, what was spent, totals."""
 
     def __init__(
-        self, grid: Grid, config: RunConfig, directory: RunDirectory, events: Events, progress: Progress
+        self, grid: Grid, config: RunConfig, directory: RunDirectory, events: MetricsLog, progress: Progress
     ) -> None:
         self.grid, self.config = grid, config
         self.directory, self.events, self.progress = directory, events, progress
@@ -84,10 +84,10 @@ class Rounds:
 
         Nodes load their model while the server loads its own.
         """
-        config, book = self.config, self.accounts.book
+        config, mirror = self.config, self.accounts.mirror
         if not strategy.static:
             federation = Federation.discover(
-                self.grid, config, order, book, meanwhile=lambda: open_session(config.to_toml())
+                self.grid, config, order, mirror, meanwhile=lambda: open_session(config.to_toml())
             )
             self.session = open_session(config.to_toml())
             self.state, self.memory = first_state(config, strategy, self.session)
@@ -97,7 +97,7 @@ class Rounds:
         basis = {name: value for name, value in self.state.items() if part_of(name) in strategy.static}
         self.session = replace(self.session, basis=basis)
         order = replace(order, basis=digest(basis), bases=str(self.directory.path / "bases"))
-        federation = Federation.discover(self.grid, config, order, book, basis=to_record(basis, "float32"))
+        federation = Federation.discover(self.grid, config, order, mirror, basis=to_record(basis, "float32"))
         widest = max(len(value) for name, value in self.state.items() if name.endswith(".lora_A"))
         federation.ranks = dict.fromkeys(federation.ranks, widest)
         self.basis_bytes = len(federation.clients) * nbytes(basis)
@@ -110,9 +110,9 @@ class Rounds:
         """
         if self.federation.hosts or self.config.train.gradients != "fused":
             return
-        asked = self.federation.room or min(self.config.cohort_size, self.config.clients_per_round)
+        asked = self.federation.max_clients_per_pass or min(self.config.cohort_size, self.config.clients_per_round)
         plan = plan_memory(self.session, self.state, self.strategy.trained_names(self.state), asked)
-        self.federation.room = self.federation.room or plan.clients
+        self.federation.max_clients_per_pass = self.federation.max_clients_per_pass or plan.clients
         logger.info("%s", plan)
         self.progress.remark(str(plan))
 
@@ -335,7 +335,7 @@ class Rounds:
             "scores": vars(self.scores) if self.scores else None,
             "client_accuracy": self.client_accuracy,
             "ranks": self.federation.ranks,
-            "room": self.federation.room,
+            "max_clients_per_pass": self.federation.max_clients_per_pass,
         }
         save_checkpoint(self.directory, self.done, self.state, self.strategy.memory, extra)
 
@@ -343,7 +343,7 @@ class Rounds:
         if (found := load_checkpoint(self.directory)) is not None:
             self.done, self.state, memory, extra = found
             self.strategy.remember(memory)
-            self.federation.ranks, self.federation.room = extra["ranks"], extra["room"]
+            self.federation.ranks, self.federation.max_clients_per_pass = extra["ranks"], extra["max_clients_per_pass"]
             self.adapter_moved = True
             self.federation.participations.update(extra["participations"])
             self.totals = extra["totals"]

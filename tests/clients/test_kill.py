@@ -17,7 +17,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
-from clients.account import Custody, code_versions
+from clients.account import ClientAccount, code_versions
 from clients.train import train_message
 from fedlab.config import RunConfig
 from fedlab.lora.state import digest
@@ -133,8 +133,8 @@ def test_a_kill_anywhere_never_leaves_less_recorded_than_released(size: int, ses
         content, context = message(session, cohort, folder, 1)
         order = content.config_records["round"]
         for client in cohort:
-            custody = Custody(session, client, order, context)
-            custody.guard.plan(custody.terms, code_versions())
+            account = ClientAccount(session, client, order, context)
+            account.guard.plan(account.terms, code_versions())
         status = in_child(
             lambda folder=folder, released=released, fatal=points: cycle(
                 session, cohort, folder, released, Killer(fatal)
@@ -147,9 +147,9 @@ def test_a_kill_anywhere_never_leaves_less_recorded_than_released(size: int, ses
         for client in cohort:
             plan, sent = session.plan(client), [out for name, out in lines if name == client]
             assert plan is not None
-            custody = Custody(session, client, order, context)
+            account = ClientAccount(session, client, order, context)
             key = load_or_create_key(folder / "keys" / f"{client}.pem")
-            reopened = Ledger(folder / f"{client}.jsonl", client, custody.guard.ledger.dataset, key)
+            reopened = Ledger(folder / f"{client}.jsonl", client, account.guard.ledger.dataset, key)
             with reopened.locked():  # the dead process' lock is gone, and a torn line with it
                 recorded = events(reopened.entries)
             assert len(recorded) >= len(sent), (
@@ -158,7 +158,7 @@ def test_a_kill_anywhere_never_leaves_less_recorded_than_released(size: int, ses
             assert epsilon(recorded, plan.delta) >= epsilon([plan.event()] * len(sent), plan.delta)
             outs = {e["out"] for e in reopened.entries if e["type"] == "COMMIT"}
             assert set(sent) <= outs, "what left was committed first"
-            with custody.guard.charge(custody.terms, 3, "0" * 64) as commit:  # and it goes on from there
+            with account.guard.charge(account.terms, 3, "0" * 64) as commit:  # and it goes on from there
                 commit(2, "f" * 64)
             check_chain(parse_lines(reopened.path.read_text()), client, reopened.public)
     assert points - 1 >= 30 * size - 10, f"only {points - 1} points"

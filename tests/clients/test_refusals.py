@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import clients.train
-from clients.account import Custody, code_versions
+from clients.account import ClientAccount, code_versions
 from clients.train import train_message
 from fedlab.config import RunConfig
 from fedlab.errors import FedlabError
@@ -52,8 +52,8 @@ def ask(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     def run(*overrides: str, budget: float | None = None, **values: object) -> RecordDict:
         signed = RunConfig.parse(tiny_toml)
         context = Context(1, 1, node | ({"budget-epsilon": budget} if budget else {}), RecordDict(), {})
-        custody = Custody(open_session(signed.to_toml()), "client-0", order(signed), context)
-        custody.guard.plan(custody.terms, code_versions())
+        account = ClientAccount(open_session(signed.to_toml()), "client-0", order(signed), context)
+        account.guard.plan(account.terms, code_versions())
         asked = open_session(RunConfig.parse(tiny_toml, overrides).to_toml())
         state = initial_state(asked.model, asked.config.lora, 0)
         names = [name for name in state if not name.endswith("lora_A")]
@@ -74,17 +74,17 @@ def test_whatever_breaks_before_the_charge_says_nothing_of_the_data_and_costs_no
         assert "rank" in reason(reply)
         assert reply.config_records["seen"]["trained"] == []
 
-    def breaks(self: Custody, trained: list[str]) -> None:
+    def breaks(self: ClientAccount, trained: list[str]) -> None:
         raise ValueError("the patient's name")
 
-    monkeypatch.setattr(Custody, "check_scope", breaks)
+    monkeypatch.setattr(ClientAccount, "check_scope", breaks)
     reply = ask()
     assert "patient" not in reason(reply)
 
-    def unmade(*args: object) -> Custody:
+    def unmade(*args: object) -> ClientAccount:
         raise ValueError("the patient's name")
 
-    monkeypatch.setattr(clients.train, "Custody", unmade)
+    monkeypatch.setattr(clients.train, "ClientAccount", unmade)
     assert "patient" not in reason(ask())
     kinds = [entry["type"] for entry in parse_lines((tmp_path / "client-0.jsonl").read_text())]
     assert "CHARGE" not in kinds

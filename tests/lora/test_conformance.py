@@ -138,8 +138,8 @@ def test_the_suite_draws_nothing_from_the_global_generator():
 def test_the_example_of_the_module_is_true():
     import doctest
 
-    assert doctest.testmod(conformance).failed == 0
-    assert doctest.testmod(conformance).attempted >= 4
+    assert doctest.testmod(conformance.suite).failed == 0
+    assert doctest.testmod(conformance.suite).attempted >= 4
 
 
 def test_the_example_of_the_docs_is_true(capsys: pytest.CaptureFixture[str]):

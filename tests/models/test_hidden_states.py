@@ -55,8 +55,8 @@ def outcomes(session: Session) -> tuple[list[dict[str, torch.Tensor]], float]:
 def test_equal_to_the_whole_model(model: str, tiny_toml: str, tiny_bert: Path, request: pytest.FixtureRequest):
     toml = tiny_toml.replace(str(tiny_bert), str(request.getfixturevalue(model)))
     wanted, loss = outcomes(session_of(toml))
-    session = session_of(toml, "run.cache_prefix=true")
-    assert session.data.prefix is not None
+    session = session_of(toml, "run.cache_hidden_states=true")
+    assert session.data.hidden_states is not None
     found, cached_loss = outcomes(session)
     assert cached_loss == pytest.approx(loss, rel=1e-5)
     for mine, whole in zip(found, wanted, strict=True):
@@ -65,7 +65,7 @@ def test_equal_to_the_whole_model(model: str, tiny_toml: str, tiny_bert: Path, r
 
 
 def test_the_lower_blocks_are_not_computed(tiny_toml: str):
-    session = session_of(tiny_toml, "run.cache_prefix=true")
+    session = session_of(tiny_toml, "run.cache_hidden_states=true")
     lowest: Any = session.model.lower[0][0]
     lowest.attention.forward = lambda *args, **kwargs: pytest.fail("the lowest block was computed")
     try:
@@ -75,7 +75,7 @@ def test_the_lower_blocks_are_not_computed(tiny_toml: str):
 
 
 def test_bfloat16_states_are_kept_as_their_bits(tiny_toml: str):
-    session = session_of(tiny_toml, "run.cache_prefix=true", "run.dtype='bfloat16'")
+    session = session_of(tiny_toml, "run.cache_hidden_states=true", "run.dtype='bfloat16'")
     batch = session.data.batch(session.data.test[:3], 0)
     assert batch["hidden"].dtype == torch.bfloat16
     with torch.no_grad():
@@ -88,14 +88,14 @@ def test_a_second_session_reads_what_is_there_and_a_damaged_part_is_made_again(
     tiny_toml: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(prefix, "PART", 100)
-    session = session_of(tiny_toml, "run.cache_prefix=true")
+    session = session_of(tiny_toml, "run.cache_hidden_states=true")
     whole = session.data.batch(session.data.test, 0)["hidden"].clone()
     parts = sorted((own_cache / "prefix").glob("*/*.npy"))
     assert len(parts) == 4
     parts[1].write_bytes(parts[1].read_bytes()[:-50])
     times = [path.stat().st_mtime_ns for path in parts]
     open_session.cache_clear()
-    again = session_of(tiny_toml, "run.cache_prefix=true")
+    again = session_of(tiny_toml, "run.cache_hidden_states=true")
     assert torch.equal(again.data.batch(again.data.test, 0)["hidden"], whole)
     assert [path.stat().st_mtime_ns != t for path, t in zip(parts, times, strict=True)] == [False, True, False, False]
 
@@ -104,7 +104,7 @@ def test_a_part_that_another_process_works_at_is_waited_for(
     tiny_toml: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Another holder of the lock stores the part; it is then read, not computed."""
-    session = session_of(tiny_toml, "run.cache_prefix=true")
+    session = session_of(tiny_toml, "run.cache_hidden_states=true")
     (path,) = (own_cache / "prefix").glob("*/*.npy")
     rows = np.load(path)
     path.unlink()
@@ -121,34 +121,34 @@ def test_a_part_that_another_process_works_at_is_waited_for(
     locked.wait(20)
     monkeypatch.setattr(prefix, "_compute", lambda *a: pytest.fail("computed twice"))
     threading.Timer(0.3, release.set).start()
-    data = prefix.cache_prefix(session.model, session.data)
+    data = prefix.cache_hidden_states(session.model, session.data)
     thread.join()
-    assert np.array_equal(data.prefix.parts[0], rows)
+    assert np.array_equal(data.hidden_states.parts[0], rows)
 
 
 def test_other_weights_and_other_texts_have_other_entries(tiny_toml: str, own_cache: Path):
-    session = session_of(tiny_toml, "run.cache_prefix=true")
-    session_of(tiny_toml, "run.cache_prefix=true", "train.lr=0.1", "lora.rank=2")
+    session = session_of(tiny_toml, "run.cache_hidden_states=true")
+    session_of(tiny_toml, "run.cache_hidden_states=true", "train.lr=0.1", "lora.rank=2")
     assert len(list((own_cache / "prefix").iterdir())) == 1
-    session_of(tiny_toml, "run.cache_prefix=true", "data.max_length=8")
+    session_of(tiny_toml, "run.cache_hidden_states=true", "data.max_length=8")
     assert len(list((own_cache / "prefix").iterdir())) == 2
     session = session_of(tiny_toml)
     with torch.no_grad():
         session.model.module.get_submodule("base_model.model.bert.embeddings.LayerNorm").weight.mul_(1.5)  # type: ignore[operator]
-    prefix.cache_prefix(session.model, session.data)
+    prefix.cache_hidden_states(session.model, session.data)
     assert len(list((own_cache / "prefix").iterdir())) == 3
 
 
 def test_nothing_to_cache_is_an_error(tiny_toml: str):
     with pytest.raises(ConfigError, match=r"lowest block has an adapter.*layers_to_transform"):
-        session_of(tiny_toml, "run.cache_prefix=true", "lora.layers_to_transform=[0, 1]")
+        session_of(tiny_toml, "run.cache_hidden_states=true", "lora.layers_to_transform=[0, 1]")
 
 
 def test_a_full_disk_is_told_before_anything_is_computed(tiny_toml: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prefix.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     monkeypatch.setattr(prefix, "_compute", lambda *a: pytest.fail("computed"))
-    with pytest.raises(ConfigError, match=r"run.cache_prefix needs .* GB free"):
-        session_of(tiny_toml, "run.cache_prefix=true")
+    with pytest.raises(ConfigError, match=r"run.cache_hidden_states needs .* GB free"):
+        session_of(tiny_toml, "run.cache_hidden_states=true")
 
 
 def test_a_model_whose_blocks_pass_on_more_is_refused(tiny_toml: str):
@@ -163,7 +163,7 @@ def test_a_model_whose_blocks_pass_on_more_is_refused(tiny_toml: str):
     )
     try:
         with pytest.raises(ConfigError, match=r"pass on more than hidden states|changes what"):
-            prefix.cache_prefix(session.model, session.data)
+            prefix.cache_hidden_states(session.model, session.data)
     finally:
         handle.remove()
         lower.attention._forward_hooks.clear()
@@ -175,8 +175,8 @@ def test_a_run_with_the_prefix_gives_the_same_accuracy_on_any_number_of_nodes(ti
 
     plain, one, two = (
         run("plain"),
-        run("one", "run.cache_prefix=true"),
-        run("two", "run.cache_prefix=true", "run.nodes=2"),
+        run("one", "run.cache_hidden_states=true"),
+        run("two", "run.cache_hidden_states=true", "run.nodes=2"),
     )
     assert one["adapter_digest"] == two["adapter_digest"]
     assert one["loss"] == pytest.approx(plain["loss"], rel=1e-4)

@@ -12,11 +12,11 @@ import torch
 from scipy import stats
 
 from fedlab.privacy.noise import SecureNoise, SecureStream, SeededNoise, box_muller
-from fedlab.seeds import stream
+from fedlab.seeds import random_stream
 
 
 def sources():
-    return [SeededNoise(stream(0, "noise", "client-0", 1)), SecureNoise()]
+    return [SeededNoise(random_stream(0, "noise", "client-0", 1)), SecureNoise()]
 
 
 @pytest.mark.parametrize("source", sources(), ids=lambda s: s.name)
@@ -44,7 +44,8 @@ def test_quantiles_of_the_transform_are_exact():
 
 def test_seeded_noise_repeats_and_other_streams_differ():
     a, b, c = (
-        SeededNoise(stream(5, "noise", client, 2)).draw((8,), 1.0) for client in ("client-1", "client-1", "client-2")
+        SeededNoise(random_stream(5, "noise", client, 2)).draw((8,), 1.0)
+        for client in ("client-1", "client-1", "client-2")
     )
     assert torch.equal(a, b)
     assert not torch.equal(a, c)

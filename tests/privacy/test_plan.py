@@ -11,9 +11,9 @@ import torch
 from fedlab.config.sections import PrivacySection, TrainSection
 from fedlab.errors import ConfigError, PrivacyError
 from fedlab.privacy.accounting import Event, epsilon
-from fedlab.privacy.ledger.spending import Spent, summary
+from fedlab.privacy.ledger.spending import PrivacySpent, summary
 from fedlab.privacy.plan import DPPlan, default_delta, make_plan
-from fedlab.seeds import stream
+from fedlab.seeds import random_stream
 
 PLAN = DPPlan(n=200, batch_size=20, steps=5, sigma=1.5, clip=0.5, delta=1e-5, participations=4, noise="seeded")
 TRAIN = TrainSection(lr=1.0, steps=5, batch_size=20)
@@ -28,7 +28,7 @@ def test_event_noise_and_normaliser_belong_together():
     assert PLAN.event(rounds=4).steps == 20
     assert PLAN.normaliser == 20.0
     zeros = {"b": torch.zeros(300, 200), "a": torch.zeros(100)}
-    noised = PLAN.privatise(zeros, PLAN.noise_source(stream(0, "noise")))
+    noised = PLAN.privatise(zeros, PLAN.noise_source(random_stream(0, "noise")))
     for value in noised.values():
         assert float(value.std()) == pytest.approx(1.5 * 0.5 / 20, rel=0.25 if value.ndim == 1 else 0.02)
     assert noised["a"].dtype == torch.float64
@@ -36,32 +36,32 @@ def test_event_noise_and_normaliser_belong_together():
 
 def test_an_empty_batch_is_noise_and_nothing_else():
     total = {"b": torch.zeros(4, 2, dtype=torch.float64)}
-    found = PLAN.privatise(total, PLAN.noise_source(stream(3, "noise")))
-    drawn = PLAN.noise_source(stream(3, "noise")).draw((4, 2), 1.5 * 0.5) / 20
+    found = PLAN.privatise(total, PLAN.noise_source(random_stream(3, "noise")))
+    drawn = PLAN.noise_source(random_stream(3, "noise")).draw((4, 2), 1.5 * 0.5) / 20
     assert torch.equal(found["b"], drawn)
 
 
 def test_the_signal_is_divided_by_the_expected_batch_size():
     quiet = DPPlan(n=200, batch_size=20, steps=1, sigma=1e-12, clip=1.0, delta=1e-5, participations=1, noise="seeded")
-    found = quiet.privatise({"b": torch.full((3,), 60.0)}, quiet.noise_source(stream(0, "noise")))
+    found = quiet.privatise({"b": torch.full((3,), 60.0)}, quiet.noise_source(random_stream(0, "noise")))
     assert torch.allclose(found["b"], torch.full((3,), 3.0, dtype=torch.float64))
 
 
 def test_a_batch_larger_than_the_client_is_everybody():
     plan = DPPlan(n=8, batch_size=20, steps=1, sigma=1.0, clip=1.0, delta=1e-3, participations=1, noise="seeded")
     assert (plan.q, plan.normaliser) == (1.0, 8.0)
-    assert len(plan.batch(stream(0, "b"))) == 8
+    assert len(plan.batch(random_stream(0, "b"))) == 8
 
 
 def test_secure_plans_draw_batches_that_no_seed_foretells():
     """The server knows the run's seed; sampling amplifies nothing towards somebody who can redraw the batches."""
     secure = dataclasses.replace(PLAN, n=2000, batch_size=200, noise="secure")
-    first, second = (secure.batch(stream(0, "batches")) for _ in range(2))
+    first, second = (secure.batch(random_stream(0, "batches")) for _ in range(2))
     assert first.tolist() != second.tolist()
     assert abs(len(first) - 200) < 6 * math.sqrt(180)
     seeded = dataclasses.replace(secure, noise="seeded")
-    assert seeded.batch(stream(0, "batches")).tolist() == seeded.batch(stream(0, "batches")).tolist()
-    assert len(dataclasses.replace(secure, batch_size=2000).batch(stream(0, "batches"))) == 2000
+    assert seeded.batch(random_stream(0, "batches")).tolist() == seeded.batch(random_stream(0, "batches")).tolist()
+    assert len(dataclasses.replace(secure, batch_size=2000).batch(random_stream(0, "batches"))) == 2000
 
 
 @pytest.mark.parametrize(("sigma", "clip"), [(1e-200, 1e-200), (math.inf, 1.0), (1.0, math.inf)])
@@ -112,7 +112,7 @@ def test_the_budgets_delta_is_the_plans_unless_one_is_given():
 
 
 def test_spent_composes_actual_rounds_and_the_run_is_the_maximum():
-    spent = Spent({"client-0": 1e-5, "client-1": 1e-5})
+    spent = PrivacySpent({"client-0": 1e-5, "client-1": 1e-5})
     spent.record("client-0", [PLAN.event()] * 3)
     spent.record("client-1", [PLAN.event()])
     found = spent.epsilons()
@@ -120,13 +120,13 @@ def test_spent_composes_actual_rounds_and_the_run_is_the_maximum():
     assert found["client-1"] == epsilon([PLAN.event()], 1e-5)
     assert summary(found)["max"] == found["client-0"]
     assert spent.worst() == pytest.approx(found["client-0"], abs=1e-3)
-    assert Spent({"client-9": 1e-5}).epsilons() == {"client-9": 0.0}
+    assert PrivacySpent({"client-9": 1e-5}).epsilons() == {"client-9": 0.0}
     with pytest.raises(KeyError):
         spent.record("stranger", [PLAN.event()])
 
 
 def test_what_is_assumed_of_a_silent_client_counts_until_its_ledger_is_seen():
-    spent = Spent({"client-0": 1e-5})
+    spent = PrivacySpent({"client-0": 1e-5})
     spent.assume("client-0", PLAN.event())
     assert spent.unseen() == ["client-0"]
     assert spent.epsilons()["client-0"] == epsilon([PLAN.event()], 1e-5)

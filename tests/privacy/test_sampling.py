@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from fedlab.privacy.sampling import fixed_batches, poisson_batch
-from fedlab.seeds import stream
+from fedlab.seeds import random_stream
 
 
 def test_poisson_batches_have_binomial_sizes_and_independent_members():
     n, q, steps = 400, 0.05, 3000
-    rng = stream(1, "t")
+    rng = random_stream(1, "t")
     member = np.zeros((steps, n), dtype=bool)
     for step in range(steps):
         member[step, poisson_batch(n, q, rng)] = True
@@ -23,7 +23,7 @@ def test_poisson_batches_have_binomial_sizes_and_independent_members():
 
 
 def test_poisson_edges():
-    rng = stream(1, "t")
+    rng = random_stream(1, "t")
     assert len(poisson_batch(5, 0.0, rng)) == 0
     assert poisson_batch(5, 1.0, rng).tolist() == [0, 1, 2, 3, 4]
     for n, q in ((0, 0.5), (5, 1.5), (5, float("nan"))):
@@ -32,8 +32,8 @@ def test_poisson_edges():
 
 
 def test_fixed_batches_cover_the_data_before_repeating():
-    batches = fixed_batches(10, 3, 7, stream(1, "t"))
+    batches = fixed_batches(10, 3, 7, random_stream(1, "t"))
     assert len(batches) == 7
     assert all(len(set(b.tolist())) == 3 for b in batches)
     assert len(set(np.concatenate(batches[:3]).tolist())) == 9
-    assert [len(b) for b in fixed_batches(4, 10, 2, stream(1, "t"))] == [4, 4]
+    assert [len(b) for b in fixed_batches(4, 10, 2, random_stream(1, "t"))] == [4, 4]

@@ -13,7 +13,7 @@ import torch
 
 from fedlab.config import RunConfig
 
-SCRIPT = Path(__file__).resolve().parents[1] / "simulations" / "benchmarks" / "robust.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "simulations" / "benchmarks" / "robust.py"
 TINY = [
     *("data.clients=10", "data.test_fraction=0.2", "lora.layers_to_transform=[1]"),
     *("train.steps=10", "train.batch_size=24", "train.physical_batch=24", "train.lr=0.3", "train.head_lr=1.0"),

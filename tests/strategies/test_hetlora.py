@@ -18,7 +18,7 @@ SHAPES = {"wide": (6, 11), "tall": (11, 6)}
 
 
 def make(name: str, *overrides: str):
-    text = f"[run]\nrounds=3\n[lora]\nrank=4\nalpha=8\n[data]\nclients=3\n[train]\nlr=1\nsteps=1\n"
+    text = "[run]\nrounds=3\n[lora]\nrank=4\nalpha=8\n[data]\nclients=3\n[train]\nlr=1\nsteps=1\n"
     text += f'[strategy]\nname="{name}"\n'
     config = RunConfig.parse(text, overrides)
     return STRATEGIES[name](config, Federation(config, {}, {}, []))

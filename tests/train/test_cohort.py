@@ -10,7 +10,7 @@ from fedlab.errors import RunFailed
 from fedlab.lora.state import State
 from fedlab.models.adapters import initial_state
 from fedlab.privacy.plan import DPPlan
-from fedlab.seeds import stream
+from fedlab.seeds import random_stream
 from fedlab.session import Session, open_session
 from fedlab.train.cohort import Member, train_cohort
 from fedlab.train.trainer import Trained, train_client
@@ -158,7 +158,7 @@ def test_an_empty_poisson_batch_is_a_step_of_noise_alone(tiny_toml: str):
     members = [Member(c, state, plan_of(session, c, batch_size=1, steps=6, sigma=2.0)) for c in CLIENTS]
     empty = 0
     for m in members:
-        draws = stream(session.config.run.seed, "batches", m.client, 2)
+        draws = random_stream(session.config.run.seed, "batches", m.client, 2)
         empty += sum(len(m.plan.batch(draws)) == 0 for _ in range(6))
     assert empty, "some batches are empty"
     found = compare(session, members, names_of(state, ("lora_B", "head")))

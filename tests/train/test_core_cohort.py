@@ -15,7 +15,7 @@ from fedlab.lora.svd import orthonormal_rows
 from fedlab.models.adapters import initial_state
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
-from fedlab.seeds import stream
+from fedlab.seeds import random_stream
 from fedlab.session import Session, open_session
 from fedlab.train.cohort import Member, penalty_gradient, train_cohort
 
@@ -50,10 +50,10 @@ def reference(session: Session, state: State, client: str, names: list[str], pla
     model, data, config = session.model, session.data, session.config
     now = {name: value.clone() for name, value in state.items()}
     indices = data.train(client)
-    draws = stream(config.run.seed, "batches", client, 2)
+    draws = random_stream(config.run.seed, "batches", client, 2)
     steps = plan.steps if plan else config.train.steps
     fixed = None if plan else fixed_batches(len(indices), config.train.batch_size, steps, draws)
-    noise = plan.noise_source(stream(config.run.seed, "noise", client, 2)) if plan else None
+    noise = plan.noise_source(random_stream(config.run.seed, "noise", client, 2)) if plan else None
     for step in range(steps):
         batch = indices[plan.batch(draws) if plan else fixed[step]]
         total = {name: torch.zeros(now[name].shape, dtype=torch.float64) for name in names}

@@ -14,7 +14,7 @@ from fedlab.errors import RunFailed
 from fedlab.lora.ranks import narrow
 from fedlab.models.adapters import initial_state
 from fedlab.privacy.plan import DPPlan
-from fedlab.seeds import stream
+from fedlab.seeds import random_stream
 from fedlab.session import Session, open_session
 from fedlab.train.trainer import Trained, learning_rate_factor, local_steps, train_client
 
@@ -103,7 +103,7 @@ def test_dp_sgd_against_a_loop_over_single_examples(tiny_toml: str):
     state = initial_state(model, config.lora, 0)
     names = sorted(found.update)
     model.load(state)
-    draws, noise = stream(3, "batches", "client-0", 1), stream(3, "noise", "client-0", 1)
+    draws, noise = random_stream(3, "batches", "client-0", 1), random_stream(3, "noise", "client-0", 1)
     velocity = {n: torch.zeros_like(state[n], dtype=torch.float64) for n in names}
     for _ in range(3):
         batch = np.flatnonzero(draws.random(plan.n) < plan.q)

@@ -30,7 +30,7 @@ from fedlab.privacy.ledger.ledger import (
 )
 
 
-class Book:
+class LedgerMirror:
     """What the server of one run knows of its clients' ledgers. Nothing in it is believed unsigned."""
 
     def __init__(self, run_path: Path, run: str, ledgers: Path) -> None:

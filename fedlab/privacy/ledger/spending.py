@@ -14,7 +14,7 @@ from functools import lru_cache
 from fedlab.privacy.accounting import COARSE, FINE, Event, epsilon
 
 
-class Spent:
+class PrivacySpent:
     """Events per client, equal ones merged."""
 
     def __init__(self, deltas: Mapping[str, float]) -> None:

@@ -21,7 +21,7 @@ from fedlab.errors import ConfigError
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.audit.run import RunAudit, audit_run, render
 
-spec = importlib.util.spec_from_file_location("ledgers", Path(__file__).parent / "ledgers.py")
+spec = importlib.util.spec_from_file_location("ledgers", Path(__file__).parents[1] / "ledgers.py")
 ledgers: Any = importlib.util.module_from_spec(spec)
 sys.modules["ledgers"] = ledgers
 spec.loader.exec_module(ledgers)

@@ -173,15 +173,15 @@ def test_the_filter_of_one_mechanism_is_pld_of_several_is_rdp():
 
 
 def test_a_receipt_must_be_signed_and_name_a_commit(tmp_path: Path):
-    from fedlab.privacy.ledger.mirror import Book
+    from fedlab.privacy.ledger.mirror import LedgerMirror
 
     guarded, agreed = guard(tmp_path), terms()
     guarded.plan(agreed, {})
     spend(guarded, agreed, 1)
-    book = Book(tmp_path / "run", "r1", tmp_path / "run" / "ledger")
-    book.enrol("c", guarded.ledger.public, guarded.ledger.path.read_text())
+    mirror = LedgerMirror(tmp_path / "run", "r1", tmp_path / "run" / "ledger")
+    mirror.enrol("c", guarded.ledger.public, guarded.ledger.path.read_text())
     commit = guarded.ledger.entries[-1]
-    receipt = book.close_round(1, "0" * 64, "1" * 64, {"c": commit})["c"]
+    receipt = mirror.close_round(1, "0" * 64, "1" * 64, {"c": commit})["c"]
     for key, value in (
         ("head", "0" * 64),
         ("number", 0),

@@ -11,7 +11,7 @@ from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.guard import Guard, plan_terms
 from fedlab.privacy.ledger.keys import load_or_create_key
 from fedlab.privacy.ledger.ledger import Ledger, authentic, lines_after, parse_lines
-from fedlab.privacy.ledger.mirror import Book
+from fedlab.privacy.ledger.mirror import LedgerMirror
 
 EVENT = Event("poisson", 0.05, 0.9, 4)
 TERMS = plan_terms(
@@ -33,8 +33,8 @@ def guard(tmp_path: Path) -> Guard:
     return made
 
 
-def book(tmp_path: Path, guard: Guard, name: str = "run") -> Book:
-    made = Book(tmp_path / name, "r1", tmp_path / "client")
+def mirror(tmp_path: Path, guard: Guard, name: str = "run") -> LedgerMirror:
+    made = LedgerMirror(tmp_path / name, "r1", tmp_path / "client")
     made.enrol("c", guard.ledger.public, guard.ledger.path.read_text())
     made.start("example")
     return made
@@ -46,7 +46,7 @@ def train(guard: Guard, number: int, out: str = OUT) -> None:
 
 
 def test_an_update_is_witnessed_only_as_it_was_charged_and_committed(tmp_path: Path, guard: Guard):
-    kept = book(tmp_path, guard)
+    kept = mirror(tmp_path, guard)
     with pytest.raises(PrivacyError, match="shows no charge for round 1"):
         kept.witness("c", 1, EVENT, STATE, OUT)
     train(guard, 1)
@@ -63,7 +63,7 @@ def test_an_update_is_witnessed_only_as_it_was_charged_and_committed(tmp_path: P
 
 
 def test_lines_that_do_not_continue_the_known_ones_are_refused(tmp_path: Path, guard: Guard):
-    kept = book(tmp_path, guard)
+    kept = mirror(tmp_path, guard)
     train(guard, 1)
     with pytest.raises(PrivacyError, match="does not follow"):
         kept.accept("c", lines_after(guard.ledger.entries, 2))
@@ -76,39 +76,39 @@ def test_lines_that_do_not_continue_the_known_ones_are_refused(tmp_path: Path, g
 
 
 def test_a_server_that_starts_again_remembers_what_it_receipted(tmp_path: Path, guard: Guard):
-    kept = book(tmp_path, guard)
+    kept = mirror(tmp_path, guard)
     older = guard.ledger.path.read_text()
     train(guard, 1)
     kept.accept("c", lines_after(guard.ledger.entries, 1))
     receipt = kept.close_round(1, STATE, "8" * 64, {"c": kept.witness("c", 1, EVENT, STATE, OUT)})["c"]
     assert authentic(receipt, receipt["key"])
     guard.release(receipt)
-    again = Book(tmp_path / "run", "r1", tmp_path / "client")
+    again = LedgerMirror(tmp_path / "run", "r1", tmp_path / "client")
     with pytest.raises(PrivacyError, match="its end was cut off, or an older copy was put back"):
         again.enrol("c", guard.ledger.public, older)
     again.enrol("c", guard.ledger.public, guard.ledger.path.read_text())
 
 
 def test_another_run_that_shares_the_ledgers_remembers_too(tmp_path: Path, guard: Guard):
-    kept = book(tmp_path, guard)
+    kept = mirror(tmp_path, guard)
     older = guard.ledger.path.read_text()
     train(guard, 1)
     kept.accept("c", lines_after(guard.ledger.entries, 1))
     kept.close_round(1, STATE, "8" * 64, {"c": kept.witness("c", 1, EVENT, STATE, OUT)})
-    later = Book(tmp_path / "later", "r2", tmp_path / "client")
+    later = LedgerMirror(tmp_path / "later", "r2", tmp_path / "client")
     with pytest.raises(PrivacyError, match="an older copy was put back"):
         later.enrol("c", guard.ledger.public, older)
 
 
 def test_the_copy_in_the_run_directory_is_the_ledger_to_the_byte(tmp_path: Path, guard: Guard):
-    kept = book(tmp_path, guard)
+    kept = mirror(tmp_path, guard)
     train(guard, 1)
     kept.accept("c", lines_after(guard.ledger.entries, 1))
     assert (tmp_path / "run" / "ledger" / "c.jsonl").read_bytes() == guard.ledger.path.read_bytes()
 
 
 def test_the_seal_names_every_head_and_file(tmp_path: Path, guard: Guard):
-    kept = book(tmp_path, guard)
+    kept = mirror(tmp_path, guard)
     kept.final({"adapter/x": "9" * 64}, STATE, "completed", {})
     final = parse_lines((tmp_path / "run" / "receipts.jsonl").read_text())[-1]
     assert final["heads"] == {"c": [0, guard.ledger.entries[-1]["hash"]]}

@@ -17,7 +17,7 @@ from fedlab.run.directory import RunDirectory, jsonable
 logger = logging.getLogger("fedlab")
 
 
-class Events:
+class MetricsLog:
     """Append-only event log of one run.
 
     Warnings of the ``fedlab`` logger land in it too, and everything in ``log.txt``.
@@ -63,7 +63,7 @@ class Events:
 
 
 class _ToEvents(logging.Handler):
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: MetricsLog) -> None:
         super().__init__()
         self._events = events
 

@@ -51,7 +51,7 @@ def input_groups(model: LoadedModel) -> dict[str, str]:
     return {name: first.setdefault(id(seen[name]), name) for name in sorted(seen)}
 
 
-def observe(
+def input_grams(
     model: LoadedModel, data: FederatedData, positions: np.ndarray, groups: dict[str, str], clip: float, size: int
 ) -> dict[str, Tensor]:
     """Σ of the clipped Gram matrices of these texts, first module of a group → [n, n] float64, with the model as it is
