@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from fedlab.config.sections import LoraSection
-from fedlab.continual.input_grams import input_groups
+from fedlab.continual.input_grams import input_grams, input_groups
 from fedlab.continual.subspace import complement, extend, leading_triplets
 from fedlab.data import FederatedData
 from fedlab.data.collate import Tokens
