@@ -38,7 +38,7 @@ def answer(message: Message, context: Context) -> Message:
     """Decode the request, enter its run, answer it."""
     frame = _frame(message.content)
     request: Any = decode(frame, REQUESTS)
-    memory = context.state.config_records.setdefault(RECORD, ConfigRecord())
+    memory: Any = context.state.config_records.setdefault(RECORD, ConfigRecord())
     if isinstance(request, DescribeRequest):
         node = join(request, memory, context.node_config)
     else:
@@ -51,6 +51,7 @@ def answer(message: Message, context: Context) -> Message:
 def _frame(content: RecordDict) -> Frame:
     """The frame in a message. Raises ProtocolError where there is none."""
     try:
-        return Frame(**content.config_records[RECORD])
+        fields: dict[str, Any] = dict(content.config_records[RECORD])
+        return Frame(**fields)
     except (KeyError, TypeError) as error:
         raise ProtocolError("record", f"the message holds no frame ({type(error).__name__})") from None

@@ -6,8 +6,9 @@ It lies in Flower's context, which belongs to this node and this run, so that an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from clients.basis import held, keep
 from clients.owner import Owners, owners_of
@@ -17,7 +18,7 @@ from fedlab.protocol import ProtocolError
 from fedlab.protocol.messages import DescribeRequest, RunReference
 from fedlab.session import Session, open_session
 
-Memory = MutableMapping[str, str]  # hash → configuration, and "simulation" → run directory
+Memory = MutableMapping[str, Any]  # hash → configuration, and "simulation" → run directory; str all of them
 SIMULATION = "simulation"
 
 
@@ -29,7 +30,7 @@ class Node:
     owners: Owners
 
 
-def join(request: DescribeRequest, memory: Memory, node_config: MutableMapping[str, object]) -> Node:
+def join(request: DescribeRequest, memory: Memory, node_config: Mapping[str, object]) -> Node:
     """Take a run's configuration, and what stays as it is during this task, and open the run.
 
     Raises ProtocolError where they are not what their hashes say.
@@ -45,7 +46,7 @@ def join(request: DescribeRequest, memory: Memory, node_config: MutableMapping[s
     return enter(request.run, memory, node_config)
 
 
-def enter(run: RunReference, memory: Memory, node_config: MutableMapping[str, object]) -> Node:
+def enter(run: RunReference, memory: Memory, node_config: Mapping[str, object]) -> Node:
     """The run that a request belongs to. Raises FedlabError if this node never joined it, or lacks its basis."""
     if run.configuration not in memory:
         raise FedlabError(f"configuration {run.configuration[:12]}… never came to this node; resume the run")

@@ -42,8 +42,13 @@ class Owner:
 class Owners(Protocol):
     """The owners on one node."""
 
-    exclusive: bool  # they are on this node and on no other
-    store: Path  # where the node keeps what came once
+    @property
+    def exclusive(self) -> bool:
+        """Whether they are on this node and on no other."""
+
+    @property
+    def store(self) -> Path:
+        """Where the node keeps what came once."""
 
     def present(self, asked: Sequence[str]) -> list[str]:
         """Who answers when the server asks who is there, and names ``asked`` itself."""

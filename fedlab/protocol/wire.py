@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -75,9 +74,13 @@ def _from_positions(value: Any, info: ValidationInfo) -> dict[str, np.ndarray]:
 Arrays = Annotated[dict[str, np.ndarray], PlainValidator(_from_positions), PlainSerializer(_to_positions)]
 
 
-@lru_cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}  # made at the first message of a kind: it takes a while
+
+
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 _TABLE: TypeAdapter[list[tuple[str, list[int]]]] = TypeAdapter(list[tuple[str, list[int]]])
