@@ -83,7 +83,7 @@ def _answer(task: _Task, owner: Owner, order: ClientOrder) -> tuple[ClientReply,
     except EXPECTED as error:
         logger.warning("%s gave no Gram matrices: %s", owner.client, error)
         pending.fail(error)
-    lines = account.lines_after(order.known) if account else ""
+    lines = account.lines_after(order.known) if account else None
     return ClientReply(owner.client, lines=lines, failure=pending.failure), own
 
 

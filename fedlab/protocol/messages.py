@@ -166,7 +166,7 @@ class ClientReply(Strict):
 
     client: ClientId
     releases: tuple[Release, ...] = ()
-    lines: Lines = ""  # of its ledger
+    lines: Lines | None = None  # of its ledger that the server did not know; None where it could not be read
     failure: Failure | None = None
     exhausted: bool = False  # its budget cannot cover another round
 
