@@ -23,12 +23,11 @@ from clients.sum_keys import hide
 from clients.train import EXPECTED
 from fedlab.config.tasks import Gram
 from fedlab.continual.input_grams import input_grams, input_groups
-from fedlab.continual.sketch import privatise, to_fixed
+from fedlab.continual.sketch import to_fixed
 from fedlab.errors import PrivacyError
 from fedlab.lora.state import digest, from_wire
 from fedlab.privacy.gram_plan import GramPlan
 from fedlab.privacy.ledger.guard import Guard, scope_of
-from fedlab.privacy.noise import SecureNoise, SeededNoise
 from fedlab.privacy.release import GRAM
 from fedlab.privacy.secure_sum.masking import add
 from fedlab.protocol.messages import ClientOrder, ClientReply, GramReply, GramRequest, Release
@@ -73,12 +72,12 @@ def _answer(task: _Task, owner: Owner, order: ClientOrder) -> tuple[ClientReply,
     """One client's reply, and its matrices or None."""
     private = task.session.config.private
     pending = PendingRelease(GRAM, guarded=private)
-    account, own = None, None
+    account, plan, own = None, None, None
     try:
         if private:
             account = ClientAccount(task.session, owner, task.request.run.run, task.request.run.parts)
-            _charge(task, account, pending)
-        values = _matrices(task, owner)
+            plan = _charge(task, account, pending)
+        values = _matrices(task, owner, plan)
         own = pending.commit(1, values, {name: torch.from_numpy(value) for name, value in values.items()})
     except EXPECTED as error:
         logger.warning("%s gave no Gram matrices: %s", owner.client, error)
@@ -87,29 +86,27 @@ def _answer(task: _Task, owner: Owner, order: ClientOrder) -> tuple[ClientReply,
     return ClientReply(owner.client, lines=lines, failure=pending.failure), own
 
 
-def _charge(task: _Task, account: ClientAccount, pending: PendingRelease) -> None:
+def _charge(task: _Task, account: ClientAccount, pending: PendingRelease) -> GramPlan:
     """Sign the release's plan and charge it, in a run of its own in the same ledger."""
     shapes = task.session.shapes
     widths = {name: shapes[f"{name}.lora_A"][1] for name in sorted(set(task.groups.values()))}
-    plan = GramPlan(task.settings, account.plan)
+    plan = GramPlan(task.settings, account.plan.n, account.plan.delta, account.plan.noise)
     terms = {**account.terms, **plan.terms(), "scope": scope_of({name: (n, n) for name, n in widths.items()})}
     guard = Guard(account.guard.ledger, release_run(account.guard.run))
     if refusal := guard.plan(terms, {}):
         raise refusal
     pending.charge(guard, terms, plan.event(), 1, task.received)
+    return plan
 
 
-def _matrices(task: _Task, owner: Owner) -> dict[str, np.ndarray]:
+def _matrices(task: _Task, owner: Owner, plan: GramPlan | None) -> dict[str, np.ndarray]:
     """What leaves the client, in fixed point: noised under DP, else masked, or clear if the configuration says so."""
     session, settings, client = task.session, task.settings, owner.client
     size = session.config.train.physical_batch
     grams = input_grams(session.model, session.data, session.data.train(client), task.groups, settings.clip, size)
-    if session.config.private:
-        seeded = session.config.privacy.noise == "seeded"
+    if plan is not None:
         draws = random_stream(session.config.sampling_seed, "noise", client, "gram")
-        return to_fixed(
-            privatise(grams, settings.sigma, settings.clip, SeededNoise(draws) if seeded else SecureNoise())
-        )
+        return to_fixed(plan.privatise(grams, draws))
     request = task.request
     values = to_fixed(grams)
     if settings.clear:

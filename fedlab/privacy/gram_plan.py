@@ -11,10 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from fedlab.config.tasks import Gram
+from fedlab.continual.sketch import privatise
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.guard import plan_terms
-from fedlab.privacy.plan import DPPlan
+from fedlab.privacy.noise import SecureNoise, SeededNoise
 
 # A run that is cut off at a task's end asks again when it is resumed: with secure noise a release, and a charge, of its
 # own.
@@ -28,10 +32,12 @@ def gram_event(settings: Gram, releases: int = 1) -> Event:
 
 @dataclass(frozen=True)
 class GramPlan:
-    """One client's plan for the release; what is not its own it takes from the client's plan for the rounds."""
+    """One client's plan for the release."""
 
     settings: Gram
-    rounds: DPPlan
+    n: int  # texts of the client (public)
+    delta: float
+    noise: str  # "seeded" | "secure"
 
     def event(self) -> Event:
         """The DP event of one release."""
@@ -44,8 +50,13 @@ class GramPlan:
             unit="example",
             clip=self.settings.clip,
             normaliser=1.0,
-            delta=self.rounds.delta,
-            n=self.rounds.n,
+            delta=self.delta,
+            n=self.n,
             participations=ATTEMPTS,
-            noise=self.rounds.noise,
+            noise=self.noise,
         )
+
+    def privatise(self, grams: Mapping[str, Tensor], seeded: np.random.Generator) -> dict[str, Tensor]:
+        """The sums with noise on every entry: from ``seeded`` where noise is seeded, else from the operating system."""
+        source = SeededNoise(seeded) if self.noise == "seeded" else SecureNoise()
+        return privatise(grams, self.settings.sigma, self.settings.clip, source)

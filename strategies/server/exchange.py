@@ -68,9 +68,7 @@ def ask(
             answers.failed[node] = f"node failed: {_last_line(message.error.reason)}"
             continue
         try:
-            answers.replies[node] = decode(
-                _frame(message.content), {kind: reply_type}, (most_bytes or {}).get(node)
-            )
+            answers.replies[node] = decode(_frame(message.content), {kind: reply_type}, (most_bytes or {}).get(node))
         except ProtocolError as error:
             answers.failed[node] = f"malformed reply: {error}"
     for node in requests:

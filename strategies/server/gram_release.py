@@ -6,25 +6,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fedlab.continual.input_grams import input_groups
-from fedlab.continual.sketch import from_fixed, side
-from fedlab.errors import FedlabError, RunFailed
-from fedlab.lora.state import nbytes, write_state
-from fedlab.privacy.accounting import Event
+from fedlab.continual.sketch import from_fixed
+from fedlab.errors import RunFailed
+from fedlab.lora.state import nbytes, to_wire, write_state
+from fedlab.privacy.gram_plan import gram_event
+from fedlab.privacy.release import GRAM
 from fedlab.privacy.secure_sum.masking import add
-from strategies.server.exchange import exchange
-from strategies.server.records import to_record
-
-if TYPE_CHECKING:
-    from strategies.server.loop import Rounds
+from fedlab.protocol import ProtocolError
+from fedlab.protocol.checks import check_arrays, wire_bytes
+from fedlab.protocol.messages import ClientOrder, GramReply, GramRequest, KeysReply, KeysRequest
+from strategies.server.exchange import ask
+from strategies.server.loop import Rounds
 
 logger = logging.getLogger("fedlab")
 RELEASED = "released.safetensors"  # the sums that were released at a task's end, and what they cost to send
@@ -84,79 +83,81 @@ def _collect(rounds: Rounds, traffic: dict[str, int]) -> dict[str, Tensor]:
 def _keys(rounds: Rounds, clients: list[str]) -> dict[str, str]:
     """client → fresh public key, of those who answer."""
     cohorts = rounds.federation.cohorts(clients)
-    messages = [
-        Message(
-            RecordDict({"round": rounds.federation.order.record(rounds.config, cohort)}),
-            node,
-            f"{MessageType.QUERY}.keys",
-        )
-        for node, cohort in cohorts.items()
-    ]
-    found: dict[str, str] = {}
-    for reply in exchange(rounds.grid, messages, rounds.config.run.timeout):
-        if not reply.has_error():
-            record = reply.content.config_records["keys"]
-            own = dict(zip(cast(list[str], record["ids"]), cast(list[str], record["public"]), strict=True))
-            found |= {
-                client: key for client, key in own.items() if client in cohorts.get(reply.metadata.src_node_id, [])
-            }
-    return found
+    requests = {node: KeysRequest(rounds.federation.run, tuple(cohort)) for node, cohort in cohorts.items()}
+    answers = ask(rounds.grid, "keys", requests, KeysReply, rounds.config.run.timeout)
+    return {
+        client: key
+        for node, reply in answers.replies.items()
+        for client, key in reply.keys.items()
+        if client in cohorts[node]
+    }
 
 
 def _ask(
     rounds: Rounds, clients: list[str], keys: Mapping[str, str], attempt: int, traffic: dict[str, int]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The sum in fixed point, and who is in it. Whoever is asked counts as charged until its ledger is seen."""
-    federation, config = rounds.federation, rounds.config
+    federation, config, settings = rounds.federation, rounds.config, rounds.config.gram
+    assert settings is not None
     cohorts = federation.cohorts(clients)
     travelling = rounds.strategy.travelling(rounds.state)
-    state = to_record(travelling, "float32")
     traffic["bytes_down"] += len(clients) * nbytes(travelling)
-    if config.private and config.gram is not None:
-        rounds.accounts.expect(clients, Event("full", 1.0, config.gram.sigma, 1))
-    peers = {"peers": list(keys), "public": list(keys.values()), "attempt": attempt, "wire_dtype": "float32"}
-    messages = []
-    for node, cohort in cohorts.items():
-        known = [federation.mirror.known(client) if federation.mirror else 0 for client in cohort]
-        order = federation.order.record(config, cohort, known=known, **peers)
-        messages.append(Message(RecordDict({"state": state, "round": order}), node, f"{MessageType.QUERY}.gram"))
-    total: dict[str, np.ndarray] = {}
-    given: list[str] = []
-    for reply in exchange(rounds.grid, messages, config.run.timeout):
-        cohort = cohorts.pop(reply.metadata.src_node_id, [])
-        if reply.has_error():
-            logger.warning("%s gave no Gram matrices: node failed: %s", ", ".join(cohort), reply.error.reason)
+    if config.private:
+        rounds.accounts.expect(clients, gram_event(settings))
+    arrays, total, given = to_wire(travelling), dict[str, np.ndarray](), list[str]()
+    requests = {
+        node: GramRequest(
+            federation.run,
+            tuple(ClientOrder(client, federation.known(client), 1) for client in cohort),
+            dict(keys),
+            attempt,
+            arrays,
+        )
+        for node, cohort in cohorts.items()
+    }
+    shapes = _shapes(rounds)
+    most = dict.fromkeys(requests, wire_bytes(shapes, "int64"))
+    answers = ask(rounds.grid, "gram", requests, GramReply, config.run.timeout, most)
+    for node, reason in answers.failed.items():
+        logger.warning("%s gave no Gram matrices: %s", ", ".join(cohorts[node]), reason)
+    for node, reply in answers.replies.items():
+        mine = _members(rounds, cohorts[node], reply)
+        if not mine:
             continue
         try:
-            mine = _lines(rounds, cohort, reply.content)
-            sums = _sums(reply.content.array_records["grams"], total)
-            total = add(total, sums)
-            given += mine
-            traffic["bytes_up"] += len(mine) * sum(value.nbytes for value in sums.values())
-        except (KeyError, TypeError, ValueError, FedlabError) as error:
-            logger.warning("%s gave no Gram matrices: %s: %s", ", ".join(cohort), type(error).__name__, error)
+            if reply.sum is None:
+                raise ProtocolError(GRAM, "is missing")
+            check_arrays(reply.sum, shapes, "int64", "")
+        except ProtocolError as error:
+            logger.warning("%s gave no Gram matrices: %s", ", ".join(cohorts[node]), error)
+            continue
+        total = add(total, reply.sum.arrays)
+        given += mine
+        traffic["bytes_up"] += len(mine) * sum(value.nbytes for value in reply.sum.arrays.values())
     return total, given
 
 
-def _lines(rounds: Rounds, cohort: list[str], content: RecordDict) -> list[str]:
+def _shapes(rounds: Rounds) -> dict[str, tuple[int, ...]]:
+    """What comes back: the upper triangle [n(n+1)/2] of each distinct input's Gram matrix."""
+    widths = {
+        leader: rounds.state[f"{leader}.lora_A"].shape[1] for leader in input_groups(rounds.session.model).values()
+    }
+    return {leader: (n * (n + 1) // 2,) for leader, n in widths.items()}
+
+
+def _members(rounds: Rounds, cohort: list[str], reply: GramReply) -> list[str]:
     """Enter the ledgers' new lines; returns the clients whose matrices are in the node's sum."""
-    charges, failures = content.config_records["charges"], content.config_records["failures"]
-    for client, text in zip(cast(list[str], charges["ids"]), cast(list[str], charges["lines"]), strict=True):
-        if client in cohort and rounds.federation.mirror is not None:
-            rounds.federation.mirror.accept(client, text)
-            rounds.accounts.see([client])
-    for client, reason in zip(cast(list[str], failures["ids"]), cast(list[str], failures["reasons"]), strict=True):
+    inside, problems = [], dict[str, str]()
+    for mine in reply.clients:
+        if mine.client not in cohort:
+            continue
+        if mine.failure is not None:
+            problems[mine.client] = mine.failure.reason
+        elif mine.client not in problems:
+            inside.append(mine.client)
+        if rounds.messenger.take_lines(mine.client, mine, problems):
+            rounds.accounts.see([mine.client])
+    for client, reason in problems.items():
         logger.warning("%s gave no Gram matrices: %s", client, reason)
-    return [client for client in cast(list[str], content.config_records["clients"]["ids"]) if client in cohort]
-
-
-def _sums(record: ArrayRecord, like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A node's sum, checked. Raises ValueError for what cannot be added to the others'."""
-    values = {name: array.numpy() for name, array in record.items()}
-    for name, value in values.items():
-        if value.dtype != np.int64 or value.ndim != 1:
-            raise ValueError(f"the Gram matrix of {name} came as {value.dtype} {value.shape}")
-        side(len(value))
-    if like and {n: v.shape for n, v in like.items()} != {n: v.shape for n, v in values.items()}:
-        raise ValueError("it released other matrices than the others")
-    return values
+    unproven = [client for client in inside if client in problems]
+    return [] if unproven else inside  # a sum cannot be rid of one of its terms

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedlab.config import RunConfig
+from fedlab.data import corpus_and_shards
 from fedlab.errors import RunFailed
 from fedlab.evaluate.classification import Scores, classify
 from fedlab.lora.state import State, digest, nbytes, part_of
@@ -35,16 +36,14 @@ from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
 from strategies.server.accounts import NO_DP, Accounts
 from strategies.server.aggregation import aggregate
-from strategies.server.exchange import exchange
-from strategies.server.federation import Federation, RunOrder
+from strategies.server.discovery import discover, run_reference
+from strategies.server.federation import Federation
 from strategies.server.heads import sent_names, trained_names
 from strategies.server.messages import Messenger
 from strategies.server.outcome import TrainOutcome
-from strategies.server.records import to_record
-from strategies.server.task_boundary import first_state
+from strategies.server.task_start import first_state
 
 logger = logging.getLogger("fedlab")
-RECEIPT_SECONDS = 60.0  # to wait for clients that keep a receipt: nothing of the round depends on it
 
 
 class Rounds:
@@ -65,11 +64,8 @@ class Rounds:
         strategy = STRATEGIES[config.strategy.name]
         self.accounts = Accounts(config, directory)
         self.personal = directory.path / "personal"  # of simulated clients
-        order = RunOrder(
-            directory.run_id, str(self.accounts.ledgers), strategy.trained_parts(config), str(self.personal)
-        )
-        self.federation = self._discover(order, strategy)
-        self.messenger = Messenger(config, self.federation, self.strategy)
+        self.federation = self._discover(strategy)
+        self.messenger = Messenger(grid, config, self.federation, self.strategy)
         trained = trained_names(self.strategy, self.state)
         self.accounts.begin(self.federation, {name: tuple(self.state[name].shape) for name in trained})
         self.done, self.adapter_moved = 0, False
@@ -85,23 +81,22 @@ class Rounds:
         self._restore()
         self._plan_memory()
 
-    def _discover(self, order: RunOrder, strategy: type[Strategy]) -> Federation:
+    def _discover(self, strategy: type[Strategy]) -> Federation:
         """Find the clients, open the session and make the first state.
 
-        Nodes load their model while the server loads its own.
+        Nodes load their model while the server loads its own, unless they are to be told what stays as it is.
         """
-        config, mirror = self.config, self.accounts.mirror
-        if not strategy.static:
-            federation = Federation.discover(
-                self.grid, config, order, mirror, meanwhile=lambda: open_session(config.to_toml())
-            )
+        config, basis = self.config, State()
+        if strategy.static:
             self._begin(strategy)
-            return federation
-        self._begin(strategy)  # first, because the clients are told what stays as it is
-        basis = {name: value for name, value in self.state.items() if part_of(name) in strategy.static}
-        self.session = replace(self.session, basis=basis)
-        order = replace(order, basis=digest(basis), bases=str(self.directory.path / "bases"))
-        federation = Federation.discover(self.grid, config, order, mirror, basis=to_record(basis, "float32"))
+            basis = {name: value for name, value in self.state.items() if part_of(name) in strategy.static}
+            self.session = replace(self.session, basis=basis)
+        run = run_reference(self.directory, config, strategy.trained_parts(config), basis)
+        clients = list(corpus_and_shards(config)[1].train)
+        load = (lambda: None) if strategy.static else (lambda: open_session(config.to_toml()))
+        federation = discover(self.grid, self.directory, config, run, clients, self.accounts.mirror, basis, load)
+        if not strategy.static:
+            self._begin(strategy)
         self.basis_bytes = len(federation.clients) * nbytes(basis)
         return federation
 
@@ -148,13 +143,10 @@ class Rounds:
             )
             return False
         drawn = self.federation.draw(number)
-        request = self.messenger.train(number, self.state, self.client_ranks, drawn)
+        order = self.messenger.order_training(number, self.state, self.client_ranks, drawn)
         self.progress.round_started(number, len(drawn))
-        with self.accounts.charge(number, sorted(drawn), request.received) as commit:
-            replies = exchange(
-                self.grid, request.messages, self.config.run.timeout, lambda reply: self.progress.node_done()
-            )
-            outcome = self.messenger.collect_train(request, replies)
+        with self.accounts.charge(number, sorted(drawn), order.received) as commit:
+            outcome = self.messenger.train(order, self.progress.node_done)
             self._warn(number, "is excluded from", outcome.excluded)
             self.accounts.settle(outcome, drawn)
             if not self._enough(number, outcome, drawn):
@@ -166,7 +158,7 @@ class Rounds:
         self._check_moved(outcome)
         self.state, self.server_state = state, server_state
         train_seconds, aggregated = busy_seconds(outcome.busy), time.perf_counter()
-        self._release(number, request.received, outcome)
+        self._release(number, order.received, outcome)
 
         last = number == self.config.run.rounds or len(self.federation.eligible) < self._needed()
         evaluate = last or number % self.config.evaluate.every == 0
@@ -217,9 +209,7 @@ class Rounds:
             self._exchange_lines(number, receipts, sorted(receipts, key=client_order))
 
     def _exchange_lines(self, number: int, receipts: Mapping[str, Entry], clients: list[str]) -> dict[str, str]:
-        request = self.messenger.receipts(receipts, clients)
-        replies = exchange(self.grid, request.messages, min(self.config.run.timeout, RECEIPT_SECONDS))
-        problems = self.messenger.collect_lines(request, replies)
+        problems = self.messenger.receipts(receipts, clients)
         self._warn(number, "did not keep its receipt of", problems)
         return problems
 
@@ -323,9 +313,7 @@ class Rounds:
                 save_adapter(self.session.model, self.state | own, path)
 
     def _ask_clients(self, number: int) -> float:
-        request = self.messenger.evaluate(number, self.state)
-        replies = exchange(self.grid, request.messages, self.config.run.timeout)
-        outcome = self.messenger.collect_evaluate(request, replies)
+        outcome = self.messenger.evaluate(number, self.state)
         self._warn(number, "has no local accuracy in", outcome.excluded)
         self._record_clients(number, outcome.accuracy)
         return busy_seconds(outcome.busy)

@@ -12,49 +12,23 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fedlab.config import RunConfig
 from fedlab.continual.metrics import worst_share
 from fedlab.continual.subspace import complement, leak
-from fedlab.errors import ConfigError
 from fedlab.evaluate.classification import classify
 from fedlab.lora.state import BASIS, State, modules, nbytes, outer_b, part_of, write_state
-from fedlab.models.adapters import initial_state
 from fedlab.session import Session, torch_threads
-from strategies.base import Strategy
 from strategies.continual import PROTECTED
 from strategies.server.gram_release import collect_grams
+from strategies.server.loop import Rounds
+from strategies.server.task_start import MEMORY, first_state
 
-if TYPE_CHECKING:
-    from strategies.server.loop import Rounds
-
-MEMORY, TASK = "memory.safetensors", "task.json"
-
-
-def first_state(config: RunConfig, strategy: Strategy, session: Session) -> tuple[State, dict[str, Tensor]]:
-    """The state that the run starts from, and what the task before left (nothing for the first, or
-    without a stream).
-    """
-    fresh = initial_state(session.model, config.lora, config.run.seed)
-    if config.stage is None:
-        return fresh, {}
-    memory: dict[str, Tensor] = {}
-    if config.stage.previous is not None:
-        path = Path(config.stage.previous) / MEMORY
-        if not path.is_file():
-            raise ConfigError(
-                f"stage.previous = {config.stage.previous!r} has no {MEMORY}: that task is not finished; resume it"
-                " first"
-            )
-        memory = load_file(str(path))
-    with torch_threads(1):  # bases must not depend on the number of cores
-        return strategy.begin_task(fresh, memory, config.stage.task), memory
+TASK = "task.json"
 
 
 def end_stage(rounds: Rounds, status: str) -> None:
