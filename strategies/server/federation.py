@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from fedlab.config import RunConfig
+from fedlab.errors import FedlabError
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.noise import SecureStream
-from fedlab.protocol.messages import RunReference
+from fedlab.protocol.messages import ClientReply, RunReference
 from fedlab.seeds import client_order, random_stream
 
 
@@ -41,6 +42,17 @@ class Federation:
     refused: dict[str, str] = field(default_factory=dict)  # client → why it takes part no more
     participations: Counter[str] = field(default_factory=Counter)
     max_clients_per_pass: int = 0  # clients of a pass that fit into memory; 0: as many as the configuration says
+
+    def take_lines(self, reply: ClientReply, problems: dict[str, str]) -> bool:
+        """Enter the new lines of a client's ledger; whether they were. A broken chain is a problem of its client."""
+        if self.mirror is None or reply.lines is None:
+            return False
+        try:
+            self.mirror.accept(reply.client, reply.lines)
+        except FedlabError as error:
+            problems[reply.client] = str(error)
+            return False
+        return True
 
     def known(self, client: str) -> int:
         """Lines of a client's ledger that it need not send again."""

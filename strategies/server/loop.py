@@ -134,40 +134,51 @@ class Rounds:
     def _round(self, number: int) -> bool:
         """One round; False if too few clients may still take part."""
         started = time.perf_counter()
-        if len(self.federation.eligible) < self._needed() or self.accounts.exhausted(number):
-            logger.warning(
-                "round %d: %d clients may take part, %d needed; ending the run",
-                number,
-                len(self.federation.eligible),
-                self._needed(),
-            )
+        if self._out_of_clients(number):
             return False
-        drawn = self.federation.draw(number)
-        order = self.messenger.order_training(number, self.state, self.client_ranks, drawn)
-        self.progress.round_started(number, len(drawn))
-        with self.accounts.charge(number, sorted(drawn), order.received) as commit:
-            outcome = self.messenger.train(order, self.progress.node_done)
-            self._warn(number, "is excluded from", outcome.excluded)
-            self.accounts.settle(outcome, drawn)
-            if not self._enough(number, outcome, drawn):
-                return False
-            state, server_state = aggregate(
-                self.strategy, self.federation, self.accounts.plan, self.state, self.server_state, outcome, number
-            )
-            commit(digest(state))
-        self._check_moved(outcome)
-        self.state, self.server_state = state, server_state
-        train_seconds, aggregated = busy_seconds(outcome.busy), time.perf_counter()
-        self._release(number, order.received, outcome)
-
+        outcome = self._train(number)
+        if outcome is None:
+            return False
         last = number == self.config.run.rounds or len(self.federation.eligible) < self._needed()
         evaluate = last or number % self.config.evaluate.every == 0
         evaluate_seconds = self._evaluate_server(number) if evaluate else 0.0
         if {"always": evaluate, "last": last, "never": False}[self.config.evaluate.clients]:
             evaluate_seconds += self._evaluate_clients(number)
         self.done = number
-        self._account(number, outcome, started, train_seconds, evaluate_seconds, aggregated, evaluate)
+        for name in ("bytes_up", "bytes_down"):
+            self.totals[name] += getattr(outcome, name)
+        self.totals["excluded"] += len(outcome.excluded)
+        self._checkpoint()
+        self._report(number, outcome, time.perf_counter() - started, evaluate_seconds, evaluate)
         return True
+
+    def _out_of_clients(self, number: int) -> bool:
+        """Whether too few clients may still take part, or the server's own budget is spent."""
+        left, needed = len(self.federation.eligible), self._needed()
+        if left >= needed and not self.accounts.exhausted(number):
+            return False
+        logger.warning("round %d: %d clients may take part, %d needed; ending the run", number, left, needed)
+        return True
+
+    def _train(self, number: int) -> TrainOutcome | None:
+        """Draw clients, let them train, aggregate, and countersign; None if only refusals are missing."""
+        drawn = self.federation.draw(number)
+        order = self.messenger.order_training(number, self.state, self.client_ranks, drawn)
+        self.progress.round_started(number, len(drawn))
+        with self.accounts.charge(number, drawn, order.received) as commit:
+            outcome = self.messenger.train(order, self.progress.node_done)
+            self._warn(number, "is excluded from", outcome.excluded)
+            self.accounts.settle(outcome, drawn)
+            if not self._enough(number, outcome, drawn):
+                return None
+            state, server_state = aggregate(
+                self.strategy, self.federation, self.accounts.plan, self.state, self.server_state, outcome, number
+            )
+            commit(digest(state))
+        self._check_moved(outcome)
+        self.state, self.server_state = state, server_state
+        self._release(number, order.received, outcome)
+        return outcome
 
     def _needed(self) -> int:
         """Fewest clients that must be there.
@@ -217,29 +228,16 @@ class Rounds:
         for client, reason in problems.items():
             logger.warning("%s %s round %d: %s", client, what, number, reason, extra={"round": number})
 
-    def _account(
-        self,
-        number: int,
-        outcome: TrainOutcome,
-        started: float,
-        train_seconds: float,
-        evaluate_seconds: float,
-        aggregated: float,
-        evaluated: bool,
+    def _report(
+        self, number: int, outcome: TrainOutcome, seconds: float, evaluate_seconds: float, evaluated: bool
     ) -> None:
-        """Totals, checkpoint, the train line of metrics.jsonl, and the line on the terminal."""
+        """The train line of metrics.jsonl, and the line on the terminal."""
         epsilon = self.accounts.spent.worst() if self.config.private else NO_DP
-        self.totals["bytes_up"] += outcome.bytes_up
-        self.totals["bytes_down"] += outcome.bytes_down
-        self.totals["excluded"] += len(outcome.excluded)
-        self._checkpoint()
-        seconds = time.perf_counter() - started
+        train_seconds = busy_seconds(outcome.busy)
         overhead = max(0.0, seconds - train_seconds - evaluate_seconds)
         self.totals["round_seconds"] += seconds
         self.totals["overhead_seconds"] += overhead
-        metrics = outcome.metrics.values()
-        examples = sum(m["examples"] for m in metrics)
-        loss = sum(m["loss"] * m["examples"] for m in metrics) / examples if examples else float("nan")
+        loss = mean_loss(outcome)
         self.events.write(
             "train",
             number,
@@ -401,6 +399,13 @@ class Rounds:
             "adapter_digest": digest(self.state),
             "clients": clients,
         }
+
+
+def mean_loss(outcome: TrainOutcome) -> float:
+    """The clients' training loss per example; NaN where nobody says."""
+    metrics = outcome.metrics.values()
+    examples = sum(m["examples"] for m in metrics)
+    return sum(m["loss"] * m["examples"] for m in metrics) / examples if examples else float("nan")
 
 
 def busy_seconds(intervals: Iterable[tuple[float, float]]) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from flwr.serverapp import Grid
 
 from fedlab.config import RunConfig
-from fedlab.errors import FedlabError, PrivacyError
+from fedlab.errors import PrivacyError
 from fedlab.lora.ranks import narrow
 from fedlab.lora.state import State, digest, from_wire, nbytes, to_wire
 from fedlab.privacy.ledger.ledger import Entry
@@ -145,20 +145,8 @@ class Messenger:
             if reply.failure is not None:
                 problems[client] = reply.failure.reason
             else:
-                self.take_lines(client, reply, problems)
+                self.federation.take_lines(reply, problems)
         return problems
-
-    def take_lines(self, client: str, reply: ClientReply, problems: dict[str, str]) -> bool:
-        """Enter the new lines of a client's ledger; whether they were. A broken chain is a problem of its client."""
-        mirror = self.federation.mirror
-        if mirror is None or reply.lines is None:
-            return False
-        try:
-            mirror.accept(client, reply.lines)
-        except FedlabError as error:
-            problems[client] = str(error)
-            return False
-        return True
 
     def _by_client(
         self,
@@ -183,7 +171,7 @@ class Messenger:
         """Enter one client's ledger lines, its failure or its update; what it lacks excludes it, never the round."""
         if reply.failure is not None:
             outcome.excluded[client] = reply.failure.reason
-        if self.take_lines(client, reply, outcome.excluded):
+        if self.federation.take_lines(reply, outcome.excluded):
             outcome.silent.discard(client)
         if reply.exhausted or (reply.failure is not None and reply.failure.refused):
             self.federation.refused[client] = outcome.excluded.get(client, NO_BUDGET)

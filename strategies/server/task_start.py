@@ -1,4 +1,4 @@
-"""What a run on the server starts from: a fresh adapter, or what the task before left."""
+"""What a run starts from on the server: a fresh adapter, or, in a stream, what the task before left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedlab.models.adapters import initial_state
 from fedlab.session import Session, torch_threads
 from strategies.base import Strategy
 
-MEMORY = "memory.safetensors"  # of a finished task: what the next one needs to know
+MEMORY = "memory.safetensors"  # in a task's run directory: what the next one needs to know
 
 
 def first_state(config: RunConfig, strategy: Strategy, session: Session) -> tuple[State, dict[str, Tensor]]:
