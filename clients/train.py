@@ -16,16 +16,17 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
 from clients.account import ClientAccount
-from fedlab.errors import ConfigError, FedlabError, PrivacyError
+from fedlab.errors import FedlabError, PrivacyError
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, PAST, State, digest, from_wire, part_of, select, to_wire
 from fedlab.privacy.ledger.guard import Refusal, public_reason
 from fedlab.run.personal import load_personal, save_personal
 from fedlab.session import Session
-from fedlab.train.cohort import Member, train_cohort
+from fedlab.train.cohort import supports_fused, train_cohort
 from fedlab.train.dp import PerExampleGradients
+from fedlab.train.local import LocalTraining, Trained
 from fedlab.train.opacus import OpacusGradients
-from fedlab.train.trainer import Trained, train_client
+from fedlab.train.trainer import train_client
 
 logger = logging.getLogger("fedlab")
 EXPECTED = (FedlabError, RuntimeError, ValueError)  # what may fail for one client and leave the others alone
@@ -43,7 +44,7 @@ class Job:
     rank: int
     guarded: bool  # under example-level DP: a charge comes first, and a failure's reason gives no data away
     account: ClientAccount | None = None
-    member: Member | None = None
+    training: LocalTraining | None = None
     result: Trained | None = None
     wire: dict[str, np.ndarray] = field(default_factory=dict)
     failure: str | None = None
@@ -57,7 +58,7 @@ class Job:
         self.refused = isinstance(error, Refusal)
         public = public_reason(error) if self.guarded else f"{type(error).__name__}: {error}"
         self.failure = str(error) if self.refused else public
-        self.result, self.member = None, None
+        self.result, self.training = None, None
 
 
 def train_message(session: Session, cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
@@ -132,8 +133,8 @@ def _train_group(
                 _begin(session, job, state, received, order, context, home)
             except EXPECTED as error:
                 job.fail(error)
-        ready = [job for job in group if job.member is not None]
-        results = _results(session, [job.member for job in ready if job.member], order)
+        ready = [job for job in group if job.training is not None]
+        results = _results(session, [job.training for job in ready if job.training], order)
         for job in ready:
             try:
                 if isinstance(found := results[job.client], Exception):
@@ -164,60 +165,60 @@ def _begin(
         job.account = ClientAccount(session, job.client, order, context)
         job.account.check_scope(cast(list[str], order["trained"]))
         job.commit = job.charge.enter_context(job.account.guard.charge(job.account.terms, number, received))
-    job.member = Member(
+    job.training = LocalTraining(
         job.client, start, job.account.plan if job.account else None, job.rank if job.rank < highest else None
     )
 
 
-def _results(session: Session, members: list[Member], order: ConfigRecord) -> Mapping[str, Trained | Exception]:
-    """The members' results; a group that does not fit into a GPU's memory is halved, one whose head is not linear goes
+def _results(
+    session: Session, trainings: list[LocalTraining], order: ConfigRecord
+) -> Mapping[str, Trained | Exception]:
+    """The clients' results; a group that does not fit into a GPU's memory is halved, one whose head is not linear goes
     one by one.
     """
     trained, number = cast(list[str], order["trained"]), cast(int, order["round"])
-    if not members:
+    if not trainings:
         return {}
-    if session.config.train.gradients != "fused":
-        return _one_by_one(session, members, trained, number)
+    if session.config.train.gradients != "fused" or not supports_fused(session.model, trained):
+        return _one_by_one(session, trainings, trained, number)
     try:
-        return train_cohort(session.model, session.data, members, trained, session.config, number)
-    except ConfigError:
-        return _one_by_one(session, members, trained, number)
+        return train_cohort(session.model, session.data, trainings, trained, session.config, number)
     except torch.cuda.OutOfMemoryError:
-        if len(members) == 1:
+        if len(trainings) == 1:
             raise
         logger.warning(
-            "%d clients in one pass do not fit into the GPU's memory; going on with half as many", len(members)
+            "%d clients in one pass do not fit into the GPU's memory; going on with half as many", len(trainings)
         )
     torch.cuda.empty_cache()
-    half = len(members) // 2
-    return {**_results(session, members[:half], order), **_results(session, members[half:], order)}
+    half = len(trainings) // 2
+    return {**_results(session, trainings[:half], order), **_results(session, trainings[half:], order)}
 
 
 def _one_by_one(
-    session: Session, members: list[Member], trained: list[str], number: int
+    session: Session, trainings: list[LocalTraining], trained: list[str], number: int
 ) -> Mapping[str, Trained | Exception]:
-    """The members' results without fused layers; what fails for one is its own failure."""
-    if any(part_of(name) in (BASIS, PAST) for name in members[0].state):
+    """The clients' results without fused layers; what fails for one is its own failure."""
+    if any(part_of(name) in (BASIS, PAST) for name in trainings[0].state):
         raise FedlabError(
             f'strategy.name = "{session.config.strategy.name}" needs a linear head and train.gradients = "fused"'
         )
     results: dict[str, Trained | Exception] = {}
     hooks = OpacusGradients if session.config.train.gradients == "opacus" else PerExampleGradients
-    for m in members:
+    for t in trainings:
         try:
-            results[m.client] = train_client(
-                session.model, session.data, m.client, m.state, trained, session.config, number, m.plan, m.rank, hooks
+            results[t.client] = train_client(
+                session.model, session.data, t.client, t.state, trained, session.config, number, t.plan, t.rank, hooks
             )
         except EXPECTED as error:
-            results[m.client] = error
+            results[t.client] = error
     return results
 
 
 def _end(job: Job, result: Trained, order: ConfigRecord, home: Path) -> None:
     """What the client keeps goes to its disk, what it sends is committed."""
     wire_dtype, number = cast(str, order["wire_dtype"]), cast(int, order["round"])
-    assert job.member is not None
-    start = job.member.state
+    assert job.training is not None
+    start = job.training.state
     if own := select(result.update, cast(list[str], order["keep"])):
         save_personal(
             home, job.client, number, {name: start[name] + value for name, value in widen(own, start).items()}
