@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from strategies.base import LoraStrategy
+from strategies.base import Strategy
 from strategies.continual import OSFT, FedSVDContinual, FullFineTuning, OLoRA, OSFTData
 from strategies.fedavg import FedAvg
 from strategies.fedex import FedEx
@@ -16,7 +16,7 @@ from strategies.hetlora import HetLora
 from strategies.lora_fair import LoraFair
 from strategies.rolora import RoLora
 
-AGGREGATORS: dict[str, type[LoraStrategy]] = {
+AGGREGATORS: dict[str, type[Strategy]] = {
     "fedavg": FedAvg,
     "ffa": FFALora,
     "fedsvd": FedSVD,
@@ -29,7 +29,7 @@ AGGREGATORS: dict[str, type[LoraStrategy]] = {
     "fedsa": FedSA,
     "head": HeadOnly,
 }
-CONTINUAL: dict[str, type[LoraStrategy]] = {
+CONTINUAL: dict[str, type[Strategy]] = {
     "osft": OSFT,
     "osft-data": OSFTData,
     "fedsvd-continual": FedSVDContinual,
@@ -38,4 +38,4 @@ CONTINUAL: dict[str, type[LoraStrategy]] = {
 }
 STRATEGIES = AGGREGATORS | CONTINUAL
 
-__all__ = ["AGGREGATORS", "CONTINUAL", "STRATEGIES", "LoraStrategy"]
+__all__ = ["AGGREGATORS", "CONTINUAL", "STRATEGIES", "Strategy"]

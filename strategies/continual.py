@@ -27,7 +27,7 @@ from fedlab.models.activations import public_batches
 from fedlab.models.adapters import draw_a
 from fedlab.models.loaded import LoadedModel
 from fedlab.seeds import stream_seed
-from strategies.base import LoraStrategy
+from strategies.base import BaseWeights, Strategy
 from strategies.fedsvd import FedSVD, FedSVDOptions
 from strategies.folding import fold, require_float32
 from strategies.options import MeanOptions, NoOptions
@@ -60,7 +60,7 @@ class FedSVDContinualOptions(FedSVDOptions, InputsOptions):
     """[strategy] keys of FedSVD in the complement of the protected inputs."""
 
 
-class _InTasks(LoraStrategy):
+class _InTasks(Strategy):
     """Refuses what does not go with bases that are fixed for a task."""
 
     static: ClassVar[frozenset[str]] = frozenset({"lora_A", BASIS, *RESIDUAL})
@@ -73,7 +73,7 @@ class _InTasks(LoraStrategy):
         super().check(config)
         _check(config)
 
-    def end_task(self, state: State, memory: Memory, grams: dict[str, Tensor]) -> dict[str, Tensor]:
+    def end_task(self, state: State, memory: Memory, grams: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return merged(state)
 
 
@@ -114,21 +114,26 @@ class OSFT(_InTasks):
         if OSFTOptions(**config.strategy.options).importance and config.lora.public is None:
             raise ConfigError("strategy.importance = true needs lora.public, a file of public texts; or remove it")
 
-    @classmethod
-    def begin_task(cls, config: RunConfig, state: State, memory: Memory, model: LoadedModel, task: int) -> State:
-        options = OSFTOptions(**config.strategy.options)
+    def begin_task(self, state: State, memory: Memory, task: int) -> State:
+        options = OSFTOptions(**self.config.strategy.options)
         state = carried(state, memory)
-        weights = {module: current_weight(model, state, module) for module in modules(state)}
-        relative = None
-        if options.importance:
-            model.load(state)
-            relative = layer_importance(model, public_batches(model, config.lora))
+        weights = {module: current_weight(self.base, state, module) for module in modules(state)}
+        relative = self._importance(state) if options.importance else None
         shapes = {module: (weight.shape[0], weight.shape[1]) for module, weight in weights.items()}
         kept = preserved_ranks(shapes, relative, min(LOWEST, options.preserve), options.preserve)
         for module, weight in weights.items():
             top = leading_triplets(weight, kept[module])
             state = _placed(state, module, complement(top.right.float()), complement(top.left.float()))
         return state
+
+    def _importance(self, state: State) -> dict[str, float]:
+        """module → how much its layer matters on the public texts; leaves the model loaded with ``state``."""
+        if not isinstance(self.base, LoadedModel):
+            raise ValueError(
+                "strategy.importance runs public texts through the base: give the loaded model as ``base``"
+            )
+        self.base.load(state)
+        return layer_importance(self.base, public_batches(self.base, self.config.lora))
 
 
 class OSFTData(_InTasks):
@@ -138,22 +143,20 @@ class OSFTData(_InTasks):
 
     Options: ClassVar[type[NoOptions]] = InputsOptions
 
-    @classmethod
-    def begin_task(cls, config: RunConfig, state: State, memory: Memory, model: LoadedModel, task: int) -> State:
+    def begin_task(self, state: State, memory: Memory, task: int) -> State:
         state = carried(state, memory)
         for module in modules(state):
             state = _placed(state, module, complement(protected(memory, state, module)))
         return state
 
-    def end_task(self, state: State, memory: Memory, grams: dict[str, Tensor]) -> dict[str, Tensor]:
+    def end_task(self, state: State, memory: Memory, grams: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return merged(state) | grown(self.config, state, memory, grams, InputsOptions(**self.config.strategy.options))
 
 
 class FullFineTuning(_InTasks):
     """The adapted layers' whole weights, nothing protected: ΔW = C. A baseline that forgets."""
 
-    @classmethod
-    def begin_task(cls, config: RunConfig, state: State, memory: Memory, model: LoadedModel, task: int) -> State:
+    def begin_task(self, state: State, memory: Memory, task: int) -> State:
         state = carried(state, memory)
         for module in modules(state):
             state = _placed(state, module, torch.eye(state[f"{module}.lora_A"].shape[1]))
@@ -178,27 +181,26 @@ class FedSVDContinual(FedSVD):
                 "strategy.refresh with fedsvd-continual: new directions would leave the complement; remove it"
             )
 
-    @classmethod
-    def begin_task(cls, config: RunConfig, state: State, memory: Memory, model: LoadedModel, task: int) -> State:
-        state = carried(state, memory)
+    def begin_task(self, state: State, memory: Memory, task: int) -> State:
+        state, rank = carried(state, memory), self.config.lora.rank
         for module in modules(state):
             kept, n = protected(memory, state, module), state[f"{module}.lora_A"].shape[1]
-            if config.lora.rank > n - len(kept):
+            if rank > n - len(kept):
                 raise CapacityExhausted(
-                    f"{module}: {len(kept)} of {n} input directions are protected, lora.rank = {config.lora.rank} more"
+                    f"{module}: {len(kept)} of {n} input directions are protected, lora.rank = {rank} more"
                     " are needed; lower the rank or strategy.energy, or end the stream here"
                 )
-            candidates = _candidates(config, state, model, module, kept, task)
-            state = _placed(state, module, open_rows(kept, candidates, config.lora.rank))
+            candidates = _candidates(self.config, state, self.base, module, kept, task)
+            state = _placed(state, module, open_rows(kept, candidates, rank))
         return state
 
-    def end_task(self, state: State, memory: Memory, grams: dict[str, Tensor]) -> dict[str, Tensor]:
+    def end_task(self, state: State, memory: Memory, grams: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return merged(state) | grown(
             self.config, state, memory, grams, FedSVDContinualOptions(**self.config.strategy.options)
         )
 
 
-class OLoRA(LoraStrategy):
+class OLoRA(Strategy):
     """A new adapter per task, kept off the earlier ones' A by ``stream.penalty`` (arXiv 2310.14152).
 
     Soft: not exact.
@@ -212,15 +214,15 @@ class OLoRA(LoraStrategy):
         super().check(config)
         _check(config)
 
-    @classmethod
-    def begin_task(cls, config: RunConfig, state: State, memory: Memory, model: LoadedModel, task: int) -> State:
+    def begin_task(self, state: State, memory: Memory, task: int) -> State:
         state = carried(state, memory) | {name: value for name, value in memory.items() if name.endswith(f".{PAST}")}
+        seed = self.config.run.seed
         for module in modules(state):
             A = state[f"{module}.lora_A"]
-            state = _placed(state, module, draw_a("kaiming", tuple(A.shape), config.run.seed, "task", task, module))
+            state = _placed(state, module, draw_a("kaiming", tuple(A.shape), seed, "task", task, module))
         return state
 
-    def end_task(self, state: State, memory: Memory, grams: dict[str, Tensor]) -> dict[str, Tensor]:
+    def end_task(self, state: State, memory: Memory, grams: Mapping[str, Tensor]) -> dict[str, Tensor]:
         past = {
             f"{m}.{PAST}": [v for v in (state.get(f"{m}.{PAST}"), state[f"{m}.lora_A"]) if v is not None]
             for m in modules(state)
@@ -251,7 +253,7 @@ def grown(
     config: RunConfig,
     state: State,
     memory: Memory,
-    grams: dict[str, Tensor],
+    grams: Mapping[str, Tensor],
     options: InputsOptions | FedSVDContinualOptions,
 ) -> dict[str, Tensor]:
     """The protected rows after a task, from the Gram matrices that the clients released; as before where there are none
@@ -271,14 +273,14 @@ def grown(
     return result
 
 
-def current_weight(model: LoadedModel, state: State, module: str) -> Tensor:
+def current_weight(base: BaseWeights, state: State, module: str) -> Tensor:
     """W + s·residual [m, n], float64: the weight that a task starts from."""
     empty = {f"{module}.lora_B": state[f"{module}.lora_B"] * 0, f"{module}.lora_A": state[f"{module}.lora_A"]}
     whole = empty | {
         name: v for name, v in state.items() if name.rpartition(".")[0] == module and part_of(name) in RESIDUAL
     }
-    return model.pristine(module) + effective_delta(
-        {k: v.double() for k, v in whole.items()}, module, model.scale[module]
+    return base.pristine(module) + effective_delta(
+        {k: v.double() for k, v in whole.items()}, module, base.scale[module]
     )
 
 
@@ -289,13 +291,13 @@ def _placed(state: State, module: str, A: Tensor, basis: Tensor | None = None) -
     return placed if basis is None else placed | {f"{module}.{BASIS}": basis.float()}
 
 
-def _candidates(config: RunConfig, state: State, model: LoadedModel, module: str, kept: Tensor, task: int) -> Tensor:
+def _candidates(config: RunConfig, state: State, base: BaseWeights, module: str, kept: Tensor, task: int) -> Tensor:
     """Where FedSVD's A comes from: with ``lora.init_a = "weights"`` what the current weight reads most of the free
     inputs, else random.
     """
     n, rank = kept.shape[1], config.lora.rank
     if config.lora.init_a == "weights":
-        weight = current_weight(model, state, module)
+        weight = current_weight(base, state, module)
         free = weight - (weight @ kept.double().mT) @ kept.double()
         return principal_rows(free.mT @ free, min(n, 2 * rank))[0]
     generator = torch.Generator().manual_seed(stream_seed(config.run.seed, "task", str(task), module) % 2**63)

@@ -8,11 +8,12 @@ identity for both layouts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from fedlab.lora.exact import residual_of_mean
 from fedlab.lora.state import State, local_pairs, modules
-from strategies.base import LoraStrategy
+from strategies.base import Round, ServerState, Strategy
 from strategies.folding import fold, in_order
 from strategies.options import FoldingOptions, NoOptions
 
@@ -21,7 +22,7 @@ class FedExOptions(FoldingOptions):
     """Own keys of ``[strategy]`` with ``name = "fedex"``."""
 
 
-class FedEx(LoraStrategy):
+class FedEx(Strategy):
     """W_t+1 = W_t + s·Σ p_k B_k·A_k for any number of clients that train both factors."""
 
     effective: ClassVar[str] = "mean of products, exactly (residual)"
@@ -30,13 +31,20 @@ class FedEx(LoraStrategy):
     ranks: ClassVar[str] = ""
     Options: ClassVar[type[NoOptions]] = FedExOptions
 
-    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+    def aggregate(
+        self,
+        state: State,
+        server_state: ServerState,
+        updates: Mapping[str, State],
+        weights: Mapping[str, float],
+        round: Round,
+    ) -> tuple[State, ServerState]:
         """Mean of the factors, and its residual to the mean of the products."""
-        averaged = super().aggregate(state, updates, weights, round_number)
+        averaged, server_state = super().aggregate(state, server_state, updates, weights, round)
         options = self.options
         assert isinstance(options, FedExOptions)
         shares = in_order(weights, updates)
         for module in modules(state):
             lost = residual_of_mean(local_pairs(state, updates, module), shares)
             averaged = fold(averaged, module, lost, options.residual_rank)
-        return averaged
+        return averaged, server_state

@@ -10,6 +10,7 @@ subspace each round.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -18,7 +19,7 @@ from fedlab.config import RunConfig
 from fedlab.lora.exact import mean_of_products
 from fedlab.lora.state import State, local_pairs, modules
 from fedlab.models.adapters import draw_a
-from strategies.base import LoraStrategy
+from strategies.base import Round, ServerState, Strategy
 from strategies.folding import fold, in_order
 from strategies.options import FoldingOptions, NoOptions
 
@@ -30,7 +31,7 @@ class FLoraOptions(FoldingOptions):
     redraw: Literal["orthonormal", "kaiming"] = "orthonormal"
 
 
-class FLora(LoraStrategy):
+class FLora(Strategy):
     """W_t+1 = W_t + s·Σ p_k B_k·A_k, then a new adapter."""
 
     effective: ClassVar[str] = "mean of products, exactly (merged)"
@@ -44,9 +45,16 @@ class FLora(LoraStrategy):
         """B alone where A is fixed within a round."""
         return frozenset({"lora_B"}) if config.strategy.options.get("train") == "B" else cls.trains
 
-    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+    def aggregate(
+        self,
+        state: State,
+        server_state: ServerState,
+        updates: Mapping[str, State],
+        weights: Mapping[str, float],
+        round: Round,
+    ) -> tuple[State, ServerState]:
         """Fold the mean of the products, average the head, begin a new adapter."""
-        averaged = super().aggregate(state, updates, weights, round_number)
+        averaged, server_state = super().aggregate(state, server_state, updates, weights, round)
         options = self.options
         assert isinstance(options, FLoraOptions)
         shares = in_order(weights, updates)
@@ -56,6 +64,6 @@ class FLora(LoraStrategy):
             A = state[f"{module}.lora_A"]
             averaged[f"{module}.lora_B"] = torch.zeros_like(state[f"{module}.lora_B"])
             averaged[f"{module}.lora_A"] = draw_a(
-                options.redraw, A.shape, self.config.sampling_seed, "redraw", module, round_number
+                options.redraw, A.shape, self.config.sampling_seed, "redraw", module, round.number
             )
-        return averaged
+        return averaged, server_state

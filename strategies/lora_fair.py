@@ -9,13 +9,14 @@ row space.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field
 
 from fedlab.lora.exact import corrected_b
 from fedlab.lora.state import State, local_pairs, modules
-from strategies.base import LoraStrategy
+from strategies.base import Round, ServerState, Strategy
 from strategies.folding import in_order
 from strategies.options import NoOptions
 
@@ -28,7 +29,7 @@ class LoraFairOptions(NoOptions):
     )
 
 
-class LoraFair(LoraStrategy):
+class LoraFair(Strategy):
     """B_t+1 = B̄ + ΔB, A_t+1 = Ā."""
 
     effective: ClassVar[str] = "best of the mean of products in the row space of the mean A"
@@ -36,9 +37,16 @@ class LoraFair(LoraStrategy):
     ranks: ClassVar[str] = ""
     Options: ClassVar[type[NoOptions]] = LoraFairOptions
 
-    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+    def aggregate(
+        self,
+        state: State,
+        server_state: ServerState,
+        updates: Mapping[str, State],
+        weights: Mapping[str, float],
+        round: Round,
+    ) -> tuple[State, ServerState]:
         """Mean of the factors and of the head, then the correction."""
-        averaged = super().aggregate(state, updates, weights, round_number)
+        averaged, server_state = super().aggregate(state, server_state, updates, weights, round)
         options = self.options
         assert isinstance(options, LoraFairOptions)
         shares = in_order(weights, updates)
@@ -46,4 +54,4 @@ class LoraFair(LoraStrategy):
             B, A = averaged[f"{module}.lora_B"], averaged[f"{module}.lora_A"]
             pairs = local_pairs(state, updates, module)
             averaged[f"{module}.lora_B"] = corrected_b(B, A, pairs, shares, options.ridge)
-        return averaged
+        return averaged, server_state

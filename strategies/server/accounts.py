@@ -24,8 +24,8 @@ from fedlab.privacy.ledger.ledger import SERVER, Entry, Ledger, charged, events
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.ledger.spending import PrivacySpent, exact, summary
 from fedlab.run.directory import RunDirectory
-from strategies.base import TrainOutcome
 from strategies.server.federation import Federation
+from strategies.server.outcome import TrainOutcome
 
 NO_DP = "no DP"
 

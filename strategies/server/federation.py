@@ -17,7 +17,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlab.config import RunConfig
-from fedlab.config.clients import initial_ranks
 from fedlab.errors import PrivacyError, RunFailed
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.mirror import LedgerMirror
@@ -75,14 +74,7 @@ class Federation:
     mirror: LedgerMirror | None = None  # what is known of the clients' ledgers; None if they keep none
     refused: dict[str, str] = field(default_factory=dict)  # client → why it takes part no more
     participations: Counter[str] = field(default_factory=Counter)
-    ranks: dict[str, int] = field(
-        default_factory=dict
-    )  # client → rank of its adapter; lora.rank unless clients.rank or pruning says less
-
     max_clients_per_pass: int = 0  # clients of a pass that fit into memory; 0: as many as the configuration says
-
-    def __post_init__(self) -> None:
-        self.ranks = initial_ranks(self.config) | self.ranks
 
     @classmethod
     def discover(

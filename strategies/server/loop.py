@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -30,14 +29,18 @@ from fedlab.run.metrics import MetricsLog
 from fedlab.run.personal import load_personal
 from fedlab.run.progress import Progress, RoundLine
 from fedlab.seeds import client_order
-from fedlab.session import open_session, torch_threads
+from fedlab.session import Session, open_session, torch_threads
 from fedlab.train.memory import plan_memory
 from strategies import STRATEGIES
-from strategies.base import LoraStrategy, TrainOutcome
+from strategies.base import ServerState, Strategy
 from strategies.server.accounts import NO_DP, Accounts
+from strategies.server.aggregation import aggregate
 from strategies.server.exchange import exchange
 from strategies.server.federation import Federation, RunOrder
-from strategies.server.records import from_record, to_record
+from strategies.server.heads import sent_names, trained_names
+from strategies.server.messages import Messenger
+from strategies.server.outcome import TrainOutcome
+from strategies.server.records import to_record
 from strategies.server.task_boundary import first_state
 
 logger = logging.getLogger("fedlab")
@@ -47,6 +50,9 @@ RECEIPT_SECONDS = 60.0  # to wait for clients that keep a receipt: nothing of th
 class Rounds:
     """State of one run on the server: adapter, strategy, what was spent, totals."""
 
+    session: Session
+    strategy: Strategy
+
     def __init__(
         self, grid: Grid, config: RunConfig, directory: RunDirectory, events: MetricsLog, progress: Progress
     ) -> None:
@@ -55,6 +61,7 @@ class Rounds:
         self.basis_bytes = 0
         self.state: State = {}
         self.memory: dict[str, Tensor] = {}  # what the task before left, in a stream
+        self.server_state: ServerState = {}  # the strategy's own
         strategy = STRATEGIES[config.strategy.name]
         self.accounts = Accounts(config, directory)
         self.personal = directory.path / "personal"  # of simulated clients
@@ -62,10 +69,9 @@ class Rounds:
             directory.run_id, str(self.accounts.ledgers), strategy.trained_parts(config), str(self.personal)
         )
         self.federation = self._discover(order, strategy)
-        self.strategy = strategy(config, self.federation)
-        self.accounts.begin(
-            self.federation, {name: tuple(self.state[name].shape) for name in self.strategy.trained_names(self.state)}
-        )
+        self.messenger = Messenger(config, self.federation, self.strategy)
+        trained = trained_names(self.strategy, self.state)
+        self.accounts.begin(self.federation, {name: tuple(self.state[name].shape) for name in trained})
         self.done, self.adapter_moved = 0, False
         self.scores: Scores | None = None
         self.client_accuracy: dict[str, float] = {}
@@ -79,7 +85,7 @@ class Rounds:
         self._restore()
         self._plan_memory()
 
-    def _discover(self, order: RunOrder, strategy: type[LoraStrategy]) -> Federation:
+    def _discover(self, order: RunOrder, strategy: type[Strategy]) -> Federation:
         """Find the clients, open the session and make the first state.
 
         Nodes load their model while the server loads its own.
@@ -89,19 +95,22 @@ class Rounds:
             federation = Federation.discover(
                 self.grid, config, order, mirror, meanwhile=lambda: open_session(config.to_toml())
             )
-            self.session = open_session(config.to_toml())
-            self.state, self.memory = first_state(config, strategy, self.session)
+            self._begin(strategy)
             return federation
-        self.session = open_session(config.to_toml())  # first, because the clients are told what stays as it is
-        self.state, self.memory = first_state(config, strategy, self.session)
+        self._begin(strategy)  # first, because the clients are told what stays as it is
         basis = {name: value for name, value in self.state.items() if part_of(name) in strategy.static}
         self.session = replace(self.session, basis=basis)
         order = replace(order, basis=digest(basis), bases=str(self.directory.path / "bases"))
         federation = Federation.discover(self.grid, config, order, mirror, basis=to_record(basis, "float32"))
-        widest = max(len(value) for name, value in self.state.items() if name.endswith(".lora_A"))
-        federation.ranks = dict.fromkeys(federation.ranks, widest)
         self.basis_bytes = len(federation.clients) * nbytes(basis)
         return federation
+
+    def _begin(self, strategy: type[Strategy]) -> None:
+        """Open the session, make the strategy, and what the first round starts from."""
+        self.session = open_session(self.config.to_toml())
+        self.strategy = strategy(self.config, self.session.model)
+        self.state, self.memory = first_state(self.config, self.strategy, self.session)
+        self.server_state = self.strategy.init(self.state)
 
     def _plan_memory(self) -> None:
         """How many clients may share a pass.
@@ -111,15 +120,16 @@ class Rounds:
         if self.federation.hosts or self.config.train.gradients != "fused":
             return
         asked = self.federation.max_clients_per_pass or min(self.config.cohort_size, self.config.clients_per_round)
-        plan = plan_memory(self.session, self.state, self.strategy.trained_names(self.state), asked)
+        plan = plan_memory(self.session, self.state, trained_names(self.strategy, self.state), asked)
         self.federation.max_clients_per_pass = self.federation.max_clients_per_pass or plan.clients
         logger.info("%s", plan)
         self.progress.remark(str(plan))
 
     def run(self) -> str:
         """Run the remaining rounds. Returns the status, ``completed`` or ``budget-exhausted``; raises RunFailed."""
-        self.strategy.summary()
+        logger.info("%s: %s", type(self.strategy).__name__, self.strategy.options.model_dump())
         if self.done == 0:
+            self._warn_of_products()
             self._evaluate_server(0)
         for round_number in range(self.done + 1, self.config.run.rounds + 1):
             if not self._round(round_number):
@@ -137,27 +147,26 @@ class Rounds:
                 self._needed(),
             )
             return False
-        before = self.federation.participations.copy()
-        messages = list(
-            self.strategy.configure_train(number, to_record(self.state, "float32"), ConfigRecord(), self.grid)
-        )
-        drawn = sorted((self.federation.participations - before).keys())
+        drawn = self.federation.draw(number)
+        request = self.messenger.train(number, self.state, self.client_ranks, drawn)
         self.progress.round_started(number, len(drawn))
-        with self.accounts.charge(number, drawn, self.strategy.sent_digest) as commit:
-            replies = exchange(self.grid, messages, self.config.run.timeout, lambda reply: self.progress.node_done())
-            arrays, _ = self.strategy.aggregate_train(number, replies)
-            outcome = self.strategy.train_outcome
+        with self.accounts.charge(number, sorted(drawn), request.received) as commit:
+            replies = exchange(
+                self.grid, request.messages, self.config.run.timeout, lambda reply: self.progress.node_done()
+            )
+            outcome = self.messenger.collect_train(request, replies)
             self._warn(number, "is excluded from", outcome.excluded)
             self.accounts.settle(outcome, drawn)
             if not self._enough(number, outcome, drawn):
                 return False
-            assert arrays is not None
-            state = from_record(arrays, "float32")
+            state, server_state = aggregate(
+                self.strategy, self.federation, self.accounts.plan, self.state, self.server_state, outcome, number
+            )
             commit(digest(state))
         self._check_moved(outcome)
-        self.state = state
+        self.state, self.server_state = state, server_state
         train_seconds, aggregated = busy_seconds(outcome.busy), time.perf_counter()
-        self._release(number, outcome)
+        self._release(number, request.received, outcome)
 
         last = number == self.config.run.rounds or len(self.federation.eligible) < self._needed()
         evaluate = last or number % self.config.evaluate.every == 0
@@ -188,17 +197,29 @@ class Rounds:
         reasons = "; ".join(f"{c}: {r}" for c, r in list(outcome.excluded.items())[:3])
         raise RunFailed(f"round {number}: {usable} usable updates, {needed} needed ({reasons})")
 
-    def _release(self, number: int, outcome: TrainOutcome) -> None:
+    @property
+    def client_ranks(self) -> dict[str, int]:
+        """client → rank of its adapter in the next round."""
+        return self.strategy.client_ranks(self.state, self.server_state)
+
+    def _warn_of_products(self) -> None:
+        parts = {part_of(name) for name in trained_names(self.strategy, self.state)}
+        if self.config.private and parts >= {"lora_A", "lora_B"}:
+            name = self.config.strategy.name
+            logger.warning(
+                "%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone", name
+            )
+
+    def _release(self, number: int, received: str, outcome: TrainOutcome) -> None:
         """Countersign what was received, and let the clients keep their receipts."""
-        receipts = self.accounts.close_round(number, self.strategy.sent_digest, digest(self.state), outcome)
+        receipts = self.accounts.close_round(number, received, digest(self.state), outcome)
         if receipts:
             self._exchange_lines(number, receipts, sorted(receipts, key=client_order))
 
     def _exchange_lines(self, number: int, receipts: Mapping[str, Entry], clients: list[str]) -> dict[str, str]:
-        messages = self.strategy.release_messages(receipts, clients)
-        problems = self.strategy.collect_lines(
-            exchange(self.grid, messages, min(self.config.run.timeout, RECEIPT_SECONDS))
-        )
+        request = self.messenger.receipts(receipts, clients)
+        replies = exchange(self.grid, request.messages, min(self.config.run.timeout, RECEIPT_SECONDS))
+        problems = self.messenger.collect_lines(request, replies)
         self._warn(number, "did not keep its receipt of", problems)
         return problems
 
@@ -302,11 +323,9 @@ class Rounds:
                 save_adapter(self.session.model, self.state | own, path)
 
     def _ask_clients(self, number: int) -> float:
-        messages = list(
-            self.strategy.configure_evaluate(number, to_record(self.state, "float32"), ConfigRecord(), self.grid)
-        )
-        self.strategy.aggregate_evaluate(number, exchange(self.grid, messages, self.config.run.timeout))
-        outcome = self.strategy.evaluate_outcome
+        request = self.messenger.evaluate(number, self.state)
+        replies = exchange(self.grid, request.messages, self.config.run.timeout)
+        outcome = self.messenger.collect_evaluate(request, replies)
         self._warn(number, "has no local accuracy in", outcome.excluded)
         self._record_clients(number, outcome.accuracy)
         return busy_seconds(outcome.busy)
@@ -322,7 +341,7 @@ class Rounds:
         if self.adapter_moved or not outcome.updates:
             return
         watched = [
-            n for n in self.strategy.sent_names(self.state) if self.strategy.trains == frozenset() or ".lora_" in n
+            n for n in sent_names(self.strategy, self.state) if self.strategy.trains == frozenset() or ".lora_" in n
         ]
         if not any(bool(update[name].any()) for update in outcome.updates.values() for name in watched):
             raise RunFailed("no client changed the adapter in the first round; check train.lr and lora.target_modules")
@@ -334,16 +353,14 @@ class Rounds:
             "totals": self.totals,
             "scores": vars(self.scores) if self.scores else None,
             "client_accuracy": self.client_accuracy,
-            "ranks": self.federation.ranks,
             "max_clients_per_pass": self.federation.max_clients_per_pass,
         }
-        save_checkpoint(self.directory, self.done, self.state, self.strategy.memory, extra)
+        save_checkpoint(self.directory, self.done, self.state, self.server_state, extra)
 
     def _restore(self) -> None:
         if (found := load_checkpoint(self.directory)) is not None:
-            self.done, self.state, memory, extra = found
-            self.strategy.remember(memory)
-            self.federation.ranks, self.federation.max_clients_per_pass = extra["ranks"], extra["max_clients_per_pass"]
+            self.done, self.state, self.server_state, extra = found
+            self.federation.max_clients_per_pass = extra["max_clients_per_pass"]
             self.adapter_moved = True
             self.federation.participations.update(extra["participations"])
             self.totals = extra["totals"]
@@ -368,14 +385,14 @@ class Rounds:
     def result(self) -> dict[str, Any]:
         """What ``result.json`` says, apart from the status and the wall time."""
         privacy, scores = self.accounts.result(), self.scores
-        per_client = privacy.pop("clients")
+        per_client, ranks = privacy.pop("clients"), self.client_ranks if self.config.clients.rank else {}
         clients = {
             client: {
                 "examples": info.examples,
                 "participations": self.federation.participations[client],
                 "accuracy": self.client_accuracy.get(client),
                 **per_client.get(client, {"epsilon": NO_DP}),
-                **({"rank": self.federation.ranks[client]} if self.config.clients.rank else {}),
+                **({"rank": ranks[client]} if ranks else {}),
                 **({"refused": self.federation.refused[client]} if client in self.federation.refused else {}),
             }
             for client, info in self.federation.clients.items()

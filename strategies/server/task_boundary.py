@@ -27,7 +27,7 @@ from fedlab.evaluate.classification import classify
 from fedlab.lora.state import BASIS, State, modules, nbytes, outer_b, part_of, write_state
 from fedlab.models.adapters import initial_state
 from fedlab.session import Session, torch_threads
-from strategies.base import LoraStrategy
+from strategies.base import Strategy
 from strategies.continual import PROTECTED
 from strategies.server.gram_release import collect_grams
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 MEMORY, TASK = "memory.safetensors", "task.json"
 
 
-def first_state(config: RunConfig, strategy: type[LoraStrategy], session: Session) -> tuple[State, dict[str, Tensor]]:
+def first_state(config: RunConfig, strategy: Strategy, session: Session) -> tuple[State, dict[str, Tensor]]:
     """The state that the run starts from, and what the task before left (nothing for the first, or
     without a stream).
     """
@@ -54,7 +54,7 @@ def first_state(config: RunConfig, strategy: type[LoraStrategy], session: Sessio
             )
         memory = load_file(str(path))
     with torch_threads(1):  # bases must not depend on the number of cores
-        return strategy.begin_task(config, fresh, memory, session.model, config.stage.task), memory
+        return strategy.begin_task(fresh, memory, config.stage.task), memory
 
 
 def end_stage(rounds: Rounds, status: str) -> None:
@@ -68,9 +68,8 @@ def end_stage(rounds: Rounds, status: str) -> None:
     rounds.progress.note("scoring every task")
     scores = score_tasks(rounds.session, rounds.state, config)
     if stage.task == 0 and config.stream.heads == "shared":  # what forward transfer is measured from
-        scores["before"] = score_tasks(
-            rounds.session, first_state(config, type(rounds.strategy), rounds.session)[0], config
-        )["accuracy"]
+        start, _ = first_state(config, rounds.strategy, rounds.session)
+        scores["before"] = score_tasks(rounds.session, start, config)["accuracy"]
     started = time.perf_counter()
     last = stage.task == len(config.tasks) - 1 or config.stream.joint or status == "budget-exhausted"
     grams = {} if last or config.gram is None else collect_grams(rounds)
