@@ -10,32 +10,30 @@ from typing import cast
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 
 from clients.train import personal_directory, received_state
-from fedlab.evaluate.classification import classify
+from fedlab.evaluate import primary_score
 from fedlab.run.personal import load_personal
 from fedlab.session import Session
 
 
 def evaluate_cohort(session: Session, cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
-    """Reply to an evaluate message: per-client lists ``accuracy`` and ``examples`` (of the held-out part, never trained
-    on).
-    """
+    """Reply to an evaluate message: per-client lists ``score``, the primary one, and ``examples``, held out."""
     started = time.time()
     order = content.config_records["round"]
     state = received_state(content, cast(str, order["wire_dtype"])) | session.basis
-    batch_size, home = session.config.evaluate.batch_size, personal_directory(order, context)
+    home, model, data = personal_directory(order, context), session.model, session.data
     scored = []
     session.model.load(state)
     for client in cohort:
         if order["keep"]:
             session.model.load(state | load_personal(home, client, cast(int, order["round"]) + 1))
-        scored.append(classify(session.model, session.data, session.data.local_test(client), batch_size))
+        scored.append(primary_score(model, data, data.local_test(client), session.config))
     return RecordDict(
         {
             "clients": ConfigRecord({"ids": cohort}),
             "metrics": MetricRecord(
                 {
-                    "accuracy": [s.accuracy for s in scored],
-                    "examples": [s.examples for s in scored],
+                    "score": scored,
+                    "examples": [len(data.local_test(client)) for client in cohort],
                     "started": started,
                     "ended": time.time(),
                 }

@@ -30,7 +30,7 @@ class Tokens:
     Args:
         ids: int32 [tokens].
         offsets: int64 [N + 1].
-        labels: one number per example [N]; with ``label_offsets`` sequences, kept as ``ids`` are; None for public texts.
+        labels: one number per example [N]; with ``label_offsets`` sequences, kept as ``ids`` are; None: no labels.
         types: token type ids, like ``ids``; None if the model has none.
         label_offsets: int64 [N + 1], where labels are sequences.
     """
@@ -126,8 +126,8 @@ def tokenise_public(
 
 
 def probe_batch(tokenizer: PreTrainedTokenizerBase, objective: Objective, rows: int, length: int) -> dict[str, Tensor]:
-    """A batch of ``rows`` equal texts of at most ``length`` tokens, special ones as the tokenizer sets them, no padding;
-    with labels that the objective can learn. For measuring and for tracing a model where no data are at hand.
+    """A batch of ``rows`` equal texts of at most ``length`` tokens, special ones as the tokenizer sets them, no
+    padding, with labels that the objective can learn: for measuring and tracing a model where no data are at hand.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What every source gives: texts with a label each, as the source wrote it; and what an objective makes of the labels."""
+"""What every source gives: texts, each with a label as the source wrote it, which an objective then encodes."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def deal(corpus: Corpus, data: DataSection, seed: int) -> Shards:
     order = random_stream(seed, "deal").permutation(trainable)
     if data.partition.kind in BY_LABEL and not corpus.label_names:
         raise ConfigError(
-            f"data.partition = {data.partition.kind} deals by label, but the labels of {corpus.name} have no names here;"
+            f"data.partition = {data.partition.kind} deals by label, but the labels of {corpus.name} have no names;"
             " use another kind"
         )
     columns: dict[str, Any] = {"position": order, "label": corpus.labels[order]}

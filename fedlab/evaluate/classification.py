@@ -15,8 +15,8 @@ from fedlab.models.loaded import LoadedModel
 def classify(model: LoadedModel, data: FederatedData, indices: np.ndarray, batch_size: int) -> dict[str, float]:
     """Scores of the examples ``indices`` [N], in batches of texts of like length.
 
-    ``accuracy``: share of examples whose arg-max is the label. ``macro_f1``: unweighted mean of F1 over the classes that
-    occur; 0/0 counts as 0. ``loss``: mean cross-entropy, nats.
+    ``accuracy``: share of examples whose arg-max is the label. ``macro_f1``: unweighted mean of F1 over the classes
+    that occur; 0/0 counts as 0. ``loss``: mean cross-entropy, nats.
     """
     predicted, labels, loss = [], [], 0.0
     with torch.inference_mode():

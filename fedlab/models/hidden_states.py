@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,6 +98,10 @@ def cache_hidden_states(model: LoadedModel, data: FederatedData) -> FederatedDat
     return replace(data, hidden_states=HiddenStates(dtype, starts, part_of, parts))
 
 
+def _append(seen: list[Any], _: int, x: Tensor | None, output: Any) -> None:
+    seen.append(output)
+
+
 def _hidden(output: Any) -> Tensor:
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
@@ -112,7 +117,7 @@ def _try(
     seen: list[Any] = []
     before = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
     try:
-        with torch.no_grad(), watching({0: lower[-1]}, lambda _, x, output: seen.append(output)):
+        with torch.no_grad(), watching({0: lower[-1]}, partial(_append, seen)):
             model.logits(batch)
             for name, parameter in model.parameters.items():
                 if name.endswith("lora_B"):
@@ -147,7 +152,7 @@ def _compute(model: LoadedModel, tokens: Tokens, last: nn.Module, indices: np.nd
     for first in range(0, len(indices), BATCH):
         batch = tokens.batch(indices[first : first + BATCH], model.tokenizer.pad_token_id)
         seen: list[Any] = []
-        with torch.inference_mode(), watching({0: last}, lambda _, x, output, seen=seen: seen.append(output)):
+        with torch.inference_mode(), watching({0: last}, partial(_append, seen)):
             model.objective.visit(model, batch)
         rows.append(_hidden(seen[0])[batch["attention_mask"].to(model.device).bool()].cpu())
     flat = torch.cat(rows)

@@ -58,8 +58,8 @@ def load_base(
     """The base as an objective needs it, and the names of its head's modules, which are trained whole; none for an
     objective without a head.
 
-    This is the object to give to ``PeftModel.from_pretrained(base, RUN_DIR/"adapter")``: what the objective's Auto class
-    returns; for a sentence encoder under an objective with a head, a ``SentenceClassifier``.
+    This is the object to give to ``PeftModel.from_pretrained(base, RUN_DIR/"adapter")``: what the objective's Auto
+    class returns; for a sentence encoder under an objective with a head, a ``SentenceClassifier``.
 
     Raises ConfigError for a model that cannot be loaded, has no head where one is to be trained, or lacks weights where
     none is.

@@ -2,8 +2,8 @@
 
 An objective says how records become tokens and labels, how a base model is loaded for it and which part of that is a
 trained head, what the loss of one example is, what the model predicts, and which evaluators judge it. Trainer, cohort
-pass, DP step, empirical audit, continual code, hidden-state cache and memory plan use these methods and nothing else, so
-a classifier and a language model go through the same code.
+pass, DP step, empirical audit, continual code, hidden-state cache and memory plan use these methods and nothing else,
+so a classifier and a language model go through the same code.
 
 torch and numpy only: no Flower, no Ray, no transformers. A tokenizer is called, never imported.
 """
@@ -71,7 +71,7 @@ class Objective(ABC):
             ConfigError: for labels that this objective cannot learn.
         """
 
-    @classmethod
+    @classmethod  # noqa: B027 (most objectives take any)
     def check_labels(cls, names: tuple[str, ...], corpus: str) -> None:
         """Raise ConfigError where the labels that are left to a run or a task cannot be learnt."""
 

@@ -94,7 +94,8 @@ def train_cohort(
     """Train all clients for one round; per client its result, or why its update cannot be used (it diverged).
 
     All states share the same residual and the same frozen tensors but for those a client keeps to itself (which are
-    trained). Raises what concerns everybody: nothing trainable, a trained layer that is not linear (``supports_fused``).
+    trained). Raises what concerns everybody: nothing trainable, a trained layer that is not linear
+    (``supports_fused``).
     """
     started = time.perf_counter()
     names = trainable(trained)
@@ -186,7 +187,7 @@ def _sum_gradients(
     size: int,
     stack: _Stack,
 ) -> dict[str, Tensor]:
-    """Per-client sums [K, *shape] of the clipped (or, without DP, plain) per-example gradients of a step, in float64."""
+    """Per-client sums [K, *shape], float64, of a step's per-example gradients, clipped under DP."""
     count = len(active)
     total = stack.zeros(count)
     losses, clipped = np.zeros(count), np.zeros(count, dtype=np.int64)

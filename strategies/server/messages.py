@@ -7,6 +7,7 @@ and a client's weight is the size that it declared before the first round.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -86,16 +87,16 @@ class Messenger:
         return Request(self._messages(MessageType.EVALUATE, cohorts, state, {"round": number}), cohorts, number)
 
     def collect_evaluate(self, request: Request, replies: Iterable[Message]) -> EvaluateOutcome:
-        """The clients' accuracies."""
+        """The clients' primary scores."""
         outcome = EvaluateOutcome()
         for node, reply in self._by_node(request, replies, outcome.excluded).items():
             record = reply.content.metric_records["metrics"]
             clients = cast(list[str], reply.content.config_records["clients"]["ids"])
             outcome.busy.append((cast(float, record["started"]), cast(float, record["ended"])))
             for i, client in enumerate(clients):
-                accuracy = cast(list[float], record["accuracy"])[i]
-                if client in request.cohorts[node] and 0 <= accuracy <= 1:
-                    outcome.accuracy[client] = accuracy
+                score = cast(list[float], record["score"])[i]
+                if client in request.cohorts[node] and math.isfinite(score):
+                    outcome.scores[client] = score
                     outcome.examples[client] = cast(list[int], record["examples"])[i]
         return outcome
 
