@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from clients.node import Node
 from clients.owner import Owner
 from fedlab.errors import PrivacyError
-from fedlab.evaluate.classification import classify
+from fedlab.evaluate import evaluate
 from fedlab.lora.state import State, from_wire
 from fedlab.privacy.release import SCORES, public
 from fedlab.protocol.messages import ClientReply, EvaluateReply, EvaluateRequest
@@ -33,6 +34,6 @@ def _score(node: Node, owner: Owner, state: State, request: EvaluateRequest) -> 
     if request.personal:
         session.model.load(state | owner.load_personal(request.round + 1))
     held_out = session.data.local_test(owner.client)
-    found = classify(session.model, session.data, held_out, session.config.evaluate.batch_size)
-    numbers = {"examples": found.examples} | ({"accuracy": found.accuracy} if found.examples else {})
+    found = evaluate(session.model, session.data, held_out, session.config)
+    numbers = {name: value for name, value in found.items() if math.isfinite(value)}  # NaN where nothing is held out
     return ClientReply(owner.client, (public(SCORES, numbers),))

@@ -18,16 +18,17 @@ from clients.account import ClientAccount
 from clients.node import Node
 from clients.owner import Owner
 from clients.pending import PendingRelease
-from fedlab.errors import ConfigError, FedlabError, PrivacyError
+from fedlab.errors import FedlabError, PrivacyError
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, PAST, State, digest, from_wire, part_of, select, to_wire
 from fedlab.privacy.release import METRICS, TIMING, UPDATE, public
 from fedlab.protocol.messages import MOST_REASON, ClientOrder, ClientReply, Failure, Release, TrainReply, TrainRequest
 from fedlab.session import Session
-from fedlab.train.cohort import Member, train_cohort
+from fedlab.train.cohort import supports_fused, train_cohort
 from fedlab.train.dp import PerExampleGradients
+from fedlab.train.local import LocalTraining, Trained
 from fedlab.train.opacus import OpacusGradients
-from fedlab.train.trainer import Trained, train_client
+from fedlab.train.trainer import train_client
 
 logger = logging.getLogger("fedlab")
 EXPECTED = (FedlabError, RuntimeError, ValueError)  # what may fail for one client and leave the others alone
@@ -55,7 +56,7 @@ class _Client:
     pending: PendingRelease
     owner: Owner | None = None
     account: ClientAccount | None = None
-    member: Member | None = None
+    training: LocalTraining | None = None
     trained: Trained | None = None
     update: Release | None = None
 
@@ -66,7 +67,7 @@ class _Client:
     def fail(self, error: BaseException) -> None:
         """Nothing of it is released."""
         self.pending.fail(error)
-        self.member = self.trained = self.update = None
+        self.training = self.trained = self.update = None
 
 
 def answer_train(node: Node, request: TrainRequest) -> TrainReply:
@@ -108,8 +109,8 @@ def _train_pass(current: _Round, clients: list[_Client]) -> None:
                 _begin(current, client)
             except EXPECTED as error:
                 client.fail(error)
-        ready = [client for client in clients if client.member is not None]
-        results = _results(current, [client.member for client in ready if client.member])
+        ready = [client for client in clients if client.training is not None]
+        results = _results(current, [client.training for client in ready if client.training])
         for client in ready:
             try:
                 if isinstance(found := results[client.name], Exception):
@@ -141,65 +142,65 @@ def _begin(current: _Round, client: _Client) -> None:
         plan = client.account.plan
         client.pending.charge(client.account.guard, client.account.terms, plan.event(), request.round, current.received)
     plan_or_none = client.account.plan if client.account else None
-    client.member = Member(client.name, start, plan_or_none, rank if rank < highest else None)
+    client.training = LocalTraining(client.name, start, plan_or_none, rank if rank < highest else None)
 
 
-def _results(current: _Round, members: list[Member]) -> Mapping[str, Trained | Exception]:
-    """The members' results; a group that does not fit into a GPU's memory is halved."""
+def _results(current: _Round, trainings: list[LocalTraining]) -> Mapping[str, Trained | Exception]:
+    """The clients' results; a group that does not fit into a GPU's memory is halved."""
     session, request = current.session, current.request
-    if not members:
+    if not trainings:
         return {}
-    if session.config.train.gradients != "fused":
-        return _one_by_one(current, members)
+    if session.config.train.gradients != "fused" or not supports_fused(session.model, request.trained):
+        return _one_by_one(current, trainings)
     try:
-        return train_cohort(session.model, session.data, members, list(request.trained), session.config, request.round)
-    except ConfigError:
-        return _one_by_one(current, members)
+        return train_cohort(
+            session.model, session.data, trainings, list(request.trained), session.config, request.round
+        )
     except torch.cuda.OutOfMemoryError:
-        if len(members) == 1:
+        if len(trainings) == 1:
             raise
         logger.warning(
-            "%d clients in one pass do not fit into the GPU's memory; going on with half as many", len(members)
+            "%d clients in one pass do not fit into the GPU's memory; going on with half as many", len(trainings)
         )
     torch.cuda.empty_cache()
-    half = len(members) // 2
-    return {**_results(current, members[:half]), **_results(current, members[half:])}
+    half = len(trainings) // 2
+    return {**_results(current, trainings[:half]), **_results(current, trainings[half:])}
 
 
-def _one_by_one(current: _Round, members: list[Member]) -> Mapping[str, Trained | Exception]:
-    """The members' results without fused layers; what fails for one is its own failure."""
+def _one_by_one(current: _Round, trainings: list[LocalTraining]) -> Mapping[str, Trained | Exception]:
+    """The clients' results without fused layers; what fails for one is its own failure."""
     session, request = current.session, current.request
-    if any(part_of(name) in (BASIS, PAST) for name in members[0].state):
+    if any(part_of(name) in (BASIS, PAST) for name in trainings[0].state):
         raise FedlabError(
             f'strategy.name = "{session.config.strategy.name}" needs a linear head and train.gradients = "fused"'
         )
     results: dict[str, Trained | Exception] = {}
     hooks = OpacusGradients if session.config.train.gradients == "opacus" else PerExampleGradients
-    for m in members:
+    for t in trainings:
         try:
-            results[m.client] = train_client(
+            results[t.client] = train_client(
                 session.model,
                 session.data,
-                m.client,
-                m.state,
+                t.client,
+                t.state,
                 request.trained,
                 session.config,
                 request.round,
-                m.plan,
-                m.rank,
+                t.plan,
+                t.rank,
                 hooks,
             )
         except EXPECTED as error:
-            results[m.client] = error
+            results[t.client] = error
     return results
 
 
 def _end(current: _Round, client: _Client, result: Trained) -> None:
     """What the client keeps goes to its disk, what it sends is committed."""
     request = current.request
-    assert client.member is not None
+    assert client.training is not None
     assert client.owner is not None
-    start = client.member.state
+    start = client.training.state
     own = select(result.update, list(request.personal))
     if own:
         kept = {name: start[name] + value for name, value in widen(own, start).items()}

@@ -26,6 +26,15 @@ def clip_factors(norms: Tensor, clip: float) -> Tensor:
     return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
 
 
+def joint_norms(gradients: Mapping[str, Tensor]) -> Tensor:
+    """L2 norm of each example's gradient over **all** tensors together, [N] float64.
+
+    ``gradients``: name → [N, *shape], summed in the mapping's order.
+    """
+    squares = [gradient.double().flatten(1).square().sum(1) for gradient in gradients.values()]
+    return torch.stack(squares).sum(0).sqrt()
+
+
 def clipped_sum(gradients: Mapping[str, Tensor], clip: float) -> tuple[dict[str, Tensor], Tensor]:
     """Sum over examples of the clipped gradients, and the norms before clipping.
 
@@ -43,8 +52,7 @@ def clipped_sum(gradients: Mapping[str, Tensor], clip: float) -> tuple[dict[str,
     counts = {name: gradient.shape[0] for name, gradient in gradients.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"gradients disagree on the number of examples: {counts}")
-    squares = [gradient.double().flatten(1).square().sum(1) for gradient in gradients.values()]
-    norms = torch.stack(squares).sum(0).sqrt()  # [N]
+    norms = joint_norms(gradients)
     factors = clip_factors(norms, clip)
     usable = factors > 0
     total = {}

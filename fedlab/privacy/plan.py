@@ -185,17 +185,12 @@ def make_plan(
             )
         counts: dict[float, int] = {}
         for m, rounds in parts:
-            counts[_rate(train, m)] = counts.get(_rate(train, m), 0) + _steps(train, m) * rounds
+            counts[_rate(train, m)] = counts.get(_rate(train, m), 0) + train.local_steps(m) * rounds
         (q, count), *others = sorted(counts.items())
         sigma = calibrate_sigma(q, count, privacy.epsilon, delta, "rdp" if others else "pld", beside, tuple(others))
-    return DPPlan(n, train.batch_size, _steps(train, n), sigma, privacy.clip, delta, participations, privacy.noise)
+    return DPPlan(n, train.batch_size, train.local_steps(n), sigma, privacy.clip, delta, participations, privacy.noise)
 
 
 def _rate(train: TrainSection, n: int) -> float:
     """Poisson sampling rate of a client of n examples."""
     return min(1.0, train.batch_size / n)
-
-
-def _steps(train: TrainSection, n: int) -> int:
-    """Its steps in one round."""
-    return train.steps if train.steps is not None else math.ceil((train.epochs or 0) * n / train.batch_size)

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 
 from fedlab.config import RunConfig
 from fedlab.errors import PrivacyError
+from fedlab.evaluate import primary_name
 from fedlab.lora.ranks import narrow
 from fedlab.lora.state import State, digest, from_wire, nbytes, to_wire
 from fedlab.privacy.ledger.ledger import Entry
@@ -117,12 +118,13 @@ class Messenger:
             for node, cohort in cohorts.items()
         }
         answers = ask(self.grid, "evaluate", requests, EvaluateReply, self.config.run.timeout)
+        primary = primary_name(self.config)
         outcome = EvaluateOutcome(busy=[(reply.started, reply.ended) for reply in answers.replies.values()])
         for client, reply in self._by_client(cohorts, answers, outcome.excluded).items():
             if (scores := reply.release(SCORES)) is None:
                 outcome.excluded[client] = "it sent no scores"
-            elif 0 <= (accuracy := scores.numbers.get("accuracy", math.nan)) <= 1:
-                outcome.accuracy[client] = accuracy
+            elif primary in scores.numbers:  # not there for a client that holds nothing out
+                outcome.scores[client] = scores.numbers[primary]
         return outcome
 
     def receipts(self, receipts: Mapping[str, Entry], clients: Sequence[str]) -> dict[str, str]:
