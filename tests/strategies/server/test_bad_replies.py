@@ -136,7 +136,7 @@ def other_event(reply: ClientReply) -> ClientReply:
         (poison(float("nan")), "NaN"),
         (poison(float("inf")), "NaN or infinite"),
         (first(lambda a: a.reshape(-1)), "shape"),
-        (first(lambda a: a.astype(np.int64)), "int64"),
+        (first(lambda a: a.astype(np.int64)), "bytes, at most"),
         (arrays(lambda found: dict(list(found.items())[1:])), "is missing"),
         (arrays(lambda found: found | {"base.weight": np.zeros(3, np.float32)}), "was not asked for"),
         (edit(lambda r: replace(r, releases=(*r.releases, Release("labels", {}, {"mean": 1.0})))), "not asked for"),
