@@ -26,7 +26,7 @@ from fedlab.lora.svd import principal_rows
 from fedlab.models.activations import public_batches
 from fedlab.models.adapters import draw_a
 from fedlab.models.loaded import LoadedModel
-from fedlab.seeds import stream_seed
+from fedlab.seeds import torch_stream
 from strategies.base import LoraStrategy
 from strategies.fedsvd import FedSVD, FedSVDOptions
 from strategies.folding import fold, require_float32
@@ -298,5 +298,5 @@ def _candidates(config: RunConfig, state: State, model: LoadedModel, module: str
         weight = current_weight(model, state, module)
         free = weight - (weight @ kept.double().mT) @ kept.double()
         return principal_rows(free.mT @ free, min(n, 2 * rank))[0]
-    generator = torch.Generator().manual_seed(stream_seed(config.run.seed, "task", str(task), module) % 2**63)
+    generator = torch_stream(config.run.seed, "task", str(task), module)
     return torch.randn(min(n, 2 * rank + len(kept)), n, generator=generator, dtype=torch.float64)

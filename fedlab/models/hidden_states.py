@@ -29,6 +29,7 @@ from fedlab.data import FederatedData
 from fedlab.data.cache import cache_directory
 from fedlab.data.collate import Tokens
 from fedlab.errors import ConfigError
+from fedlab.files import replacing
 from fedlab.models.blocks import find_blocks, stepping_over, watching
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
 
@@ -198,10 +199,8 @@ def _alone(path: Path, wait: bool) -> Iterator[bool]:
 
 
 def _store(path: Path, rows: np.ndarray) -> None:
-    temporary = path.with_suffix(".part")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, rows, allow_pickle=False)
-    temporary.replace(path)
 
 
 def _open(path: Path, shape: tuple[int, int]) -> np.ndarray | None:

@@ -34,7 +34,7 @@ from fedlab.lora.state import BASIS, PAST, State, part_of
 from fedlab.models.blocks import checkpointed, find_blocks
 from fedlab.models.hardware import return_large_blocks
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
-from fedlab.privacy.clipping import clip_factors
+from fedlab.privacy.clipping import clip_factors, joint_norms
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
@@ -262,8 +262,7 @@ def _gradients(
 
 def _factors(gradients: dict[str, Tensor], limits: Tensor) -> tuple[Tensor, Tensor]:
     """Clip factor per row, 0 for a gradient that is not finite, and whether it was above its clip."""
-    squares = [g.flatten(1).double().square().sum(1) for _, g in sorted(gradients.items())]
-    norms = torch.stack(squares).sum(0).sqrt()
+    norms = joint_norms(gradient for _, gradient in sorted(gradients.items()))
     factors = torch.ones_like(norms)
     for limit in limits.unique().tolist():
         if math.isfinite(limit):
