@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlab.privacy.audit.chain import Finding, read_chain
+from fedlab.privacy.audit.chain import read_chain
+from fedlab.privacy.audit.lines import Finding
 from fedlab.privacy.audit.rules import Ledger, read_ledger
 from fedlab.privacy.audit.schema import CLIENT
 
