@@ -155,7 +155,7 @@ def test_releases_that_leave_nothing_of_epsilon_are_named(stream_toml: str, tmp_
 
 def test_tasks_draw_their_own_batches_and_noise(stream_toml: str):
     first, second = (RunConfig.parse(stream_toml).at_stage(task, None) for task in (0, 1))
-    assert len({first.draws, second.draws, first.run.seed}) == 3
+    assert len({first.sampling_seed, second.sampling_seed, first.run.seed}) == 3
     assert first.run.seed == second.run.seed, "who holds what stays"
 
 
@@ -278,7 +278,7 @@ def test_a_stream_that_was_cut_off_goes_on_with_the_same_bits(
     stream_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from fedlab.run.launch import resume
-    from strategies import loop
+    from strategies.server import loop
 
     whole = run(stream_toml, tmp_path / "whole")
     calls, real = [], loop.Rounds._round

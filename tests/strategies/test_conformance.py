@@ -107,6 +107,7 @@ def report(row: Row) -> conformance.Report:
         rewrites=row.rewrites,
         reweigh=row.reweigh,
         at_scale=lambda s: make(row.name, alpha=s * RANK, **dict(row.options)),
+        fresh=lambda: make(row.name, **dict(row.options)),
         refuses=(ValueError, FedlabError),
         tolerance=2e-6,
         title=row.title,
