@@ -1,12 +1,14 @@
 """Every option of every strategy: the same call twice gives the same bits, and so does a run that goes on from a file.
 
-The values are listed once, by key; a new key, a new choice of a key or a new key of a nested table without a row here
-fails ``test_every_option_has_a_value``.
+The values are listed once, by key, in conformance_rows.py; a new key, a new choice of a key or a new key of a nested
+table without a row there fails ``test_every_option_has_a_value``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
 import typing
 from functools import cache
 from pathlib import Path
@@ -19,66 +21,27 @@ from torch import Tensor
 
 from fedlab.config import RunConfig
 from fedlab.config.load import without_none
-from fedlab.errors import FedlabError
+from fedlab.errors import ConfigError, FedlabError
 from fedlab.lora import conformance
 from fedlab.lora.conformance.cases import WEIGHTS, Subject, draw_state
 from fedlab.lora.state import State
-from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
+from fedlab.run.checkpoint import POINTER, load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
 from strategies import CONTINUAL, STRATEGIES
 from strategies.base import Round, ServerState, Strategy
 
 RANK = 4
-# key → values in TOML that are tried, one at a time
-VALUES: dict[str, list[str]] = {
-    "robust": [
-        "{rule='coordinate_median'}",
-        "{rule='trimmed_mean', trim=0.34}",
-        "{rule='krum', byzantine=0}",
-        "{rule='multi_krum', byzantine=0, keep=2}",
-        "{rule='bulyan', byzantine=0}",
-        "{rule='geometric_median'}",
-        "{rule='norm_bounded_mean', bound=2.0}",
-    ],
-    "server": [
-        "{optimizer='momentum', lr=0.7, beta1=0.5}",
-        "{optimizer='adam', lr=0.1, beta2=0.9}",
-        "{optimizer='yogi', lr=0.1, tau=0.01}",
-    ],
-    "period": ["2"],
-    "warmup": ["1"],
-    "refresh": ["{every=1, keep=1}", "{every=2, keep=2, source='weights'}", "{every=1, source='random'}"],
-    "residual_rank": ["3"],
-    "train": ["'B'"],
-    "redraw": ["'kaiming'"],
-    "split": ["'left'"],
-    "mean": ["'robust'"],
-    "fisher": ["'updates'"],
-    "norm_weights": ["false"],
-    "prune": ["0.5"],
-    "min_rank": ["3"],
-    "ridge": ["0.1"],
-    "preserve": ["0.2"],
-    "importance": ["true"],
-    "energy": ["0.5"],
-    "free": ["4"],
-    "gram": ["{sigma=3.0, clip=0.5, min_clients=2}", "{clear=true}"],
-}
-TOGETHER = {  # what shows only with another key
-    "min_rank": ", prune=0.5",
-    "importance": "",
-}
-MORE = {  # pairs of keys that share what the server keeps
-    "fedsvd": ["period=2, server={optimizer='momentum'}", "refresh={every=2, keep=2}, server={optimizer='momentum'}"],
-    "ffa": ["robust={rule='coordinate_median'}, server={optimizer='adam'}"],
-    "flora": ["residual_rank=3, train='B', redraw='kaiming'"],
-    "flexlora": ["mean='robust', fisher='updates', split='left'"],
-}
-REFUSED = {  # with the reason in docs/strategies.md and docs/continual.md
-    *(("fedsvd", f"server={value}") for value in VALUES["server"][1:]),
-    *(("fedsvd-continual", f"server={value}") for value in VALUES["server"][1:]),
-    *(("fedsvd-continual", f"refresh={value}") for value in VALUES["refresh"]),
-}
+
+
+def sibling(name: str) -> Any:
+    """A module beside this one."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+rows = sibling("conformance_rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,17 +77,17 @@ def _keys(options: str) -> list[str]:
     return [line for line in [*lines, options[start:].strip()] if line]
 
 
-def rows() -> list[tuple[str, str]]:
+def every_option() -> list[tuple[str, str]]:
     found = []
     for name, strategy in STRATEGIES.items():
         found.append((name, ""))
         for key in strategy.Options.model_fields:
-            found += [(name, f"{key}={value}{TOGETHER.get(key, '')}") for value in VALUES.get(key, [])]
-        found += [(name, options) for options in MORE.get(name, [])]
+            found += [(name, f"{key}={value}{rows.TOGETHER.get(key, '')}") for value in rows.VALUES.get(key, [])]
+        found += [(name, options) for options in rows.MORE.get(name, [])]
     return found
 
 
-ROWS = [row for row in rows() if row not in REFUSED]
+ROWS = [row for row in every_option() if row not in rows.REFUSED]
 each_row = pytest.mark.parametrize(("name", "options"), ROWS, ids=[" ".join(row).strip() for row in ROWS])
 
 
@@ -167,10 +130,10 @@ def uncovered(model: type[pydantic.BaseModel], given: list[dict[str, Any]], path
 def test_every_option_has_a_value(name: str):
     model = STRATEGIES[name].Options
     given = [make(name, options).config.strategy.options for other, options in ROWS if other == name]
-    refused = [options for other, options in REFUSED if other == name]
+    refused = [options for other, options in rows.REFUSED if other == name]
     parsed = [RunConfig.parse(_text(options)).strategy.options for options in refused]
     assert uncovered(model, given + parsed, "") == []
-    assert all(key in VALUES for key in model.model_fields)
+    assert all(key in rows.VALUES for key in model.model_fields)
 
 
 def _text(options: str) -> str:
@@ -192,7 +155,7 @@ def test_the_list_of_missing_values_finds_them():
     assert uncovered(Outer, full, "") == []
 
 
-@pytest.mark.parametrize(("name", "options"), sorted(REFUSED))
+@pytest.mark.parametrize(("name", "options"), sorted(rows.REFUSED))
 def test_what_cannot_work_is_refused(name: str, options: str):
     with pytest.raises(FedlabError):
         make(name, options)
@@ -253,3 +216,13 @@ def test_a_resolved_configuration_says_every_key_and_means_the_same(name: str, o
     own = without_none(strategy.options.model_dump(mode="json"))
     assert again.strategy.options.keys() == own.keys()
     assert (again.gram is not None) == strategy.reads_inputs
+
+
+def test_a_checkpoint_of_an_earlier_edition_is_refused_in_one_line(tmp_path: Path):
+    strategy = make("fedavg")
+    directory = RunDirectory.create(strategy.config, tmp_path / "run")
+    save_checkpoint(directory, 1, draw_state(), {}, {})
+    pointer = directory.path / POINTER
+    pointer.write_text(pointer.read_text().replace('"edition": 2, ', ""))
+    with pytest.raises(ConfigError, match="another edition"):
+        load_checkpoint(directory)
