@@ -22,7 +22,7 @@ from fedlab.lora.server_optimizer import Moments, rotate_moments
 from fedlab.lora.state import State, modules, part_of
 from fedlab.lora.subspace import open_rows
 from fedlab.lora.svd import refactorize_state
-from fedlab.seeds import stream_seed
+from fedlab.seeds import torch_stream
 from strategies.base import Round, ServerState, Strategy, Updates, Weights
 from strategies.folding import fold, require_float32
 from strategies.moments import moments_of, with_moments
@@ -118,9 +118,7 @@ class FedSVD(Strategy):
             taken = len(A) + (round_number // refresh.every - 1) * count
             rows = self.base.leading_inputs(module, n)
             return rows.roll(-(taken % n), 0)[: min(n, 2 * count + len(A))]
-        generator = torch.Generator().manual_seed(
-            stream_seed(self.config.sampling_seed, "refresh", module, round_number) % 2**63
-        )
+        generator = torch_stream(self.config.sampling_seed, "refresh", module, round_number)
         return torch.randn(min(n, 2 * count), n, generator=generator, dtype=torch.float64)
 
 

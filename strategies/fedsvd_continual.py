@@ -17,7 +17,7 @@ from fedlab.errors import ConfigError
 from fedlab.lora.state import RESIDUAL, State, modules
 from fedlab.lora.subspace import open_rows
 from fedlab.lora.svd import principal_rows
-from fedlab.seeds import stream_seed
+from fedlab.seeds import torch_stream
 from strategies.fedsvd import FedSVD, FedSVDOptions
 from strategies.stream import (
     InputsOptions,
@@ -84,6 +84,5 @@ class FedSVDContinual(FedSVD):
             weight = current_weight(self.base, state, module)
             free = weight - (weight @ kept.double().mT) @ kept.double()
             return principal_rows(free.mT @ free, min(n, 2 * rank))[0]
-        seed = stream_seed(self.config.run.seed, "task", str(task), module)
-        generator = torch.Generator().manual_seed(seed % 2**63)
+        generator = torch_stream(self.config.run.seed, "task", str(task), module)
         return torch.randn(min(n, 2 * rank + len(kept)), n, generator=generator, dtype=torch.float64)

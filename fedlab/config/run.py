@@ -18,6 +18,7 @@ from fedlab.config.sections import (
     EvaluateSection,
     LoraSection,
     ModelSection,
+    ObjectiveSection,
     PrivacySection,
     RunSection,
     Section,
@@ -32,6 +33,7 @@ class RunConfig(Section):
 
     run: RunSection
     model: ModelSection = ModelSection()
+    objective: ObjectiveSection = ObjectiveSection()
     lora: LoraSection
     data: DataSection = DataSection()
     clients: ClientsSection = ClientsSection()

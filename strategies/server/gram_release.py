@@ -5,14 +5,12 @@ clear.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,21 +18,25 @@ from torch import Tensor
 from fedlab.config import RunConfig
 from fedlab.config.tasks import Gram
 from fedlab.continual.input_grams import input_groups
-from fedlab.continual.sketch import from_fixed, side
-from fedlab.errors import FedlabError, RunFailed
-from fedlab.lora.state import State, nbytes, write_state
+from fedlab.continual.sketch import from_fixed
+from fedlab.errors import RunFailed
+from fedlab.lora.state import State, nbytes, to_wire, write_state
 from fedlab.models.loaded import LoadedModel
-from fedlab.privacy.accounting import Event
+from fedlab.privacy.gram_plan import gram_event
+from fedlab.privacy.release import GRAM
 from fedlab.privacy.secure_sum.masking import add
+from fedlab.protocol import ProtocolError
+from fedlab.protocol.checks import check_arrays, wire_bytes
+from fedlab.protocol.messages import ClientOrder, GramReply, GramRequest, KeysReply, KeysRequest
 from strategies.server.accounts import Accounts
-from strategies.server.exchange import exchange
+from strategies.server.exchange import ask
 from strategies.server.federation import Federation
-from strategies.server.records import to_record
 
 logger = logging.getLogger("fedlab")
 RELEASED = "released.safetensors"  # the sums that were released at a task's end, and what they cost to send
 TRAFFIC = ("bytes_up", "bytes_down")
 ATTEMPTS = 3  # at a masked sum
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,17 @@ def collect_grams(
     somebody is noise: it is asked for again, from the same clients, since the difference of two sums would show who is
     in one of them alone. Raises RunFailed if too few are left, or a masked sum cannot be completed.
     """
-    kept = directory / RELEASED
+    kept, groups = directory / RELEASED, input_groups(model)
     if not kept.is_file():
         traffic = dict.fromkeys(TRAFFIC, 0)
-        sums = _collect(release, traffic)
+        sums = _collect(release, _shapes(model, groups.values()), traffic)
         write_state(kept, sums | {name: torch.tensor(value) for name, value in traffic.items()})
     found: dict[str, Tensor] = load_file(str(kept))
     traffic = {name: int(found.pop(name)) for name in TRAFFIC}
-    return {module: found[leader] for module, leader in input_groups(model).items()}, traffic
+    return {module: found[leader] for module, leader in groups.items()}, traffic
 
 
-def _collect(release: GramRelease, traffic: dict[str, int]) -> dict[str, Tensor]:
+def _collect(release: GramRelease, shapes: Shapes, traffic: dict[str, int]) -> dict[str, Tensor]:
     """First module of a group that shares its input → the sum."""
     settings, federation = release.settings, release.federation
     clients = [client for client in federation.clients if client not in federation.refused]
@@ -91,7 +93,7 @@ def _collect(release: GramRelease, traffic: dict[str, int]) -> dict[str, Tensor]
             clients = [client for client in clients if client in keys]
         if len(clients) < least or (hidden and len(keys) < len(clients)):
             break
-        total, given = _ask(release, clients, keys, attempt, traffic)
+        total, given = _ask(release, shapes, clients, keys, attempt, traffic)
         if len(given) >= least and (not hidden or set(given) == set(clients)):
             return from_fixed(total)
         if not hidden:
@@ -106,78 +108,81 @@ def _collect(release: GramRelease, traffic: dict[str, int]) -> dict[str, Tensor]
 def _keys(release: GramRelease, clients: list[str]) -> dict[str, str]:
     """client → fresh public key, of those who answer."""
     cohorts = release.federation.cohorts(clients)
-    messages = [
-        Message(
-            RecordDict({"round": release.federation.order.record(release.config, cohort)}),
-            node,
-            f"{MessageType.QUERY}.keys",
-        )
-        for node, cohort in cohorts.items()
-    ]
-    found: dict[str, str] = {}
-    for reply in exchange(release.grid, messages, release.config.run.timeout):
-        if not reply.has_error():
-            record = reply.content.config_records["keys"]
-            own = dict(zip(cast(list[str], record["ids"]), cast(list[str], record["public"]), strict=True))
-            found |= {
-                client: key for client, key in own.items() if client in cohorts.get(reply.metadata.src_node_id, [])
-            }
-    return found
+    requests = {node: KeysRequest(release.federation.run, tuple(cohort)) for node, cohort in cohorts.items()}
+    answers = ask(release.grid, "keys", requests, KeysReply, release.config.run.timeout)
+    return {
+        client: key
+        for node, reply in answers.replies.items()
+        for client, key in reply.keys.items()
+        if client in cohorts[node]
+    }
 
 
 def _ask(
-    release: GramRelease, clients: list[str], keys: Mapping[str, str], attempt: int, traffic: dict[str, int]
+    release: GramRelease,
+    shapes: Shapes,
+    clients: list[str],
+    keys: Mapping[str, str],
+    attempt: int,
+    traffic: dict[str, int],
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The sum in fixed point, and who is in it. Whoever is asked counts as charged until its ledger is seen."""
-    federation, config = release.federation, release.config
+    federation, config, travelling = release.federation, release.config, release.travelling
     cohorts = federation.cohorts(clients)
-    state = to_record(release.travelling, "float32")
-    traffic["bytes_down"] += len(clients) * nbytes(release.travelling)
+    traffic["bytes_down"] += len(clients) * nbytes(travelling)
     if config.private:
-        release.accounts.expect(clients, Event("full", 1.0, release.settings.sigma, 1))
-    peers = {"peers": list(keys), "public": list(keys.values()), "attempt": attempt, "wire_dtype": "float32"}
-    messages = []
-    for node, cohort in cohorts.items():
-        known = [federation.mirror.known(client) if federation.mirror else 0 for client in cohort]
-        order = federation.order.record(config, cohort, known=known, **peers)
-        messages.append(Message(RecordDict({"state": state, "round": order}), node, f"{MessageType.QUERY}.gram"))
-    total: dict[str, np.ndarray] = {}
-    given: list[str] = []
-    for reply in exchange(release.grid, messages, config.run.timeout):
-        cohort = cohorts.pop(reply.metadata.src_node_id, [])
-        if reply.has_error():
-            logger.warning("%s gave no Gram matrices: node failed: %s", ", ".join(cohort), reply.error.reason)
+        release.accounts.expect(clients, gram_event(release.settings))
+    arrays, total, given = to_wire(travelling), dict[str, np.ndarray](), list[str]()
+    requests = {
+        node: GramRequest(
+            federation.run,
+            tuple(ClientOrder(client, federation.known(client), 1) for client in cohort),
+            dict(keys),
+            attempt,
+            arrays,
+        )
+        for node, cohort in cohorts.items()
+    }
+    most = dict.fromkeys(requests, wire_bytes(shapes, "int64"))
+    answers = ask(release.grid, "gram", requests, GramReply, config.run.timeout, most)
+    for node, reason in answers.failed.items():
+        logger.warning("%s gave no Gram matrices: %s", ", ".join(cohorts[node]), reason)
+    for node, reply in answers.replies.items():
+        mine = _members(release, cohorts[node], reply)
+        if not mine:
             continue
         try:
-            mine = _lines(release, cohort, reply.content)
-            sums = _sums(reply.content.array_records["grams"], total)
-            total = add(total, sums)
-            given += mine
-            traffic["bytes_up"] += len(mine) * sum(value.nbytes for value in sums.values())
-        except (KeyError, TypeError, ValueError, FedlabError) as error:
-            logger.warning("%s gave no Gram matrices: %s: %s", ", ".join(cohort), type(error).__name__, error)
+            if reply.sum is None:
+                raise ProtocolError(GRAM, "is missing")
+            check_arrays(reply.sum, shapes, "int64", "")
+        except ProtocolError as error:
+            logger.warning("%s gave no Gram matrices: %s", ", ".join(cohorts[node]), error)
+            continue
+        total = add(total, reply.sum.arrays)
+        given += mine
+        traffic["bytes_up"] += len(mine) * sum(value.nbytes for value in reply.sum.arrays.values())
     return total, given
 
 
-def _lines(release: GramRelease, cohort: list[str], content: RecordDict) -> list[str]:
+def _shapes(model: LoadedModel, leaders: Iterable[str]) -> Shapes:
+    """What comes back: the upper triangle [n(n+1)/2] of each distinct input's Gram matrix."""
+    widths = {leader: model.parameters[f"{leader}.lora_A"].shape[1] for leader in leaders}
+    return {leader: (n * (n + 1) // 2,) for leader, n in widths.items()}
+
+
+def _members(release: GramRelease, cohort: list[str], reply: GramReply) -> list[str]:
     """Enter the ledgers' new lines; returns the clients whose matrices are in the node's sum."""
-    charges, failures = content.config_records["charges"], content.config_records["failures"]
-    for client, text in zip(cast(list[str], charges["ids"]), cast(list[str], charges["lines"]), strict=True):
-        if client in cohort and release.federation.mirror is not None:
-            release.federation.mirror.accept(client, text)
-            release.accounts.see([client])
-    for client, reason in zip(cast(list[str], failures["ids"]), cast(list[str], failures["reasons"]), strict=True):
+    inside, problems = [], dict[str, str]()
+    for mine in reply.clients:
+        if mine.client not in cohort:
+            continue
+        if mine.failure is not None:
+            problems[mine.client] = mine.failure.reason
+        elif mine.client not in problems:
+            inside.append(mine.client)
+        if release.federation.take_lines(mine, problems):
+            release.accounts.see([mine.client])
+    for client, reason in problems.items():
         logger.warning("%s gave no Gram matrices: %s", client, reason)
-    return [client for client in cast(list[str], content.config_records["clients"]["ids"]) if client in cohort]
-
-
-def _sums(record: ArrayRecord, like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A node's sum, checked. Raises ValueError for what cannot be added to the others'."""
-    values = {name: array.numpy() for name, array in record.items()}
-    for name, value in values.items():
-        if value.dtype != np.int64 or value.ndim != 1:
-            raise ValueError(f"the Gram matrix of {name} came as {value.dtype} {value.shape}")
-        side(len(value))
-    if like and {n: v.shape for n, v in like.items()} != {n: v.shape for n, v in values.items()}:
-        raise ValueError("it released other matrices than the others")
-    return values
+    unproven = [client for client in inside if client in problems]
+    return [] if unproven else inside  # a sum cannot be rid of one of its terms

@@ -14,8 +14,10 @@ def frozen_layers(config: RunConfig, state: State) -> set[str]:
     """Layers of a head that all tasks share: after the first task they stay, where each task has labels of its own."""
     if config.stage is None or not config.stage.task or config.stream.heads == "shared":
         return set()
-    labels = len(task_data(config)[0].label_names)
-    return {name for name in state if part_of(name) == "head" and len(state[name]) != labels}
+    groups = task_data(config)[1].groups
+    if groups is None:
+        return set()
+    return {name for name in state if part_of(name) == "head" and len(state[name]) != len(groups)}
 
 
 def keep_other_heads(config: RunConfig, before: State, after: State) -> State:

@@ -7,44 +7,40 @@ itself.
 from __future__ import annotations
 
 import logging
-import os
-import statistics
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedlab.config import RunConfig
+from fedlab.data import corpus_and_shards
 from fedlab.errors import RunFailed
-from fedlab.evaluate.classification import Scores, classify
 from fedlab.lora.state import State, digest, nbytes, part_of
-from fedlab.models.adapters import save_adapter
 from fedlab.privacy.ledger.ledger import Entry
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
 from fedlab.run.metrics import MetricsLog
-from fedlab.run.personal import load_personal
 from fedlab.run.progress import Progress, RoundLine
 from fedlab.seeds import client_order
-from fedlab.session import Session, open_session, torch_threads
+from fedlab.session import Session, open_session
+from fedlab.train.cohort import supports_fused
 from fedlab.train.memory import plan_memory
 from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
 from strategies.server.accounts import NO_DP, Accounts
 from strategies.server.aggregation import aggregate
-from strategies.server.exchange import exchange
-from strategies.server.federation import Federation, RunOrder
+from strategies.server.discovery import discover, run_reference
+from strategies.server.federation import Federation
 from strategies.server.heads import sent_names, trained_names
 from strategies.server.messages import Messenger
 from strategies.server.outcome import TrainOutcome
-from strategies.server.records import to_record
+from strategies.server.scoring import Scoring
 from strategies.server.task_start import first_state
 
 logger = logging.getLogger("fedlab")
-RECEIPT_SECONDS = 60.0  # to wait for clients that keep a receipt: nothing of the round depends on it
 
 
 class Rounds:
@@ -65,16 +61,12 @@ class Rounds:
         strategy = STRATEGIES[config.strategy.name]
         self.accounts = Accounts(config, directory)
         self.personal = directory.path / "personal"  # of simulated clients
-        order = RunOrder(
-            directory.run_id, str(self.accounts.ledgers), strategy.trained_parts(config), str(self.personal)
-        )
-        self.federation = self._discover(order, strategy)
-        self.messenger = Messenger(config, self.federation, self.strategy)
+        self.federation = self._discover(strategy)
+        self.messenger = Messenger(grid, config, self.federation, self.strategy)
         trained = trained_names(self.strategy, self.state)
         self.accounts.begin(self.federation, {name: tuple(self.state[name].shape) for name in trained})
         self.done, self.adapter_moved = 0, False
-        self.scores: Scores | None = None
-        self.client_accuracy: dict[str, float] = {}
+        self.scoring = Scoring(config, self.session, events, self.strategy.personal, self.personal)
         self.totals = {
             "bytes_up": 0,
             "bytes_down": self.basis_bytes,
@@ -85,23 +77,22 @@ class Rounds:
         self._restore()
         self._plan_memory()
 
-    def _discover(self, order: RunOrder, strategy: type[Strategy]) -> Federation:
+    def _discover(self, strategy: type[Strategy]) -> Federation:
         """Find the clients, open the session and make the first state.
 
-        Nodes load their model while the server loads its own.
+        Nodes load their model while the server loads its own, unless they are to be told what stays as it is.
         """
-        config, mirror = self.config, self.accounts.mirror
-        if not strategy.static:
-            federation = Federation.discover(
-                self.grid, config, order, mirror, meanwhile=lambda: open_session(config.to_toml())
-            )
+        config, basis = self.config, State()
+        if strategy.static:
             self._begin(strategy)
-            return federation
-        self._begin(strategy)  # first, because the clients are told what stays as it is
-        basis = {name: value for name, value in self.state.items() if part_of(name) in strategy.static}
-        self.session = replace(self.session, basis=basis)
-        order = replace(order, basis=digest(basis), bases=str(self.directory.path / "bases"))
-        federation = Federation.discover(self.grid, config, order, mirror, basis=to_record(basis, "float32"))
+            basis = {name: value for name, value in self.state.items() if part_of(name) in strategy.static}
+            self.session = replace(self.session, basis=basis)
+        run = run_reference(self.directory, config, strategy.trained_parts(config), basis)
+        clients = list(corpus_and_shards(config)[1].train)
+        load = (lambda: None) if strategy.static else (lambda: open_session(config.to_toml()))
+        federation = discover(self.grid, self.directory, config, run, clients, self.accounts.mirror, basis, load)
+        if not strategy.static:
+            self._begin(strategy)
         self.basis_bytes = len(federation.clients) * nbytes(basis)
         return federation
 
@@ -117,10 +108,12 @@ class Rounds:
 
         Said once and kept with the run, because it decides how sums are rounded.
         """
-        if self.federation.hosts or self.config.train.gradients != "fused":
+        trained = trained_names(self.strategy, self.state)
+        fused = self.config.train.gradients == "fused" and supports_fused(self.session.model, trained)
+        if self.federation.hosts or not fused:
             return
         asked = self.federation.max_clients_per_pass or min(self.config.cohort_size, self.config.clients_per_round)
-        plan = plan_memory(self.session, self.state, trained_names(self.strategy, self.state), asked)
+        plan = plan_memory(self.session, self.state, trained, asked)
         self.federation.max_clients_per_pass = self.federation.max_clients_per_pass or plan.clients
         logger.info("%s", plan)
         self.progress.remark(str(plan))
@@ -130,7 +123,7 @@ class Rounds:
         logger.info("%s: %s", type(self.strategy).__name__, self.strategy.options.model_dump())
         if self.done == 0:
             self._warn_of_products()
-            self._evaluate_server(0)
+            self._evaluate_model(0)
         for round_number in range(self.done + 1, self.config.run.rounds + 1):
             if not self._round(round_number):
                 return "budget-exhausted"
@@ -146,7 +139,7 @@ class Rounds:
             return False
         last = number == self.config.run.rounds or len(self.federation.eligible) < self._needed()
         evaluate = last or number % self.config.evaluate.every == 0
-        evaluate_seconds = self._evaluate_server(number) if evaluate else 0.0
+        evaluate_seconds = self._evaluate_model(number) if evaluate else 0.0
         if {"always": evaluate, "last": last, "never": False}[self.config.evaluate.clients]:
             evaluate_seconds += self._evaluate_clients(number)
         self.done = number
@@ -168,12 +161,10 @@ class Rounds:
     def _train(self, number: int) -> TrainOutcome | None:
         """Draw clients, let them train, aggregate, and countersign; None if only refusals are missing."""
         drawn = self.federation.draw(number)
-        request = self.messenger.train(number, self.state, self.client_ranks, drawn)
+        order = self.messenger.order_training(number, self.state, self.client_ranks, drawn)
         self.progress.round_started(number, len(drawn))
-        with self.accounts.charge(number, drawn, request.received) as commit:
-            timeout = self.config.run.timeout
-            replies = exchange(self.grid, request.messages, timeout, lambda reply: self.progress.node_done())
-            outcome = self.messenger.collect_train(request, replies)
+        with self.accounts.charge(number, drawn, order.received) as commit:
+            outcome = self.messenger.train(order, self.progress.node_done)
             self._warn(number, "is excluded from", outcome.excluded)
             self.accounts.settle(outcome, drawn)
             if not self._enough(number, outcome, drawn):
@@ -184,7 +175,7 @@ class Rounds:
             commit(digest(state))
         self._check_moved(outcome)
         self.state, self.server_state = state, server_state
-        self._release(number, request.received, outcome)
+        self._release(number, order.received, outcome)
         return outcome
 
     def _needed(self) -> int:
@@ -227,9 +218,7 @@ class Rounds:
             self._exchange_lines(number, receipts, sorted(receipts, key=client_order))
 
     def _exchange_lines(self, number: int, receipts: Mapping[str, Entry], clients: list[str]) -> dict[str, str]:
-        request = self.messenger.receipts(receipts, clients)
-        replies = exchange(self.grid, request.messages, min(self.config.run.timeout, RECEIPT_SECONDS))
-        problems = self.messenger.collect_lines(request, replies)
+        problems = self.messenger.receipts(receipts, clients)
         self._warn(number, "did not keep its receipt of", problems)
         return problems
 
@@ -262,76 +251,33 @@ class Rounds:
             overhead_seconds=round(overhead, 4),
             per_client=outcome.metrics,
         )
-        scores = self.scores if evaluated else None
-        worst_client = min(self.client_accuracy.values()) if evaluated and self.client_accuracy else None
+        scores = self.scoring.scores if evaluated else None
+        worst_client = self.scoring.worst_client if evaluated else None
         self.progress.round_done(
             RoundLine(number, scores, loss, epsilon, worst_client, len(outcome.updates), seconds, overhead)
         )
 
-    def _evaluate_server(self, number: int) -> float:
-        """Score the global model on the held-out test split, with all cores. Returns the seconds it took.
-
-        Where clients keep a part of the model for themselves, there is no global model to score.
-        """
-        started = time.perf_counter()
-        if self.strategy.personal:
-            return 0.0
+    def _evaluate_model(self, number: int) -> float:
         self.progress.note("evaluating")
-        with torch_threads(os.cpu_count() or 1):
-            self.session.model.load(self.state)
-            data = self.session.data
-            self.scores = classify(self.session.model, data, data.test, self.config.evaluate.batch_size)
-        self.events.write("evaluate", number, **vars(self.scores))
-        return time.perf_counter() - started
+        return self.scoring.score_model(number, self.state)
 
     def _evaluate_clients(self, number: int) -> float:
-        """Accuracy on each client's held-out examples. Returns the seconds in which at least one node was at it.
+        """Each client's score on its held-out examples. Returns the seconds in which at least one node was at it.
 
         Under DP a client is not asked for it (the noise does not cover it) unless it is to be shared: a simulation,
         which holds all the data anyway, measures it itself; a deployment goes without.
         """
         if not self.config.private or self.config.privacy.share_metrics:
-            return self._ask_clients(number)
-        started = time.perf_counter()
-        if not self.federation.hosts:
-            with torch_threads(os.cpu_count() or 1):
-                self.session.model.load(self.state)
-                self._record_clients(number, {c: self._score_client(c, number) for c in self.federation.clients})
-        return time.perf_counter() - started
-
-    def _score_client(self, client: str, number: int) -> float:
-        """Accuracy of a simulated client on its held-out examples, with the model that is loaded or, where it keeps a
-        part, its own.
-        """
-        data = self.session.data
-        if self.strategy.personal:
-            self.session.model.load(self.state | load_personal(self.personal, client, number + 1))
-        return classify(self.session.model, data, data.local_test(client), self.config.evaluate.batch_size).accuracy
+            outcome = self.messenger.evaluate(number, self.state)
+            self._warn(number, "has no local score in", outcome.excluded)
+            self.scoring.take(number, outcome.scores)
+            return busy_seconds(outcome.busy)
+        return 0.0 if self.federation.hosts else self.scoring.score_clients(number, self.state, self.federation.clients)
 
     def save_personal_adapters(self) -> None:
-        """``personal/<client>/adapter`` of every simulated client that keeps a part of the model; deployed ones keep
-        theirs themselves.
-        """
-        if not self.strategy.personal or self.federation.hosts:
-            return
-        for client in self.federation.clients:
-            path = self.personal / client / "adapter"
-            if (own := load_personal(self.personal, client, self.done + 1)) and not path.exists():
-                save_adapter(self.session.model, self.state | own, path)
-
-    def _ask_clients(self, number: int) -> float:
-        request = self.messenger.evaluate(number, self.state)
-        replies = exchange(self.grid, request.messages, self.config.run.timeout)
-        outcome = self.messenger.collect_evaluate(request, replies)
-        self._warn(number, "has no local accuracy in", outcome.excluded)
-        self._record_clients(number, outcome.accuracy)
-        return busy_seconds(outcome.busy)
-
-    def _record_clients(self, number: int, accuracy: dict[str, float]) -> None:
-        self.client_accuracy = accuracy
-        self.events.write(
-            "evaluate_clients", number, **cast("dict[str, Any]", spread(accuracy.values())), per_client=accuracy
-        )
+        """The adapters of simulated clients that keep a part of the model; deployed ones keep theirs themselves."""
+        if not self.federation.hosts:
+            self.scoring.save_personal_adapters(self.state, self.done, self.federation.clients)
 
     def _check_moved(self, outcome: TrainOutcome) -> None:
         """A first round whose every update is zero means that nothing is being trained, whatever the loss says."""
@@ -348,8 +294,7 @@ class Rounds:
         extra = {
             "participations": dict(self.federation.participations),
             "totals": self.totals,
-            "scores": vars(self.scores) if self.scores else None,
-            "client_accuracy": self.client_accuracy,
+            **self.scoring.kept(),
             "max_clients_per_pass": self.federation.max_clients_per_pass,
         }
         save_checkpoint(self.directory, self.done, self.state, self.server_state, extra)
@@ -361,8 +306,7 @@ class Rounds:
             self.adapter_moved = True
             self.federation.participations.update(extra["participations"])
             self.totals = extra["totals"]
-            self.scores = Scores(**extra["scores"]) if extra["scores"] else None
-            self.client_accuracy = extra["client_accuracy"]
+            self.scoring.restore(extra)
         if (
             self.config.private and self.config.privacy.noise == "secure"
         ):  # a round that was cut off released something of its own
@@ -381,13 +325,13 @@ class Rounds:
 
     def result(self) -> dict[str, Any]:
         """What ``result.json`` says, apart from the status and the wall time."""
-        privacy, scores = self.accounts.result(), self.scores
+        privacy = self.accounts.result()
         per_client, ranks = privacy.pop("clients"), self.client_ranks if self.config.clients.rank else {}
         clients = {
             client: {
                 "examples": info.examples,
                 "participations": self.federation.participations[client],
-                "accuracy": self.client_accuracy.get(client),
+                "score": self.scoring.client_scores.get(client),
                 **per_client.get(client, {"epsilon": NO_DP}),
                 **({"rank": ranks[client]} if ranks else {}),
                 **({"refused": self.federation.refused[client]} if client in self.federation.refused else {}),
@@ -397,10 +341,7 @@ class Rounds:
         return {
             "strategy": self.config.strategy.name,
             "rounds": self.done,
-            "accuracy": scores.accuracy if scores else None,
-            "macro_f1": scores.macro_f1 if scores else None,
-            "loss": scores.loss if scores else None,
-            "client_accuracy": spread(self.client_accuracy.values()),
+            **self.scoring.result(),
             **privacy,
             "bytes_up": self.totals["bytes_up"],
             "bytes_down": self.totals["bytes_down"],
@@ -426,11 +367,3 @@ def busy_seconds(intervals: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
-
-
-def spread(accuracies: Iterable[float]) -> dict[str, float | None]:
-    """Mean, worst and population standard deviation over clients; None without any."""
-    values = [a for a in accuracies if a == a]
-    if not values:
-        return {"mean": None, "worst": None, "std": None}
-    return {"mean": statistics.fmean(values), "worst": min(values), "std": statistics.pstdev(values)}

@@ -34,9 +34,9 @@ class TrainOutcome:
 
 @dataclass
 class EvaluateOutcome:
-    """Accuracy of the global model on the clients' own held-out examples."""
+    """Primary score of the global model on the clients' own held-out examples."""
 
-    accuracy: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
     busy: list[tuple[float, float]] = field(default_factory=list)

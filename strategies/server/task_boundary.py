@@ -1,6 +1,6 @@
 """The end of a task of a stream on the server: what it leaves to the next.
 
-At the end of a task, after its last round: every task's texts are scored (a row of the accuracy matrix), what was
+At the end of a task, after its last round: every task's texts are scored (a row of the matrix of scores), what was
 learnt is merged, the inputs that were used are protected (a release of their own, ``clients.gram``), and
 ``memory.safetensors`` and ``task.json`` are written. The sums that clients released are kept first, so that nothing is
 released again if the run is cut off in between.
@@ -21,7 +21,7 @@ from fedlab.config import RunConfig
 from fedlab.continual.metrics import worst_share
 from fedlab.continual.subspace import complement, leak
 from fedlab.errors import ConfigError
-from fedlab.evaluate.classification import classify
+from fedlab.evaluate import higher_is_better, primary_name, primary_score
 from fedlab.lora.state import BASIS, State, modules, nbytes, outer_b, part_of, write_state
 from fedlab.session import Session, torch_threads
 from strategies.server.gram_release import GramRelease, collect_grams
@@ -42,9 +42,9 @@ def end_stage(rounds: Rounds, status: str) -> None:
         return
     rounds.progress.note("scoring every task")
     scores = score_tasks(rounds.session, rounds.state, config)
-    if stage.task == 0 and config.stream.heads == "shared":  # what forward transfer is measured from
+    if stage.task == 0 and not rounds.session.model.objective.groups:  # what forward transfer is measured from
         start, _ = first_state(config, rounds.strategy, rounds.session)
-        scores["before"] = score_tasks(rounds.session, start, config)["accuracy"]
+        scores["before"] = score_tasks(rounds.session, start, config)["pooled"]
     started = time.perf_counter()
     last = stage.task == len(config.tasks) - 1 or config.stream.joint or status == "budget-exhausted"
     grams = {} if last or not rounds.strategy.reads_inputs else _grams(rounds)
@@ -88,30 +88,34 @@ def _grams(rounds: Rounds) -> dict[str, Tensor]:
 
 
 def score_tasks(session: Session, state: State, config: RunConfig) -> dict[str, Any]:
-    """Accuracy on every task's held-out texts, pooled and per client; NaN for tasks whose head was not trained yet."""
+    """Primary score on every task's held-out texts, pooled and per client; NaN for tasks whose head was not trained
+    yet.
+    """
     assert config.stage is not None
+    own_heads = bool(session.model.objective.groups)
     pooled: list[float] = []
     clients: list[dict[str, float]] = []
     with torch_threads(os.cpu_count() or 1):
         session.model.load(state)
         for task in range(len(config.tasks)):
-            if task > config.stage.task and config.stream.heads == "own" and not config.stream.joint:
+            if task > config.stage.task and own_heads and not config.stream.joint:
                 pooled.append(math.nan)
                 clients.append({})
                 continue
-            data, size = session.data.at(task), config.evaluate.batch_size
-            pooled.append(classify(session.model, data, data.test, size).accuracy)
+            data = session.data.at(task)
+            pooled.append(primary_score(session.model, data, data.test, config))
             each = config.evaluate.clients != "never"
             clients.append(
-                {c: classify(session.model, data, data.local_test(c), size).accuracy for c in data.clients}
+                {c: primary_score(session.model, data, data.local_test(c), config) for c in data.clients}
                 if each
                 else {}
             )
+    higher = higher_is_better(config)
     spread = [
-        {"mean": float(np.nanmean(list(own.values()))), "worst_tenth": worst_share(own.values())} if own else {}
+        {"mean": float(np.nanmean(list(own.values()))), "worst_tenth": worst_share(own.values(), higher)} if own else {}
         for own in clients
     ]
-    return {"accuracy": pooled, "clients": clients, "spread": spread}
+    return {"primary": primary_name(config), "pooled": pooled, "clients": clients, "spread": spread}
 
 
 def orthogonality(state: State, memory: Mapping[str, Tensor]) -> float | None:

@@ -107,6 +107,9 @@ def check(config: RunConfig) -> None:
 
     check_model(config.model)
     check_strategy(config)
+    from fedlab.evaluate import evaluators_of  # torch comes with it
+
+    evaluators_of(config)
     _, shards = corpus_and_shards(config)
     if config.privacy.unit == "example":
         from fedlab.privacy.plan import delta_of
