@@ -201,7 +201,7 @@ class Rounds:
 
     @property
     def client_ranks(self) -> dict[str, int]:
-        """client → rank of its adapter in the next round: the whole state, or what clients.rank or the strategy says."""
+        """client → rank of its adapter in the next round: the state's, or what clients.rank or the strategy says."""
         widest = max(len(value) for name, value in self.state.items() if part_of(name) == "lora_A")
         given = initial_ranks(self.config) if self.config.clients.rank else {}
         everyone = dict.fromkeys(self.federation.clients, widest)
