@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from strategies.base import Strategy
-from strategies.continual import OSFT, FedSVDContinual, FullFineTuning, OLoRA, OSFTData
 from strategies.fedavg import FedAvg
 from strategies.fedex import FedEx
 from strategies.fedsa import FedSA
 from strategies.fedsvd import FedSVD
+from strategies.fedsvd_continual import FedSVDContinual
 from strategies.ffa import FFALora
 from strategies.flexlora import FlexLora
 from strategies.flora import FLora
+from strategies.full import FullFineTuning
 from strategies.head import HeadOnly
 from strategies.hetlora import HetLora
 from strategies.lora_fair import LoraFair
+from strategies.o_lora import OLoRA
+from strategies.osft import OSFT
+from strategies.osft_data import OSFTData
 from strategies.rolora import RoLora
 
 AGGREGATORS: dict[str, type[Strategy]] = {

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fedlab.config import RunConfig
 from fedlab.config.clients import initial_ranks
+from fedlab.config.sections import StrategySection
 from fedlab.errors import ConfigError, RunFailed
-from fedlab.lora.aggregator import Round, ServerState
+from fedlab.lora.aggregator import Round, ServerState, Updates, Weights
 from fedlab.lora.average import weighted_mean
 from fedlab.lora.ranks import widen
 from fedlab.lora.server_optimizer import server_step
@@ -25,7 +26,7 @@ from strategies.folding import require_float32
 from strategies.moments import moments_of, with_moments
 from strategies.options import MeanOptions, NoOptions
 
-__all__ = ["BaseWeights", "Round", "ServerState", "Strategy"]
+__all__ = ["BaseWeights", "Round", "ServerState", "Strategy", "Updates", "Weights"]
 
 
 class BaseWeights(Protocol):
@@ -63,7 +64,10 @@ class Strategy:
     personal: ClassVar[frozenset[str]] = frozenset()
     # parts that stay as they are during a task of a stream: sent once, not per round
     static: ClassVar[frozenset[str]] = frozenset()
+    # it learns at a task's end what inputs the task used, by the release that its option ``gram`` describes
+    reads_inputs: ClassVar[bool] = False
     Options: ClassVar[type[NoOptions]] = MeanOptions
+    options: NoOptions
 
     def __init__(self, config: RunConfig, base: BaseWeights | None = None) -> None:
         self.check(config)
@@ -76,6 +80,17 @@ class Strategy:
         if self._base is None:
             raise ValueError(f"{type(self).__name__} looks at the base model's weights; give them as ``base``")
         return self._base
+
+    @classmethod
+    def resolved(cls, config: RunConfig) -> RunConfig:
+        """The configuration with the strategy's own keys complete, so that all parties read the same values."""
+        own = cls.Options(**config.strategy.options).model_dump(mode="json", exclude_none=True)
+        return config.model_copy(update={"strategy": StrategySection(**config.strategy.model_dump() | own)})
+
+    @classmethod
+    def reads_public_texts(cls, config: RunConfig) -> bool:
+        """Whether the strategy looks at ``lora.public`` under this configuration."""
+        return False
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
@@ -95,6 +110,11 @@ class Strategy:
                 f'strategy.name = "{config.strategy.name}" with [[tasks]]: clients keep'
                 f" {', '.join(sorted(cls.personal))}, so there is no one model to score after a task; use fedavg"
             )
+        if config.lora.public is not None and config.lora.init_a != "eva" and not cls.reads_public_texts(config):
+            raise ConfigError(
+                f'lora.public is read for init_a = "eva" (it is "{config.lora.init_a}"), and this strategy reads no'
+                ' public texts with these keys; remove it, or set init_a = "eva"'
+            )
         if cls.folds:
             require_float32(config)
         if isinstance(options := cls.Options(**config.strategy.options), MeanOptions):
@@ -107,12 +127,7 @@ class Strategy:
         return {}
 
     def aggregate(
-        self,
-        state: State,
-        server_state: ServerState,
-        updates: Mapping[str, State],
-        weights: Mapping[str, float],
-        round: Round,
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
     ) -> tuple[State, ServerState]:
         """The new state, and the server's, from the old ones and the clients' changes.
 
@@ -129,12 +144,7 @@ class Strategy:
         return {name: value + change[name] if name in change else value for name, value in state.items()}, server_state
 
     def change(
-        self,
-        state: State,
-        server_state: ServerState,
-        updates: Mapping[str, State],
-        weights: Mapping[str, float],
-        round: Round,
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
     ) -> tuple[State, ServerState]:
         """The clients' mean change, in the state's shapes, after the robust rule and the server's optimiser if any."""
         full = {client: widen(update, state) for client, update in updates.items()}

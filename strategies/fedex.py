@@ -8,14 +8,14 @@ identity for both layouts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 from fedlab.lora.exact import residual_of_mean
-from fedlab.lora.state import State, local_pairs, modules
-from strategies.base import Round, ServerState, Strategy
-from strategies.folding import fold, in_order
-from strategies.options import FoldingOptions, NoOptions
+from fedlab.lora.state import State
+from strategies.base import Round, ServerState, Strategy, Updates, Weights
+from strategies.factors import factors_by_module
+from strategies.folding import fold
+from strategies.options import FoldingOptions
 
 
 class FedExOptions(FoldingOptions):
@@ -29,22 +29,15 @@ class FedEx(Strategy):
     folds: ClassVar[bool] = True
     linear: ClassVar[bool] = False
     ranks: ClassVar[str] = ""
-    Options: ClassVar[type[NoOptions]] = FedExOptions
+    Options: ClassVar[type[FedExOptions]] = FedExOptions
+    options: FedExOptions
 
     def aggregate(
-        self,
-        state: State,
-        server_state: ServerState,
-        updates: Mapping[str, State],
-        weights: Mapping[str, float],
-        round: Round,
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
     ) -> tuple[State, ServerState]:
         """Mean of the factors, and its residual to the mean of the products."""
         averaged, server_state = super().aggregate(state, server_state, updates, weights, round)
-        options = self.options
-        assert isinstance(options, FedExOptions)
-        shares = in_order(weights, updates)
-        for module in modules(state):
-            lost = residual_of_mean(local_pairs(state, updates, module), shares)
-            averaged = fold(averaged, module, lost, options.residual_rank)
+        for module, pairs, shares in factors_by_module(state, updates, weights):
+            lost = residual_of_mean(pairs, shares)
+            averaged = fold(averaged, module, lost, self.options.residual_rank)
         return averaged, server_state

@@ -11,7 +11,6 @@ moves. That too is post-processing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -23,8 +22,8 @@ from fedlab.lora.server_optimizer import Moments, rotate_moments
 from fedlab.lora.state import State, modules, part_of
 from fedlab.lora.subspace import open_rows
 from fedlab.lora.svd import refactorize_state
-from fedlab.seeds import stream_seed
-from strategies.base import Round, ServerState, Strategy
+from fedlab.seeds import torch_stream
+from strategies.base import Round, ServerState, Strategy, Updates, Weights
 from strategies.folding import fold, require_float32
 from strategies.moments import moments_of, with_moments
 from strategies.options import MeanOptions, NoOptions
@@ -64,14 +63,14 @@ class FedSVD(Strategy):
 
     effective: ClassVar[str] = "mean of products, exactly"
     trains: ClassVar[frozenset[str]] = frozenset({"lora_B"})
-    Options: ClassVar[type[NoOptions]] = FedSVDOptions
+    Options: ClassVar[type[FedSVDOptions]] = FedSVDOptions
+    options: FedSVDOptions
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
         """A residual needs a base that keeps it, and a refresh something to refresh."""
         super().check(config)
         options = cls.Options(**config.strategy.options)
-        assert isinstance(options, FedSVDOptions)
         if options.server is not None and options.server.optimizer != "momentum":
             raise ConfigError(
                 f'strategy.server.optimizer = "{options.server.optimizer}" with fedsvd: its second moments have no'
@@ -85,21 +84,11 @@ class FedSVD(Strategy):
                     f" {config.lora.rank}"
                 )
 
-    @property
-    def _settings(self) -> FedSVDOptions:
-        assert isinstance(self.options, FedSVDOptions)
-        return self.options
-
     def aggregate(
-        self,
-        state: State,
-        server_state: ServerState,
-        updates: Mapping[str, State],
-        weights: Mapping[str, float],
-        round: Round,
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
     ) -> tuple[State, ServerState]:
         averaged, server_state = super().aggregate(state, server_state, updates, weights, round)
-        options = self._settings
+        options = self.options
         if round.number <= options.warmup or round.number % options.period:
             return averaged, server_state
         rotated = refactorize_state(averaged)
@@ -129,9 +118,7 @@ class FedSVD(Strategy):
             taken = len(A) + (round_number // refresh.every - 1) * count
             rows = self.base.leading_inputs(module, n)
             return rows.roll(-(taken % n), 0)[: min(n, 2 * count + len(A))]
-        generator = torch.Generator().manual_seed(
-            stream_seed(self.config.sampling_seed, "refresh", module, round_number) % 2**63
-        )
+        generator = torch_stream(self.config.sampling_seed, "refresh", module, round_number)
         return torch.randn(min(n, 2 * count), n, generator=generator, dtype=torch.float64)
 
 

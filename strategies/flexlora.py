@@ -13,7 +13,6 @@ are cut by the plain SVD, which is logged in the first round.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -22,9 +21,9 @@ from fedlab.lora.exact import mean_of_products
 from fedlab.lora.fisher import all_equal, row_weights_of, truncate_weighted
 from fedlab.lora.ranks import truncate
 from fedlab.lora.robust import coordinate_median, robust_low_rank
-from fedlab.lora.state import State, local_pairs, modules, select
-from strategies.base import Round, ServerState, Strategy
-from strategies.folding import in_order
+from fedlab.lora.state import State, select
+from strategies.base import Round, ServerState, Strategy, Updates, Weights
+from strategies.factors import factors_by_module
 from strategies.options import NoOptions
 
 logger = logging.getLogger("fedlab")
@@ -47,49 +46,37 @@ class FlexLora(Strategy):
     effective: ClassVar[str] = "best of rank r of the mean of products"
     linear: ClassVar[bool] = False
     ranks: ClassVar[str] = "SVD, to each its best"
-    Options: ClassVar[type[NoOptions]] = FlexLoraOptions
+    Options: ClassVar[type[FlexLoraOptions]] = FlexLoraOptions
+    options: FlexLoraOptions
 
     def change(
-        self,
-        state: State,
-        server_state: ServerState,
-        updates: Mapping[str, State],
-        weights: Mapping[str, float],
-        round: Round,
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
     ) -> tuple[State, ServerState]:
         """Of the head; the factors are replaced afterwards."""
         heads = {client: select(update, {"head"}) for client, update in updates.items()}
-        assert isinstance(self.options, FlexLoraOptions)
         robust = self.options.mean == "robust" and any(heads.values())
         if robust:
             return coordinate_median(heads, weights), server_state
         return super().change(state, server_state, heads, weights, round)
 
     def aggregate(
-        self,
-        state: State,
-        server_state: ServerState,
-        updates: Mapping[str, State],
-        weights: Mapping[str, float],
-        round: Round,
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
     ) -> tuple[State, ServerState]:
         """SVD of the mean of the products, in compact form, weighted by rows if so asked; the head is averaged."""
         averaged, server_state = super().aggregate(state, server_state, updates, weights, round)
-        options = self.options
-        assert isinstance(options, FlexLoraOptions)
-        shares, plain = in_order(weights, updates), list[str]()
-        for module in modules(state):
-            pairs, rank = local_pairs(state, updates, module), state[f"{module}.lora_A"].shape[0]
-            if options.mean == "robust":
+        plain = list[str]()
+        for module, pairs, shares in factors_by_module(state, updates, weights):
+            rank = state[f"{module}.lora_A"].shape[0]
+            if self.options.mean == "robust":
                 B, A = robust_low_rank(pairs, rank, weights=shares)
             else:
                 B, A = mean_of_products(pairs, shares)
-            if options.fisher == "none":
-                B, A = truncate(B, A, rank, options.split)
+            if self.options.fisher == "none":
+                B, A = truncate(B, A, rank, self.options.split)
             else:
                 rows = row_weights_of(updates, weights, module)
                 plain += [module] if all_equal(rows) else []
-                B, A = truncate_weighted(B, A, rank, rows, options.split)
+                B, A = truncate_weighted(B, A, rank, rows, self.options.split)
             averaged[f"{module}.lora_B"], averaged[f"{module}.lora_A"] = B.float(), A.float()
         if plain and round.number == 1:
             told = ", ".join(plain)

@@ -21,7 +21,7 @@ from fedlab.lora.average import weighted_mean
 from fedlab.lora.ranks import frobenius_norm, pad
 from fedlab.lora.state import State, local_pairs, modules, select
 from fedlab.seeds import client_order
-from strategies.base import Round, ServerState, Strategy
+from strategies.base import Round, ServerState, Strategy, Updates, Weights
 from strategies.options import NoOptions
 
 PRUNED = "rank/"  # before a client's name in the server's state
@@ -43,30 +43,24 @@ class HetLora(Strategy):
     effective: ClassVar[str] = "product of means of the padded factors"
     linear: ClassVar[bool] = False
     ranks: ClassVar[str] = "zero-padded factors"
-    Options: ClassVar[type[NoOptions]] = HetLoraOptions
+    Options: ClassVar[type[HetLoraOptions]] = HetLoraOptions
+    options: HetLoraOptions
 
     def aggregate(
-        self,
-        state: State,
-        server_state: ServerState,
-        updates: Mapping[str, State],
-        weights: Mapping[str, float],
-        round: Round,
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
     ) -> tuple[State, ServerState]:
         """Padded mean of the factors; the head keeps the usual weights."""
-        options = self.options
-        assert isinstance(options, HetLoraOptions)
         clients = sorted(updates, key=client_order)
         held = {client: local_factors(state, updates[client]) for client in clients}
-        shares = norm_weights(held, weights) if options.norm_weights else weights
+        shares = norm_weights(held, weights) if self.options.norm_weights else weights
         padded: dict[str, State] = {client: {} for client in clients}
         for module in modules(state):
             B, A = f"{module}.lora_B", f"{module}.lora_A"
             for client in clients:
                 padded[client][B], padded[client][A] = pad(held[client][B], held[client][A], len(state[A]))
         head = weighted_mean({client: select(updates[client], {"head"}) for client in clients}, weights)
-        if options.prune is not None:
-            server_state = self._pruned(state, server_state, held, options.prune, options.min_rank)
+        if self.options.prune is not None:
+            server_state = self._pruned(state, server_state, held, self.options.prune, self.options.min_rank)
         factors = {name: value.float() for name, value in weighted_mean(padded, shares).items()}
         after = {name: state[name] + head[name] if name in head else factors.get(name, state[name]) for name in state}
         return after, server_state

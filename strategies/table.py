@@ -8,7 +8,6 @@ from collections.abc import Collection
 
 from fedlab.config import RunConfig
 from fedlab.config.sections import StrategySection
-from fedlab.config.tasks import READS_INPUTS
 from fedlab.errors import ConfigError
 from fedlab.lora.state import nbytes
 from strategies import STRATEGIES
@@ -49,7 +48,7 @@ def markdown() -> str:
 def _row(name: str, strategy: type[Strategy]) -> tuple[str, ...]:
     keys = ", ".join(f"`{key}`" for key in strategy.Options.model_fields) or "–"
     linear = "yes" if strategy.linear else "no"
-    noised = "no" if strategy.personal or name in READS_INPUTS else linear
+    noised = "no" if strategy.personal or strategy.reads_inputs else linear
     trained, kept = parts({*strategy.trains, "head"}), parts(strategy.personal) or "–"
     return (f"`{name}`", trained, kept, strategy.effective, strategy.ranks or "refused", noised, linear, keys)
 

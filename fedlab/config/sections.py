@@ -98,8 +98,8 @@ class LoraSection(Section):
     public: str | None = Field(
         default=None,
         description=(
-            "for eva, and osft's importance: public texts, which the server reads; lines, or a csv, jsonl or parquet"
-            " file"
+            "for eva, and strategies that look at texts: public ones, which the server reads; lines, or a csv, jsonl"
+            " or parquet file"
         ),
     )
     public_texts: int = Field(default=512, gt=0, description="use at most this many of them")

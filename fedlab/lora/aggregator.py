@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fedlab.lora.state import State
 
-ServerState = dict[
-    str, Tensor
-]  # what the server keeps between rounds beside the state; exactly what a checkpoint holds
+# what the server keeps between rounds beside the state; exactly what a checkpoint holds
+ServerState = dict[str, Tensor]
+Updates = Mapping[str, State]  # client → change of every tensor that it sent
+Weights = Mapping[str, float]  # client → positive share; they sum to 1
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,7 @@ class Aggregator(Protocol):
         ...
 
     def aggregate(
-        self,
-        state: State,
-        server_state: ServerState,
-        updates: Mapping[str, State],
-        weights: Mapping[str, float],
-        round: Round,
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
     ) -> tuple[State, ServerState]:
         """The new state, and the server's, from the old ones and the clients' changes."""
         ...

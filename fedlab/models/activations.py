@@ -22,7 +22,7 @@ from fedlab.lora.subspace import open_rows
 from fedlab.lora.svd import principal_rows, row_signs
 from fedlab.models.loaded import LoadedModel
 from fedlab.models.watch import watching
-from fedlab.seeds import stream_seed
+from fedlab.seeds import torch_stream
 from fedlab.session import torch_threads
 
 EXACT = 2048  # inputs wider than this are sketched: their Gram matrix would take 8·n² bytes per module
@@ -114,7 +114,7 @@ class _SecondMoments:
         if n <= max(EXACT, self._columns):
             return None
         if n not in self._omega:
-            generator = torch.Generator().manual_seed(stream_seed(0, "sketch", n) % 2**63)
+            generator = torch_stream(0, "sketch", n)
             self._omega[n] = torch.randn(n, self._columns, generator=generator, dtype=torch.float64)
         return self._omega[n]
 
@@ -145,7 +145,7 @@ def _rows(sums: _SecondMoments, module: str, rank: int, seed: int) -> Tensor:
     rows, values = principal_rows(total, rank) if omega is None else _nystrom(total, omega, rank)
     rows = rows[values > FLOOR * values[0]]
     if len(rows) < rank:
-        generator = torch.Generator().manual_seed(stream_seed(seed, "eva", module) % 2**63)
+        generator = torch_stream(seed, "eva", module)
         candidates = torch.randn(min(n, 2 * rank), n, generator=generator, dtype=torch.float64)
         rows = torch.cat([rows, open_rows(rows, candidates, rank - len(rows))])
     return (rows * row_signs(rows)[:, None]).float()

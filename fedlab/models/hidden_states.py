@@ -30,6 +30,7 @@ from fedlab.data import FederatedData
 from fedlab.data.cache import cache_directory
 from fedlab.data.collate import Tokens, by_length
 from fedlab.errors import ConfigError
+from fedlab.files import replacing
 from fedlab.models.blocks import find_blocks, stepping_over
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
 from fedlab.models.watch import watching
@@ -202,10 +203,8 @@ def _alone(path: Path, wait: bool) -> Iterator[bool]:
 
 
 def _store(path: Path, rows: np.ndarray) -> None:
-    temporary = path.with_suffix(".part")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, rows, allow_pickle=False)
-    temporary.replace(path)
 
 
 def _open(path: Path, shape: tuple[int, int]) -> np.ndarray | None:

@@ -17,7 +17,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.lora.state import State
 from fedlab.privacy.accounting import Event, Sampler, calibrate_sigma
-from fedlab.privacy.clipping import clip_factors
+from fedlab.privacy.clipping import clip_factors, joint_norms
 from fedlab.privacy.ledger.guard import plan_terms
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import delta_of
@@ -74,8 +74,8 @@ class ClientPlan:
         """
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in like.items()}
         for _, update in sorted(updates.items()):
-            norm = torch.stack([update[name].double().square().sum() for name in total]).sum().sqrt()
-            factor = float(clip_factors(norm[None], self.clip)[0])
+            norm = joint_norms(update[name][None] for name in total)
+            factor = float(clip_factors(norm, self.clip))
             if factor > 0:  # 0 for NaN and infinity: left out, since 0·NaN is NaN
                 for name, value in total.items():
                     value += factor * update[name].double()

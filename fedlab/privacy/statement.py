@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.config import RunConfig
+from fedlab.files import write
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.ledger import SERVER, Entry, charged, event_of, events, parse_lines
 from fedlab.privacy.ledger.spending import exact, merged
@@ -27,9 +28,7 @@ def write_statement(path: Path, clients: Sequence[str]) -> Path:
     Raises PrivacyError for unreadable ledgers.
     """
     target = path / "PRIVACY.md"
-    temporary = target.with_name(".PRIVACY.md.tmp")
-    temporary.write_text(statement(path, clients), encoding="utf-8")
-    temporary.replace(target)
+    write(target, statement(path, clients))
     return target
 
 

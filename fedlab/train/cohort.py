@@ -215,7 +215,7 @@ def _sum_gradients(
 
 def _factors(gradients: dict[str, Tensor], limits: Tensor) -> tuple[Tensor, Tensor]:
     """Clip factor per row, 0 for a gradient that is not finite, and whether it was above its clip."""
-    norms = joint_norms(dict(sorted(gradients.items())))
+    norms = joint_norms(gradient for _, gradient in sorted(gradients.items()))
     factors = torch.ones_like(norms)
     for limit in limits.unique().tolist():
         if math.isfinite(limit):

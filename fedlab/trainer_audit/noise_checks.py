@@ -10,8 +10,8 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from fedlab.privacy.audit import laws
 from fedlab.seeds import random_stream
+from fedlab.trainer_audit import p_values
 from fedlab.trainer_audit.findings import ALARM, SLACK, accounted_std, by_tensor, failing
 from fedlab.trainer_audit.observation import PREFIX, Observation, Records, Subject, clipped_gradient, observe
 
@@ -50,7 +50,7 @@ def many_steps(who: Subject, label: str, run: Observation, findings: list[str]) 
     if run.log.released:
         _gaussian(f"{label}, step by step", by_tensor(who, np.stack(run.log.released)), std, findings)
     for name, squares in run.log.squares.items():
-        p = laws.variance_p(squares, run.log.elements[name], std)
+        p = p_values.variance_p(squares, run.log.elements[name], std)
         if p * len(run.log.squares) < ALARM:
             findings.append(
                 _sentence(f"{label}, inside privatise", name, math.sqrt(squares / run.log.elements[name]) / std, p)
@@ -69,11 +69,11 @@ def many_steps(who: Subject, label: str, run: Observation, findings: list[str]) 
 def _gaussian(label: str, noise: dict[str, np.ndarray], std: float, findings: list[str]) -> None:
     """χ² per tensor against the claimed variance; one Kolmogorov–Smirnov test of the shape over all of them."""
     for name, value in noise.items():
-        p = laws.variance_p(float(np.square(value).sum()), value.size, std)
+        p = p_values.variance_p(float(np.square(value).sum()), value.size, std)
         if p * len(noise) < ALARM:
             findings.append(_sentence(label, name, float(np.sqrt(np.square(value).mean())) / std, p))
     everything = np.concatenate([value.ravel() for value in noise.values()])[:100_000] / std
-    if (p := laws.shape_p(everything)) < ALARM:
+    if (p := p_values.shape_p(everything)) < ALARM:
         findings.append(f"{label}: the noise is not N(0, (σC)²) (Kolmogorov–Smirnov, p = {p:.1g})")
 
 
@@ -115,7 +115,7 @@ def correlation(who: Subject, runs: dict[str, Observation], findings: list[str])
 
 def _report(labels: list[str], r: np.ndarray, count: int, findings: list[str]) -> None:
     """Accuse the worst of many correlations over ``count`` elements."""
-    if (bad := np.flatnonzero(laws.correlation_p(r, count) * len(r) < ALARM)).size:
+    if (bad := np.flatnonzero(p_values.correlation_p(r, count) * len(r) < ALARM)).size:
         worst = int(bad[np.argmax(np.abs(r[bad]))])
         more = f" (and {bad.size - 1} more pairs)" if bad.size > 1 else ""
         findings.append(f"noise of {labels[worst]}{more} correlates: r = {r[worst]:.3f}")

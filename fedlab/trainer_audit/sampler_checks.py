@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedlab.privacy.audit import laws
+from fedlab.trainer_audit import p_values
 from fedlab.trainer_audit.findings import ALARM, SLACK, SPARSE, accounted_std
 from fedlab.trainer_audit.observation import PREFIX, Observation
 
@@ -21,7 +21,7 @@ def sampler(runs: list[Observation], findings: list[str]) -> None:
         findings.append("no step was seen")
         return
     joined, steps, q = np.concatenate(batches), len(batches), event.q
-    if (p := laws.rate_p(len(joined), n * steps, q)) < ALARM:
+    if (p := p_values.rate_p(len(joined), n * steps, q)) < ALARM:
         findings.append(
             f"a record is read with probability {len(joined) / (n * steps):.4g}, accounted for as {q:.4g} (p = {p:.1g})"
         )
@@ -29,12 +29,12 @@ def sampler(runs: list[Observation], findings: list[str]) -> None:
         ("how often a record is read", np.bincount(joined, minlength=n), steps),
         ("the number of records in a batch", np.array([len(batch) for batch in batches]), n),
     ):
-        ratio, p = laws.dispersion(counts, trials, q)
+        ratio, p = p_values.dispersion(counts, trials, q)
         if p < ALARM:
             findings.append(f"{label} varies {ratio:.3g} times as much as under Poisson sampling (p = {p:.1g})")
     drawn = np.stack([np.bincount(batch, minlength=n) for batch in batches])
     shared = (drawn @ drawn.T)[np.triu_indices(steps, 1)]  # records that two batches have in common: Bin(n, q²)
-    if shared.size and (p := laws.overlap_p(int(shared.max()), n, q) * shared.size) < ALARM:
+    if shared.size and (p := p_values.overlap_p(int(shared.max()), n, q) * shared.size) < ALARM:
         findings.append(
             f"two batches share {shared.max()} of {n} records, where {n * q * q:.3g} are expected (p = {p:.1g})"
         )

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from fedlab.errors import FedlabError
-from fedlab.seeds import stream_seed
+from fedlab.seeds import torch_stream
 from fedlab.train.cohort import supports_fused, train_cohort
 from fedlab.train.local import LocalTraining, Trained
 from fedlab.train.trainer import train_client
@@ -38,7 +38,7 @@ def shared_pass(who: Subject) -> list[str]:
     for client in [who.client, *others[: CLIENTS - 1]]:
         plan = session.plan(client)
         assert plan is not None  # who.plan() would have raised
-        draws = torch.Generator().manual_seed(stream_seed(config.run.seed, "shared-pass", client) % 2**63)
+        draws = torch_stream(config.run.seed, "shared-pass", client)
         moved = {
             name: who.state[name] + SPREAD * torch.randn(who.state[name].shape, generator=draws) for name in who.names
         }

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedlab.config import RunConfig
+from fedlab.data import corpus_and_shards
 from fedlab.errors import RunFailed
 from fedlab.lora.state import State, digest, nbytes, part_of
 from fedlab.privacy.ledger.ledger import Entry
@@ -31,17 +32,15 @@ from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
 from strategies.server.accounts import NO_DP, Accounts
 from strategies.server.aggregation import aggregate
-from strategies.server.exchange import exchange
-from strategies.server.federation import Federation, RunOrder
+from strategies.server.discovery import discover, run_reference
+from strategies.server.federation import Federation
 from strategies.server.heads import sent_names, trained_names
 from strategies.server.messages import Messenger
 from strategies.server.outcome import TrainOutcome
-from strategies.server.records import to_record
 from strategies.server.scoring import Scoring
-from strategies.server.task_boundary import first_state
+from strategies.server.task_start import first_state
 
 logger = logging.getLogger("fedlab")
-RECEIPT_SECONDS = 60.0  # to wait for clients that keep a receipt: nothing of the round depends on it
 
 
 class Rounds:
@@ -62,11 +61,8 @@ class Rounds:
         strategy = STRATEGIES[config.strategy.name]
         self.accounts = Accounts(config, directory)
         self.personal = directory.path / "personal"  # of simulated clients
-        order = RunOrder(
-            directory.run_id, str(self.accounts.ledgers), strategy.trained_parts(config), str(self.personal)
-        )
-        self.federation = self._discover(order, strategy)
-        self.messenger = Messenger(config, self.federation, self.strategy)
+        self.federation = self._discover(strategy)
+        self.messenger = Messenger(grid, config, self.federation, self.strategy)
         trained = trained_names(self.strategy, self.state)
         self.accounts.begin(self.federation, {name: tuple(self.state[name].shape) for name in trained})
         self.done, self.adapter_moved = 0, False
@@ -81,23 +77,22 @@ class Rounds:
         self._restore()
         self._plan_memory()
 
-    def _discover(self, order: RunOrder, strategy: type[Strategy]) -> Federation:
+    def _discover(self, strategy: type[Strategy]) -> Federation:
         """Find the clients, open the session and make the first state.
 
-        Nodes load their model while the server loads its own.
+        Nodes load their model while the server loads its own, unless they are to be told what stays as it is.
         """
-        config, mirror = self.config, self.accounts.mirror
-        if not strategy.static:
-            federation = Federation.discover(
-                self.grid, config, order, mirror, meanwhile=lambda: open_session(config.to_toml())
-            )
+        config, basis = self.config, State()
+        if strategy.static:
             self._begin(strategy)
-            return federation
-        self._begin(strategy)  # first, because the clients are told what stays as it is
-        basis = {name: value for name, value in self.state.items() if part_of(name) in strategy.static}
-        self.session = replace(self.session, basis=basis)
-        order = replace(order, basis=digest(basis), bases=str(self.directory.path / "bases"))
-        federation = Federation.discover(self.grid, config, order, mirror, basis=to_record(basis, "float32"))
+            basis = {name: value for name, value in self.state.items() if part_of(name) in strategy.static}
+            self.session = replace(self.session, basis=basis)
+        run = run_reference(self.directory, config, strategy.trained_parts(config), basis)
+        clients = list(corpus_and_shards(config)[1].train)
+        load = (lambda: None) if strategy.static else (lambda: open_session(config.to_toml()))
+        federation = discover(self.grid, self.directory, config, run, clients, self.accounts.mirror, basis, load)
+        if not strategy.static:
+            self._begin(strategy)
         self.basis_bytes = len(federation.clients) * nbytes(basis)
         return federation
 
@@ -137,43 +132,51 @@ class Rounds:
     def _round(self, number: int) -> bool:
         """One round; False if too few clients may still take part."""
         started = time.perf_counter()
-        if len(self.federation.eligible) < self._needed() or self.accounts.exhausted(number):
-            logger.warning(
-                "round %d: %d clients may take part, %d needed; ending the run",
-                number,
-                len(self.federation.eligible),
-                self._needed(),
-            )
+        if self._out_of_clients(number):
             return False
-        drawn = self.federation.draw(number)
-        request = self.messenger.train(number, self.state, self.client_ranks, drawn)
-        self.progress.round_started(number, len(drawn))
-        with self.accounts.charge(number, sorted(drawn), request.received) as commit:
-            replies = exchange(
-                self.grid, request.messages, self.config.run.timeout, lambda reply: self.progress.node_done()
-            )
-            outcome = self.messenger.collect_train(request, replies)
-            self._warn(number, "is excluded from", outcome.excluded)
-            self.accounts.settle(outcome, drawn)
-            if not self._enough(number, outcome, drawn):
-                return False
-            state, server_state = aggregate(
-                self.strategy, self.federation, self.accounts.plan, self.state, self.server_state, outcome, number
-            )
-            commit(digest(state))
-        self._check_moved(outcome)
-        self.state, self.server_state = state, server_state
-        train_seconds, aggregated = busy_seconds(outcome.busy), time.perf_counter()
-        self._release(number, request.received, outcome)
-
+        outcome = self._train(number)
+        if outcome is None:
+            return False
         last = number == self.config.run.rounds or len(self.federation.eligible) < self._needed()
         evaluate = last or number % self.config.evaluate.every == 0
         evaluate_seconds = self._evaluate_model(number) if evaluate else 0.0
         if {"always": evaluate, "last": last, "never": False}[self.config.evaluate.clients]:
             evaluate_seconds += self._evaluate_clients(number)
         self.done = number
-        self._account(number, outcome, started, train_seconds, evaluate_seconds, aggregated, evaluate)
+        for name in ("bytes_up", "bytes_down"):
+            self.totals[name] += getattr(outcome, name)
+        self.totals["excluded"] += len(outcome.excluded)
+        self._checkpoint()
+        self._report(number, outcome, time.perf_counter() - started, evaluate_seconds, evaluate)
         return True
+
+    def _out_of_clients(self, number: int) -> bool:
+        """Whether too few clients may still take part, or the server's own budget is spent."""
+        left, needed = len(self.federation.eligible), self._needed()
+        if left >= needed and not self.accounts.exhausted(number):
+            return False
+        logger.warning("round %d: %d clients may take part, %d needed; ending the run", number, left, needed)
+        return True
+
+    def _train(self, number: int) -> TrainOutcome | None:
+        """Draw clients, let them train, aggregate, and countersign; None if only refusals are missing."""
+        drawn = self.federation.draw(number)
+        order = self.messenger.order_training(number, self.state, self.client_ranks, drawn)
+        self.progress.round_started(number, len(drawn))
+        with self.accounts.charge(number, drawn, order.received) as commit:
+            outcome = self.messenger.train(order, self.progress.node_done)
+            self._warn(number, "is excluded from", outcome.excluded)
+            self.accounts.settle(outcome, drawn)
+            if not self._enough(number, outcome, drawn):
+                return None
+            state, server_state = aggregate(
+                self.strategy, self.federation, self.accounts.plan, self.state, self.server_state, outcome, number
+            )
+            commit(digest(state))
+        self._check_moved(outcome)
+        self.state, self.server_state = state, server_state
+        self._release(number, order.received, outcome)
+        return outcome
 
     def _needed(self) -> int:
         """Fewest clients that must be there.
@@ -215,9 +218,7 @@ class Rounds:
             self._exchange_lines(number, receipts, sorted(receipts, key=client_order))
 
     def _exchange_lines(self, number: int, receipts: Mapping[str, Entry], clients: list[str]) -> dict[str, str]:
-        request = self.messenger.receipts(receipts, clients)
-        replies = exchange(self.grid, request.messages, min(self.config.run.timeout, RECEIPT_SECONDS))
-        problems = self.messenger.collect_lines(request, replies)
+        problems = self.messenger.receipts(receipts, clients)
         self._warn(number, "did not keep its receipt of", problems)
         return problems
 
@@ -225,29 +226,16 @@ class Rounds:
         for client, reason in problems.items():
             logger.warning("%s %s round %d: %s", client, what, number, reason, extra={"round": number})
 
-    def _account(
-        self,
-        number: int,
-        outcome: TrainOutcome,
-        started: float,
-        train_seconds: float,
-        evaluate_seconds: float,
-        aggregated: float,
-        evaluated: bool,
+    def _report(
+        self, number: int, outcome: TrainOutcome, seconds: float, evaluate_seconds: float, evaluated: bool
     ) -> None:
-        """Totals, checkpoint, the train line of metrics.jsonl, and the line on the terminal."""
+        """The train line of metrics.jsonl, and the line on the terminal."""
         epsilon = self.accounts.spent.worst() if self.config.private else NO_DP
-        self.totals["bytes_up"] += outcome.bytes_up
-        self.totals["bytes_down"] += outcome.bytes_down
-        self.totals["excluded"] += len(outcome.excluded)
-        self._checkpoint()
-        seconds = time.perf_counter() - started
+        train_seconds = busy_seconds(outcome.busy)
         overhead = max(0.0, seconds - train_seconds - evaluate_seconds)
         self.totals["round_seconds"] += seconds
         self.totals["overhead_seconds"] += overhead
-        metrics = outcome.metrics.values()
-        examples = sum(m["examples"] for m in metrics)
-        loss = sum(m["loss"] * m["examples"] for m in metrics) / examples if examples else float("nan")
+        loss = mean_loss(outcome)
         self.events.write(
             "train",
             number,
@@ -280,9 +268,7 @@ class Rounds:
         which holds all the data anyway, measures it itself; a deployment goes without.
         """
         if not self.config.private or self.config.privacy.share_metrics:
-            request = self.messenger.evaluate(number, self.state)
-            replies = exchange(self.grid, request.messages, self.config.run.timeout)
-            outcome = self.messenger.collect_evaluate(request, replies)
+            outcome = self.messenger.evaluate(number, self.state)
             self._warn(number, "has no local score in", outcome.excluded)
             self.scoring.take(number, outcome.scores)
             return busy_seconds(outcome.busy)
@@ -365,6 +351,13 @@ class Rounds:
             "adapter_digest": digest(self.state),
             "clients": clients,
         }
+
+
+def mean_loss(outcome: TrainOutcome) -> float:
+    """The clients' training loss per example; NaN where nobody says."""
+    metrics = outcome.metrics.values()
+    examples = sum(m["examples"] for m in metrics)
+    return sum(m["loss"] * m["examples"] for m in metrics) / examples if examples else float("nan")
 
 
 def busy_seconds(intervals: Iterable[tuple[float, float]]) -> float:

@@ -1,256 +1,229 @@
-"""The messages to the clients, and what is taken from their replies.
+"""Requests to the clients, and what is taken from their replies.
 
-Nothing that a client sends is trusted: names, shapes and values are checked, an unusable update is excluded and named,
-and a client's weight is the size that it declared before the first round.
+Nothing that a client sends is believed: names, shapes and values are checked against what was asked, an unusable update
+is excluded and named, and a client's weight is the size that it declared before the first round.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from flwr.app import Array, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
 
 from fedlab.config import RunConfig
-from fedlab.errors import FedlabError, PrivacyError
+from fedlab.errors import PrivacyError
+from fedlab.evaluate import primary_name
 from fedlab.lora.ranks import narrow
-from fedlab.lora.state import State, check_update, digest, from_wire, nbytes, to_wire
+from fedlab.lora.state import State, digest, from_wire, nbytes, to_wire
 from fedlab.privacy.ledger.ledger import Entry
+from fedlab.privacy.release import METRICS, SCORES, TIMING, UPDATE, event_of
+from fedlab.protocol import ProtocolError
+from fedlab.protocol.checks import check_arrays, wire_bytes
+from fedlab.protocol.messages import (
+    ClientOrder,
+    ClientReply,
+    EvaluateReply,
+    EvaluateRequest,
+    ReceiptFor,
+    ReceiptsReply,
+    ReceiptsRequest,
+    TrainReply,
+    TrainRequest,
+)
 from fedlab.seeds import client_order
 from strategies.base import Strategy
+from strategies.server.exchange import Answers, ask
 from strategies.server.federation import Federation
 from strategies.server.heads import sent_names, trained_names
 from strategies.server.outcome import UNUSABLE, EvaluateOutcome, TrainOutcome
-from strategies.server.records import from_record, to_record
 
-COLUMNS = ("examples", "steps", "loss", "clip_fraction", "seconds")  # per client, of a round of training
+RECEIPT_SECONDS = 60.0  # to wait for clients that keep a receipt: nothing of the round depends on it
+NO_BUDGET = "budget-exhausted: it cannot cover another round"
 
 
 @dataclass(frozen=True)
-class Request:
-    """Messages under way: whom they ask, and what the replies are checked against."""
+class TrainingOrder:
+    """A round's requests, and what the replies are checked against."""
 
-    messages: list[Message]
-    cohorts: dict[int, list[str]]  # node → clients
-    number: int = 0  # of the round
-    state: State = field(default_factory=dict)  # that the clients start from
-    ranks: dict[str, int] = field(default_factory=dict)  # client → rank of its adapter
-    sent: list[str] = field(default_factory=list)  # names of the tensors that come back
-    received: str = ""  # digest of the state as it arrives at the clients
+    requests: dict[int, TrainRequest]  # by node
+    shapes: dict[str, dict[str, tuple[int, ...]]]  # client → name → shape of what comes back
+    number: int  # of the round
+    received: str  # digest of the state as it arrives at the clients
+    bytes_down: int
 
 
 class Messenger:
-    """Makes the messages of a run and takes the replies.
+    """Makes the requests of a run and takes the replies.
 
     Args:
+        grid: Flower's.
         config: the run's configuration.
         federation: who hosts whom, and the mirror of the clients' ledgers.
         strategy: says what travels, is trained and comes back.
     """
 
-    def __init__(self, config: RunConfig, federation: Federation, strategy: Strategy) -> None:
-        self.config, self.federation, self.strategy = config, federation, strategy
+    def __init__(self, grid: Grid, config: RunConfig, federation: Federation, strategy: Strategy) -> None:
+        self.grid, self.config, self.federation, self.strategy = grid, config, federation, strategy
 
-    def train(self, number: int, state: State, ranks: dict[str, int], drawn: list[str]) -> Request:
-        """One message per node that hosts a client of this round."""
-        dealt = self.federation.deal(self.federation.groups(drawn))
-        cohorts = {node: [client for group in groups for client in group] for node, groups in dealt.items()}
-        own: dict[int, dict[str, Any]] = {
-            node: {"groups": [len(group) for group in groups], "ranks": [ranks[client] for client in cohorts[node]]}
-            for node, groups in dealt.items()
-        }
-        values = {"round": number, "trained": trained_names(self.strategy, state, number)}
+    def order_training(
+        self, number: int, state: State, ranks: Mapping[str, int], drawn: Sequence[str]
+    ) -> TrainingOrder:
+        """One request per node that hosts a client of this round."""
         wire = self.config.run.wire_dtype
-        received = digest(from_wire(to_wire(self.strategy.travelling(state), wire), wire))
-        messages = self._messages(MessageType.TRAIN, cohorts, state, values, own)
+        travelling = self.strategy.travelling(state)
+        arrays, trained = to_wire(travelling, wire), tuple(trained_names(self.strategy, state, number))
+        requests = {}
+        for node, passes in self.federation.deal(self.federation.groups(list(drawn))).items():
+            requests[node] = TrainRequest(
+                run=self.federation.run,
+                round=number,
+                clients=tuple(
+                    ClientOrder(client, self.federation.known(client), ranks[client])
+                    for group in passes
+                    for client in group
+                ),
+                passes=tuple(len(group) for group in passes),
+                trained=trained,
+                personal=tuple(sorted(self.strategy.personal)),
+                wire=wire,
+                state=arrays,
+            )
         sent = sent_names(self.strategy, state, number)
-        return Request(messages, cohorts, number, state, ranks, sent, received)
+        shapes = {client: _shapes(narrow(state, ranks[client]), sent) for client in drawn}
+        bytes_down = len(drawn) * nbytes(travelling, wire)
+        return TrainingOrder(requests, shapes, number, digest(from_wire(arrays, wire)), bytes_down)
 
-    def collect_train(self, request: Request, replies: Iterable[Message]) -> TrainOutcome:
-        """What is usable of the replies to ``train``; the outcome says why the rest is not."""
+    def train(self, order: TrainingOrder, on_reply: Callable[[], object] = lambda: None) -> TrainOutcome:
+        """What is usable of the replies; the outcome says why the rest is not."""
         wire = self.config.run.wire_dtype
-        asked = [client for cohort in request.cohorts.values() for client in cohort]
-        outcome = TrainOutcome(
-            silent=set(asked), bytes_down=len(asked) * nbytes(self.strategy.travelling(request.state), wire)
-        )
-        for node, reply in self._by_node(request, replies, outcome.excluded).items():
-            self._collect_train(request, node, reply, outcome)
+        cohorts = {node: [entry.client for entry in request.clients] for node, request in order.requests.items()}
+        outcome = TrainOutcome(silent=set(order.shapes), bytes_down=order.bytes_down)
+        most = {node: sum(wire_bytes(order.shapes[c], wire) for c in cohort) for node, cohort in cohorts.items()}
+        answers = ask(self.grid, "train", order.requests, TrainReply, self.config.run.timeout, most, on_reply)
+        for client, reply in self._by_client(cohorts, answers, outcome.excluded).items():
+            self._take(order, client, reply, outcome)
+        outcome.busy = [(reply.started, reply.ended) for reply in answers.replies.values()]
         outcome.updates = dict(sorted(outcome.updates.items(), key=lambda item: client_order(item[0])))
         return outcome
 
-    def evaluate(self, number: int, state: State) -> Request:
-        """One message per node: every client scores the global model on its own held-out examples."""
-        cohorts = self.federation.cohorts(list(self.federation.clients))
-        return Request(self._messages(MessageType.EVALUATE, cohorts, state, {"round": number}), cohorts, number)
-
-    def collect_evaluate(self, request: Request, replies: Iterable[Message]) -> EvaluateOutcome:
-        """The clients' primary scores."""
-        outcome = EvaluateOutcome()
-        for node, reply in self._by_node(request, replies, outcome.excluded).items():
-            record = reply.content.metric_records["metrics"]
-            clients = cast(list[str], reply.content.config_records["clients"]["ids"])
-            outcome.busy.append((cast(float, record["started"]), cast(float, record["ended"])))
-            for i, client in enumerate(clients):
-                score = cast(list[float], record["score"])[i]
-                if client in request.cohorts[node] and math.isfinite(score):
-                    outcome.scores[client] = score
-                    outcome.examples[client] = cast(list[int], record["examples"])[i]
+    def evaluate(self, number: int, state: State) -> EvaluateOutcome:
+        """Every client's scores of the global model on its own held-out examples."""
+        wire, cohorts = self.config.run.wire_dtype, self.federation.cohorts(list(self.federation.clients))
+        personal, arrays = tuple(sorted(self.strategy.personal)), to_wire(self.strategy.travelling(state), wire)
+        requests = {
+            node: EvaluateRequest(self.federation.run, number, tuple(cohort), personal, wire, arrays)
+            for node, cohort in cohorts.items()
+        }
+        answers = ask(self.grid, "evaluate", requests, EvaluateReply, self.config.run.timeout)
+        primary = primary_name(self.config)
+        outcome = EvaluateOutcome(busy=[(reply.started, reply.ended) for reply in answers.replies.values()])
+        for client, reply in self._by_client(cohorts, answers, outcome.excluded).items():
+            if (scores := reply.release(SCORES)) is None:
+                outcome.excluded[client] = "it sent no scores"
+            elif primary in scores.numbers:  # not there for a client that holds nothing out
+                outcome.scores[client] = scores.numbers[primary]
         return outcome
 
-    def receipts(self, receipts: Mapping[str, Entry], clients: list[str]) -> Request:
-        """One message per node: these clients' receipts, none for those without a commit.
-
-        The replies carry their ledgers' new lines.
-        """
-        cohorts = self.federation.cohorts(clients)
-        messages = []
-        for node, cohort in cohorts.items():
-            texts = [json.dumps(receipts[client]) if client in receipts else "" for client in cohort]
-            content = RecordDict({"round": self._order(cohort, {"receipts": texts})})
-            messages.append(Message(content, node, f"{MessageType.QUERY}.release"))
-        return Request(messages, cohorts)
-
-    def collect_lines(self, request: Request, replies: Iterable[Message]) -> dict[str, str]:
-        """Take the ledger lines in the replies to ``receipts``; client → what is wrong with its ledger."""
-        problems: dict[str, str] = {}
-        for node, reply in self._by_node(request, replies, problems).items():
-            try:
-                record = reply.content.config_records
-                self._take_lines(request.cohorts[node], record["charges"], problems)
-                ids, reasons = (cast(list[str], record["failures"][key]) for key in ("ids", "reasons"))
-                problems |= dict(zip(ids, reasons, strict=True))
-            except (KeyError, TypeError, ValueError, FedlabError) as error:
-                problems |= dict.fromkeys(request.cohorts[node], f"{type(error).__name__}: {error}")
-        return problems
-
-    def _take_lines(self, cohort: list[str], record: ConfigRecord, problems: dict[str, str]) -> set[str]:
-        """Enter the ledger lines of one node's clients; returns whose were entered.
-
-        A broken chain is a problem of its client alone.
-        """
-        mirror, entered = self.federation.mirror, set()
-        for client, text in zip(cast(list[str], record["ids"]), cast(list[str], record["lines"]), strict=True):
-            if client in cohort and mirror is not None:
-                try:
-                    mirror.accept(client, text)
-                    entered.add(client)
-                except FedlabError as error:
-                    problems[client] = str(error)
-        return entered
-
-    def _order(self, cohort: list[str], values: Mapping[str, Any]) -> ConfigRecord:
-        mirror = self.federation.mirror
-        known = [mirror.known(client) if mirror else 0 for client in cohort]
-        return self.federation.order.record(
-            self.config, cohort, known=known, keep=sorted(self.strategy.personal), **values
-        )
-
-    def _messages(
-        self,
-        kind: str,
-        cohorts: Mapping[int, list[str]],
-        state: State,
-        values: Mapping[str, Any],
-        own: Mapping[int, Mapping[str, Any]] | None = None,
-    ) -> list[Message]:
-        """The state and one order per node; ``own`` holds what only this node's order says."""
-        wire = self.config.run.wire_dtype
-        record, common = to_record(self.strategy.travelling(state), wire), {"wire_dtype": wire, **values}
-        return [
-            Message(
-                RecordDict({"state": record, "round": self._order(cohort, common | dict((own or {}).get(node, {})))}),
-                node,
-                kind,
+    def receipts(self, receipts: Mapping[str, Entry], clients: Sequence[str]) -> dict[str, str]:
+        """Let clients keep receipts, and take their ledgers' new lines; client → what is wrong with its ledger."""
+        cohorts = self.federation.cohorts(list(clients))
+        requests = {
+            node: ReceiptsRequest(
+                self.federation.run,
+                tuple(
+                    ReceiptFor(c, self.federation.known(c), json.dumps(receipts[c]) if c in receipts else "")
+                    for c in cohort
+                ),
             )
             for node, cohort in cohorts.items()
-        ]
-
-    def _by_node(self, request: Request, replies: Iterable[Message], excluded: dict[str, str]) -> dict[int, Message]:
-        """The one usable reply of each node that was asked; all clients of the other nodes are excluded, with the
-        reason.
-        """
-        usable: dict[int, Message] = {}
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            if node not in request.cohorts or node in usable:
-                continue  # nobody asked, or a duplicate: the first counts
-            if reply.has_error():
-                excluded.update(dict.fromkeys(request.cohorts[node], f"node failed: {_last_line(reply.error.reason)}"))
+        }
+        timeout = min(self.config.run.timeout, RECEIPT_SECONDS)
+        problems: dict[str, str] = {}
+        answers = ask(self.grid, "receipts", requests, ReceiptsReply, timeout)
+        for client, reply in self._by_client(cohorts, answers, problems).items():
+            if reply.failure is not None:
+                problems[client] = reply.failure.reason
             else:
-                usable[node] = reply
-        for node, cohort in request.cohorts.items():
-            if node not in usable:
-                for client in cohort:
-                    excluded.setdefault(client, f"no reply within {self.config.run.timeout:.0f} s")
-        return usable
+                self.federation.take_lines(reply, problems)
+        return problems
 
-    def _collect_train(self, request: Request, node: int, reply: Message, outcome: TrainOutcome) -> None:
-        """Take what is usable from one node's reply; what it lacks excludes the client concerned, never the round."""
-        cohort = request.cohorts[node]
-        try:
-            received = self._read_train(cohort, reply.content, outcome)
-        except (KeyError, IndexError, ValueError, TypeError, FedlabError) as error:
-            for client in cohort:
-                outcome.excluded.setdefault(client, f"malformed reply: {type(error).__name__}: {error}")
+    def _by_client(
+        self,
+        cohorts: Mapping[int, Sequence[str]],
+        answers: Answers[TrainReply] | Answers[EvaluateReply] | Answers[ReceiptsReply],
+        excluded: dict[str, str],
+    ) -> dict[str, ClientReply]:
+        """Each asked client's one reply; who lacks one is excluded with the reason. What nobody asked for is left."""
+        for node, reason in answers.failed.items():
+            excluded |= dict.fromkeys(cohorts[node], reason)
+        found: dict[str, ClientReply] = {}
+        for node, reply in answers.replies.items():
+            for mine in reply.clients:
+                if mine.client in cohorts[node]:
+                    found.setdefault(mine.client, mine)
+            for client in cohorts[node]:
+                if client not in found:
+                    excluded[client] = "its node's reply does not name it"
+        return found
+
+    def _take(self, order: TrainingOrder, client: str, reply: ClientReply, outcome: TrainOutcome) -> None:
+        """Enter one client's ledger lines, its failure or its update; what it lacks excludes it, never the round."""
+        if reply.failure is not None:
+            outcome.excluded[client] = reply.failure.reason
+        if self.federation.take_lines(reply, outcome.excluded):
+            outcome.silent.discard(client)
+        if reply.exhausted or (reply.failure is not None and reply.failure.refused):
+            self.federation.refused[client] = outcome.excluded.get(client, NO_BUDGET)
+        if client in outcome.excluded:
             return
-        for client in cohort:
-            if client not in outcome.excluded:
-                self._take_update(request, client, received[client], outcome)
-
-    def _read_train(self, cohort: list[str], content: RecordDict, outcome: TrainOutcome) -> dict[str, dict[str, Array]]:
-        """Enter failures, ledgers and metrics of one node; returns each client's arrays, not yet decoded."""
-        failures, charges = content.config_records["failures"], content.config_records["charges"]
-        for client, reason in zip(cast(list[str], failures["ids"]), cast(list[str], failures["reasons"]), strict=True):
-            if client in cohort:
-                outcome.excluded[client] = reason
-        outcome.silent -= self._take_lines(cohort, charges, outcome.excluded)
-        for client in [*cast(list[str], failures["refused"]), *cast(list[str], charges["exhausted"])]:
-            if client in cohort:
-                self.federation.refused[client] = outcome.excluded.get(
-                    client, "budget-exhausted: it cannot cover another round"
-                )
-        metrics = content.metric_records["metrics"]
-        outcome.busy.append((cast(float, metrics["started"]), cast(float, metrics["ended"])))
-        for i, client in enumerate(cast(list[str], content.config_records["clients"]["ids"])):
-            if client in cohort:
-                outcome.metrics[client] = {key: cast(list[float], metrics[key])[i] for key in COLUMNS}
-        received: dict[str, dict[str, Array]] = {client: {} for client in cohort}
-        for key, array in content.array_records["updates"].items():
-            client, _, name = key.partition("/")
-            if client in received:
-                received[client][name] = array
-        return received
-
-    def _take_update(self, request: Request, client: str, arrays: dict[str, Array], outcome: TrainOutcome) -> None:
-        """Decode and check one client's update; enter it, or why it cannot be used."""
-        wire = self.config.run.wire_dtype
         try:
-            update = from_record(arrays, wire)
-            problem = check_update(update, narrow(request.state, request.ranks[client]), request.sent)
-            if problem is None and self.federation.mirror is not None:
-                outcome.commits[client] = self._witness(request, client, update)
+            update = self._update(order, client, reply)
+            if self.federation.mirror is not None:
+                outcome.commits[client] = self._witness(order, client, update)
         except PrivacyError as error:
-            problem = str(error)
             outcome.unproven.add(client)
-        except Exception as error:  # an array that cannot even be decoded
-            problem = f"undecodable: {type(error).__name__}: {error}"
-        if problem is not None:
-            outcome.excluded[client] = f"{UNUSABLE}: {problem}"
+            outcome.excluded[client] = f"{UNUSABLE}: {error}"
+        except ProtocolError as error:
+            outcome.excluded[client] = f"{UNUSABLE}: {error.field}: {error.problem}"
         else:
             outcome.updates[client] = update
-            outcome.bytes_up += nbytes(update, wire)
+            outcome.metrics[client] = self._metrics(client, reply)
+            outcome.bytes_up += nbytes(update, self.config.run.wire_dtype)
 
-    def _witness(self, request: Request, client: str, update: State) -> Entry:
+    def _update(self, order: TrainingOrder, client: str, reply: ClientReply) -> State:
+        """The update in a reply. Raises ProtocolError unless it is what was asked for, and nothing else is there."""
+        for release in reply.releases:
+            if release.name not in (UPDATE, TIMING, METRICS):
+                raise ProtocolError(release.name, "was not asked for", client)
+            if release.name != UPDATE and release.arrays:
+                raise ProtocolError(release.name, "holds arrays, which were not asked for", client)
+        update, declared = reply.release(UPDATE), self.federation.clients[client].event
+        if update is None:
+            raise ProtocolError(UPDATE, "is missing", client)
+        if update.event is not None and event_of(update.event) != declared:
+            raise ProtocolError("event", f"{update.event} is not what it declared", client)
+        check_arrays(update, order.shapes[client], self.config.run.wire_dtype, client)
+        return from_wire(update.arrays, self.config.run.wire_dtype)
+
+    def _metrics(self, client: str, reply: ClientReply) -> dict[str, float]:
+        """Of a client's training; what it does not share is NaN."""
+        shown: dict[str, float] = {}
+        for name in (TIMING, METRICS):
+            found = reply.release(name)
+            shown |= found.numbers if found is not None else {}
+        wanted = {name: shown.get(name, math.nan) for name in ("steps", "loss", "clip_fraction", "seconds")}
+        return {"examples": self.federation.clients[client].examples, **wanted}
+
+    def _witness(self, order: TrainingOrder, client: str, update: State) -> Entry:
         """The signed line that commits this very update. Raises PrivacyError without one."""
         mirror, event = self.federation.mirror, self.federation.clients[client].event
         assert mirror is not None
         assert event is not None
-        return mirror.witness(client, request.number, event, request.received, digest(update))
+        return mirror.witness(client, order.number, event, order.received, digest(update))
 
 
-def _last_line(reason: str | None) -> str:
-    lines = [line for line in (reason or "").strip().splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else "unknown"
+def _shapes(state: State, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(state[name].shape) for name in names}

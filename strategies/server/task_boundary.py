@@ -1,4 +1,4 @@
-"""One task of a stream on the server: what its run starts from, and what it leaves to the next.
+"""The end of a task of a stream on the server: what it leaves to the next.
 
 At the end of a task, after its last round: every task's texts are scored (a row of the matrix of scores), what was
 learnt is merged, the inputs that were used are protected (a release of their own, ``clients.gram``), and
@@ -12,11 +12,9 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fedlab.config import RunConfig
@@ -25,36 +23,13 @@ from fedlab.continual.subspace import complement, leak
 from fedlab.errors import ConfigError
 from fedlab.evaluate import higher_is_better, primary_name, primary_score
 from fedlab.lora.state import BASIS, State, modules, nbytes, outer_b, part_of, write_state
-from fedlab.models.adapters import initial_state
 from fedlab.session import Session, torch_threads
-from strategies.base import Strategy
-from strategies.continual import PROTECTED
-from strategies.server.gram_release import collect_grams
+from strategies.server.gram_release import GramRelease, collect_grams
+from strategies.server.loop import Rounds
+from strategies.server.task_start import MEMORY, first_state
+from strategies.stream import PROTECTED
 
-if TYPE_CHECKING:
-    from strategies.server.loop import Rounds
-
-MEMORY, TASK = "memory.safetensors", "task.json"
-
-
-def first_state(config: RunConfig, strategy: Strategy, session: Session) -> tuple[State, dict[str, Tensor]]:
-    """The state that the run starts from, and what the task before left (nothing for the first, or
-    without a stream).
-    """
-    fresh = initial_state(session.model, config.lora, config.run.seed)
-    if config.stage is None:
-        return fresh, {}
-    memory: dict[str, Tensor] = {}
-    if config.stage.previous is not None:
-        path = Path(config.stage.previous) / MEMORY
-        if not path.is_file():
-            raise ConfigError(
-                f"stage.previous = {config.stage.previous!r} has no {MEMORY}: that task is not finished; resume it"
-                " first"
-            )
-        memory = load_file(str(path))
-    with torch_threads(1):  # bases must not depend on the number of cores
-        return strategy.begin_task(fresh, memory, config.stage.task), memory
+TASK = "task.json"
 
 
 def end_stage(rounds: Rounds, status: str) -> None:
@@ -72,7 +47,7 @@ def end_stage(rounds: Rounds, status: str) -> None:
         scores["before"] = score_tasks(rounds.session, start, config)["pooled"]
     started = time.perf_counter()
     last = stage.task == len(config.tasks) - 1 or config.stream.joint or status == "budget-exhausted"
-    grams = {} if last or config.gram is None else collect_grams(rounds)
+    grams = {} if last or not rounds.strategy.reads_inputs else _grams(rounds)
     with torch_threads(1):
         memory = rounds.strategy.end_task(rounds.state, rounds.memory, grams)
     write_state(rounds.directory.path / MEMORY, memory)
@@ -91,6 +66,25 @@ def end_stage(rounds: Rounds, status: str) -> None:
             "boundary_seconds": round(time.perf_counter() - started, 3),
         },
     )
+
+
+def _grams(rounds: Rounds) -> dict[str, Tensor]:
+    """module → the sum of its inputs' Gram matrices over clients, which is released now; its traffic is added up."""
+    if rounds.config.gram is None:
+        raise ConfigError("strategy.gram is not in the configuration: start the run with fedlab simulate")
+    rounds.progress.note("learning which inputs the task used")
+    release = GramRelease(
+        rounds.grid,
+        rounds.config,
+        rounds.config.gram,
+        rounds.federation,
+        rounds.accounts,
+        rounds.strategy.travelling(rounds.state),
+    )
+    grams, traffic = collect_grams(release, rounds.directory.path, rounds.session.model)
+    for name, count in traffic.items():
+        rounds.totals[name] += count
+    return grams
 
 
 def score_tasks(session: Session, state: State, config: RunConfig) -> dict[str, Any]:

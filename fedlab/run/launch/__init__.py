@@ -68,7 +68,8 @@ def prepared(config: RunConfig) -> RunConfig:
 
     _prepare_environment(config)
     check(config)
-    return resolve_dtype(config)
+    resolved: RunConfig = load_reference(STRATEGIES)[config.strategy.name].resolved(config)
+    return resolve_dtype(resolved)
 
 
 def resume(path: str | Path, quiet: bool = False) -> Run:
