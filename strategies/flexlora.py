@@ -22,7 +22,8 @@ from fedlab.config import RunConfig
 from fedlab.lora.exact import mean_of_products
 from fedlab.lora.fisher import all_equal, row_weights_of, truncate_weighted
 from fedlab.lora.ranks import truncate
-from fedlab.lora.robust import coordinate_median, robust_low_rank
+from fedlab.lora.robust import coordinate_median
+from fedlab.lora.robust_product import robust_low_rank
 from fedlab.lora.state import State, local_pairs, modules, select
 from strategies.base import LoraStrategy
 from strategies.folding import in_order
