@@ -20,6 +20,7 @@ from fedlab.data.partition import describe
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.privacy.statement import write_statement
 from fedlab.run.directory import RunDirectory
+from fedlab.run.launch import prepared
 from fedlab.run.metrics import MetricsLog
 from fedlab.run.progress import make_progress
 from strategies.server.loop import Rounds
@@ -68,7 +69,7 @@ def _directory(context: Context) -> RunDirectory:
     preset = Path(str(context.run_config["config"]))
     if not preset.is_absolute():
         preset = Path(__file__).resolve().parents[1] / preset
-    return RunDirectory.create(RunConfig.load(preset), None)
+    return RunDirectory.create(prepared(RunConfig.load(preset)), None)
 
 
 def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float) -> dict[str, Any]:

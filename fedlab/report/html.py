@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ th { border-bottom: 1px solid #999 } .figures { display: flex; flex-wrap: wrap; 
 <div class="facts">{% for label, value in facts %}<div>{{ label }}<b>{{ value }}</b></div>{% endfor %}</div>
 <h2>Privacy</h2><p>{{ privacy }}</p>
 <h2>Curves</h2><div class="figures">{% for figure in figures %}{{ figure | safe }}{% endfor %}</div>
-<h2>Clients</h2><table><tr><th>client</th><th>examples</th><th>rounds</th><th>accuracy</th><th>ε</th><th>δ</th></tr>
-{% for id, c in result.clients.items() %}<tr><td>{{ id }}</td><td>{{ c.examples }}</td><td>{{ c.participations }}</td><td>{{ number(c.accuracy) }}</td>
+<h2>Clients</h2><table><tr><th>client</th><th>examples</th><th>rounds</th><th>{{ result.primary }}</th><th>ε</th><th>δ</th></tr>
+{% for id, c in result.clients.items() %}<tr><td>{{ id }}</td><td>{{ c.examples }}</td><td>{{ c.participations }}</td><td>{{ number(c.score) }}</td>
 <td>{{ number(c.epsilon) }}</td><td>{{ "%.2g" | format(c.delta) if c.delta else "–" }}</td></tr>{% endfor %}</table>
 {% if notable %}<h2>Notable events</h2><ul>{% for event in notable %}<li class="warn">round {{ event.round }}: {{ event.message }}</li>{% endfor %}</ul>{% endif %}
 <h2>Configuration</h2><pre>{{ toml }}</pre><h2>Environment</h2><pre>{{ environment }}</pre>
@@ -49,9 +50,9 @@ def write_report(path: Path) -> Path:
     figures = []
     if scored:
         rounds = [line["round"] for line in scored]
-        curves = {key: (rounds, [line[key] for line in scored]) for key in ("accuracy", "macro_f1")}
-        figures.append(line_chart("Held-out accuracy", curves, "share"))
-        figures.append(line_chart("Held-out loss", {"loss": (rounds, [line["loss"] for line in scored])}, "nats"))
+        for name in scored[-1]["scores"]:
+            curve = (rounds, [math.nan if (v := line["scores"][name]) is None else v for line in scored])
+            figures.append(line_chart(f"Held-out {name}", {name: curve}, name))
     if trained and isinstance(trained[-1]["epsilon"], float):
         figures.append(
             line_chart(
@@ -60,9 +61,9 @@ def write_report(path: Path) -> Path:
                 "ε of the worst client",
             )
         )
-    accuracies = {c: info["accuracy"] for c, info in result["clients"].items() if info["accuracy"] is not None}
-    if accuracies:
-        figures.append(bar_chart("Accuracy per client", list(accuracies), list(accuracies.values()), "share"))
+    scores = {c: info["score"] for c, info in result["clients"].items() if info["score"] is not None}
+    if scores:
+        figures.append(bar_chart(f"{result['primary']} per client", list(scores), list(scores.values()), "held-out"))
     page = (
         Environment(autoescape=True)
         .from_string(TEMPLATE)
@@ -92,10 +93,9 @@ def _number(value: Any) -> str:
 
 
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
-    spread = result["client_accuracy"]
+    spread = result["client_scores"]
     return [
-        ("accuracy", _number(result["accuracy"])),
-        ("macro-F1", _number(result["macro_f1"])),
+        *((name, _number(value)) for name, value in (result["scores"] or {}).items()),
         ("ε (maximum)", _number(result["epsilon"])),
         ("worst client", _number(spread["worst"])),
         ("rounds", str(result["rounds"])),

@@ -1,4 +1,4 @@
-"""``report.html`` of a stream: the accuracy matrix as a heat map, the metrics, and a link to each task's own report."""
+"""``report.html`` of a stream: the matrix of scores as a heat map, the metrics, and a link to each task's own report."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto }
 <h2>Configuration</h2><pre>{{ toml }}</pre></body></html>
 """
 FACTS = {
-    "average_accuracy": "average accuracy after the last task",
-    "learning_accuracy": "learning accuracy (each task just after it)",
+    "average_score": "average score after the last task",
+    "learning_score": "learning score (each task just after it)",
     "backward_transfer": "backward transfer (negative: forgetting)",
     "forgetting": "forgetting",
     "forward_transfer": "forward transfer",
@@ -56,7 +56,9 @@ def write_stream_report(path: Path) -> Path:
         .render(
             name=directory.config.run.name,
             result=result,
-            figure=heat_map("Accuracy on each task (columns) after each task (rows)", matrix, rows, result["tasks"]),
+            figure=heat_map(
+                f"{result['primary']} on each task (columns) after each task (rows)", matrix, rows, result["tasks"]
+            ),
             facts=facts,
             folders=sorted(p.parent.name for p in path.glob("*/report.html")),
             toml=directory.config.to_toml(),

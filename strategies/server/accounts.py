@@ -10,7 +10,6 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from fedlab.config import RunConfig
@@ -24,8 +23,9 @@ from fedlab.privacy.ledger.ledger import SERVER, Entry, Ledger, charged, events
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.ledger.spending import PrivacySpent, exact, summary
 from fedlab.run.directory import RunDirectory
-from strategies.base import TrainOutcome
+from fedlab.run.places import ledger_directory
 from strategies.server.federation import Federation
+from strategies.server.outcome import TrainOutcome
 
 NO_DP = "no DP"
 
@@ -204,14 +204,3 @@ class Accounts:
         spent = events(self._guard.ledger.entries)
         for client in self._federation.clients:
             self.spent.record(client, spent)
-
-
-def ledger_directory(config: RunConfig, run_path: Path) -> Path:
-    """Where simulated clients keep their ledgers: in the run directory, or below ``privacy.ledger``, one directory per
-    data source.
-    """
-    if config.privacy.ledger is None:
-        return run_path / "ledger"
-    source = identity(config.data)
-    name = f"{config.data.source}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-    return Path(config.privacy.ledger).absolute() / name

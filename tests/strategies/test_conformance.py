@@ -1,16 +1,17 @@
-"""Every strategy, one row each, through the public conformance suite, and then inside real models and in the files that
-peft loads.
+"""Every strategy, one row each (conformance_rows.py), through the public conformance suite, and then inside real models
+and in the files that peft loads.
 
-``python tests/strategies/test_conformance.py`` prints the table of docs/strategies.md.
+``python tests/strategies/test_conformance.py`` writes both tables of docs/strategies.md anew.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,62 +23,23 @@ from fedlab.lora.average import client_weights
 from fedlab.lora.state import State, effective_delta, modules, select
 from fedlab.models.adapters import initial_state, save_adapter
 from fedlab.models.loading import build
-from strategies import AGGREGATORS
-from strategies.server.federation import Federation
+from strategies import AGGREGATORS, table
+from strategies.base import Round
 
 SHAPES = {"wide.q": (12, 20), "tall.v": (20, 12), "square.k": (16, 16)}  # m × n
 RANK = 4
 
 
-@dataclass(frozen=True)
-class Row:
-    """What a strategy promises: see ``fedlab.lora.conformance.check``."""
-
-    name: str
-    promise: str
-    options: tuple[tuple[str, str], ...] = ()
-    ranks: str | None = None  # "changes" or "held": what clients of lower rank amount to
-    rewrites: tuple[str, ...] = ()  # parts that the server changes although clients do not train them
-    reweigh: Callable[[State, dict[str, State], dict[str, float]], dict[str, float]] | None = None
-
-    @property
-    def title(self) -> str:
-        return " ".join([self.name, *(f"{k}={v}" for k, v in self.options)])
+def sibling(name: str) -> Any:
+    """A module beside this one."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def by_norm(state: State, updates: dict[str, State], weights: dict[str, float]) -> dict[str, float]:
-    """HetLoRA's weights, from dense products."""
-    squares = dict.fromkeys(updates, 0.0)
-    for client, update in updates.items():
-        for module in modules(state):
-            B, A = (update[f"{module}.{part}"].double() for part in ("lora_B", "lora_A"))
-            held = (state[f"{module}.lora_B"].double()[:, : len(A)] + B) @ (
-                state[f"{module}.lora_A"].double()[: len(A)] + A
-            )
-            squares[client] += float(held.square().sum())
-    total = sum(s**0.5 for s in squares.values())
-    return {client: s**0.5 / total for client, s in squares.items()} if total else weights
-
-
-EXACT, FACTORS, BEST = "mean of products", "product of means", "best of rank r of the mean of products"
-PROJECTED = "projected mean of products"
-ROWS = [
-    Row("fedavg", FACTORS, ranks="changes"),
-    Row("ffa", EXACT, ranks="changes"),
-    Row("fedsvd", EXACT, ranks="changes", rewrites=("lora_A",)),
-    Row("fedsvd", EXACT, (("refresh", "{every=1, keep=1}"),), ranks="changes", rewrites=("lora_A",)),
-    Row("fedex", EXACT),
-    Row("flora", EXACT, ranks="held"),
-    Row("flora", EXACT, (("train", "B"),), ranks="held", rewrites=("lora_A",)),
-    Row("flexlora", BEST, ranks="held"),
-    Row("flexlora", BEST, (("split", "left"),), ranks="held"),
-    Row("hetlora", FACTORS, ranks="held", reweigh=by_norm),
-    Row("hetlora", FACTORS, (("norm_weights", "false"),), ranks="held"),
-    Row("lora-fair", PROJECTED),
-    Row("rolora", EXACT, ranks="changes"),
-    Row("fedsa", EXACT, ranks="changes"),  # of what is shared: B·(mean of A) for every B
-    Row("head", "unchanged", ranks="changes"),
-]
+rows = sibling("conformance_rows")
+Row, ROWS, EXACT, FACTORS, BEST = rows.Row, rows.ROWS, rows.EXACT, rows.FACTORS, rows.BEST
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.title)
 
 
@@ -90,7 +52,12 @@ def make(name: str, model: str = "", alpha: float = 8, rslora: bool = False, **o
     text += "target_modules='all-linear'\n"
     text += f"[train]\nlr=1\nsteps=1\n[strategy]\nname='{name}'\n" + (f"[model]\nname='{model}'\n" if model else "")
     config = RunConfig.parse(text, [f"strategy.{k}={v}" for k, v in options.items()])
-    return AGGREGATORS[name](config, Federation(config, {}, {}, []))
+    return AGGREGATORS[name](config)
+
+
+def after_round(strategy, state: State, updates, weights, number: int = 1) -> State:
+    """The state after a round of a server that remembers nothing yet."""
+    return strategy.aggregate(state, strategy.init(state), updates, weights, Round(number))[0]
 
 
 @cache
@@ -102,6 +69,7 @@ def report(row: Row) -> conformance.Report:
         rewrites=row.rewrites,
         reweigh=row.reweigh,
         at_scale=lambda s: make(row.name, alpha=s * RANK, **dict(row.options)),
+        fresh=lambda: make(row.name, **dict(row.options)),
         refuses=(ValueError, FedlabError),
         tolerance=2e-6,
         title=row.title,
@@ -114,13 +82,28 @@ def test_conformance(row: Row, name: str):
     assert report(row)[name].ok is not False, report(row)[name].text
 
 
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "strategies.md"
+MARKERS = {
+    "<!-- table: generated by strategies.table, held by tests/strategies/test_table.py -->\n": table.markdown,
+    "<!-- conformance: generated and held by tests/strategies/test_conformance.py -->\n": lambda: conformance.markdown(
+        [report(row) for row in ROWS]
+    ),
+}
+
+
+def with_tables(text: str) -> str:
+    """docs/strategies.md with both tables as they are now."""
+    for marker, made in MARKERS.items():
+        before, found, after = text.partition(marker)
+        assert found, marker
+        text = before + marker + made() + "\n" + after.partition("\n\n")[2]
+    return text
+
+
 def test_the_docs_hold_the_generated_table():
     """Also says which properties do not apply to a strategy, so that none is skipped unseen."""
-    text = (Path(__file__).resolve().parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")
-    marker = "<!-- conformance: generated by tests/strategies/test_conformance.py, which prints it -->\n"
-    assert marker + conformance.markdown([report(row) for row in ROWS]) in text, (
-        "run python tests/strategies/test_conformance.py"
-    )
+    text = DOCS.read_text(encoding="utf-8")
+    assert text == with_tables(text), "run python tests/strategies/test_conformance.py"
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.promise in (FACTORS, BEST)], ids=lambda r: r.title)
@@ -145,7 +128,7 @@ def two_rounds(row: Row, path: Path, rslora: bool):
         g = torch.Generator().manual_seed(number)
         names = strategy.sent_names(state, number)
         updates = {c: {n: torch.randn(state[n].shape, generator=g) * 0.1 for n in names} for c in weights}
-        state = strategy.aggregate(state, updates, weights, number)
+        state = after_round(strategy, state, updates, weights, number)
     g = torch.Generator().manual_seed(3)  # what a client keeps, as it would come from its own disk
     own = {n: torch.randn(v.shape, generator=g) * 0.1 for n, v in sorted(select(state, strategy.personal).items())}
     return loaded, state | own
@@ -239,8 +222,8 @@ def test_head_policy_follows_the_configuration():
 def test_fedsvd_period_and_warmup():
     def orthonormal_after(round_number: int, **options) -> bool:
         strategy, state = make("fedsvd", **options), start()
-        A = strategy.aggregate(
-            state, drawn_updates(strategy, state, 2), {"client-0": 0.5, "client-1": 0.5}, round_number
+        A = after_round(
+            strategy, state, drawn_updates(strategy, state, 2), {"client-0": 0.5, "client-1": 0.5}, round_number
         )["wide.q.lora_A"]
         return bool(torch.allclose(A @ A.T, torch.eye(RANK), atol=1e-5))
 
@@ -256,15 +239,15 @@ def test_a_residual_never_has_more_directions_than_there_are(row: Row):
     strategy, state = make(row.name, **dict(row.options)), start()
     for number in range(1, 8):
         updates = drawn_updates(strategy, state, 3, seed=number)
-        state = strategy.aggregate(state, updates, client_weights(WEIGHTS, "examples"), number)
+        state = after_round(strategy, state, updates, client_weights(WEIGHTS, "examples"), number)
     assert {m: state[f"{m}.residual_B"].shape[1] for m in SHAPES} == {m: min(shape) for m, shape in SHAPES.items()}
 
 
 def test_flora_begins_every_round_with_a_new_adapter_that_does_nothing():
     strategy, state = make("flora"), start()
     weights = client_weights(WEIGHTS, "uniform")
-    after = strategy.aggregate(state, drawn_updates(strategy, state, 3), weights, 1)
-    again = strategy.aggregate(after, drawn_updates(strategy, after, 3), weights, 2)
+    after = after_round(strategy, state, drawn_updates(strategy, state, 3), weights, 1)
+    again = after_round(strategy, after, drawn_updates(strategy, after, 3), weights, 2)
     for module in modules(state):
         assert not after[f"{module}.lora_B"].any()
         A1, A2 = after[f"{module}.lora_A"].double(), again[f"{module}.lora_A"].double()
@@ -282,9 +265,9 @@ def test_rolora_alternates_and_begins_with_b():
 def test_a_refreshed_fedsvd_keeps_the_largest_directions_and_opens_orthonormal_ones():
     strategy, state = make("fedsvd", refresh="{every=2, keep=2}"), start()
     weights = client_weights(WEIGHTS, "uniform")
-    first = strategy.aggregate(state, drawn_updates(strategy, state, 3), weights, 1)
+    first = after_round(strategy, state, drawn_updates(strategy, state, 3), weights, 1)
     assert not [n for n in first if "residual" in n]
-    second = strategy.aggregate(first, drawn_updates(strategy, first, 3), weights, 2)
+    second = after_round(strategy, first, drawn_updates(strategy, first, 3), weights, 2)
     for module in modules(state):
         A, B = second[f"{module}.lora_A"].double(), second[f"{module}.lora_B"]
         assert torch.allclose(A @ A.T, torch.eye(RANK, dtype=torch.float64), atol=1e-6)
@@ -307,8 +290,8 @@ def test_meaningless_combinations_are_refused_with_the_reason(name: str, overrid
     text = f'[run]\nrounds=2\n[lora]\nrank={RANK}\nalpha=8\n[train]\nlr=1\nsteps=1\n[strategy]\nname="{name}"\n'
     config = RunConfig.parse(text, overrides)
     with pytest.raises(ConfigError, match=reason):
-        AGGREGATORS[name](config, Federation(config, {}, {}, []))
+        AGGREGATORS[name](config)
 
 
 if __name__ == "__main__":
-    print(conformance.markdown([report(row) for row in ROWS]), end="")
+    DOCS.write_text(with_tables(DOCS.read_text(encoding="utf-8")), encoding="utf-8")

@@ -68,7 +68,8 @@ def prepared(config: RunConfig) -> RunConfig:
 
     _prepare_environment(config)
     check(config)
-    return resolve_dtype(config)
+    resolved: RunConfig = load_reference(STRATEGIES)[config.strategy.name].resolved(config)
+    return resolve_dtype(resolved)
 
 
 def resume(path: str | Path, quiet: bool = False) -> Run:
@@ -106,6 +107,9 @@ def check(config: RunConfig) -> None:
 
     check_model(config.model)
     check_strategy(config)
+    from fedlab.evaluate import evaluators_of  # torch comes with it
+
+    evaluators_of(config)
     _, shards = corpus_and_shards(config)
     if config.privacy.unit == "example":
         from fedlab.privacy.plan import delta_of
