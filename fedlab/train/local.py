@@ -17,7 +17,7 @@ from torch import Tensor
 from fedlab.config import RunConfig
 from fedlab.config.sections import TrainSection
 from fedlab.data import FederatedData
-from fedlab.errors import RunFailed
+from fedlab.errors import Diverged, RunFailed
 from fedlab.lora.ranks import narrow, widen
 from fedlab.lora.state import State
 from fedlab.privacy.plan import DPPlan
@@ -89,7 +89,7 @@ class LocalSteps:
     def result(self, end: Mapping[str, Tensor], names: Iterable[str], seconds: float) -> Trained:
         """What the client gives back, from the trained tensors ``end`` in the state's shapes.
 
-        Raises RunFailed if they hold NaN or infinite values: training diverged.
+        Raises Diverged if they hold NaN or infinite values: training diverged.
         """
         if self.training.rank is not None:
             end = narrow(dict(end), self.training.rank)
@@ -108,6 +108,6 @@ def trainable(names: Iterable[str]) -> list[str]:
 
 
 def check_finite(client: str, update: State, train: TrainSection) -> None:
-    """Raises RunFailed for an update that holds NaN or infinite values: training diverged."""
+    """Raises Diverged for an update that holds NaN or infinite values: training diverged."""
     if not all(bool(torch.isfinite(value).all()) for value in update.values()):
-        raise RunFailed(f"{client}: local training diverged (NaN or infinite weights); lower train.lr = {train.lr}")
+        raise Diverged(f"{client}: local training diverged (NaN or infinite weights); lower train.lr = {train.lr}")
