@@ -92,10 +92,10 @@ def _check(config: RunConfig) -> None:
         (gram := config.gram) is not None
         and not config.private
         and not gram.clear
-        and config.data.clients < gram.min_clients
+        and config.population < gram.min_clients
     ):
         raise ConfigError(
-            f"strategy.gram.min_clients = {gram.min_clients} with data.clients = {config.data.clients}: "
+            f"strategy.gram.min_clients = {gram.min_clients} with data.clients = {config.population}: "
             "sums would be of too few"
         )
     require_float32(config)
@@ -265,7 +265,7 @@ def grown(
         rows = protected(memory, state, module)
         if module in grams and gram is not None:
             n = rows.shape[1]
-            floor = noise_floor(n, gram.sigma, gram.clip, config.data.clients) if config.private else 0.0
+            floor = noise_floor(n, gram.sigma, gram.clip, config.population) if config.private else 0.0
             rows = extend(rows, grams[module], options.energy, n - room, floor, module)
         result[f"{module}.{PROTECTED}"] = rows
     return result

@@ -92,7 +92,7 @@ def make_client_plan(config: RunConfig) -> ClientPlan:
 
     Raises ConfigError for weights that differ between clients, PrivacyError for a δ that promises nothing.
     """
-    privacy, n = config.privacy, config.data.clients
+    privacy, n = config.privacy, config.population
     assert privacy.clip is not None
     if config.strategy.weights != "uniform":
         raise ConfigError(

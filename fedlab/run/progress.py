@@ -190,7 +190,7 @@ def headline(config: RunConfig, path: Path) -> str:
     if config.private and privacy.noise == "seeded":
         promise += " (seeded noise: reproducible, so not for real data)"
     return (
-        f"fedlab: {config.strategy.name} on {config.data.source}, {config.data.clients} clients, {config.run.rounds}"
+        f"fedlab: {config.strategy.name} on {config.data.source}, {config.population} clients, {config.run.rounds}"
         f" rounds, {config.model.name}, LoRA rank {config.lora.rank}, {promise}\n{path}"
     )
 

@@ -131,7 +131,7 @@ def train_cohort(
     inside = _inside(workers, names, model.device)
     pasts = _pasts(workers[0].own, names, model.device)
     factors = torch.tensor(
-        [rate_factor(config, w.member.client) for w in workers], dtype=torch.float64, device=model.device
+        [rate_factor(config, w.member.client, data.clients) for w in workers], dtype=torch.float64, device=model.device
     )
     optimizer = _Optimizer(
         config, names, tensors, learning_rate_factor(config.train, round_number, config.run.rounds), factors

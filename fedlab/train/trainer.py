@@ -99,7 +99,9 @@ def train_client(
     indices = data.train(client)
     seed = config.sampling_seed
     steps = plan.steps if plan else local_steps(config.train, len(indices))
-    factor = learning_rate_factor(config.train, round_number, config.run.rounds) * rate_factor(config, client)
+    factor = learning_rate_factor(config.train, round_number, config.run.rounds) * rate_factor(
+        config, client, data.clients
+    )
     optimizer = _optimizer(model, names, config, factor)
     draws = random_stream(seed, "batches", client, round_number)
     batches = (

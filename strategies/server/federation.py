@@ -81,9 +81,6 @@ class Federation:
 
     max_clients_per_pass: int = 0  # clients of a pass that fit into memory; 0: as many as the configuration says
 
-    def __post_init__(self) -> None:
-        self.ranks = initial_ranks(self.config) | self.ranks
-
     @classmethod
     def discover(
         cls,
@@ -91,26 +88,27 @@ class Federation:
         config: RunConfig,
         order: RunOrder,
         mirror: LedgerMirror | None,
+        clients: list[str],
         meanwhile: Callable[[], object] = lambda: None,
         basis: ArrayRecord | None = None,
     ) -> Federation:
         """Ask every node which clients it hosts, and let the clients declare sizes, privacy plans and ledgers.
 
-        ``basis`` goes along, once for the whole task of a stream. ``meanwhile`` runs between asking and collecting.
+        ``clients`` are the ids of all clients of a simulation, in client order. ``basis`` goes along, once for the
+        whole task of a stream. ``meanwhile`` runs between asking and collecting.
         Raises RunFailed if a node fails or does not answer, PrivacyError if the clients that refuse leave too few.
         """
         nodes = sorted(grid.get_node_ids())
-        everyone = [f"client-{i}" for i in range(config.data.clients)]
         along = {"basis": basis} if basis is not None else {}
         messages = [
             Message(
-                RecordDict({"round": order.record(config, everyone[i :: len(nodes)]), **along}),
+                RecordDict({"round": order.record(config, clients[i :: len(nodes)]), **along}),
                 node,
                 f"{MessageType.QUERY}.describe",
             )
             for i, node in enumerate(nodes)
         ]
-        found = cls(config, {}, {}, nodes, order, mirror)
+        found = cls(config, {}, {}, nodes, order, mirror, ranks=initial_ranks(config, clients))
         answered = 0
         for reply in exchange(grid, messages, config.run.timeout, meanwhile=meanwhile):
             if reply.has_error():

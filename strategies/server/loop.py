@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedlab.config import RunConfig
+from fedlab.data import corpus_and_shards
 from fedlab.errors import RunFailed
 from fedlab.evaluate.classification import Scores, classify
 from fedlab.lora.state import State, digest, nbytes, part_of
@@ -85,9 +86,10 @@ class Rounds:
         Nodes load their model while the server loads its own.
         """
         config, mirror = self.config, self.accounts.mirror
+        clients = corpus_and_shards(config)[1].clients
         if not strategy.static:
             federation = Federation.discover(
-                self.grid, config, order, mirror, meanwhile=lambda: open_session(config.to_toml())
+                self.grid, config, order, mirror, clients, meanwhile=lambda: open_session(config.to_toml())
             )
             self.session = open_session(config.to_toml())
             self.state, self.memory = first_state(config, strategy, self.session)
@@ -97,7 +99,7 @@ class Rounds:
         basis = {name: value for name, value in self.state.items() if part_of(name) in strategy.static}
         self.session = replace(self.session, basis=basis)
         order = replace(order, basis=digest(basis), bases=str(self.directory.path / "bases"))
-        federation = Federation.discover(self.grid, config, order, mirror, basis=to_record(basis, "float32"))
+        federation = Federation.discover(self.grid, config, order, mirror, clients, basis=to_record(basis, "float32"))
         widest = max(len(value) for name, value in self.state.items() if name.endswith(".lora_A"))
         federation.ranks = dict.fromkeys(federation.ranks, widest)
         self.basis_bytes = len(federation.clients) * nbytes(basis)

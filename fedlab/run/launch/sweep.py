@@ -17,7 +17,7 @@ from rich.table import Table
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch import FINISHED, Run, prepared, resume, simulate
+from fedlab.run.launch import Run, prepared, simulate_or_resume
 
 
 def combinations(
@@ -82,19 +82,12 @@ def sweep(
             if not quiet:
                 print(f"\n[{number}/{len(ready)}] {name}", flush=True)
             try:
-                found[name] = _one(folder / name, config, quiet)
+                found[name] = simulate_or_resume(folder / name, config, quiet)
             except Interrupted:
                 raise Interrupted(f"interrupted in {name}; the same command with --out {folder} goes on") from None
             except FedlabError as error:
                 found[name] = error
     return found
-
-
-def _one(path: Path, config: RunConfig, quiet: bool) -> Run:
-    if not (path / "run.toml").is_file():
-        return simulate(config, path, quiet)
-    result = RunDirectory.open(path).result
-    return Run(path.absolute(), result) if result and result["status"] in FINISHED else resume(path, quiet)
 
 
 def report(found: Mapping[str, Run | FedlabError]) -> int:
