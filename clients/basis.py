@@ -7,19 +7,11 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fedlab.errors import FedlabError
 from fedlab.lora.state import State, digest, write_state
-
-
-def bases_directory(order: ConfigRecord, context: Context) -> Path:
-    """Where this node keeps bases: as the run says, or, on a node of one client, as its owner says."""
-    if "client" not in context.node_config:
-        return Path(str(order["bases"]))
-    return Path(str(context.node_config.get("bases", Path.home() / ".fedlab" / "bases")))
 
 
 def keep(directory: Path, basis: State) -> str:

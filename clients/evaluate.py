@@ -1,44 +1,39 @@
-"""One message of evaluation: the global model, with what a client keeps of it for itself, on each client's own held-out
-examples.
-"""
+"""One request of evaluation: the global model, with what a client keeps of it, on each client's held-out examples."""
 
 from __future__ import annotations
 
+import math
 import time
-from typing import cast
 
-from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
+from clients.node import Node
+from clients.owner import Owner
+from fedlab.errors import PrivacyError
+from fedlab.evaluate import evaluate
+from fedlab.lora.state import State, from_wire
+from fedlab.privacy.release import SCORES, public
+from fedlab.protocol.messages import ClientReply, EvaluateReply, EvaluateRequest
 
-from clients.train import personal_directory, received_state
-from fedlab.evaluate.classification import classify
-from fedlab.run.personal import load_personal
-from fedlab.session import Session
 
+def answer_evaluate(node: Node, request: EvaluateRequest) -> EvaluateReply:
+    """Every client's scores on examples that it never trains on.
 
-def evaluate_cohort(session: Session, cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
-    """Reply to an evaluate message: per-client lists ``accuracy`` and ``examples`` (of the held-out part, never trained
-    on).
+    Raises PrivacyError under DP, unless the run says that they are to be shared.
     """
+    session = node.session
+    if session.config.private and not session.config.privacy.share_metrics:
+        raise PrivacyError("local scores are not covered by the noise; privacy.share_metrics = true would send them")
     started = time.time()
-    order = content.config_records["round"]
-    state = received_state(content, cast(str, order["wire_dtype"])) | session.basis
-    batch_size, home = session.config.evaluate.batch_size, personal_directory(order, context)
-    scored = []
+    state = from_wire(request.state, request.wire) | session.basis
     session.model.load(state)
-    for client in cohort:
-        if order["keep"]:
-            session.model.load(state | load_personal(home, client, cast(int, order["round"]) + 1))
-        scored.append(classify(session.model, session.data, session.data.local_test(client), batch_size))
-    return RecordDict(
-        {
-            "clients": ConfigRecord({"ids": cohort}),
-            "metrics": MetricRecord(
-                {
-                    "accuracy": [s.accuracy for s in scored],
-                    "examples": [s.examples for s in scored],
-                    "started": started,
-                    "ended": time.time(),
-                }
-            ),
-        }
-    )
+    owners = [node.owners.one(client) for client in request.clients]
+    return EvaluateReply(started, time.time(), tuple(_score(node, owner, state, request) for owner in owners))
+
+
+def _score(node: Node, owner: Owner, state: State, request: EvaluateRequest) -> ClientReply:
+    session = node.session
+    if request.personal:
+        session.model.load(state | owner.load_personal(request.round + 1))
+    held_out = session.data.local_test(owner.client)
+    found = evaluate(session.model, session.data, held_out, session.config)
+    numbers = {name: value for name, value in found.items() if math.isfinite(value)}  # NaN where nothing is held out
+    return ClientReply(owner.client, (public(SCORES, numbers),))

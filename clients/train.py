@@ -1,254 +1,236 @@
-"""One message of training: the clients of the cohort in groups that share a pass, on the process's one model."""
+"""One request of training: its clients in passes that several share, on the process's one model.
+
+Under DP every charge is signed and on the disk before the client's data is touched, and the update is committed before
+it leaves. A client that fails is named with its reason, and the others go on.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 
 from clients.account import ClientAccount
-from fedlab.errors import ConfigError, FedlabError, PrivacyError
+from clients.node import Node
+from clients.owner import Owner
+from clients.pending import PendingRelease
+from fedlab.errors import FedlabError, PrivacyError
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, PAST, State, digest, from_wire, part_of, select, to_wire
-from fedlab.privacy.ledger.guard import Refusal, public_reason
-from fedlab.run.personal import load_personal, save_personal
+from fedlab.privacy.release import METRICS, TIMING, UPDATE, public
+from fedlab.protocol.messages import MOST_REASON, ClientOrder, ClientReply, Failure, Release, TrainReply, TrainRequest
 from fedlab.session import Session
-from fedlab.train.cohort import Member, train_cohort
+from fedlab.train.cohort import supports_fused, train_cohort
 from fedlab.train.dp import PerExampleGradients
+from fedlab.train.local import LocalTraining, Trained
 from fedlab.train.opacus import OpacusGradients
-from fedlab.train.trainer import Trained, train_client
+from fedlab.train.trainer import train_client
 
 logger = logging.getLogger("fedlab")
 EXPECTED = (FedlabError, RuntimeError, ValueError)  # what may fail for one client and leave the others alone
 
 
+@dataclass(frozen=True)
+class _Round:
+    """What all clients of one request have in common."""
+
+    node: Node
+    request: TrainRequest
+    state: State  # as received, and what stays as it is during the task
+    received: str  # digest of what was received; "" without DP
+
+    @property
+    def session(self) -> Session:
+        return self.node.session
+
+
 @dataclass
-class Job:
-    """One client's part in a message.
+class _Client:
+    """One client of a request. Its charge is open from before its data is touched until its update is committed."""
 
-    Its charge stays open from before its data is touched until its update is committed.
-    """
-
-    client: str
-    known: int
-    rank: int
-    guarded: bool  # under example-level DP: a charge comes first, and a failure's reason gives no data away
+    order: ClientOrder
+    pending: PendingRelease
+    owner: Owner | None = None
     account: ClientAccount | None = None
-    member: Member | None = None
-    result: Trained | None = None
-    wire: dict[str, np.ndarray] = field(default_factory=dict)
-    failure: str | None = None
-    refused: bool = False
-    charge: ExitStack = field(default_factory=ExitStack)
-    commit: Callable[[int, str], None] | None = None
+    training: LocalTraining | None = None
+    trained: Trained | None = None
+    update: Release | None = None
+
+    @property
+    def name(self) -> str:
+        return self.order.client
 
     def fail(self, error: BaseException) -> None:
-        """Close the charge, which then counts in full, and keep the reason."""
-        self.charge.__exit__(type(error), error, error.__traceback__)
-        self.refused = isinstance(error, Refusal)
-        public = public_reason(error) if self.guarded else f"{type(error).__name__}: {error}"
-        self.failure = str(error) if self.refused else public
-        self.result, self.member = None, None
+        """Nothing of it is released."""
+        self.pending.fail(error)
+        self.training = self.trained = self.update = None
 
 
-def train_message(session: Session, cohort: list[str], content: RecordDict, context: Context) -> RecordDict:
-    """Reply to a train message: ``updates`` (per client and name), ``metrics`` (per-client lists), ``charges``,
-    ``failures``.
-
-    Under DP every charge is signed and on the disk before the client's data is touched, and the update is committed
-    before it leaves.
-    """
+def answer_train(node: Node, request: TrainRequest) -> TrainReply:
+    """Every client's update, or why there is none."""
     started = time.time()
-    order = content.config_records["round"]
-    received = received_state(content, cast(str, order["wire_dtype"]))
-    state = received | session.basis
-    sent = digest(received) if session.config.private else ""
-    known, ranks, groups = (cast(list[int], order[key]) for key in ("known", "ranks", "groups"))
-    if min(groups) < 1 or sum(groups) != len(cohort):
-        raise FedlabError(f"groups {groups} do not add up to the {len(cohort)} clients of this message")
-    guarded = session.config.privacy.unit == "example"
-    jobs = [Job(client, k, rank, guarded) for client, k, rank in zip(cohort, known, ranks, strict=True)]
-    rest = iter(jobs)
-    lines: dict[str, str] = {}
-    exhausted: list[str] = []
-    for size in groups:
-        group = [next(rest) for _ in range(size)]
-        _train_group(session, group, state, sent, order, context)
-        for job in group:
-            _after(job, cast(int, order["round"]), lines, exhausted)
-    done = {job.client: job.result for job in jobs if job.result is not None}
-    wires = {job.client: job.wire for job in jobs}
-    failed = [job for job in jobs if job.failure is not None]
-    hide = session.config.private and not session.config.privacy.share_metrics
-    return RecordDict(
-        {
-            "updates": ArrayRecord(
-                {f"{client}/{name}": Array(v) for client in done for name, v in wires[client].items()}
-            ),
-            "clients": ConfigRecord({"ids": list(done)}),
-            "metrics": MetricRecord(
-                {
-                    "examples": [r.examples for r in done.values()],
-                    "steps": [r.steps for r in done.values()],
-                    "loss": [math.nan if hide else r.loss for r in done.values()],
-                    "clip_fraction": [math.nan if hide else r.clip_fraction for r in done.values()],
-                    "seconds": [r.seconds for r in done.values()],
-                    "started": started,
-                    "ended": time.time(),
-                }
-            ),
-            "charges": ConfigRecord({"ids": list(lines), "lines": list(lines.values()), "exhausted": exhausted}),
-            "failures": ConfigRecord(
-                {
-                    "ids": [job.client for job in failed],
-                    "reasons": [str(job.failure) for job in failed],
-                    "refused": [job.client for job in failed if job.refused],
-                }
-            ),
-        }
-    )
+    received = from_wire(request.state, request.wire)
+    private = node.session.config.private
+    current = _Round(node, request, received | node.session.basis, digest(received) if private else "")
+    replies = []
+    for orders in _passes(request):
+        guarded = node.session.config.privacy.unit == "example"
+        clients = [_Client(order, PendingRelease(UPDATE, guarded)) for order in orders]
+        _train_pass(current, clients)
+        replies += [_reply(current, client) for client in clients]
+    return TrainReply(started, time.time(), tuple(replies))
 
 
-def _train_group(
-    session: Session, group: list[Job], state: State, received: str, order: ConfigRecord, context: Context
-) -> None:
-    """Charge every client of a group, train them together, commit each.
+def _passes(request: TrainRequest) -> Iterator[Sequence[ClientOrder]]:
+    """The clients of each pass. Raises FedlabError where they do not add up."""
+    if sum(request.passes) != len(request.clients):
+        raise FedlabError(
+            f"passes {list(request.passes)} do not add up to the {len(request.clients)} clients of this message"
+        )
+    start = 0
+    for size in request.passes:
+        yield request.clients[start : start + size]
+        start += size
+
+
+def _train_pass(current: _Round, clients: list[_Client]) -> None:
+    """Charge every client of a pass, train them together, commit each.
 
     What fails for one is its own failure; else it is everybody's.
     """
-    home = personal_directory(order, context)
+    number = current.request.round
     try:
-        for job in group:
+        for client in clients:
             try:
-                _begin(session, job, state, received, order, context, home)
+                _begin(current, client)
             except EXPECTED as error:
-                job.fail(error)
-        ready = [job for job in group if job.member is not None]
-        results = _results(session, [job.member for job in ready if job.member], order)
-        for job in ready:
+                client.fail(error)
+        ready = [client for client in clients if client.training is not None]
+        results = _results(current, [client.training for client in ready if client.training])
+        for client in ready:
             try:
-                if isinstance(found := results[job.client], Exception):
+                if isinstance(found := results[client.name], Exception):
                     raise found
-                _end(job, found, order, home)
+                _end(current, client, found)
             except EXPECTED as error:
-                logger.warning("%s failed in round %d: %s", job.client, order["round"], error)
-                job.fail(error)
+                logger.warning("%s failed in round %d: %s", client.name, number, error)
+                client.fail(error)
     except BaseException as error:
-        for job in group:
-            if job.result is None and job.failure is None:
-                job.fail(error)
+        for client in clients:
+            if client.trained is None and client.pending.failure is None:
+                client.fail(error)
         if not isinstance(error, EXPECTED):
             raise
-        logger.warning("%d clients failed in round %d: %s", len(group), order["round"], error)
+        logger.warning("%d clients failed in round %d: %s", len(clients), number, error)
 
 
-def _begin(
-    session: Session, job: Job, state: State, received: str, order: ConfigRecord, context: Context, home: Path
-) -> None:
+def _begin(current: _Round, client: _Client) -> None:
     """Everything before the client's data is touched: its start and its scope, and last its charge."""
-    number, keep = cast(int, order["round"]), cast(list[str], order["keep"])
-    highest = max(len(value) for name, value in state.items() if name.endswith(".lora_A"))
-    if not 1 <= job.rank <= highest:
-        raise FedlabError(f"rank {job.rank} was asked for, outside [1, {highest}]")
-    start = state | (load_personal(home, job.client, number) if keep else {})
-    if job.guarded:
-        job.account = ClientAccount(session, job.client, order, context)
-        job.account.check_scope(cast(list[str], order["trained"]))
-        job.commit = job.charge.enter_context(job.account.guard.charge(job.account.terms, number, received))
-    job.member = Member(
-        job.client, start, job.account.plan if job.account else None, job.rank if job.rank < highest else None
-    )
+    session, request, rank = current.session, current.request, client.order.rank
+    highest = max(len(value) for name, value in current.state.items() if name.endswith(".lora_A"))
+    if rank > highest:
+        raise FedlabError(f"rank {rank} was asked for, outside [1, {highest}]")
+    client.owner = current.node.owners.one(client.name)
+    start = current.state | (client.owner.load_personal(request.round) if request.personal else {})
+    if client.pending.guarded:
+        client.account = ClientAccount(session, client.owner, request.run.run, request.run.parts)
+        client.account.check_scope(request.trained)
+        plan = client.account.plan
+        client.pending.charge(client.account.guard, client.account.terms, plan.event(), request.round, current.received)
+    plan_or_none = client.account.plan if client.account else None
+    client.training = LocalTraining(client.name, start, plan_or_none, rank if rank < highest else None)
 
 
-def _results(session: Session, members: list[Member], order: ConfigRecord) -> Mapping[str, Trained | Exception]:
-    """The members' results; a group that does not fit into a GPU's memory is halved, one whose head is not linear goes
-    one by one.
-    """
-    trained, number = cast(list[str], order["trained"]), cast(int, order["round"])
-    if not members:
+def _results(current: _Round, trainings: list[LocalTraining]) -> Mapping[str, Trained | Exception]:
+    """The clients' results; a group that does not fit into a GPU's memory is halved."""
+    session, request = current.session, current.request
+    if not trainings:
         return {}
-    if session.config.train.gradients != "fused":
-        return _one_by_one(session, members, trained, number)
+    if session.config.train.gradients != "fused" or not supports_fused(session.model, request.trained):
+        return _one_by_one(current, trainings)
     try:
-        return train_cohort(session.model, session.data, members, trained, session.config, number)
-    except ConfigError:
-        return _one_by_one(session, members, trained, number)
+        return train_cohort(
+            session.model, session.data, trainings, list(request.trained), session.config, request.round
+        )
     except torch.cuda.OutOfMemoryError:
-        if len(members) == 1:
+        if len(trainings) == 1:
             raise
         logger.warning(
-            "%d clients in one pass do not fit into the GPU's memory; going on with half as many", len(members)
+            "%d clients in one pass do not fit into the GPU's memory; going on with half as many", len(trainings)
         )
     torch.cuda.empty_cache()
-    half = len(members) // 2
-    return {**_results(session, members[:half], order), **_results(session, members[half:], order)}
+    half = len(trainings) // 2
+    return {**_results(current, trainings[:half]), **_results(current, trainings[half:])}
 
 
-def _one_by_one(
-    session: Session, members: list[Member], trained: list[str], number: int
-) -> Mapping[str, Trained | Exception]:
-    """The members' results without fused layers; what fails for one is its own failure."""
-    if any(part_of(name) in (BASIS, PAST) for name in members[0].state):
+def _one_by_one(current: _Round, trainings: list[LocalTraining]) -> Mapping[str, Trained | Exception]:
+    """The clients' results without fused layers; what fails for one is its own failure."""
+    session, request = current.session, current.request
+    if any(part_of(name) in (BASIS, PAST) for name in trainings[0].state):
         raise FedlabError(
             f'strategy.name = "{session.config.strategy.name}" needs a linear head and train.gradients = "fused"'
         )
     results: dict[str, Trained | Exception] = {}
     hooks = OpacusGradients if session.config.train.gradients == "opacus" else PerExampleGradients
-    for m in members:
+    for t in trainings:
         try:
-            results[m.client] = train_client(
-                session.model, session.data, m.client, m.state, trained, session.config, number, m.plan, m.rank, hooks
+            results[t.client] = train_client(
+                session.model,
+                session.data,
+                t.client,
+                t.state,
+                request.trained,
+                session.config,
+                request.round,
+                t.plan,
+                t.rank,
+                hooks,
             )
         except EXPECTED as error:
-            results[m.client] = error
+            results[t.client] = error
     return results
 
 
-def _end(job: Job, result: Trained, order: ConfigRecord, home: Path) -> None:
+def _end(current: _Round, client: _Client, result: Trained) -> None:
     """What the client keeps goes to its disk, what it sends is committed."""
-    wire_dtype, number = cast(str, order["wire_dtype"]), cast(int, order["round"])
-    assert job.member is not None
-    start = job.member.state
-    if own := select(result.update, cast(list[str], order["keep"])):
-        save_personal(
-            home, job.client, number, {name: start[name] + value for name, value in widen(own, start).items()}
-        )
-    job.wire = to_wire({name: value for name, value in result.update.items() if name not in own}, wire_dtype)
-    if job.commit is not None:
-        job.commit(result.steps, digest(from_wire(job.wire, wire_dtype)))
-    job.charge.close()
-    job.result = result
+    request = current.request
+    assert client.training is not None
+    assert client.owner is not None
+    start = client.training.state
+    own = select(result.update, list(request.personal))
+    if own:
+        kept = {name: start[name] + value for name, value in widen(own, start).items()}
+        client.owner.save_personal(request.round, kept)
+    wire = to_wire({name: value for name, value in result.update.items() if name not in own}, request.wire)
+    content = from_wire(wire, request.wire) if client.pending.guarded else {}
+    client.update = client.pending.commit(result.steps, wire, content)
+    client.trained = result
 
 
-def _after(job: Job, number: int, lines: dict[str, str], exhausted: list[str]) -> None:
-    """The ledger's new lines, and whether another round would be within the budget."""
+def _reply(current: _Round, client: _Client) -> ClientReply:
+    """What leaves the client: its update, the ledger's new lines, and whether another round is within the budget."""
+    reply = ClientReply(client.name, _releases(current, client), failure=client.pending.failure)
+    if client.account is None:
+        return reply
     try:
-        if job.account and job.result is not None and job.account.exhausted(number + 1):
-            exhausted.append(job.client)
-        if job.account:
-            lines[job.client] = job.account.lines_after(job.known)
+        exhausted = client.trained is not None and client.account.exhausted(current.request.round + 1)
+        return replace(reply, lines=client.account.lines_after(client.order.known), exhausted=exhausted)
     except PrivacyError as error:
-        job.failure = job.failure or str(error)
+        return replace(reply, failure=reply.failure or Failure(str(error)[:MOST_REASON]))
 
 
-def personal_directory(order: ConfigRecord, context: Context) -> Path:
-    """Where this node's clients keep what is theirs alone: as the run says, or, on a node of one client, as its owner
-    says.
-    """
-    if "client" not in context.node_config:
-        return Path(str(order["personal"]))
-    return Path(str(context.node_config.get("personal", Path.home() / ".fedlab" / "personal"))) / str(order["run"])
-
-
-def received_state(content: RecordDict, wire_dtype: str) -> State:
-    """The global state that a message carries, in float32."""
-    return from_wire({name: array.numpy() for name, array in content.array_records["state"].items()}, wire_dtype)
+def _releases(current: _Round, client: _Client) -> tuple[Release, ...]:
+    """The update, and beside it what the statement says is not protected."""
+    if client.trained is None or client.update is None:
+        return ()
+    found, privacy = client.trained, current.session.config.privacy
+    timing = public(TIMING, {"steps": found.steps, "seconds": found.seconds})
+    if current.session.config.private and not privacy.share_metrics:
+        return (client.update, timing)
+    values = {"loss": found.loss, "clip_fraction": found.clip_fraction}
+    shown = {name: value for name, value in values.items() if not math.isnan(value)}
+    return (client.update, timing, public(METRICS, shown))

@@ -8,8 +8,12 @@ arrival order can move a draw from one stream to another. Not for privacy noise 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 def stream_seed(seed: int, purpose: str, *names: str | int) -> int:
@@ -22,6 +26,13 @@ def stream_seed(seed: int, purpose: str, *names: str | int) -> int:
 def random_stream(seed: int, purpose: str, *names: str | int) -> np.random.Generator:
     """Independent numpy generator (Philox) for one purpose, e.g. ``random_stream(7, "noise", "client-3", 12)``."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(stream_seed(seed, purpose, *names))))
+
+
+def torch_stream(seed: int, purpose: str, *names: str | int) -> torch.Generator:
+    """torch's generator (on the CPU) for one purpose; of another distribution than ``random_stream`` of these names."""
+    import torch  # configuration needs streams and no torch
+
+    return torch.Generator().manual_seed(stream_seed(seed, purpose, *names) % 2**63)
 
 
 def client_order(client: str) -> tuple[int, str]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from fedlab.config import RunConfig
-from fedlab.data import FederatedData, corpus_and_shards, open_data
+from fedlab.data import FederatedData, objective_of, open_data
 from fedlab.lora.state import BASIS, State
 from fedlab.models.hidden_states import cache_hidden_states
 from fedlab.models.loaded import LoadedModel
@@ -62,9 +62,8 @@ class Session:
 def open_session(config_toml: str) -> Session:
     """The process's session for this resolved configuration; the base model is loaded at the first call only."""
     config = RunConfig.parse(config_toml)
-    corpus, _ = corpus_and_shards(config)
-    model = build(config, len(corpus.label_names))
-    data = open_data(config, model.tokenizer)
+    model = build(config, objective_of(config))
+    data = open_data(config, model.tokenizer, model.objective)
     if config.run.cache_hidden_states:
         with torch_threads(config.run.threads):
             data = cache_hidden_states(model, data)

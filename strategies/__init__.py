@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from strategies.base import LoraStrategy
-from strategies.continual import OSFT, FedSVDContinual, FullFineTuning, OLoRA, OSFTData
+from strategies.base import Strategy
 from strategies.fedavg import FedAvg
 from strategies.fedex import FedEx
 from strategies.fedsa import FedSA
 from strategies.fedsvd import FedSVD
+from strategies.fedsvd_continual import FedSVDContinual
 from strategies.ffa import FFALora
 from strategies.flexlora import FlexLora
 from strategies.flora import FLora
+from strategies.full import FullFineTuning
 from strategies.head import HeadOnly
 from strategies.hetlora import HetLora
 from strategies.lora_fair import LoraFair
+from strategies.o_lora import OLoRA
+from strategies.osft import OSFT
+from strategies.osft_data import OSFTData
 from strategies.rolora import RoLora
 
-AGGREGATORS: dict[str, type[LoraStrategy]] = {
+AGGREGATORS: dict[str, type[Strategy]] = {
     "fedavg": FedAvg,
     "ffa": FFALora,
     "fedsvd": FedSVD,
@@ -29,7 +33,7 @@ AGGREGATORS: dict[str, type[LoraStrategy]] = {
     "fedsa": FedSA,
     "head": HeadOnly,
 }
-CONTINUAL: dict[str, type[LoraStrategy]] = {
+CONTINUAL: dict[str, type[Strategy]] = {
     "osft": OSFT,
     "osft-data": OSFTData,
     "fedsvd-continual": FedSVDContinual,
@@ -38,4 +42,4 @@ CONTINUAL: dict[str, type[LoraStrategy]] = {
 }
 STRATEGIES = AGGREGATORS | CONTINUAL
 
-__all__ = ["AGGREGATORS", "CONTINUAL", "STRATEGIES", "LoraStrategy"]
+__all__ = ["AGGREGATORS", "CONTINUAL", "STRATEGIES", "Strategy"]

@@ -20,7 +20,7 @@ from fedlab.data.partition import describe
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.privacy.statement import write_statement
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch import check
+from fedlab.run.launch import prepared
 from fedlab.run.metrics import MetricsLog
 from fedlab.run.progress import make_progress
 from strategies.server.loop import Rounds
@@ -37,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
     config = directory.config
     if config.is_stream:
         raise ConfigError(
-            "a configuration with [[tasks]] is a sequence of runs: start it with fedlab simulate, or give one task as"
+            "a configuration with [[tasks]] is a chain of runs: start it with fedlab simulate, or give one task as"
             " [stage]"
         )
     progress = make_progress(config, directory.path, quiet=bool(context.run_config.get("quiet", False)))
@@ -69,7 +69,7 @@ def _directory(context: Context) -> RunDirectory:
     preset = Path(str(context.run_config["config"]))
     if not preset.is_absolute():
         preset = Path(__file__).resolve().parents[1] / preset
-    return RunDirectory.create(check(RunConfig.load(preset)), None)
+    return RunDirectory.create(prepared(RunConfig.load(preset)), None)
 
 
 def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float) -> dict[str, Any]:

@@ -6,8 +6,8 @@ changes (unless A is equal everywhere); under DP the noises of A and B multiply.
 
 from __future__ import annotations
 
-from strategies.base import LoraStrategy
+from strategies.base import Strategy
 
 
-class FedAvg(LoraStrategy):
+class FedAvg(Strategy):
     """A_t+1 = Σ p_k A_k, B_t+1 = Σ p_k B_k."""

@@ -11,32 +11,33 @@ from __future__ import annotations
 from typing import ClassVar
 
 from fedlab.lora.exact import residual_of_mean
-from fedlab.lora.state import State, local_pairs, modules
-from strategies.base import LoraStrategy
-from strategies.folding import fold, in_order
-from strategies.options import FoldingOptions, NoOptions
+from fedlab.lora.state import State
+from strategies.base import Round, ServerState, Strategy, Updates, Weights
+from strategies.factors import factors_by_module
+from strategies.folding import fold
+from strategies.options import FoldingOptions
 
 
 class FedExOptions(FoldingOptions):
     """Own keys of ``[strategy]`` with ``name = "fedex"``."""
 
 
-class FedEx(LoraStrategy):
+class FedEx(Strategy):
     """W_t+1 = W_t + s·Σ p_k B_k·A_k for any number of clients that train both factors."""
 
     effective: ClassVar[str] = "mean of products, exactly (residual)"
     folds: ClassVar[bool] = True
     linear: ClassVar[bool] = False
     ranks: ClassVar[str] = ""
-    Options: ClassVar[type[NoOptions]] = FedExOptions
+    Options: ClassVar[type[FedExOptions]] = FedExOptions
+    options: FedExOptions
 
-    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+    def aggregate(
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
+    ) -> tuple[State, ServerState]:
         """Mean of the factors, and its residual to the mean of the products."""
-        averaged = super().aggregate(state, updates, weights, round_number)
-        options = self.options
-        assert isinstance(options, FedExOptions)
-        shares = in_order(weights, updates)
-        for module in modules(state):
-            lost = residual_of_mean(local_pairs(state, updates, module), shares)
-            averaged = fold(averaged, module, lost, options.residual_rank)
-        return averaged
+        averaged, server_state = super().aggregate(state, server_state, updates, weights, round)
+        for module, pairs, shares in factors_by_module(state, updates, weights):
+            lost = residual_of_mean(pairs, shares)
+            averaged = fold(averaged, module, lost, self.options.residual_rank)
+        return averaged, server_state

@@ -11,10 +11,10 @@ from typing import ClassVar
 
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
-from strategies.base import LoraStrategy
+from strategies.base import Strategy
 
 
-class FedSA(LoraStrategy):
+class FedSA(Strategy):
     """A_t+1 = Σ p_k A_k; B_k and head_k stay where they are."""
 
     effective: ClassVar[str] = "per client: B_k·(mean of A)"

@@ -18,13 +18,14 @@ from pydantic import Field, model_validator
 
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
-from fedlab.lora.server_optimizer import rotate_moments
-from fedlab.lora.state import State, modules
+from fedlab.lora.server_optimizer import Moments, rotate_moments
+from fedlab.lora.state import State, modules, part_of
 from fedlab.lora.subspace import open_rows
 from fedlab.lora.svd import refactorize_state
-from fedlab.seeds import stream_seed
-from strategies.base import LoraStrategy
+from fedlab.seeds import torch_stream
+from strategies.base import Round, ServerState, Strategy, Updates, Weights
 from strategies.folding import fold, require_float32
+from strategies.moments import moments_of, with_moments
 from strategies.options import MeanOptions, NoOptions
 
 
@@ -57,19 +58,19 @@ class FedSVDOptions(MeanOptions):
         return self
 
 
-class FedSVD(LoraStrategy):
+class FedSVD(Strategy):
     """B_t+1 = U_r Σ_r and A_t+1 = V_rᵀ of (Σ p_k B_k)·A_t (Eq. 7)."""
 
     effective: ClassVar[str] = "mean of products, exactly"
     trains: ClassVar[frozenset[str]] = frozenset({"lora_B"})
-    Options: ClassVar[type[NoOptions]] = FedSVDOptions
+    Options: ClassVar[type[FedSVDOptions]] = FedSVDOptions
+    options: FedSVDOptions
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
         """A residual needs a base that keeps it, and a refresh something to refresh."""
         super().check(config)
         options = cls.Options(**config.strategy.options)
-        assert isinstance(options, FedSVDOptions)
         if options.server is not None and options.server.optimizer != "momentum":
             raise ConfigError(
                 f'strategy.server.optimizer = "{options.server.optimizer}" with fedsvd: its second moments have no'
@@ -83,20 +84,19 @@ class FedSVD(LoraStrategy):
                     f" {config.lora.rank}"
                 )
 
-    @property
-    def _settings(self) -> FedSVDOptions:
-        assert isinstance(self.options, FedSVDOptions)
-        return self.options
-
-    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
-        averaged = super().aggregate(state, updates, weights, round_number)
-        options = self._settings
-        if round_number <= options.warmup or round_number % options.period:
-            return averaged
+    def aggregate(
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
+    ) -> tuple[State, ServerState]:
+        averaged, server_state = super().aggregate(state, server_state, updates, weights, round)
+        options = self.options
+        if round.number <= options.warmup or round.number % options.period:
+            return averaged, server_state
         rotated = refactorize_state(averaged)
-        self.moments = rotate_moments(self.moments, averaged, rotated)
-        due = options.refresh is not None and round_number % options.refresh.every == 0
-        return self._refresh(rotated, options.refresh, round_number) if due and options.refresh is not None else rotated
+        moments = rotate_moments(moments_of(server_state), averaged, rotated)
+        if options.refresh is not None and round.number % options.refresh.every == 0:
+            rotated = self._refresh(rotated, options.refresh, round.number)
+            moments = without_directions(moments, options.refresh.keep)
+        return rotated, with_moments(server_state, moments)
 
     def _refresh(self, state: State, refresh: Refresh, round_number: int) -> State:
         """Fold all but the ``keep`` largest directions, open as many new ones. No effective weight changes."""
@@ -107,8 +107,6 @@ class FedSVD(LoraStrategy):
             new = open_rows(A[:keep], self._candidates(refresh, module, A, opened, round_number), opened)
             state[f"{module}.lora_A"] = torch.cat([A[:keep], new])
             state[f"{module}.lora_B"] = torch.cat([B[:, :keep], torch.zeros_like(B[:, keep:])], 1)
-            if (moment := self.moments.first.get(f"{module}.lora_B")) is not None:
-                moment[:, keep:] = 0  # of directions that are no longer trained
         return state
 
     def _candidates(
@@ -117,12 +115,17 @@ class FedSVD(LoraStrategy):
         """Twice as many rows as are needed: Gaussian, or the base's right singular vectors that come next."""
         n = A.shape[1]
         if refresh.source == "weights":
-            from fedlab.session import open_session
-
             taken = len(A) + (round_number // refresh.every - 1) * count
-            rows = open_session(self.config.to_toml()).model.leading_inputs(module, n)
+            rows = self.base.leading_inputs(module, n)
             return rows.roll(-(taken % n), 0)[: min(n, 2 * count + len(A))]
-        generator = torch.Generator().manual_seed(
-            stream_seed(self.config.sampling_seed, "refresh", module, round_number) % 2**63
-        )
+        generator = torch_stream(self.config.sampling_seed, "refresh", module, round_number)
         return torch.randn(min(n, 2 * count), n, generator=generator, dtype=torch.float64)
+
+
+def without_directions(moments: Moments, keep: int) -> Moments:
+    """First moments of B that are zero in all but its first ``keep`` directions: the others are no longer trained."""
+    first = dict(moments.first)
+    for name, value in first.items():
+        if part_of(name) == "lora_B":
+            first[name] = torch.cat([value[:, :keep], torch.zeros_like(value[:, keep:])], 1)
+    return Moments(first, moments.second)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from strategies.base import LoraStrategy
+from strategies.base import Strategy
 
 
-class FFALora(LoraStrategy):
+class FFALora(Strategy):
     """B_t+1 = Σ p_k B_k with one A for ever: B_t+1·A = Σ p_k (B_k·A)."""
 
     effective: ClassVar[str] = "mean of products, exactly"

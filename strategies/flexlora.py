@@ -7,7 +7,7 @@ the product.
 ``fisher = "updates"`` cuts back by FWSVD (arXiv 2207.00112) instead: best where the rows of the weight matter most. Its
 squared gradients are replaced by the squared changes of B that the clients sent anyway, weighted like the clients, so
 it costs no bytes and no privacy; it is a proxy, the finer the fewer local steps. Rows that are all equal or all zero
-are cut by the plain SVD, which is logged once.
+are cut by the plain SVD, which is logged in the first round.
 """
 
 from __future__ import annotations
@@ -16,18 +16,15 @@ import logging
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from fedlab.config import RunConfig
 from fedlab.lora.exact import mean_of_products
 from fedlab.lora.fisher import all_equal, row_weights_of, truncate_weighted
 from fedlab.lora.ranks import truncate
 from fedlab.lora.robust import coordinate_median, robust_low_rank
-from fedlab.lora.state import State, local_pairs, modules, select
-from strategies.base import LoraStrategy
-from strategies.folding import in_order
+from fedlab.lora.state import State, select
+from strategies.base import Round, ServerState, Strategy, Updates, Weights
+from strategies.factors import factors_by_module
 from strategies.options import NoOptions
-from strategies.server.federation import Federation
 
 logger = logging.getLogger("fedlab")
 
@@ -43,47 +40,45 @@ class FlexLoraOptions(NoOptions):
     fisher: Literal["none", "updates"] = "none"
 
 
-class FlexLora(LoraStrategy):
+class FlexLora(Strategy):
     """B·A_t+1 = best approximation of rank r of Σ p_k B_k·A_k."""
 
     effective: ClassVar[str] = "best of rank r of the mean of products"
     linear: ClassVar[bool] = False
     ranks: ClassVar[str] = "SVD, to each its best"
-    Options: ClassVar[type[NoOptions]] = FlexLoraOptions
+    Options: ClassVar[type[FlexLoraOptions]] = FlexLoraOptions
+    options: FlexLoraOptions
 
-    def __init__(self, config: RunConfig, federation: Federation) -> None:
-        super().__init__(config, federation)
-        self._told = False  # that rows could not be weighted
-
-    def change(self, state: State, updates: dict[str, State], weights: dict[str, float]) -> State:
+    def change(
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
+    ) -> tuple[State, ServerState]:
         """Of the head; the factors are replaced afterwards."""
         heads = {client: select(update, {"head"}) for client, update in updates.items()}
-        assert isinstance(self.options, FlexLoraOptions)
         robust = self.options.mean == "robust" and any(heads.values())
-        return coordinate_median(heads, weights) if robust else super().change(state, heads, weights)
+        if robust:
+            return coordinate_median(heads, weights), server_state
+        return super().change(state, server_state, heads, weights, round)
 
-    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+    def aggregate(
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
+    ) -> tuple[State, ServerState]:
         """SVD of the mean of the products, in compact form, weighted by rows if so asked; the head is averaged."""
-        averaged = super().aggregate(state, updates, weights, round_number)
-        options = self.options
-        assert isinstance(options, FlexLoraOptions)
-        shares = in_order(weights, updates)
-        for module in modules(state):
-            pairs, rank = local_pairs(state, updates, module), state[f"{module}.lora_A"].shape[0]
-            if options.mean == "robust":
+        averaged, server_state = super().aggregate(state, server_state, updates, weights, round)
+        plain = list[str]()
+        for module, pairs, shares in factors_by_module(state, updates, weights):
+            rank = state[f"{module}.lora_A"].shape[0]
+            if self.options.mean == "robust":
                 B, A = robust_low_rank(pairs, rank, weights=shares)
             else:
                 B, A = mean_of_products(pairs, shares)
-            if options.fisher == "none":
-                B, A = truncate(B, A, rank, options.split)
+            if self.options.fisher == "none":
+                B, A = truncate(B, A, rank, self.options.split)
             else:
-                B, A = truncate_weighted(B, A, rank, self._row_weights(updates, weights, module), options.split)
+                rows = row_weights_of(updates, weights, module)
+                plain += [module] if all_equal(rows) else []
+                B, A = truncate_weighted(B, A, rank, rows, self.options.split)
             averaged[f"{module}.lora_B"], averaged[f"{module}.lora_A"] = B.float(), A.float()
-        return averaged
-
-    def _row_weights(self, updates: dict[str, State], weights: dict[str, float], module: str) -> Tensor:
-        found = row_weights_of(updates, weights, module)
-        if all_equal(found) and not self._told:
-            self._told = True
-            logger.info('%s: the updates weigh all rows alike; fisher = "updates" is the plain SVD there', module)
-        return found
+        if plain and round.number == 1:
+            told = ", ".join(plain)
+            logger.info('%s: the updates weigh all rows alike; fisher = "updates" is the plain SVD there', told)
+        return averaged, server_state

@@ -16,11 +16,12 @@ import torch
 
 from fedlab.config import RunConfig
 from fedlab.lora.exact import mean_of_products
-from fedlab.lora.state import State, local_pairs, modules
+from fedlab.lora.state import State
 from fedlab.models.adapters import draw_a
-from strategies.base import LoraStrategy
-from strategies.folding import fold, in_order
-from strategies.options import FoldingOptions, NoOptions
+from strategies.base import Round, ServerState, Strategy, Updates, Weights
+from strategies.factors import factors_by_module
+from strategies.folding import fold
+from strategies.options import FoldingOptions
 
 
 class FLoraOptions(FoldingOptions):
@@ -30,32 +31,33 @@ class FLoraOptions(FoldingOptions):
     redraw: Literal["orthonormal", "kaiming"] = "orthonormal"
 
 
-class FLora(LoraStrategy):
+class FLora(Strategy):
     """W_t+1 = W_t + s·Σ p_k B_k·A_k, then a new adapter."""
 
     effective: ClassVar[str] = "mean of products, exactly (merged)"
     folds: ClassVar[bool] = True
     linear: ClassVar[bool] = False
     ranks: ClassVar[str] = "stacking, exact"
-    Options: ClassVar[type[NoOptions]] = FLoraOptions
+    Options: ClassVar[type[FLoraOptions]] = FLoraOptions
+    options: FLoraOptions
 
     @classmethod
     def factors(cls, config: RunConfig) -> frozenset[str]:
         """B alone where A is fixed within a round."""
-        return frozenset({"lora_B"}) if config.strategy.options.get("train") == "B" else cls.trains
+        B_alone = FLoraOptions(**config.strategy.options).train == "B"
+        return frozenset({"lora_B"}) if B_alone else cls.trains
 
-    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+    def aggregate(
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
+    ) -> tuple[State, ServerState]:
         """Fold the mean of the products, average the head, begin a new adapter."""
-        averaged = super().aggregate(state, updates, weights, round_number)
-        options = self.options
-        assert isinstance(options, FLoraOptions)
-        shares = in_order(weights, updates)
-        for module in modules(state):
-            mean = mean_of_products(local_pairs(state, updates, module), shares)
-            averaged = fold(averaged, module, mean, options.residual_rank)
+        averaged, server_state = super().aggregate(state, server_state, updates, weights, round)
+        for module, pairs, shares in factors_by_module(state, updates, weights):
+            mean = mean_of_products(pairs, shares)
+            averaged = fold(averaged, module, mean, self.options.residual_rank)
             A = state[f"{module}.lora_A"]
             averaged[f"{module}.lora_B"] = torch.zeros_like(state[f"{module}.lora_B"])
             averaged[f"{module}.lora_A"] = draw_a(
-                options.redraw, A.shape, self.config.sampling_seed, "redraw", module, round_number
+                self.options.redraw, A.shape, self.config.sampling_seed, "redraw", module, round.number
             )
-        return averaged
+        return averaged, server_state

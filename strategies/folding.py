@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.lora.exact import add_low_rank
 from fedlab.lora.state import State, residual_of, with_residual
-from fedlab.seeds import client_order
 
 
 def require_float32(config: RunConfig) -> None:
@@ -20,13 +17,6 @@ def require_float32(config: RunConfig) -> None:
             f'strategy.name = "{config.strategy.name}" adds a residual to the base, which run.dtype ='
             f' "{config.run.dtype}" would round away; use "float32"'
         )
-
-
-def in_order(weights: Mapping[str, float], updates: Mapping[str, State]) -> list[float]:
-    """The weights of the clients that sent something, in client order, summing to 1."""
-    mine = [weights[client] for client in sorted(updates, key=client_order)]
-    total = sum(mine)
-    return [weight / total for weight in mine]
 
 
 def fold(state: State, module: str, factors: tuple[Tensor, Tensor], rank: int | None = None) -> State:

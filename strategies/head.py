@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from strategies.base import LoraStrategy
+from strategies.base import Strategy
 
 
-class HeadOnly(LoraStrategy):
+class HeadOnly(Strategy):
     """head_t+1 = Σ p_k head_k."""
 
     effective: ClassVar[str] = "unchanged"

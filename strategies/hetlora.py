@@ -11,16 +11,20 @@ train the plain loss.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 
 from fedlab.lora.average import weighted_mean
 from fedlab.lora.ranks import frobenius_norm, pad
-from fedlab.lora.state import State, local_pairs, modules, select
+from fedlab.lora.state import State, local_pairs, modules, part_of, select
 from fedlab.seeds import client_order
-from strategies.base import LoraStrategy
+from strategies.base import Round, ServerState, Strategy, Updates, Weights
 from strategies.options import NoOptions
+
+PRUNED = "rank/"  # before a client's name in the server's state
 
 
 class HetLoraOptions(NoOptions):
@@ -33,39 +37,50 @@ class HetLoraOptions(NoOptions):
     min_rank: int = Field(default=1, gt=0)
 
 
-class HetLora(LoraStrategy):
+class HetLora(Strategy):
     """A_t+1 = Σ p_k pad(A_k), B_t+1 = Σ p_k pad(B_k), p_k ∝ ‖B_k·A_k‖_F."""
 
     effective: ClassVar[str] = "product of means of the padded factors"
     linear: ClassVar[bool] = False
     ranks: ClassVar[str] = "zero-padded factors"
-    Options: ClassVar[type[NoOptions]] = HetLoraOptions
+    Options: ClassVar[type[HetLoraOptions]] = HetLoraOptions
+    options: HetLoraOptions
 
-    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+    def aggregate(
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
+    ) -> tuple[State, ServerState]:
         """Padded mean of the factors; the head keeps the usual weights."""
-        options = self.options
-        assert isinstance(options, HetLoraOptions)
         clients = sorted(updates, key=client_order)
         held = {client: local_factors(state, updates[client]) for client in clients}
-        shares = norm_weights(held, weights) if options.norm_weights else weights
+        shares = norm_weights(held, weights) if self.options.norm_weights else weights
         padded: dict[str, State] = {client: {} for client in clients}
         for module in modules(state):
             B, A = f"{module}.lora_B", f"{module}.lora_A"
             for client in clients:
                 padded[client][B], padded[client][A] = pad(held[client][B], held[client][A], len(state[A]))
         head = weighted_mean({client: select(updates[client], {"head"}) for client in clients}, weights)
-        if options.prune is not None:
-            self._prune(state, held, options.prune, options.min_rank)
+        if self.options.prune is not None:
+            server_state = self._pruned(state, server_state, held, self.options.prune, self.options.min_rank)
         factors = {name: value.float() for name, value in weighted_mean(padded, shares).items()}
-        return {name: state[name] + head[name] if name in head else factors.get(name, state[name]) for name in state}
+        after = {name: state[name] + head[name] if name in head else factors.get(name, state[name]) for name in state}
+        return after, server_state
 
-    def _prune(self, state: State, held: dict[str, State], share: float, least: int) -> None:
-        """Lower the rank of clients whose tail shrank in this round."""
+    def client_ranks(self, state: State, server_state: ServerState, clients: Sequence[str]) -> dict[str, int]:
+        """As configured, or what pruning has left: ``rank/<client>`` of the server's state."""
+        pruned = {name.removeprefix(PRUNED): int(rank) for name, rank in server_state.items()}
+        return super().client_ranks(state, server_state, clients) | pruned
+
+    def _pruned(
+        self, state: State, server_state: ServerState, held: Mapping[str, State], share: float, least: int
+    ) -> ServerState:
+        """The server's state with the lowered ranks of clients whose tail shrank in this round."""
+        lowered = dict(server_state)
         for client, after in held.items():
-            rank = self.federation.ranks.get(client, self.config.lora.rank)
+            rank = max(len(value) for name, value in after.items() if part_of(name) == "lora_A")
             cut = max(least, math.ceil(share * rank))
             if cut < rank and tail_norm(after, cut, rank) < tail_norm(state, cut, rank):
-                self.federation.ranks[client] = cut
+                lowered[PRUNED + client] = torch.tensor(cut)
+        return lowered
 
 
 def local_factors(state: State, update: State) -> State:
@@ -76,7 +91,7 @@ def local_factors(state: State, update: State) -> State:
     return result
 
 
-def norm_weights(held: dict[str, State], weights: dict[str, float]) -> dict[str, float]:
+def norm_weights(held: Mapping[str, State], weights: Mapping[str, float]) -> Mapping[str, float]:
     """Weights ∝ ‖ΔW_k‖_F over all modules; the given ones if every product is zero."""
     norms = {
         c: math.hypot(*(frobenius_norm(own[f"{m}.lora_B"], own[f"{m}.lora_A"]) for m in modules(own)))

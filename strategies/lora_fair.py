@@ -14,9 +14,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from fedlab.lora.exact import corrected_b
-from fedlab.lora.state import State, local_pairs, modules
-from strategies.base import LoraStrategy
-from strategies.folding import in_order
+from fedlab.lora.state import State
+from strategies.base import Round, ServerState, Strategy, Updates, Weights
+from strategies.factors import factors_by_module
 from strategies.options import NoOptions
 
 
@@ -28,22 +28,21 @@ class LoraFairOptions(NoOptions):
     )
 
 
-class LoraFair(LoraStrategy):
+class LoraFair(Strategy):
     """B_t+1 = B̄ + ΔB, A_t+1 = Ā."""
 
     effective: ClassVar[str] = "best of the mean of products in the row space of the mean A"
     linear: ClassVar[bool] = False
     ranks: ClassVar[str] = ""
-    Options: ClassVar[type[NoOptions]] = LoraFairOptions
+    Options: ClassVar[type[LoraFairOptions]] = LoraFairOptions
+    options: LoraFairOptions
 
-    def aggregate(self, state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+    def aggregate(
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
+    ) -> tuple[State, ServerState]:
         """Mean of the factors and of the head, then the correction."""
-        averaged = super().aggregate(state, updates, weights, round_number)
-        options = self.options
-        assert isinstance(options, LoraFairOptions)
-        shares = in_order(weights, updates)
-        for module in modules(state):
+        averaged, server_state = super().aggregate(state, server_state, updates, weights, round)
+        for module, pairs, shares in factors_by_module(state, updates, weights):
             B, A = averaged[f"{module}.lora_B"], averaged[f"{module}.lora_A"]
-            pairs = local_pairs(state, updates, module)
-            averaged[f"{module}.lora_B"] = corrected_b(B, A, pairs, shares, options.ridge)
-        return averaged
+            averaged[f"{module}.lora_B"] = corrected_b(B, A, pairs, shares, self.options.ridge)
+        return averaged, server_state

@@ -8,17 +8,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 from fedlab.lora.state import State, select
-from strategies.base import LoraStrategy
-from strategies.heads import frozen_layers
+from strategies.base import Strategy
 
 
-class RoLora(LoraStrategy):
+class RoLora(Strategy):
     """B·A of the mean is the mean of B_k·A, or of B·A_k."""
 
     effective: ClassVar[str] = "mean of products, exactly"
 
-    def trained_names(self, state: State, server_round: int = 1) -> list[str]:
+    def trained_names(self, state: State, round_number: int = 1) -> list[str]:
         """One factor and the head."""
-        factor = "lora_B" if server_round % 2 else "lora_A"
+        factor = "lora_B" if round_number % 2 else "lora_A"
         head = {"head"} & set(self.trained_parts(self.config))
-        return sorted(select(state, {factor} | head).keys() - frozen_layers(self.config, state))
+        return sorted(select(state, {factor} | head))

@@ -8,12 +8,10 @@ from collections.abc import Collection
 
 from fedlab.config import RunConfig
 from fedlab.config.sections import StrategySection
-from fedlab.config.tasks import READS_INPUTS
 from fedlab.errors import ConfigError
 from fedlab.lora.state import nbytes
 from strategies import STRATEGIES
-from strategies.base import LoraStrategy
-from strategies.server.federation import Federation
+from strategies.base import Strategy
 
 COLUMNS = (
     "strategy.name",
@@ -47,10 +45,10 @@ def markdown() -> str:
     return "\n".join(lines).replace("| --- |", "|---|").replace(" --- |", "---|") + "\n"
 
 
-def _row(name: str, strategy: type[LoraStrategy]) -> tuple[str, ...]:
+def _row(name: str, strategy: type[Strategy]) -> tuple[str, ...]:
     keys = ", ".join(f"`{key}`" for key in strategy.Options.model_fields) or "–"
     linear = "yes" if strategy.linear else "no"
-    noised = "no" if strategy.personal or name in READS_INPUTS else linear
+    noised = "no" if strategy.personal or strategy.reads_inputs else linear
     trained, kept = parts({*strategy.trains, "head"}), parts(strategy.personal) or "–"
     return (f"`{name}`", trained, kept, strategy.effective, strategy.ranks or "refused", noised, linear, keys)
 
@@ -60,7 +58,7 @@ def parts(names: Collection[str]) -> str:
     return ", ".join(part.removeprefix("lora_") for part in ("lora_A", "lora_B", "head") if part in names)
 
 
-def _bytes(name: str, strategy: type[LoraStrategy], config: RunConfig) -> tuple[str, str]:
+def _bytes(name: str, strategy: type[Strategy], config: RunConfig) -> tuple[str, str]:
     """Per participating client, in the wire dtype: up in the first two rounds if they differ; a residual adds to what
     goes down later.
 
@@ -72,7 +70,7 @@ def _bytes(name: str, strategy: type[LoraStrategy], config: RunConfig) -> tuple[
     if name != config.strategy.name:
         config = config.model_copy(update={"strategy": StrategySection(name=name, weights=config.strategy.weights)})
     try:
-        made = strategy(config, Federation(config, {}, {}, []))
+        made = strategy(config)
     except ConfigError as error:
         return "refused", str(error)
     state, wire = open_session(config.to_toml()).model.state(), config.run.wire_dtype

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from fedlab.config.data import ClientsSection, DataSection
 from fedlab.config.privacy import PrivacySection
-from fedlab.config.sections import LoraSection, RunSection, StrategySection, TrainSection
+from fedlab.config.sections import LoraSection, RunSection, TrainSection
 from fedlab.config.tasks import StageSection, StreamSection, TaskSection
 
 SHARED_BY_TASKS = ("clients", "max_length")  # keys of [data] that no task may set for itself
@@ -58,13 +58,8 @@ def training(run: RunSection, train: TrainSection) -> Iterator[str]:
         yield f'run.checkpointing = true needs train.gradients = "fused", got "{train.gradients}"'
 
 
-def adapters(lora: LoraSection, clients: ClientsSection, strategy: StrategySection) -> Iterator[str]:
-    """No client's adapter is larger than the server's, and public texts are given to be read."""
+def adapters(lora: LoraSection, clients: ClientsSection) -> Iterator[str]:
+    """No client's adapter is larger than the server's."""
     for name, rank in clients.rank.items():
         if rank > lora.rank:
             yield f"clients.rank: {name} = {rank} exceeds lora.rank = {lora.rank}, the largest that the server keeps"
-    if lora.public is not None and lora.init_a != "eva" and not strategy.options.get("importance"):
-        yield (
-            f'lora.public is read for init_a = "eva" (it is "{lora.init_a}") and for strategy.importance = true only;'
-            ' remove it, or set init_a = "eva"'
-        )

@@ -16,6 +16,7 @@ from fedlab.errors import ConfigError
 M = TypeVar("M", bound=pydantic.BaseModel)
 RENAMED = {  # what a key was called before → its name now
     "run.cache_prefix": "run.cache_hidden_states",
+    "model.task": "objective.name",
     "strategy.gram.cohort": "strategy.gram.min_clients",
 }
 SHOWN = 2  # problems that an error shows; it counts the others

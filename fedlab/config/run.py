@@ -21,13 +21,14 @@ from fedlab.config.sections import (
     EvaluateSection,
     LoraSection,
     ModelSection,
+    ObjectiveSection,
     PrivacySection,
     RunSection,
     Section,
     StrategySection,
     TrainSection,
 )
-from fedlab.config.tasks import READS_INPUTS, Gram, StageSection, StreamSection, TaskSection
+from fedlab.config.tasks import Gram, StageSection, StreamSection, TaskSection
 from fedlab.errors import ConfigError
 
 
@@ -36,6 +37,7 @@ class RunConfig(Section):
 
     run: RunSection = Field(description="how long, where, and from which seed")
     model: ModelSection = Field(default=ModelSection(), description="the base model, frozen")
+    objective: ObjectiveSection = Field(default=ObjectiveSection(), description="what is learnt")
     lora: LoraSection = Field(description="where adapters go and how large they are")
     data: DataSection = Field(default=DataSection(), description="the text, its labels, and who holds what")
     clients: ClientsSection = Field(default=ClientsSection(), description="what differs between clients")
@@ -59,7 +61,7 @@ class RunConfig(Section):
                 self.clients_per_round if known else 0,
             ),
             *consistency.training(self.run, self.train),
-            *consistency.adapters(self.lora, self.clients, self.strategy),
+            *consistency.adapters(self.lora, self.clients),
         ]
         if problems:
             raise ValueError("\n".join(problems))
@@ -131,9 +133,13 @@ class RunConfig(Section):
 
     @property
     def gram(self) -> Gram | None:
-        """The release at the end of each task but the last; None if the strategy asks for none."""
-        asked = self.tasks and not self.stream.joint and self.strategy.name in READS_INPUTS
-        return Gram.model_validate(self.strategy.options.get("gram", {})) if asked else None
+        """The release at the end of each task but the last; None if the strategy asks for none.
+
+        A strategy that asks for it says so by its key ``gram``, which is there in every configuration that a launcher
+        has resolved (``Strategy.resolved``).
+        """
+        asked = self.tasks and not self.stream.joint and "gram" in self.strategy.options
+        return Gram.model_validate(self.strategy.options["gram"]) if asked else None
 
     def at_stage(self, task: int, previous: str | None) -> RunConfig:
         """The configuration of one task's run in a stream. Under ``stream.joint`` there is one, with all rounds."""

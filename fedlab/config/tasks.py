@@ -13,8 +13,6 @@ from pydantic import Field
 from fedlab.config.base import Section
 from fedlab.identifiers import PATTERN
 
-READS_INPUTS = ("osft-data", "fedsvd-continual")  # strategies that learn at a task's end what inputs it used
-
 
 class Gram(Section):
     """``strategy.gram``: the release at a task's end that says which inputs it used (``fedlab.continual.sketch``)."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fedlab.models.loaded import LoadedModel
+from fedlab.errors import ConfigError
+from fedlab.models.activations import real_tokens
+from fedlab.models.loaded import LoadedModel
+from fedlab.models.watch import watching
 
 
 def layer_importance(model: LoadedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
@@ -24,33 +25,19 @@ def layer_importance(model: LoadedModel, batches: Iterable[dict[str, Tensor]]) -
 
     Raises ConfigError for a module that saw no token, or tokens of which padding cannot be told.
     """
-    from fedlab.errors import ConfigError
-    from fedlab.models.activations import real_tokens
-    from fedlab.models.loaded import PEFT_PREFIX
-
     sums, counts = dict.fromkeys(model.scale, 0.0), dict.fromkeys(model.scale, 0)
     mask = torch.empty(0, dtype=torch.bool)
 
-    def hook(module: str) -> Any:
-        def add(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x, y = (real_tokens(module, value, mask) for value in (inputs[0], output))
-            sums[module] += importance(x, y) * len(x)
-            counts[module] += len(x)
+    def add(module: str, inputs: Tensor | None, output: Tensor) -> None:
+        assert inputs is not None
+        x, y = (real_tokens(module, value, mask) for value in (inputs, output))
+        sums[module] += importance(x, y) * len(x)
+        counts[module] += len(x)
 
-        return add
-
-    handles = [
-        model.module.get_submodule(PEFT_PREFIX + module).register_forward_hook(hook(module))
-        for module in sorted(model.scale)
-    ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                mask = batch["attention_mask"].to(model.device).bool()
-                model.logits(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), watching(model.adapted, add):
+        for batch in batches:
+            mask = batch["attention_mask"].to(model.device).bool()
+            model.objective.visit(model, batch)
     if unseen := sorted(module for module, count in counts.items() if not count):
         raise ConfigError(f"lora.public: {unseen[0]} saw no token of it; give more text, or adapt other modules")
     return {module: total / counts[module] for module, total in sums.items()}

@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedlab.continual.sketch import clipped_grams
+from fedlab.data import FederatedData
+from fedlab.data.collate import by_length, probe_batch
 from fedlab.errors import ConfigError
-from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
-
-if TYPE_CHECKING:
-    from fedlab.data import FederatedData
+from fedlab.models.loaded import LoadedModel
+from fedlab.models.watch import watching
 
 
-@contextmanager
-def _watching(model: LoadedModel, seen: dict[str, Tensor]) -> Iterator[None]:
+def _last_inputs(model: LoadedModel, seen: dict[str, Tensor]) -> AbstractContextManager[None]:
     """While open, every adapted module leaves its last input in ``seen``."""
 
-    def hook(module: str) -> Any:
-        def note(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            seen[module] = inputs[0]
+    def note(module: str, x: Tensor | None, _: Tensor) -> None:
+        assert x is not None
+        seen[module] = x
 
-        return note
-
-    handles = [
-        model.module.get_submodule(PEFT_PREFIX + name).register_forward_pre_hook(hook(name))
-        for name in sorted(model.scale)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return watching(model.adapted, note)
 
 
 def input_groups(model: LoadedModel) -> dict[str, str]:
     """module → the first module, by name, that is fed the same tensor (query, key and value share one input)."""
     seen: dict[str, Tensor] = {}
-    batch = {name: torch.ones(1, 4, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-    with torch.no_grad(), _watching(model, seen):
-        model.logits(batch)
+    with torch.no_grad(), _last_inputs(model, seen):
+        model.objective.visit(model, probe_batch(model.tokenizer, model.objective, 1, 4))
     if missing := sorted(model.scale.keys() - seen.keys()):
         raise ConfigError(f"{missing[0]} is adapted but never used by the model; adapt other modules")
     first: dict[int, str] = {}
@@ -62,13 +48,12 @@ def input_grams(
     leaders = sorted(set(groups.values()))
     widths = {name: int(model.parameters[f"{name}.lora_A"].shape[1]) for name in leaders}
     total = {name: torch.zeros(n, n, dtype=torch.float64) for name, n in widths.items()}
-    ordered = positions[np.argsort(data.tokens.lengths(positions), kind="stable")]
     seen: dict[str, Tensor] = {}
-    with torch.no_grad(), _watching(model, seen):
-        for start in range(0, len(ordered), size):
-            batch = data.batch(ordered[start : start + size], model.tokenizer.pad_token_id)
+    with torch.no_grad(), _last_inputs(model, seen):
+        for chunk in by_length(data.tokens.lengths(positions), size):
+            batch = data.batch(positions[chunk], model.tokenizer.pad_token_id)
             mask = batch["attention_mask"]
-            model.logits(batch)
+            model.objective.visit(model, batch)
             for name in leaders:
                 if seen[name].shape[:-1] != mask.shape:
                     raise ConfigError(

@@ -15,18 +15,18 @@ import numpy as np
 Matrix = np.ndarray
 
 
-def average_accuracy(R: Matrix) -> float:
+def average_score(R: Matrix) -> float:
     """AA = mean over i of R[T−1, i]: all tasks, after the last one (GEM, arXiv 1706.08840)."""
     return float(_square(R)[-1].mean())
 
 
-def average_incremental_accuracy(R: Matrix) -> float:
+def average_incremental_score(R: Matrix) -> float:
     """Mean over t of the average accuracy on the tasks seen until t."""
     R = _square(R)
     return float(np.mean([R[t, : t + 1].mean() for t in range(len(R))]))
 
 
-def learning_accuracy(R: Matrix) -> float:
+def learning_score(R: Matrix) -> float:
     """LA, plasticity: mean over i of R[i, i], each task just after it was trained."""
     return float(np.diag(_square(R)).mean())
 
@@ -47,42 +47,40 @@ def forgetting(R: Matrix) -> float:
     return float(np.mean([R[i:last, i].max() - R[last, i] for i in range(last)])) if last else math.nan
 
 
-def forward_transfer(R: Matrix, before: Iterable[float]) -> float:
-    """FWT = mean over i >= 1 of R[i−1, i] − before[i] (GEM).
+def forward_transfer(R: Matrix, before: Iterable[float], higher: bool = True) -> float:
+    """FWT = mean over i >= 1 of R[i−1, i] − before[i] (GEM), its sign turned unless ``higher`` scores are better.
 
     ``before``: scores before any task. NaN unless unseen tasks were measured.
     """
     R, b = _square(R), np.asarray(list(before), dtype=float)
     if b.shape != (len(R),):
         raise ValueError(f"before has shape {b.shape}, want ({len(R)},)")
-    return float(np.mean([R[i - 1, i] - b[i] for i in range(1, len(R))])) if len(R) > 1 else math.nan
+    gain = float(np.mean([R[i - 1, i] - b[i] for i in range(1, len(R))])) if len(R) > 1 else math.nan
+    return gain if higher else -gain
 
 
-def intransigence(R: Matrix, alone: Iterable[float]) -> float:
-    """Mean over i of alone[i] − R[i, i]: what each task lost by coming in a stream.
+def worst_share(values: Iterable[float], higher: bool = True, share: float = 0.1) -> float:
+    """Mean of the worst ``share`` of the values (at least one of them); NaN of none. NaN values are left out.
 
-    ``alone``: score when trained by itself or jointly.
+    ``higher``: whether higher values are better.
     """
-    R, best = _square(R), np.asarray(list(alone), dtype=float)
-    if best.shape != (len(R),):
-        raise ValueError(f"alone has shape {best.shape}, want ({len(R)},)")
-    return float((best - np.diag(R)).mean())
-
-
-def worst_share(values: Iterable[float], share: float = 0.1) -> float:
-    """Mean of the worst ``share`` of the values (at least one of them); NaN of none. NaN values are left out."""
-    found = np.sort([v for v in values if not math.isnan(v)])
+    found = np.sort([v for v in values if not math.isnan(v)])[:: 1 if higher else -1]
     return float(found[: max(1, round(share * len(found)))].mean()) if len(found) else math.nan
 
 
-def summary(R: Matrix) -> dict[str, float]:
-    """All of the above that R alone defines. AA = LA + ((T − 1)/T)·BWT holds among them."""
+def summary(R: Matrix, higher: bool = True) -> dict[str, float]:
+    """All of the above that R alone defines. AA = LA + ((T − 1)/T)·BWT holds among them, where higher is better.
+
+    ``higher``: whether higher scores are better. If not, transfers and forgetting are those of −R, so that their signs
+    mean the same.
+    """
+    signed = np.asarray(R, dtype=float) * (1 if higher else -1)
     return {
-        "average_accuracy": average_accuracy(R),
-        "average_incremental_accuracy": average_incremental_accuracy(R),
-        "learning_accuracy": learning_accuracy(R),
-        "backward_transfer": backward_transfer(R),
-        "forgetting": forgetting(R),
+        "average_score": average_score(R),
+        "average_incremental_score": average_incremental_score(R),
+        "learning_score": learning_score(R),
+        "backward_transfer": backward_transfer(signed),
+        "forgetting": forgetting(signed),
     }
 
 

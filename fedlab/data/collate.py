@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,17 +17,32 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 4096
+    from fedlab.objectives.base import Objective
+
+CHUNK = 4096  # texts that are tokenised at once
+NO_LOSS = -100  # what sequences of labels are padded with
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of every example, one after the other; example i is ``ids[offsets[i]:offsets[i + 1]]``."""
+    """Token ids of every example, one after the other; example i is ``ids[offsets[i]:offsets[i + 1]]``.
 
-    ids: np.ndarray  # int32
-    offsets: np.ndarray  # int64 [N + 1]
-    labels: np.ndarray  # int64 [N]
-    types: np.ndarray | None = None  # token type ids, like ids; None if the model has none
+    Args:
+        ids: int32 [tokens].
+        offsets: int64 [N + 1].
+        labels: one number per example [N]; with ``label_offsets`` sequences, kept as ``ids`` are; None: no labels.
+        types: token type ids, like ``ids``; None if the model has none.
+        label_offsets: int64 [N + 1], where labels are sequences.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray | None
+    types: np.ndarray | None = None
+    label_offsets: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens of each example."""
@@ -34,55 +50,143 @@ class Tokens:
 
     def batch(self, indices: np.ndarray, pad_id: int) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, ``labels`` (and ``token_type_ids``), padded on the right to the longest
-        [N, T].
+        [N, T]; labels are [N], or sequences padded with −100.
         """
         import torch  # here, so that data can be looked at before torch is loaded
 
         lengths = self.lengths(indices)
-        width = int(lengths.max())
-        input_ids = np.full((len(indices), width), pad_id, dtype=np.int64)
-        types = np.zeros_like(input_ids) if self.types is not None else None
-        for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
-            start = self.offsets[index]
-            input_ids[row, :length] = self.ids[start : start + length]
-            if types is not None and self.types is not None:
-                types[row, :length] = self.types[start : start + length]
-        batch = {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
-            "labels": torch.from_numpy(np.asarray(self.labels[indices])),
+        arrays = {
+            "input_ids": _padded(self.ids, self.offsets, indices, pad_id),
+            "attention_mask": (np.arange(int(lengths.max())) < lengths[:, None]).astype(np.int64),
         }
-        return batch | ({"token_type_ids": torch.from_numpy(types)} if types is not None else {})
+        if self.labels is not None and self.label_offsets is not None:
+            arrays["labels"] = _padded(self.labels, self.label_offsets, indices, NO_LOSS)
+        elif self.labels is not None:
+            arrays["labels"] = np.asarray(self.labels[indices])
+        if self.types is not None:
+            arrays["token_type_ids"] = _padded(self.types, self.offsets, indices, 0)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def label_bytes(self, indices: np.ndarray) -> bytes:
+        """Labels of these examples, for a hash."""
+        if self.labels is None:
+            return b""
+        if self.label_offsets is None:
+            return np.asarray(self.labels[indices]).tobytes()
+        return b"|".join(self.labels[self.label_offsets[i] : self.label_offsets[i + 1]].tobytes() for i in indices)
+
+    def take(self, indices: np.ndarray, longest: np.ndarray) -> Tokens:
+        """The examples ``indices`` [N], each cut to its first ``longest`` [N] tokens; sequences of labels likewise."""
+        lengths = np.minimum(self.lengths(indices), longest)
+        ids = _cut(self.ids, self.offsets, indices, lengths)
+        types = None if self.types is None else _cut(self.types, self.offsets, indices, lengths)
+        labels, label_offsets = self.labels, None
+        if labels is not None and self.label_offsets is not None:
+            counts = np.minimum(self.label_offsets[indices + 1] - self.label_offsets[indices], longest)
+            labels, label_offsets = _cut(labels, self.label_offsets, indices, counts), _starts(counts)
+        elif labels is not None:
+            labels = labels[indices]
+        return Tokens(ids, _starts(lengths), labels, types, label_offsets)
 
 
-def tokenise(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
+def by_length(lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Positions in ``lengths`` [N] in pieces of ``size``, short ones first: texts of like length need less padding."""
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def tokenise(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int, objective: Objective) -> Tokens:
     """Token ids of a corpus, cut to ``max_length`` tokens, from the cache if they were made before."""
-    key = {"texts": _fingerprint(corpus), "tokenizer": _identity(tokenizer), "max_length": max_length}
-    arrays = cached_arrays("tokens", key, lambda: _tokenise(corpus, tokenizer, max_length))
-    return Tokens(arrays["ids"], arrays["offsets"], corpus.labels, arrays.get("types"))
+    key: dict[str, Any] = {
+        "texts": _fingerprint(corpus.texts, corpus.pairs),
+        "tokenizer": _identity(tokenizer),
+        "max_length": max_length,
+    }
+    if objective.encoding:
+        key |= {"encoding": objective.encoding, "labels": hashlib.sha256(corpus.label_bytes).hexdigest()}
+    arrays = cached_arrays("tokens", key, lambda: _tokenise(corpus, tokenizer, max_length, objective))
+    return Tokens(
+        arrays["ids"],
+        arrays["offsets"],
+        arrays.get("labels", corpus.labels),
+        arrays.get("types"),
+        arrays.get("label_offsets"),
+    )
 
 
-def _tokenise(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, np.ndarray]:
-    ids: list[np.ndarray] = []
-    types: list[np.ndarray] = []
-    lengths: list[int] = []
+def tokenise_public(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, objective: Objective
+) -> Tokens:
+    """Token ids of public texts, which have no labels."""
+    encoded = objective.encode(texts, None, None, tokenizer, max_length)
+    ids, offsets = _flat(encoded["input_ids"])
+    types = _flat(encoded["token_type_ids"])[0] if "token_type_ids" in encoded else None
+    return Tokens(ids, offsets, None, types)
+
+
+def probe_batch(tokenizer: PreTrainedTokenizerBase, objective: Objective, rows: int, length: int) -> dict[str, Tensor]:
+    """A batch of ``rows`` equal texts of at most ``length`` tokens, special ones as the tokenizer sets them, no
+    padding, with labels that the objective can learn: for measuring and tracing a model where no data are at hand.
+    """
+    import torch
+
+    encoded = objective.encode([" ".join(["a"] * length)], None, None, tokenizer, length)
+    ids = torch.tensor(encoded["input_ids"][:1]).expand(rows, -1).contiguous()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return batch | {"labels": objective.probe_labels(ids)}
+
+
+def _tokenise(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int, objective: Objective
+) -> dict[str, np.ndarray]:
+    sequences: dict[str, list[list[int]]] = {}
     for start in range(0, len(corpus), CHUNK):
-        stop = start + CHUNK
-        pairs = None if corpus.pairs is None else corpus.pairs[start:stop]
-        encoded = tokenizer(corpus.texts[start:stop], pairs, truncation=True, max_length=max_length, padding=False)
-        for row, values in enumerate(encoded["input_ids"]):
-            ids.append(np.array(values, dtype=np.int32))
-            lengths.append(len(values))
-            if "token_type_ids" in encoded:
-                types.append(np.array(encoded["token_type_ids"][row], dtype=np.int32))
-    arrays = {"ids": np.concatenate(ids), "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)}
-    return arrays | ({"types": np.concatenate(types)} if types else {})
+        part = slice(start, start + CHUNK)
+        pairs = None if corpus.pairs is None else corpus.pairs[part]
+        encoded = objective.encode(corpus.texts[part], pairs, corpus.labels[part], tokenizer, max_length)
+        for name, rows in encoded.items():
+            sequences.setdefault(name, []).extend(rows)
+    ids, offsets = _flat(sequences["input_ids"])
+    arrays = {"ids": ids, "offsets": offsets}
+    if "token_type_ids" in sequences:
+        arrays["types"] = _flat(sequences["token_type_ids"])[0]
+    if "labels" in sequences:
+        arrays["labels"], arrays["label_offsets"] = _flat(sequences["labels"])
+    return arrays
 
 
-def _fingerprint(corpus: Corpus) -> str:
+def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences one after the other, int32, and where each begins."""
+    return (
+        np.concatenate([np.array(row, dtype=np.int32) for row in rows]),
+        _starts(np.array([len(row) for row in rows], dtype=np.int64)),
+    )
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _cut(values: np.ndarray, offsets: np.ndarray, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The first ``lengths`` values of some sequences, one after the other."""
+    pieces = [values[offsets[i] : offsets[i] + length] for i, length in zip(indices, lengths, strict=True)]
+    return np.concatenate(pieces) if pieces else values[:0]
+
+
+def _padded(values: np.ndarray, offsets: np.ndarray, indices: np.ndarray, fill: int) -> np.ndarray:
+    """Sequences as rows, int64 [N, longest], filled up on the right."""
+    starts, lengths = offsets[indices], offsets[indices + 1] - offsets[indices]
+    rows = np.full((len(indices), int(lengths.max())), fill, dtype=np.int64)
+    for row, start, length in zip(rows, starts, lengths, strict=True):
+        row[:length] = values[start : start + length]
+    return rows
+
+
+def _fingerprint(texts: Sequence[str], pairs: Sequence[str] | None) -> str:
     result = hashlib.sha256()
-    for texts in (corpus.texts, corpus.pairs or []):
-        for text in texts:
+    for column in (texts, pairs or []):
+        for text in column:
             result.update(text.encode("utf-8", "surrogatepass") + b"\0")
         result.update(b"\1")
     return result.hexdigest()

@@ -1,4 +1,4 @@
-"""What every source gives: texts with integer labels, and the names of the labels."""
+"""What every source gives: texts, each with a label as the source wrote it, which an objective then encodes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ class Corpus:
 
     name: str
     texts: list[str]
-    labels: np.ndarray  # int64 [N], positions in label_names
-    label_names: tuple[str, ...]
+    labels: np.ndarray  # [N], as the objective keeps them: positions in label_names, numbers, or str; as written before
+    label_names: tuple[str, ...] = ()  # () where labels have no names
     pairs: list[str] | None = None  # second sentences
     natural: list[str] | None = None  # who an example belongs to, for natural partitions
     test: int = 0  # that many examples at the end are the official test split; 0 if there is none
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def label_bytes(self) -> bytes:
+        """All labels, for a hash."""
+        if self.labels.dtype == object:
+            return "\0".join(self.labels).encode("utf-8", "surrogatepass")
+        return self.labels.tobytes()
 
     def take(self, positions: np.ndarray, test: int) -> Corpus:
         """The examples at ``positions``, of which the last ``test`` are the test split."""
@@ -35,10 +42,8 @@ class Corpus:
         )
 
 
-def encode_labels(values: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Label strings → positions in their sorted names; integers sort as numbers, so that 0…K−1 keep their positions."""
-    distinct = set(values)
-    numeric = all(value.removeprefix("-").isdecimal() for value in distinct)
-    names = tuple(sorted(distinct, key=(lambda value: (int(value), value)) if numeric else None))
-    position = {name: i for i, name in enumerate(names)}
-    return np.array([position[v] for v in values], dtype=np.int64), names
+def written(labels: list[str]) -> np.ndarray:
+    """Labels as a source wrote them, [N] of str."""
+    array = np.empty(len(labels), dtype=object)
+    array[:] = labels
+    return array

@@ -19,7 +19,7 @@ import numpy as np
 
 from fedlab.config.data import DataSection
 from fedlab.data.cache import cached_arrays
-from fedlab.data.corpus import Corpus, encode_labels
+from fedlab.data.corpus import Corpus, written
 from fedlab.errors import ConfigError
 
 # distribution → words that name it
@@ -66,8 +66,8 @@ def load(data: DataSection) -> Corpus:
     key = {"versions": installed(), "per_library": PER_LIBRARY, "rules": 2}
     arrays = cached_arrays("docstrings", key, lambda: _as_arrays(*_collect()))
     lines = arrays["lines"].tobytes().decode("utf-8", "surrogatepass").split("\n")
-    encoded, names = encode_labels([line.partition("\t")[0] for line in lines])
-    return Corpus("docstrings", [line.partition("\t")[2] for line in lines], encoded, names)
+    labels = written([line.partition("\t")[0] for line in lines])
+    return Corpus("docstrings", [line.partition("\t")[2] for line in lines], labels)
 
 
 def _as_arrays(texts: list[str], labels: list[str]) -> dict[str, np.ndarray]:

@@ -23,7 +23,6 @@ class FederatedData:
 
     tokens: Tokens
     shards: Shards
-    label_names: tuple[str, ...]
     hidden_states: HiddenStates | None = None  # below the lowest adapter
     tasks: TaskData | None = None  # of a stream
     _fingerprints: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -47,16 +46,10 @@ class FederatedData:
         return self.shards.local_test[client]
 
     def batch(self, indices: np.ndarray, pad_id: int) -> dict[str, Tensor]:
-        """A padded batch of these examples for ``LoadedModel.logits``."""
+        """A padded batch of these examples for an objective."""
         batch = self.tokens.batch(indices, pad_id)
         if self.hidden_states is not None:
             batch["hidden"] = self.hidden_states.batch(indices, self.tokens.lengths(indices))
-        if self.tasks is not None and self.tasks.groups is not None:
-            import torch  # here, as in collate
-
-            groups = torch.from_numpy(self.tasks.groups)
-            own = groups[batch["labels"]][:, None]
-            batch["allowed"] = groups[None] == own  # [N, labels]: those of the text's own task
         return batch
 
     def at(self, task: int) -> FederatedData:
@@ -79,6 +72,6 @@ class FederatedData:
             for index in self.train(client):
                 start, stop = self.tokens.offsets[index], self.tokens.offsets[index + 1]
                 result.update(self.tokens.ids[start:stop].tobytes() + b"|")
-            result.update(np.asarray(self.tokens.labels[self.train(client)]).tobytes())
+            result.update(self.tokens.label_bytes(self.train(client)))
             self._fingerprints[client] = result.hexdigest()
         return self._fingerprints[client]

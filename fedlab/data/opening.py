@@ -20,20 +20,31 @@ from fedlab.data.tasks import TaskData, check_same_clients, joined, label_space,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fedlab.objectives.base import Objective
+
 FORMAT = 2  # raise when the meaning of cached shards changes
 
 
-def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> FederatedData:
+def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, objective: Objective) -> FederatedData:
     """The run's data, tokenised (from the cache on disk if another run did it before)."""
     corpus, shards = corpus_and_shards(config)
     tasks = task_data(config)[1] if config.tasks else None
-    return FederatedData(tokenise(corpus, tokenizer, config.data.max_length), shards, corpus.label_names, tasks=tasks)
+    return FederatedData(tokenise(corpus, tokenizer, config.data.max_length, objective), shards, tasks=tasks)
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """The run's objective over the labels of its corpus."""
+    from fedlab.objectives import objective_class  # here: torch comes with it
+
+    groups = task_data(config)[1].groups if config.tasks else None
+    names = corpus_and_shards(config)[0].label_names
+    return objective_class(config.objective.name)(names, () if groups is None else tuple(groups.tolist()))
 
 
 def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:
     """Corpus and partition of a run, of a stream's task if it is one; needs no tokenizer."""
     if not config.tasks:
-        return _corpus_and_shards(config.data.model_dump_json(), config.run.seed)
+        return _corpus_and_shards(config.data.model_dump_json(), config.run.seed, config.objective.name)
     corpus, tasks = task_data(config)
     task = config.stage.task if config.stage else 0
     return corpus, tasks.training(task, config.stream.replay, config.stream.joint, config.run.seed)
@@ -42,7 +53,7 @@ def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:
 def task_data(config: RunConfig) -> tuple[Corpus, TaskData]:
     """The one corpus of a stream and who holds what of each task."""
     tasks = tuple((task.name, task.labels, section_of(config.data, task).model_dump_json()) for task in config.tasks)
-    return _task_data(tasks, config.stream.heads == "shared", config.run.seed)
+    return _task_data(tasks, config.stream.heads == "shared", config.run.seed, config.objective.name)
 
 
 def section_of(data: DataSection, task: TaskSection) -> DataSection:
@@ -51,10 +62,15 @@ def section_of(data: DataSection, task: TaskSection) -> DataSection:
 
 
 @lru_cache(maxsize=1)
-def _task_data(tasks: tuple[tuple[str, tuple[str, ...], str], ...], shared: bool, seed: int) -> tuple[Corpus, TaskData]:
+def _task_data(
+    tasks: tuple[tuple[str, tuple[str, ...], str], ...], shared: bool, seed: int, objective: str
+) -> tuple[Corpus, TaskData]:
     names = [name for name, _, _ in tasks]
     sections = [DataSection.model_validate_json(text) for _, _, text in tasks]
-    parts = [load_corpus(data, seed, labels, name) for (name, labels, _), data in zip(tasks, sections, strict=True)]
+    parts = [
+        load_corpus(data, seed, labels, name, objective)
+        for (name, labels, _), data in zip(tasks, sections, strict=True)
+    ]
     space = label_space(parts, names, shared)
     corpus, offsets = joined(parts, space)
     own = [_assigned(part, data, seed) for part, data in zip(parts, sections, strict=True)]
@@ -64,9 +80,9 @@ def _task_data(tasks: tuple[tuple[str, tuple[str, ...], str], ...], shared: bool
 
 
 @lru_cache(maxsize=1)
-def _corpus_and_shards(data_json: str, seed: int) -> tuple[Corpus, Shards]:
+def _corpus_and_shards(data_json: str, seed: int, objective: str) -> tuple[Corpus, Shards]:
     data = DataSection.model_validate_json(data_json)
-    corpus = load_corpus(data, seed)
+    corpus = load_corpus(data, seed, objective=objective)
     return corpus, _assigned(corpus, data, seed)
 
 
@@ -75,6 +91,6 @@ def _assigned(corpus: Corpus, data: DataSection, seed: int) -> Shards:
     settings = data.model_dump(mode="json", include={"clients", "partition", "min_client_size", "test_fraction"})
     if data.partition.kind != "natural":
         settings["clients"] = data.clients or DEFAULT_CLIENTS
-    content = hashlib.sha256(corpus.labels.tobytes() + repr((corpus.natural, corpus.test)).encode()).hexdigest()
+    content = hashlib.sha256(corpus.label_bytes + repr((corpus.natural, corpus.test)).encode()).hexdigest()
     key = {"format": FORMAT, "content": content, "seed": seed, **settings}
     return Shards.from_arrays(cached_arrays("shards", key, lambda: assign(corpus, data, seed).to_arrays()))

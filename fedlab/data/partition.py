@@ -98,12 +98,13 @@ def describe(shards: Shards, corpus: Corpus) -> str:
     """JSON of who holds what, with sizes and label counts per client: ``partition.json`` of a run."""
     clients: dict[str, dict[str, Any]] = {}
     for client, positions in shards.train.items():
-        counts = np.bincount(corpus.labels[positions], minlength=len(corpus.label_names))
+        names = corpus.label_names
+        counts = np.bincount(corpus.labels[positions], minlength=len(names)) if names else ()
         clients[client] = {
             **({"name": shards.names[client]} if client in shards.names else {}),
             "examples": len(positions),
             "held_out": len(shards.local_test[client]),
-            "labels": {name: int(count) for name, count in zip(corpus.label_names, counts, strict=True) if count},
+            "labels": {name: int(count) for name, count in zip(names, counts, strict=True) if count},
             "train": positions.tolist(),
             "test": shards.local_test[client].tolist(),
         }
@@ -144,6 +145,11 @@ def _by_chance(corpus: Corpus, trainable: int, data: DataSection, seed: int) -> 
     import datasets
 
     count = data.clients or DEFAULT_CLIENTS
+    if data.partition.kind in BY_LABEL and not corpus.label_names:
+        raise ConfigError(
+            f"data.partition = {data.partition.kind} assigns by label, but the labels of {corpus.name} have no names;"
+            " use another kind"
+        )
     if count > trainable:
         raise ConfigError(
             f"data.clients = {count}, but {corpus.name} has only {trainable} examples to assign; use fewer clients"
@@ -215,6 +221,8 @@ PARTITIONERS: dict[str, Callable[[DataSection, int, int], Any]] = {  # of client
     "square": _other("SquarePartitioner"),
     "exponential": _other("ExponentialPartitioner"),
 }
+
+BY_LABEL = ("dirichlet", "shard", "pathological")  # kinds that look at labels
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,14 +70,20 @@ def identity(data: DataSection) -> str:
     return json.dumps([data.source, place, data.subset, data.split])
 
 
-def load_corpus(data: DataSection, seed: int, labels: tuple[str, ...] = (), task: str = "") -> Corpus:
-    """The corpus of a configuration, or of one ``task`` of a stream, with only its ``labels``.
+def load_corpus(
+    data: DataSection, seed: int, labels: tuple[str, ...] = (), task: str = "", objective: str = "classification"
+) -> Corpus:
+    """The corpus of a configuration as its objective keeps the labels, or of one ``task`` of a stream, with only its
+    ``labels``.
 
     ``data.limit`` keeps a seeded choice of the training examples and the whole test split.
     """
-    corpus = with_labels(SOURCES[data.source].load(data), labels, task)
-    if len(corpus.label_names) < 2:
-        raise ConfigError(f"data: {corpus.name} has {len(corpus.label_names)} label(s); a classifier needs at least 2")
+    from fedlab.objectives import objective_class  # here: torch comes with it
+
+    learnt, source = objective_class(objective), SOURCES[data.source].load(data)
+    values, names = learnt.encode_labels(source.labels.tolist(), source.label_names, source.name)
+    corpus = with_labels(replace(source, labels=values, label_names=names), labels, task)
+    learnt.check_labels(corpus.label_names, corpus.name)
     trainable = len(corpus) - corpus.test
     if data.limit is None or data.limit >= trainable:
         return corpus

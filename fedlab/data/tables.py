@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedlab.config.data import DataSection
-from fedlab.data.corpus import Corpus, encode_labels
+from fedlab.data.corpus import Corpus, written
 from fedlab.errors import ConfigError
 
 FILES_KEYS = frozenset({"path", "test_path", "text", "label"})  # of [data]
@@ -119,9 +117,7 @@ def load_hub(data: DataSection) -> Corpus:
     # Columns that are not needed are named, for the error message, and not read.
     parts = {n: {c: list(part[c]) if c in wanted else [] for c in part.column_names} for n, part in splits.items()}
     names = getattr(found[data.split].features.get(label), "names", None)
-    return _corpus(
-        data.path, parts, texts, label, data.partition.column, (None, "", -1), tuple(names) if names else None
-    )
+    return _corpus(data.path, parts, texts, label, data.partition.column, (None, "", -1), tuple(names or ()))
 
 
 def read_columns(path: str, as_written: Sequence[str] = ()) -> Columns:
@@ -174,10 +170,10 @@ def _corpus(
     label: str,
     natural: str | None,
     unlabelled: tuple[Any, ...],
-    label_names: tuple[str, ...] | None = None,
+    label_names: tuple[str, ...] = (),
 ) -> Corpus:
     """Concatenate the splits (the second is the test split) into one corpus; rows whose label is one of ``unlabelled``
-    are dropped.
+    are dropped. With ``label_names`` the labels are positions among them.
     """
     if not 1 <= len(texts) <= 2:
         raise ConfigError(f"data.text = {texts}: want one text column, or two for sentence pairs")
@@ -199,16 +195,13 @@ def _corpus(
             f"{name}: {lacking} of {sizes[0]} rows have nothing in column {natural!r}, which names the client; fill it"
             " in, or remove them"
         )
-    if label_names is not None:
-        labels, names = np.array(columns[label], dtype=np.int64), label_names
-    else:
-        labels, names = encode_labels([str(v) for v in columns[label]])
+    labels = [label_names[v] if label_names else str(v) for v in columns[label]]
     text_columns = [["" if v is None else str(v) for v in columns[column]] for column in texts]
     return Corpus(
         name,
         text_columns[0],
-        labels,
-        names,
+        written(labels),
+        label_names,
         text_columns[1] if len(texts) == 2 else None,
         [str(v) for v in columns[natural]] if natural else None,
         sizes[1] if len(sizes) == 2 else 0,

@@ -85,7 +85,7 @@ def label_space(parts: Sequence[Corpus], tasks: Sequence[str], shared: bool) -> 
     """
     names = [list(part.label_names) for part in parts]
     groups = None
-    if not shared:
+    if not shared and any(names):
         for task, own in zip(tasks, names, strict=True):
             if len(own) < 2:
                 raise ConfigError(
@@ -109,7 +109,9 @@ def joined(parts: Sequence[Corpus], space: LabelSpace) -> tuple[Corpus, list[int
     corpus = Corpus(
         "+".join(dict.fromkeys(part.name for part in parts)),
         [text for part in parts for text in part.texts],
-        np.concatenate([own[part.labels] for part, own in zip(parts, space.positions, strict=True)]),
+        np.concatenate(
+            [own[part.labels] if len(own) else part.labels for part, own in zip(parts, space.positions, strict=True)]
+        ),
         space.names,
         None if parts[0].pairs is None else [pair for part in parts for pair in part.pairs or []],
     )
@@ -134,6 +136,8 @@ def with_labels(corpus: Corpus, patterns: Sequence[str], task: str) -> Corpus:
     """
     if not patterns:
         return corpus
+    if not corpus.label_names:
+        raise ConfigError(f"tasks: {task}: labels = {list(patterns)} are names, but this objective's labels have none")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in corpus.label_names):
             shown = ", ".join(corpus.label_names[:8])

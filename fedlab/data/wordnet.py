@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedlab.config.data import DataSection
-from fedlab.data.corpus import Corpus, encode_labels
+from fedlab.data.corpus import Corpus, written
 from fedlab.errors import ConfigError
 
 # lexnames(5WN): the number of a lexicographer file is its position
@@ -65,8 +65,7 @@ def load(data: DataSection) -> Corpus:
                 text, label = parse(line)
                 texts.append(text)
                 labels.append(label)
-    encoded, names = encode_labels(labels)
-    return Corpus("wordnet", texts, encoded, names)
+    return Corpus("wordnet", texts, written(labels))
 
 
 def parse(line: str) -> tuple[str, str]:

@@ -12,7 +12,6 @@ n], the A of earlier tasks.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedlab.files import replacing
 from fedlab.seeds import client_order
 
 State = dict[str, Tensor]
@@ -93,11 +93,8 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write tensors to a safetensors file whole or not at all, and on the disk when this returns; its directory must be
     there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
-    save_file({name: value.contiguous() for name, value in state.items()}, str(temporary))
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file({name: value.contiguous() for name, value in state.items()}, str(temporary))
 
 
 def nbytes(state: Mapping[str, Tensor], wire_dtype: str = "float32") -> int:

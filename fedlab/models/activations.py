@@ -9,21 +9,20 @@ decomposes X itself, peft's code X minus its mean; uncentred, the first directio
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedlab.config.sections import LoraSection
-from fedlab.data.collate import tokenise
-from fedlab.data.corpus import Corpus
+from fedlab.data.collate import by_length, tokenise_public
 from fedlab.data.public import public_texts
 from fedlab.errors import ConfigError
 from fedlab.lora.subspace import open_rows
 from fedlab.lora.svd import principal_rows, row_signs
-from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
-from fedlab.seeds import stream_seed
+from fedlab.models.loaded import LoadedModel
+from fedlab.models.watch import watching
+from fedlab.seeds import torch_stream
 from fedlab.session import torch_threads
 
 EXACT = 2048  # inputs wider than this are sketched: their Gram matrix would take 8·n² bytes per module
@@ -54,10 +53,9 @@ def public_batches(loaded: LoadedModel, lora: LoraSection) -> Iterator[dict[str,
         loaded.tokenizer.model_max_length,
         getattr(loaded.module.config, "max_position_embeddings", TOKENS),
     )
-    tokens = tokenise(Corpus("public", texts, np.zeros(len(texts), np.int64), ("",)), loaded.tokenizer, min(limits))
-    order = np.argsort(tokens.lengths(np.arange(len(texts))), kind="stable")  # texts of like length together
-    for start in range(0, len(order), BATCH):
-        yield tokens.batch(order[start : start + BATCH], loaded.tokenizer.pad_token_id)
+    tokens = tokenise_public(texts, loaded.tokenizer, min(limits), loaded.objective)
+    for chunk in by_length(tokens.lengths(np.arange(len(texts))), BATCH):
+        yield tokens.batch(chunk, loaded.tokenizer.pad_token_id)
 
 
 def real_tokens(module: str, x: Tensor, mask: Tensor) -> Tensor:
@@ -93,23 +91,15 @@ def principal_inputs(
     whose activations are not finite.
     """
     loaded.load({name: torch.zeros(parameter.shape) for name, parameter in loaded.parameters.items()})
-    watch = _Watch(ranks)
-    handles = [
-        loaded.module.get_submodule(PEFT_PREFIX + module).register_forward_pre_hook(watch.hook(module))
-        for module in sorted(ranks)
-    ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                watch.mask = batch["attention_mask"].to(loaded.device).bool()
-                loaded.logits(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {module: _rows(watch, module, rank, seed) for module, rank in ranks.items()}
+    sums = _SecondMoments(ranks)
+    with torch.no_grad(), watching({module: loaded.layer(module) for module in sorted(ranks)}, sums.add):
+        for batch in batches:
+            sums.mask = batch["attention_mask"].to(loaded.device).bool()
+            loaded.objective.visit(loaded, batch)
+    return {module: _rows(sums, module, rank, seed) for module, rank in ranks.items()}
 
 
-class _Watch:
+class _SecondMoments:
     """Sums XᵀX, or XᵀXΩ, of each module. Modules that are fed the same tensor (query, key, value) share one product."""
 
     def __init__(self, ranks: Mapping[str, int]) -> None:
@@ -124,20 +114,17 @@ class _Watch:
         if n <= max(EXACT, self._columns):
             return None
         if n not in self._omega:
-            generator = torch.Generator().manual_seed(stream_seed(0, "sketch", n) % 2**63)
+            generator = torch_stream(0, "sketch", n)
             self._omega[n] = torch.randn(n, self._columns, generator=generator, dtype=torch.float64)
         return self._omega[n]
 
-    def hook(self, module: str) -> Any:
-        """The forward pre-hook that adds one module's inputs."""
-
-        def add(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            if self._last is None or self._last[0] is not inputs[0]:
-                self._last = inputs[0], self._product(module, inputs[0])
-            product = self._last[1]
-            self.totals[module] = self.totals[module] + product if module in self.totals else product
-
-        return add
+    def add(self, module: str, x: Tensor | None, _: Tensor) -> None:
+        """Add one module's inputs."""
+        assert x is not None
+        if self._last is None or self._last[0] is not x:
+            self._last = x, self._product(module, x)
+        product = self._last[1]
+        self.totals[module] = self.totals[module] + product if module in self.totals else product
 
     def _product(self, module: str, x: Tensor) -> Tensor:
         x = real_tokens(module, x, self.mask).double()
@@ -145,20 +132,20 @@ class _Watch:
         return x.mT @ (x if omega is None else x @ omega.to(x.device))
 
 
-def _rows(watch: _Watch, module: str, rank: int, seed: int) -> Tensor:
-    if module not in watch.totals or not bool(watch.totals[module].any()):
+def _rows(sums: _SecondMoments, module: str, rank: int, seed: int) -> Tensor:
+    if module not in sums.totals or not bool(sums.totals[module].any()):
         raise ConfigError(f'lora.init_a = "eva": {module} saw no public token; give more text, or adapt other modules')
-    total = watch.totals[module].cpu()
+    total = sums.totals[module].cpu()
     if not bool(torch.isfinite(total).all()):
         raise ConfigError(
             f'lora.init_a = "eva": activations of {module} are NaN or infinite; use run.dtype = "float32"'
         )
     n = len(total)
-    omega = watch.omega(n)
+    omega = sums.omega(n)
     rows, values = principal_rows(total, rank) if omega is None else _nystrom(total, omega, rank)
     rows = rows[values > FLOOR * values[0]]
     if len(rows) < rank:
-        generator = torch.Generator().manual_seed(stream_seed(seed, "eva", module) % 2**63)
+        generator = torch_stream(seed, "eva", module)
         candidates = torch.randn(min(n, 2 * rank), n, generator=generator, dtype=torch.float64)
         rows = torch.cat([rows, open_rows(rows, candidates, rank - len(rows))])
     return (rows * row_signs(rows)[:, None]).float()

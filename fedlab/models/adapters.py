@@ -15,7 +15,7 @@ from fedlab.lora.state import State, modules, outer_b, residual_of
 from fedlab.lora.svd import orthonormal_rows
 from fedlab.models.activations import public_inputs
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
-from fedlab.seeds import stream_seed
+from fedlab.seeds import torch_stream
 
 
 def draw_a(kind: str, shape: tuple[int, ...], seed: int, *names: str | int) -> Tensor:
@@ -25,7 +25,7 @@ def draw_a(kind: str, shape: tuple[int, ...], seed: int, *names: str | int) -> T
     standard deviation 1/r, which is peft's ``init_lora_weights="gaussian"`` (rows of norm about √n/r: with n = 384 and
     r = 8 about 2.4, so the same learning rate moves the weights six times as far as from orthonormal rows).
     """
-    generator = torch.Generator().manual_seed(stream_seed(seed, *map(str, names)) % 2**63)
+    generator = torch_stream(seed, *map(str, names))
     if kind == "orthonormal":
         return orthonormal_rows(torch.randn(shape, generator=generator, dtype=torch.float64)).float()
     if kind == "random":
@@ -46,7 +46,7 @@ def initial_state(loaded: LoadedModel, lora: LoraSection, seed: int) -> State:
     state: State = {}
     seen = public_inputs(loaded, lora, seed) if lora.init_a == "eva" else {}
     for name, parameter in sorted(loaded.parameters.items()):
-        generator = torch.Generator().manual_seed(stream_seed(seed, "init", name) % 2**63)
+        generator = torch_stream(seed, "init", name)
         if name.endswith(".lora_A"):
             if lora.init_a == "eva":
                 state[name] = seen[name.removesuffix(".lora_A")]

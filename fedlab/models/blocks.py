@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,16 +32,6 @@ def find_blocks(module: nn.Module, adapted: Sequence[str], setting: str) -> tupl
         raise ConfigError(f"{setting} needs a model with one list of blocks that carries all adapters; found {found}")
     ((parent, positions),) = places.items()
     return list(cast(nn.ModuleList, module.get_submodule(parent))), min(positions)
-
-
-@contextmanager
-def watching(block: nn.Module, see: Callable[[Any], None]) -> Iterator[None]:
-    """``see`` gets the block's output, a tensor [N, T, H] or a tuple that begins with one."""
-    handle = block.register_forward_hook(lambda _, inputs, output: see(output))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

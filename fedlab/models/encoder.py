@@ -1,4 +1,4 @@
-"""A sentence encoder with its own pooling and one linear layer, for models that bring no classification head."""
+"""A sentence encoder with its own pooling and one linear layer, for models that bring no head of their own."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fedlab.errors import ConfigError
 
 
 class SentenceClassifier(nn.Module):
-    """A sentence encoder with its own pooling (``1_Pooling/config.json``) and one linear layer: logits [N, labels]."""
+    """A sentence encoder with its own pooling (``1_Pooling/config.json``) and one linear layer: logits [N, width]."""
 
-    def __init__(self, encoder: Any, pooling: str, num_labels: int) -> None:
+    def __init__(self, encoder: Any, pooling: str, width: int) -> None:
         super().__init__()
         self.encoder, self.pooling = encoder, pooling
         self.config: Any = encoder.config
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # never read by this pooling; an adapter there would train on nothing
-        self.classifier = nn.Linear(self.config.hidden_size, num_labels)
+        self.classifier = nn.Linear(self.config.hidden_size, width)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Any) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Any:
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         known = {k: v for k, v in inputs.items() if k in ("token_type_ids", "position_ids", "inputs_embeds")}
@@ -34,9 +34,7 @@ class SentenceClassifier(nn.Module):
         else:
             mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [N, T, 1]
             pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-        logits = self.classifier(pooled)
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return SequenceClassifierOutput(logits=self.classifier(pooled))
 
 
 def pooling_of(location: str, revision: str | None) -> str | None:

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,11 +28,13 @@ from torch import Tensor, nn
 
 from fedlab.data import FederatedData
 from fedlab.data.cache import cache_directory
-from fedlab.data.collate import Tokens
+from fedlab.data.collate import Tokens, by_length
 from fedlab.data.hidden_states import HiddenStates
 from fedlab.errors import ConfigError
-from fedlab.models.blocks import find_blocks, stepping_over, watching
+from fedlab.files import replacing
+from fedlab.models.blocks import find_blocks, stepping_over
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
+from fedlab.models.watch import watching
 
 PART = 4096  # texts per file
 BATCH = 64  # texts per forward pass
@@ -54,46 +57,48 @@ def cache_hidden_states(model: LoadedModel, data: FederatedData) -> FederatedDat
             " lora.layers_to_transform"
         )
     tokens = data.tokens
-    order = np.argsort(tokens.lengths(np.arange(len(tokens.labels))), kind="stable")
-    extra, width, dtype = _try(model, tokens, blocks[:lowest], order)
-    lengths = tokens.lengths(order)
+    lengths = tokens.lengths(np.arange(len(tokens)))
+    files = list(by_length(lengths, PART))  # texts of each file
+    extra, width, dtype = _try(model, tokens, blocks[:lowest], files[-1][-TRIAL:])
     folder = cache_directory() / "hidden-states" / _identity(model, tokens, blocks[lowest:])
-    bits = dtype.itemsize
-    _require_space(folder, int(lengths.sum()) * width * bits)
-    starts, part_of = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+    _require_space(folder, int(lengths.sum()) * width * dtype.itemsize)
+    starts, part_of = np.empty(len(tokens), np.int64), np.empty(len(tokens), np.int64)
     paths, shapes = [], []
-    for number, first in enumerate(range(0, len(order), PART)):
-        own = lengths[first : first + PART]
-        starts[order[first : first + PART]], part_of[order[first : first + PART]] = np.cumsum(own) - own, number
+    for number, texts in enumerate(files):
+        own = lengths[texts]
+        starts[texts], part_of[texts] = np.cumsum(own) - own, number
         paths.append(folder / f"{number:05d}.npy")
         shapes.append((int(own.sum()), width))
     for wait in (False, True):  # first whatever nobody works at, then what the others have not finished
-        for number, path in enumerate(paths):
+        for texts, path, shape in zip(files, paths, shapes, strict=True):
             with _alone(path, wait) as mine:
-                if mine and _open(path, shapes[number]) is None:
-                    _store(
-                        path, _compute(model, tokens, blocks[lowest - 1], order[number * PART : (number + 1) * PART])
-                    )
+                if mine and _open(path, shape) is None:
+                    _store(path, _compute(model, tokens, blocks[lowest - 1], texts))
     parts = [cast(np.ndarray, _open(path, shape)) for path, shape in zip(paths, shapes, strict=True)]
     model.lower = (blocks[:lowest], extra)
     return replace(data, hidden_states=HiddenStates(dtype, starts, part_of, parts))
+
+
+def _append(seen: list[Any], _: int, x: Tensor | None, output: Any) -> None:
+    seen.append(output)
 
 
 def _hidden(output: Any) -> Tensor:
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
-def _try(model: LoadedModel, tokens: Tokens, lower: list[nn.Module], order: np.ndarray) -> tuple[int, int, torch.dtype]:
-    """Form, width and type of the last lower block's output.
+def _try(
+    model: LoadedModel, tokens: Tokens, lower: list[nn.Module], indices: np.ndarray
+) -> tuple[int, int, torch.dtype]:
+    """Form, width and type of the last lower block's output, tried on some texts.
 
     Raises ConfigError unless the logits need nothing else of the lower blocks.
     """
-    indices = order[-TRIAL:]
     batch = tokens.batch(indices, model.tokenizer.pad_token_id)
     seen: list[Any] = []
     before = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
     try:
-        with torch.no_grad(), watching(lower[-1], seen.append):
+        with torch.no_grad(), watching({0: lower[-1]}, partial(_append, seen)):
             model.logits(batch)
             for name, parameter in model.parameters.items():
                 if name.endswith("lora_B"):
@@ -128,8 +133,8 @@ def _compute(model: LoadedModel, tokens: Tokens, last: nn.Module, indices: np.nd
     for first in range(0, len(indices), BATCH):
         batch = tokens.batch(indices[first : first + BATCH], model.tokenizer.pad_token_id)
         seen: list[Any] = []
-        with torch.inference_mode(), watching(last, seen.append):
-            model.logits(batch)
+        with torch.inference_mode(), watching({0: last}, partial(_append, seen)):
+            model.objective.visit(model, batch)
         rows.append(_hidden(seen[0])[batch["attention_mask"].to(model.device).bool()].cpu())
     flat = torch.cat(rows)
     if not bool(torch.isfinite(flat).all()):
@@ -178,10 +183,8 @@ def _alone(path: Path, wait: bool) -> Iterator[bool]:
 
 
 def _store(path: Path, rows: np.ndarray) -> None:
-    temporary = path.with_suffix(".part")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, rows, allow_pickle=False)
-    temporary.replace(path)
 
 
 def _open(path: Path, shape: tuple[int, int]) -> np.ndarray | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedlab.lora.state import BASIS, RESIDUAL, UNTRAINED, State, digest, outer_b, part_of, residual_of
 from fedlab.lora.svd import principal_rows
 from fedlab.models.blocks import stepping_over
+from fedlab.objectives.base import Objective
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -20,10 +21,15 @@ PEFT_PREFIX = "base_model.model."
 
 
 class LoadedModel:
-    """A frozen base with one adapter whose tensors are overwritten per client. Made by ``build``; one per process."""
+    """A frozen base with one adapter whose tensors are overwritten per client, and what it is trained for.
 
-    def __init__(self, peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
-        self.module, self.tokenizer, self.device = peft_model, tokenizer, device
+    Made by ``build``; one per process.
+    """
+
+    def __init__(
+        self, peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, objective: Objective
+    ) -> None:
+        self.module, self.tokenizer, self.device, self.objective = peft_model, tokenizer, device, objective
         self.parameters: dict[str, nn.Parameter] = {}  # State name → the tensor inside the model
         self.owners: dict[str, nn.Module] = {}  # State name → the module that multiplies with it
         for owner_name, owner in peft_model.named_modules():
@@ -126,17 +132,24 @@ class LoadedModel:
         weight = self.pristine(module)
         return principal_rows(weight.mT @ weight, rank)[0].float()
 
-    def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """Logits [N, labels] of one padded batch.
+    @property
+    def adapted(self) -> dict[str, nn.Module]:
+        """module → its peft layer, for every adapted module, in the order of their names."""
+        return {name: self.layer(name) for name in sorted(self.scale)}
 
-        ``labels`` in it is ignored, from ``hidden``, if there, the model goes on, and where ``allowed`` is False a
-        logit is −∞.
+    def outputs(self, batch: dict[str, Tensor], **options: Any) -> Any:
+        """What the base model returns for one padded batch; it goes on from ``hidden`` if that is in the batch.
+
+        ``options`` go to the forward pass as they are.
         """
-        inputs = {k: v.to(self.device) for k, v in batch.items() if k not in ("labels", "hidden", "allowed")}
+        inputs = {name: value.to(self.device) for name, value in self.objective.inputs(batch).items()}
         blocks, extra = self.lower
         with stepping_over(blocks, batch["hidden"].to(self.device), extra) if "hidden" in batch else nullcontext():
-            logits = cast(Tensor, self.module(**inputs).logits.float())
-        return logits if "allowed" not in batch else logits.masked_fill(~batch["allowed"].to(self.device), -torch.inf)
+            return self.module(**inputs, **options)
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """The objective's logits of one padded batch, [N, ...], float32."""
+        return self.objective.logits(self, batch)
 
 
 def _state_name(parameter_name: str) -> str | None:

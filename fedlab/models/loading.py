@@ -28,6 +28,7 @@ from fedlab.models.encoder import SentenceClassifier, pooling_of
 from fedlab.models.hub import locate
 from fedlab.models.loaded import LoadedModel
 from fedlab.models.targets import check_adapted, target_modules
+from fedlab.objectives.base import Objective
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,26 +52,31 @@ def _quiet_seeded(seed: int) -> Iterator[None]:
             hf_logging.set_verbosity(level)
 
 
-def load_base(model: ModelSection, num_labels: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[str]]:
-    """The base with a classification head, and the names of the head's modules (those that no checkpoint filled).
+def load_base(
+    model: ModelSection, objective: Objective, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, list[str]]:
+    """The base as an objective needs it, and the names of its head's modules, which are trained whole; none for an
+    objective without a head.
 
-    This is the object to give to ``PeftModel.from_pretrained(base, RUN_DIR/"adapter")``. For a plain transformer it is
-    what
-    ``AutoModelForSequenceClassification`` returns; for a sentence encoder it is a ``SentenceClassifier``.
+    This is the object to give to ``PeftModel.from_pretrained(base, RUN_DIR/"adapter")``: what the objective's Auto
+    class returns; for a sentence encoder under an objective with a head, a ``SentenceClassifier``.
+
+    Raises ConfigError for a model that cannot be loaded, has no head where one is to be trained, or lacks weights where
+    none is.
     """
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    import transformers
 
-    location = locate(model)
+    location, width = locate(model), objective.head_width
     options: dict[str, Any] = {"revision": model.revision, "dtype": dtype, "local_files_only": Path(location).is_dir()}
+    sized = {} if width is None else {"num_labels": width, "ignore_mismatched_sizes": True}
     try:
         with _quiet_seeded(0):
-            pooling = pooling_of(location, model.revision)
-            if pooling is not None:
-                return SentenceClassifier(AutoModel.from_pretrained(location, **options), pooling, num_labels), [
-                    "classifier"
-                ]
-            base, info = AutoModelForSequenceClassification.from_pretrained(
-                location, num_labels=num_labels, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            pooling = None if width is None else pooling_of(location, model.revision)
+            if width is not None and pooling is not None:
+                encoder = transformers.AutoModel.from_pretrained(location, **options)
+                return SentenceClassifier(encoder, pooling, width), ["classifier"]
+            base, info = getattr(transformers, objective.auto_class).from_pretrained(
+                location, output_loading_info=True, **sized, **options
             )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name = {model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
@@ -78,9 +84,14 @@ def load_base(model: ModelSection, num_labels: int, dtype: torch.dtype = torch.f
         *info["missing_keys"],
         *(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]),
     }
-    head = sorted({key.rpartition(".")[0] for key in fresh}) or [n for n in ("classifier", "score") if hasattr(base, n)]
-    if not head:
-        raise ConfigError(f"model.name = {model.name!r}: no classification head found to train")
+    head = objective.head_modules(base, fresh)
+    if width is not None and not head:
+        raise ConfigError(f"model.name = {model.name!r}: no head found to train")
+    if width is None and fresh:
+        raise ConfigError(
+            f"model.name = {model.name!r} has no weights for {min(fresh)}, and this objective trains no head; take a"
+            " model that was made for it"
+        )
     return base, head
 
 
@@ -114,16 +125,16 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def build(config: RunConfig, num_labels: int) -> LoadedModel:
-    """The process's one model for this configuration; later calls return the same object."""
-    return _build(config.model, config.lora, num_labels, config.run.dtype, config.run.device)
+def build(config: RunConfig, objective: Objective) -> LoadedModel:
+    """The process's one model for this configuration and objective; later calls return the same object."""
+    return _build(config.model, config.lora, objective, config.run.dtype, config.run.device)
 
 
 @lru_cache(maxsize=1)
-def _build(model: ModelSection, lora: LoraSection, num_labels: int, dtype: str, device_name: str) -> LoadedModel:
+def _build(model: ModelSection, lora: LoraSection, objective: Objective, dtype: str, device_name: str) -> LoadedModel:
     tokenizer = load_tokenizer(model)
-    base, head = load_base(model, num_labels, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    return adapt(base, head, tokenizer, lora, model.name, device_of(device_name))
+    base, head = load_base(model, objective, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    return adapt(base, head, tokenizer, lora, model.name, device_of(device_name), objective)
 
 
 def adapt(
@@ -133,9 +144,10 @@ def adapt(
     lora: LoraSection,
     name: str,
     device: torch.device,
+    objective: Objective,
 ) -> LoadedModel:
-    """Put an adapter into a base, whose ``head`` modules are trained beside it. ``name`` is what a saved adapter calls
-    its base.
+    """Put an adapter into a base, whose ``head`` modules are trained beside it (none: []). ``name`` is what a saved
+    adapter calls its base.
 
     Raises ConfigError where the adapter would do less, or more, than ``lora`` says.
     """
@@ -148,14 +160,14 @@ def adapt(
         attend_in_float32(base)
     base.to(device)  # before the adapter is made: moving afterwards would detach what optimisers hold
     settings = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType[objective.task_type],
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),
         target_modules=target_modules(base, lora, head),
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         layers_to_transform=list(lora.layers_to_transform) if lora.layers_to_transform is not None else None,
-        modules_to_save=head,
+        modules_to_save=head or None,
     )
     with _quiet_seeded(0):
         try:
@@ -168,7 +180,7 @@ def adapt(
                 ) from None
             raise ConfigError(f"lora: peft found nothing to adapt ({str(error).splitlines()[0]})") from None
     cast(Any, wrapped.peft_config["default"]).base_model_name_or_path = name
-    loaded = LoadedModel(cast("PeftModel", wrapped), tokenizer, device)
+    loaded = LoadedModel(cast("PeftModel", wrapped), tokenizer, device, objective)
     check_adapted(loaded, base, lora)
     if sixteen_bits:
         _float32_head(loaded)

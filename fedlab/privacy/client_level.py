@@ -17,7 +17,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.lora.state import State
 from fedlab.privacy.accounting import Event, Sampler, calibrate_sigma
-from fedlab.privacy.clipping import clip_factors
+from fedlab.privacy.clipping import clip_factors, joint_norms
 from fedlab.privacy.ledger.guard import plan_terms
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import delta_of
@@ -74,8 +74,8 @@ class ClientPlan:
         """
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in like.items()}
         for _, update in sorted(updates.items()):
-            norm = torch.stack([update[name].double().square().sum() for name in total]).sum().sqrt()
-            factor = float(clip_factors(norm[None], self.clip)[0])
+            norm = joint_norms(update[name][None] for name in total)
+            factor = float(clip_factors(norm, self.clip))
             if factor > 0:  # 0 for NaN and infinity: left out, since 0·NaN is NaN
                 for name, value in total.items():
                     value += factor * update[name].double()
@@ -84,6 +84,13 @@ class ClientPlan:
             name: ((value + noise.draw(tuple(value.shape), std)) / self.normaliser).float()
             for name, value in sorted(total.items())
         }
+
+
+def client_sampler(config: RunConfig) -> Sampler:
+    """How the server draws the clients of a round, as the account has it."""
+    if config.run.fraction == 1:
+        return "full"
+    return "poisson" if config.run.sampling == "poisson" else "fixed_wor"
 
 
 def make_client_plan(config: RunConfig) -> ClientPlan:
@@ -99,12 +106,8 @@ def make_client_plan(config: RunConfig) -> ClientPlan:
             f'strategy.weights = "{config.strategy.weights}" with privacy.unit = "client": a large client would move'
             ' the mean by more than the clip accounts for; set strategy.weights = "uniform"'
         )
-    if config.run.fraction == 1:
-        sampler, q = "full", 1.0
-    elif config.run.sampling == "poisson":
-        sampler, q = "poisson", config.run.fraction
-    else:
-        sampler, q = "fixed_wor", config.clients_per_round / n
+    sampler = client_sampler(config)
+    q = {"full": 1.0, "poisson": config.run.fraction}.get(sampler, config.clients_per_round / n)
     delta, rounds, sigma = delta_of(privacy, n), config.run.rounds, privacy.sigma
     whole = sum(config.task_rounds) if config.tasks else rounds
     if sigma is None:
@@ -113,4 +116,4 @@ def make_client_plan(config: RunConfig) -> ClientPlan:
         sigma = (2 if sampler == "fixed_wor" else 1) * calibrate_sigma(
             q if sampler == "poisson" else 1.0, whole, privacy.epsilon, delta
         )
-    return ClientPlan(n, sampler, q, sigma, privacy.clip, delta, rounds, privacy.noise)  # type: ignore[arg-type]
+    return ClientPlan(n, sampler, q, sigma, privacy.clip, delta, rounds, privacy.noise)

@@ -23,6 +23,7 @@ from fedlab.config import RunConfig
 from fedlab.config.sections import PrivacySection, TrainSection
 from fedlab.errors import ConfigError, PrivacyError
 from fedlab.privacy.accounting import Event, calibrate_sigma, epsilon
+from fedlab.privacy.gram_plan import gram_event
 from fedlab.privacy.ledger.guard import plan_terms
 from fedlab.privacy.noise import GaussianNoise, SecureNoise, SecureStream, SeededNoise
 from fedlab.privacy.sampling import Uniform, poisson_batch
@@ -144,9 +145,7 @@ def plan_of(config: RunConfig, n: int, sizes: Sequence[int] = ()) -> DPPlan:
     rounds = [config.run.rounds] if config.stream.joint else config.task_rounds
     tasks = tuple((m, -(-config.participations * r // config.run.rounds)) for m, r in zip(sizes, rounds, strict=True))
     gram = config.gram
-    beside = (
-        (Event("full", 1.0, gram.sigma, len(config.tasks) - 1),) if gram is not None and len(config.tasks) > 1 else ()
-    )
+    beside = (gram_event(gram, len(config.tasks) - 1),) if gram is not None and len(config.tasks) > 1 else ()
     return make_plan(config.privacy, config.train, n, config.participations, tasks, beside)
 
 
@@ -186,17 +185,12 @@ def make_plan(
             )
         counts: dict[float, int] = {}
         for m, rounds in parts:
-            counts[_rate(train, m)] = counts.get(_rate(train, m), 0) + _steps(train, m) * rounds
+            counts[_rate(train, m)] = counts.get(_rate(train, m), 0) + train.local_steps(m) * rounds
         (q, count), *others = sorted(counts.items())
         sigma = calibrate_sigma(q, count, privacy.epsilon, delta, "rdp" if others else "pld", beside, tuple(others))
-    return DPPlan(n, train.batch_size, _steps(train, n), sigma, privacy.clip, delta, participations, privacy.noise)
+    return DPPlan(n, train.batch_size, train.local_steps(n), sigma, privacy.clip, delta, participations, privacy.noise)
 
 
 def _rate(train: TrainSection, n: int) -> float:
     """Poisson sampling rate of a client of n examples."""
     return min(1.0, train.batch_size / n)
-
-
-def _steps(train: TrainSection, n: int) -> int:
-    """Its steps in one round."""
-    return train.steps if train.steps is not None else math.ceil((train.epochs or 0) * n / train.batch_size)

@@ -38,17 +38,20 @@ def bar_chart(title: str, names: Sequence[str], values: Sequence[float], ylabel:
 
 
 def heat_map(title: str, matrix: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str]) -> str:
-    """SVG of numbers in [0, 1] as colours, each written into its cell; NaN cells stay empty."""
+    """SVG of numbers as colours, from 0 to 1 or to the largest, each written into its cell; NaN cells stay empty."""
+    largest = max([1.0, *(value for row in matrix for value in row if value == value)])
     figure = Figure(figsize=(2.2 + 1.1 * len(columns), 1.4 + 0.6 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=largest, aspect="auto")
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_title(title, fontsize=10)
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
             if value == value:
-                axes.text(j, i, f"{value:.3f}", ha="center", va="center", color="white" if value > 0.6 else INK)
+                axes.text(
+                    j, i, f"{value:.3f}", ha="center", va="center", color="white" if value > 0.6 * largest else INK
+                )
     return _svg(figure)
 
 

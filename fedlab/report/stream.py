@@ -1,4 +1,4 @@
-"""``report.html`` of a stream: the accuracy matrix as a heat map, the metrics, and a link to each task's own report."""
+"""``report.html`` of a stream: the matrix of scores as a heat map, the metrics, and a link to each task's own report."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment
 
 from fedlab.errors import ConfigError
+from fedlab.privacy.promise import shown_epsilon
 from fedlab.report.plots import heat_map
 from fedlab.run.directory import RunDirectory
 
@@ -27,8 +28,8 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto }
 <h2>Configuration</h2><pre>{{ toml }}</pre></body></html>
 """
 FACTS = {
-    "average_accuracy": "average accuracy after the last task",
-    "learning_accuracy": "learning accuracy (each task just after it)",
+    "average_score": "average score after the last task",
+    "learning_score": "learning score (each task just after it)",
     "backward_transfer": "backward transfer (negative: forgetting)",
     "forgetting": "forgetting",
     "forward_transfer": "forward transfer",
@@ -49,14 +50,18 @@ def write_stream_report(path: Path) -> Path:
         raise ConfigError(f"{str(path)!r} has no finished result to report on; fedlab resume goes on with it")
     matrix = [[math.nan if value is None else value for value in row] for row in result["matrix"]]
     rows = result["tasks"][: len(matrix)] if not result["joint"] else ["all"]
-    facts = [(label, _shown(result[key])) for key, label in FACTS.items() if result.get(key) is not None]
+    shown = {key: _shown(result[key]) for key in FACTS if result.get(key) is not None}
+    shown["epsilon"] = shown_epsilon(result["epsilon"], 4)
+    facts = [(label, shown[key]) for key, label in FACTS.items() if key in shown]
     page = (
         Environment(autoescape=True)
         .from_string(TEMPLATE)
         .render(
             name=directory.config.run.name,
             result=result,
-            figure=heat_map("Accuracy on each task (columns) after each task (rows)", matrix, rows, result["tasks"]),
+            figure=heat_map(
+                f"{result['primary']} on each task (columns) after each task (rows)", matrix, rows, result["tasks"]
+            ),
             facts=facts,
             folders=sorted(p.parent.name for p in path.glob("*/report.html")),
             toml=directory.config.to_toml(),

@@ -14,7 +14,8 @@ from fedlab.run.directory import RunDirectory, jsonable
 
 def audit_directory(path: Path, keys: Path | None, as_json: bool) -> bool:
     """Audit a run, or every task of a stream, from its files alone; True if something is wrong."""
-    from fedlab.privacy.audit.run import audit_run, load_keys, render
+    from fedlab.privacy.audit.render import render
+    from fedlab.privacy.audit.run import audit_run, load_keys
 
     stream = _is_stream(path / "run.toml")
     parts = [folder.parent for folder in sorted(path.glob("*/run.toml"))] if stream else [path]

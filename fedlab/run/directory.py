@@ -24,6 +24,7 @@ from uuid import uuid4
 
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
+from fedlab.files import write
 
 FORMAT = 2  # of the files of a run; raise when a run of before could not be resumed
 FINISHED = ("completed", "budget-exhausted")  # the states of a run that ended by itself
@@ -118,12 +119,7 @@ class RunDirectory:
         """Replace a file atomically: readers see the old one or the new one, also after a crash."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        write(target, text)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write strict JSON; a float that is not a number becomes null."""

@@ -42,13 +42,14 @@ class MetricsLog:
         logger.setLevel(logging.INFO)
 
     def write(self, phase: str, round_number: int, **values: Any) -> None:
-        """Append one line; numbers go to TensorBoard as ``<phase>/<name>``."""
+        """Append one line; numbers and named scores go to TensorBoard as ``<phase>/<name>``."""
         line = jsonable({"round": round_number, "phase": phase, "time": round(time.time(), 3), **values})
         with self._lock:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         if self._tensorboard is not None:
-            for name, value in line.items():
+            named = {**line, **(line.get("scores") or {}), **(line.get("client_scores") or {})}
+            for name, value in named.items():
                 if isinstance(value, int | float) and name not in ("round", "time"):
                     self._tensorboard.add_scalar(f"{phase}/{name}", value, round_number)
 

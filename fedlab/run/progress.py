@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from fedlab.config import RunConfig
-from fedlab.evaluate.classification import Scores
+from fedlab.evaluate import score_names
+from fedlab.privacy import promise
+from fedlab.privacy.promise import shown_epsilon
 
 SHOWN_ROUNDS = 12
 
@@ -28,7 +31,7 @@ class RoundLine:
     """One finished round. ``scores`` is None in rounds without evaluation; ``loss`` is nan where it is not shared."""
 
     number: int
-    scores: Scores | None
+    scores: dict[str, float] | None
     train_loss: float
     epsilon: float | str
     worst_client: float | None
@@ -81,12 +84,12 @@ class PlainProgress(Progress):
         print(text, flush=True)
 
     def round_done(self, line: RoundLine) -> None:
-        cells = dict(zip(COLUMNS, _cells(line), strict=True))
+        cells = _cells(line, score_names(self._config))
         shown = "  ".join(f"{name} {value}" for name, value in cells.items() if value not in ("", "–"))
         print(shown.replace("round ", f"round {'' if line.number > 9 else ' '}", 1), flush=True)
 
     def finished(self, result: dict[str, Any]) -> None:
-        print(closing(result, self._path), flush=True)
+        print(closing(self._config, result, self._path), flush=True)
 
 
 class LiveProgress(Progress):
@@ -139,77 +142,46 @@ class LiveProgress(Progress):
         self.note(result["status"])
         self._live.update(self._render())
         self._live.stop()
-        self._console.print(closing(result, self._path), highlight=False)
+        self._console.print(closing(self._config, result, self._path), highlight=False)
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)
-        for name in COLUMNS:
+        rows = [_cells(line, score_names(self._config)) for line in self._lines[-SHOWN_ROUNDS:]]
+        for name in rows[0] if rows else ():
             table.add_column(name, justify="right")
-        for line in self._lines[-SHOWN_ROUNDS:]:
-            table.add_row(*_cells(line))
-        return Group(table, self._bar) if self._lines else Group(self._bar)
+        for row in rows:
+            table.add_row(*row.values())
+        return Group(table, self._bar) if rows else Group(self._bar)
 
 
-COLUMNS = (
-    "round",
-    "accuracy",
-    "macro-F1",
-    "loss",
-    "worst client",
-    "ε (worst client)",
-    "clients",
-    "seconds",
-    "overhead",
-)
-
-
-def _cells(line: RoundLine) -> list[str]:
-    scores = line.scores
-    return [
-        str(line.number),
-        f"{scores.accuracy:.4f}" if scores else "",
-        f"{scores.macro_f1:.4f}" if scores else "",
-        f"{scores.loss:.4f}" if scores else "",
-        "–" if line.worst_client is None else f"{line.worst_client:.4f}",
-        line.epsilon if isinstance(line.epsilon, str) else f"{line.epsilon:.3f}",
-        str(line.clients),
-        f"{line.seconds:.1f}",
-        f"{line.overhead:.2f}",
-    ]
+def _cells(line: RoundLine, scores: list[str]) -> dict[str, str]:
+    """Column → what a round shows in it."""
+    return {
+        "round": str(line.number),
+        **{name: f"{line.scores[name]:.4f}" if line.scores else "" for name in scores},
+        "worst client": "–" if line.worst_client is None else f"{line.worst_client:.4f}",
+        "ε (worst client)": shown_epsilon(line.epsilon),
+        "clients": str(line.clients),
+        "seconds": f"{line.seconds:.1f}",
+        "overhead": f"{line.overhead:.2f}",
+    }
 
 
 def headline(config: RunConfig, path: Path) -> str:
     """What is about to run, in two lines."""
-    privacy = config.privacy
-    if not config.private:
-        promise = "no DP"
-    elif privacy.epsilon is not None:
-        promise = f"ε = {privacy.epsilon:g} per client, example-level DP-SGD"
-    else:
-        promise = f"σ = {privacy.sigma:g}, example-level DP-SGD"
-    if config.private and privacy.noise == "seeded":
-        promise += " (seeded noise: reproducible, so not for real data)"
     return (
         f"fedlab: {config.strategy.name} on {config.data.source}, {config.population} clients, {config.run.rounds}"
-        f" rounds, {config.model.name}, LoRA rank {config.lora.rank}, {promise}\n{path}"
+        f" rounds, {config.model.name}, LoRA rank {config.lora.rank}, {promise.headline(config)}\n{path}"
     )
 
 
-def closing(result: dict[str, Any], path: Path) -> str:
+def closing(config: RunConfig, result: dict[str, Any], path: Path) -> str:
     """What came out, in a few lines."""
-    epsilon = result["epsilon"]
-    spent = epsilon if isinstance(epsilon, str) else f"ε = {epsilon:.3f} (maximum over clients)"
-    spread = result["client_accuracy"]
-    clients = (
-        ""
-        if spread["mean"] is None
-        else f"clients: mean {spread['mean']:.4f}, worst {spread['worst']:.4f}, std {spread['std']:.4f}\n"
-    )
-    accuracy = (
-        "not evaluated"
-        if result["accuracy"] is None
-        else f"accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}"
-    )
+    spent = promise.closing(config, result["epsilon"])
+    spread = result["client_scores"]
+    figures = ", ".join(f"{name} {shown(value)}" for name, value in spread.items())
+    clients = "" if spread["mean"] is None else f"clients' {result['primary']}: {figures}\n"
+    scores = ", ".join(f"{name} {shown(value)}" for name, value in (result["scores"] or {}).items())
     per_round = result["seconds_per_round"]
     overhead = (
         ""
@@ -220,10 +192,15 @@ def closing(result: dict[str, Any], path: Path) -> str:
         )
     )
     return (
-        f"{result['status']}: {accuracy}, {spent}\n{clients}{result['bytes_up'] / 1e6:.2f} MB up,"
+        f"{result['status']}: {scores or 'not evaluated'}, {spent}\n{clients}{result['bytes_up'] / 1e6:.2f} MB up,"
         f" {result['bytes_down'] / 1e6:.2f} MB down, {result['seconds']:.1f} s{overhead}\nadapter:"
         f" {path / 'adapter'}\nreport:  {path / 'report.html'}"
     )
+
+
+def shown(value: float | None) -> str:
+    """A score for people."""
+    return "–" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def make_progress(config: RunConfig, path: Path, quiet: bool) -> Progress:

@@ -12,6 +12,7 @@ computed.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from types import TracebackType
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from fedlab.errors import ConfigError
 from fedlab.models.loaded import LoadedModel
+from fedlab.models.watch import watching
 
 
 class PerExampleGradients:
@@ -42,17 +44,16 @@ class PerExampleGradients:
             weight, bias = self._layers.get(owner, (None, None))
             self._layers[owner] = (name, bias) if parameter is owner.weight else (weight, name)
         self._gradients: dict[str, Tensor] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._watch = ExitStack()
 
     def __enter__(self) -> PerExampleGradients:
-        self._handles = [layer.register_forward_hook(self._forward) for layer in self._layers]
+        self._watch.enter_context(watching({layer: layer for layer in self._layers}, self._forward))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._watch.close()
 
     def take(self) -> dict[str, Tensor]:
         """The gradients of the last backward pass; raises if a trained layer took no part in it (a silent no-op)."""
@@ -64,16 +65,16 @@ class PerExampleGradients:
             )
         return gradients
 
-    def _forward(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _forward(self, layer: nn.Linear, inputs: Tensor | None, output: Tensor) -> None:
         if not torch.is_grad_enabled():
             return
-        x = inputs[0].detach()
+        assert inputs is not None
+        x = inputs.detach()
         if not output.requires_grad:
             output.requires_grad_()
         output.register_hook(lambda gradient: self._backward(layer, x, gradient))
 
-    def _backward(self, layer: nn.Module, x: Tensor, gradient: Tensor) -> None:
-        assert isinstance(layer, nn.Linear)
+    def _backward(self, layer: nn.Linear, x: Tensor, gradient: Tensor) -> None:
         weight, bias = self._layers[layer]
         count = x.shape[0]
         x, gradient = x.reshape(count, -1, x.shape[-1]), gradient.reshape(count, -1, gradient.shape[-1])

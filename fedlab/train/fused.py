@@ -209,6 +209,27 @@ class WholeLayer:
         return cast(Tensor, _Whole.apply(x, self._tick, self, self._tensors[self.name_weight], bias))  # type: ignore[no-untyped-call]
 
 
+def unfusable(model: LoadedModel, trained: Iterable[str]) -> str | None:
+    """Why fused layers cannot train these tensors; None if they can."""
+    for owner, found in _head_layers(model, trained).items():
+        name = next(iter(found.values()))
+        if not isinstance(owner, nn.Linear):
+            return f"{name} belongs to a {type(owner).__name__}, not to a linear layer"
+        if found.keys() != {leaf for leaf, _ in owner.named_parameters(recurse=False)}:
+            return f"{name} is trained without the rest of its layer"
+    return None
+
+
+def _head_layers(model: LoadedModel, trained: Iterable[str]) -> dict[nn.Module, dict[str, str]]:
+    """Layers of the head that are trained → the names of their weight and bias."""
+    layers: dict[nn.Module, dict[str, str]] = {}
+    for name in sorted(n for n in trained if n.startswith("head.")):
+        owner = model.owners[name]
+        leaf = next(leaf for leaf, p in owner.named_parameters(recurse=False) if p is model.parameters[name])
+        layers.setdefault(owner, {})[leaf] = name
+    return layers
+
+
 class CohortLayers:
     """Context manager: while it is open the model's trained layers work with ``tensors``, name → [K, *shape] (a shared
     A: [r, n]).
@@ -232,20 +253,9 @@ class CohortLayers:
         for module in modules:
             adapted = AdaptedLayer(model, module, tensors, self._trained, self.rows, tick)
             self._stand_ins.append((adapted.layer, adapted))
-        heads: dict[nn.Module, dict[str, str]] = {}
-        for name in sorted(n for n in self._trained if n.startswith("head.")):
-            owner = model.owners[name]
-            if not isinstance(owner, nn.Linear):
-                raise ConfigError(
-                    f"{name} belongs to a {type(owner).__name__}: a cohort trains linear layers only; set"
-                    " run.cohort = 1"
-                )
-            heads.setdefault(owner, {})["weight" if model.parameters[name] is owner.weight else "bias"] = name
-        for owner, found in heads.items():
-            if found.keys() != {leaf for leaf, _ in owner.named_parameters(recurse=False)}:
-                raise ConfigError(
-                    f"{next(iter(found.values()))} is trained without the rest of its layer; set run.cohort = 1"
-                )
+        if reason := unfusable(model, self._trained):
+            raise ConfigError(f"{reason}; a shared pass cannot train it")
+        for owner, found in _head_layers(model, self._trained).items():
             self._stand_ins.append((owner, WholeLayer(found["weight"], found.get("bias"), tensors, self.rows, tick)))
 
     def __enter__(self) -> CohortLayers:

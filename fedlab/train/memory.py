@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedlab.config import RunConfig
+from fedlab.data.collate import probe_batch
 from fedlab.errors import ConfigError
 from fedlab.lora.state import BASIS, State, part_of
 from fedlab.models.blocks import find_blocks
@@ -99,7 +100,7 @@ def _activations(session: Session, state: State, names: list[str]) -> int:
 
     limits = (config.data.max_length, getattr(model.module.config, "max_position_embeddings", config.data.max_length))
     length = min(config.data.max_length, max(1, limits[1] - 2))  # some models count positions from beyond the padding
-    batch = {name: torch.ones(ROWS, length, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    batch = probe_batch(model.tokenizer, model.objective, ROWS, length)
     model.load(state)
     parts = {n: state[n][None].to(model.device) for n in state if n in names or ".lora_" in n}
     parts |= {n: state[n].to(model.device) for n in state if part_of(n) == BASIS}
@@ -108,7 +109,7 @@ def _activations(session: Session, state: State, names: list[str]) -> int:
         layers.rows.owner = torch.zeros(ROWS, dtype=torch.long, device=model.device)
         layers.rows.masks.keys = torch.zeros(ROWS, dtype=torch.int32, device=model.device)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.logits(batch).sum().backward()
+            model.objective.per_example_loss(model, batch).sum().backward()
         layers.take()
     whole = sum(kept.values()) // ROWS
     if not config.run.checkpointing:

@@ -26,9 +26,9 @@ from fedlab.config import RunConfig
 from fedlab.errors import FedlabError
 from fedlab.lora.state import part_of
 from fedlab.privacy.accounting import epsilon
-from fedlab.privacy.audit.bounds import Bound, lower_bounds
 from fedlab.seeds import random_stream
 from fedlab.session import Session, open_session, torch_threads
+from fedlab.trainer_audit.bounds import Bound, lower_bounds
 from fedlab.trainer_audit.mechanism import Findings, conformance
 from fedlab.trainer_audit.observation import (
     DEFAULT_PARTS,

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from fedlab.errors import FedlabError
-from fedlab.privacy.audit import laws
 from fedlab.seeds import random_stream
 from fedlab.session import Session
+from fedlab.trainer_audit import p_values
 from fedlab.trainer_audit.observation import (
     DEFAULT_PARTS,
     PREFIX,
@@ -274,7 +274,7 @@ def _many_steps(who: Subject, label: str, run: Observation, findings: list[str])
     if run.log.released:
         _gaussian(f"{label}, step by step", _by_tensor(who, np.stack(run.log.released)), std, findings)
     for name, squares in run.log.squares.items():
-        p = laws.variance_p(squares, run.log.elements[name], std)
+        p = p_values.variance_p(squares, run.log.elements[name], std)
         if p * len(run.log.squares) < ALARM:
             findings.append(
                 _sentence(f"{label}, inside privatise", name, math.sqrt(squares / run.log.elements[name]) / std, p)
@@ -293,11 +293,11 @@ def _many_steps(who: Subject, label: str, run: Observation, findings: list[str])
 def _gaussian(label: str, noise: dict[str, np.ndarray], std: float, findings: list[str]) -> None:
     """χ² per tensor against the claimed variance; one Kolmogorov–Smirnov test of the shape over all of them."""
     for name, value in noise.items():
-        p = laws.variance_p(float(np.square(value).sum()), value.size, std)
+        p = p_values.variance_p(float(np.square(value).sum()), value.size, std)
         if p * len(noise) < ALARM:
             findings.append(_sentence(label, name, float(np.sqrt(np.square(value).mean())) / std, p))
     everything = np.concatenate([value.ravel() for value in noise.values()])[:100_000] / std
-    if (p := laws.shape_p(everything)) < ALARM:
+    if (p := p_values.shape_p(everything)) < ALARM:
         findings.append(f"{label}: the noise is not N(0, (σC)²) (Kolmogorov–Smirnov, p = {p:.1g})")
 
 
@@ -350,7 +350,7 @@ def _correlation(who: Subject, runs: dict[str, Observation], findings: list[str]
 
 def _report(labels: list[str], r: np.ndarray, count: int, findings: list[str]) -> None:
     """Accuse the worst of many correlations over ``count`` elements."""
-    if (bad := np.flatnonzero(laws.correlation_p(r, count) * len(r) < ALARM)).size:
+    if (bad := np.flatnonzero(p_values.correlation_p(r, count) * len(r) < ALARM)).size:
         worst = int(bad[np.argmax(np.abs(r[bad]))])
         more = f" (and {bad.size - 1} more pairs)" if bad.size > 1 else ""
         findings.append(f"noise of {labels[worst]}{more} correlates: r = {r[worst]:.3f}")
@@ -372,7 +372,7 @@ def _sampler(runs: list[Observation], findings: list[str]) -> None:
         findings.append("no step was seen")
         return
     joined, steps, q = np.concatenate(batches), len(batches), event.q
-    if (p := laws.rate_p(len(joined), n * steps, q)) < ALARM:
+    if (p := p_values.rate_p(len(joined), n * steps, q)) < ALARM:
         findings.append(
             f"a record is read with probability {len(joined) / (n * steps):.4g}, accounted for as {q:.4g} (p = {p:.1g})"
         )
@@ -380,12 +380,12 @@ def _sampler(runs: list[Observation], findings: list[str]) -> None:
         ("how often a record is read", np.bincount(joined, minlength=n), steps),
         ("the number of records in a batch", np.array([len(batch) for batch in batches]), n),
     ):
-        ratio, p = laws.dispersion(counts, trials, q)
+        ratio, p = p_values.dispersion(counts, trials, q)
         if p < ALARM:
             findings.append(f"{label} varies {ratio:.3g} times as much as under Poisson sampling (p = {p:.1g})")
     drawn = np.stack([np.bincount(batch, minlength=n) for batch in batches])
     shared = (drawn @ drawn.T)[np.triu_indices(steps, 1)]  # records that two batches have in common: Bin(n, q²)
-    if shared.size and (p := laws.overlap_p(int(shared.max()), n, q) * shared.size) < ALARM:
+    if shared.size and (p := p_values.overlap_p(int(shared.max()), n, q) * shared.size) < ALARM:
         findings.append(
             f"two batches share {shared.max()} of {n} records, where {n * q * q:.3g} are expected (p = {p:.1g})"
         )

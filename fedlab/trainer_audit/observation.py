@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fedlab.config import RunConfig
@@ -42,6 +41,7 @@ from fedlab.session import Session
 from fedlab.train import trainer  # by module: what is run is whatever the module holds now
 from fedlab.train.dp import PerExampleGradients
 
+SHORT_TEXT = 2  # tokens of a record whose gradient is given
 PREFIX = 1024  # elements of each tensor that are kept per step; the returned update is kept whole
 DEFAULT_PARTS = ("lora_B", "head")
 
@@ -220,16 +220,10 @@ class _LoggedTokens(Tokens):
     """Tokens that write down which records go forward together."""
 
     def __init__(self, source: Tokens, records: Records, log: Log) -> None:
-        real = [slice(source.offsets[i], source.offsets[i + 1]) for i in records.real]
-        short = slice(source.offsets[records.text], source.offsets[records.text] + 2)
-        spans = [*real, *[short] * len(records.size)]
-        labels = np.concatenate([source.labels[records.real], np.full(len(records.size), source.labels[records.text])])
-        super().__init__(
-            np.concatenate([source.ids[span] for span in spans]),
-            np.cumsum([0, *(span.stop - span.start for span in spans)]).astype(np.int64),
-            labels,
-            None if source.types is None else np.concatenate([source.types[span] for span in spans]),
-        )
+        texts = np.concatenate([records.real, np.full(len(records.size), records.text)])
+        longest = np.concatenate([source.lengths(records.real), np.full(len(records.size), SHORT_TEXT)])
+        taken = source.take(texts, longest)
+        super().__init__(taken.ids, taken.offsets, taken.labels, taken.types, taken.label_offsets)
         object.__setattr__(self, "_log", log)
 
     def batch(self, indices: np.ndarray, pad_id: int) -> dict[str, Tensor]:
@@ -291,7 +285,7 @@ def observe(
     own = np.arange(records.count)
     tokens = _LoggedTokens(who.session.data.tokens, records, log)
     nobody = np.array([], dtype=np.int64)
-    data = FederatedData(tokens, Shards({client: own}, {client: nobody}, nobody), who.session.data.label_names)
+    data = FederatedData(tokens, Shards({client: own}, {client: nobody}, nobody))
     factory: Callable[..., PerExampleGradients] = partial(_Dictated, names_known=who.names, records=records, log=log)
     with _watch(who, log, plan.normaliser / lr):
         found = trainer.train_client(
@@ -338,7 +332,7 @@ def clipped_gradient(who: Subject, position: int, clip: float) -> tuple[dict[str
     parameters = [model.parameters[name].requires_grad_() for name in who.names]
     try:
         batch = tokens.batch(np.array([position]), model.tokenizer.pad_token_id)
-        loss = cross_entropy(model.logits(batch), batch["labels"].to(model.device))
+        (loss,) = model.objective.per_example_loss(model, batch)
         gradients = [gradient.double().cpu() for gradient in torch.autograd.grad(loss, parameters)]
     finally:
         model.module.requires_grad_(False)

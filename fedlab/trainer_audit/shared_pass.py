@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 
 from fedlab.errors import FedlabError
-from fedlab.seeds import stream_seed
-from fedlab.train.cohort import Member, train_cohort
-from fedlab.train.trainer import Trained, train_client
+from fedlab.seeds import torch_stream
+from fedlab.train.cohort import supports_fused, train_cohort
+from fedlab.train.local import LocalTraining, Trained
+from fedlab.train.trainer import train_client
 from fedlab.trainer_audit.observation import Subject
 
 CLIENTS = 3
@@ -31,34 +32,32 @@ def shared_pass(who: Subject) -> list[str]:
     """
     session, config = who.session, who.config
     others = [client for client in session.data.clients if client != who.client]
-    if config.train.gradients != "fused":
+    if config.train.gradients != "fused" or not supports_fused(who.model, who.names):
         return []
-    members = []
+    trainings = []
     for client in [who.client, *others[: CLIENTS - 1]]:
         plan = session.plan(client)
         assert plan is not None  # who.plan() would have raised
-        draws = torch.Generator().manual_seed(stream_seed(config.run.seed, "shared-pass", client) % 2**63)
+        draws = torch_stream(config.run.seed, "shared-pass", client)
         moved = {
             name: who.state[name] + SPREAD * torch.randn(who.state[name].shape, generator=draws) for name in who.names
         }
-        members.append(Member(client, who.state | moved, replace(plan, steps=STEPS, noise="seeded")))
-    lr = min(0.01 * m.plan.normaliser / m.plan.clip for m in members if m.plan)
+        trainings.append(LocalTraining(client, who.state | moved, replace(plan, steps=STEPS, noise="seeded")))
+    lr = min(0.01 * t.plan.normaliser / t.plan.clip for t in trainings if t.plan)
     config = config.model_copy(update={"train": config.train.model_copy(update={"lr": lr})})
-    found = train_cohort(who.model, session.data, members, who.names, config, 1)
+    found = train_cohort(who.model, session.data, trainings, who.names, config, 1)
     sentences = []
-    for m in members:
-        alone, mine = (
-            train_client(who.model, session.data, m.client, m.state, who.names, config, 1, m.plan),
-            found[m.client],
-        )
+    for t in trainings:
+        alone = train_client(who.model, session.data, t.client, t.state, who.names, config, 1, t.plan)
+        mine = found[t.client]
         if isinstance(mine, FedlabError):
-            sentences.append(f"{m.client} fails in a shared pass, and not alone: {mine}")
+            sentences.append(f"{t.client} fails in a shared pass, and not alone: {mine}")
         elif (gap := _gap(mine, alone)) > TOLERANCE:
             sentences.append(
-                f"{m.client} releases another update from a shared pass than alone (relative difference {gap:.2g})"
+                f"{t.client} releases another update from a shared pass than alone (relative difference {gap:.2g})"
             )
         elif mine.steps != alone.steps:
-            sentences.append(f"{m.client} takes {mine.steps} steps in a shared pass, {alone.steps} alone")
+            sentences.append(f"{t.client} takes {mine.steps} steps in a shared pass, {alone.steps} alone")
     return sentences
 
 

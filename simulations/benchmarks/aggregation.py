@@ -40,8 +40,7 @@ from fedlab.lora.average import client_weights
 from fedlab.lora.state import State
 from fedlab.lora.svd import orthonormal_rows, refactorize, refactorize_state
 from strategies import STRATEGIES
-from strategies.base import LoraStrategy
-from strategies.server.federation import Federation
+from strategies.base import Round, Strategy
 
 LAYER = {"q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096)}
 LAYER |= {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}  # m × n
@@ -125,11 +124,11 @@ def whole_set(
     total, part = [], []
     for number in range(args.layers + 1):  # the first warms up
         state, updates, weights = round_of(fedsvd, layer, args, generator)
-        averaged = ffa.aggregate(state, updates, weights, 1)
-        total.append(timed(lambda s=state, u=updates, w=weights: fedsvd.aggregate(s, u, w, 1)))
+        averaged = after_round(ffa, state, updates, weights)
+        total.append(timed(lambda s=state, u=updates, w=weights: after_round(fedsvd, s, u, w)))
         part.append(timed(lambda a=averaged: refactorize_state(a)))
         if number == 0:
-            both = refactorize_state(averaged), fedsvd.aggregate(state, updates, weights, 1)
+            both = refactorize_state(averaged), after_round(fedsvd, state, updates, weights)
             if not all(torch.equal(both[0][name], both[1][name]) for name in state):
                 raise RuntimeError(
                     "the mean and its refactorisation are not what FedSVD does: the parts timed are of something else"
@@ -181,18 +180,23 @@ def one_module(
     seconds: dict[str, list[float]] = {title: [] for title in made}
     for _ in range(args.repeats + 1):
         for title, each in made.items():
-            seconds[title].append(timed(lambda each=each, given=rounds[title]: each.aggregate(*given, 1)))
+            seconds[title].append(timed(lambda each=each, given=rounds[title]: after_round(each, *given)))
     return {title: spread(times[1:]) for title, times in seconds.items()}
 
 
-def strategy(name: str, rank: int, **options: str) -> LoraStrategy:
+def strategy(name: str, rank: int, **options: str) -> Strategy:
     text = f'[run]\nrounds=1\n[lora]\nrank={rank}\nalpha={rank}\n[train]\nlr=1\nsteps=1\n[strategy]\nname="{name}"\n'
     config = RunConfig.parse(text, [f"strategy.{key}={value}" for key, value in options.items()])
-    return STRATEGIES[name](config, Federation(config, {}, {}, []))
+    return STRATEGIES[name](config)
+
+
+def after_round(each: Strategy, state: State, updates: dict[str, State], weights: dict[str, float]) -> State:
+    """The state after the first round."""
+    return each.aggregate(state, each.init(state), updates, weights, Round(1))[0]
 
 
 def round_of(
-    each: LoraStrategy, layer: dict[str, tuple[int, int]], args: argparse.Namespace, generator: torch.Generator
+    each: Strategy, layer: dict[str, tuple[int, int]], args: argparse.Namespace, generator: torch.Generator
 ) -> tuple[State, dict[str, State], dict[str, float]]:
     """A state, every client's update of what the strategy trains, and unequal weights."""
     state: State = {}

@@ -47,7 +47,7 @@ class Mutation:
 STD = "self.sigma * self.clip"
 TAKE = "partial, norms = clipped_sum(hooks.take(), plan.clip)"
 PRIVATISE = "gradients = plan.privatise(total, noise)"
-NOISE_STREAM = 'stream(seed, "noise", client, round_number)'
+NOISE_STREAM = 'random_stream(seed, "noise", client, round_number)'
 DRAW = "self._rng.standard_normal(shape) * std"
 FACTORS = "return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))"
 
@@ -158,8 +158,8 @@ MUTATIONS = (
         "plan.privatise(total, noise)",
         f"plan.privatise(total, plan.noise_source({NOISE_STREAM}))",
     ),
-    _trainer("same noise every round", NOISE_STREAM, 'stream(seed, "noise", client)'),
-    _trainer("same noise for every client", NOISE_STREAM, 'stream(seed, "noise", round_number)'),
+    _trainer("same noise every round", NOISE_STREAM, 'random_stream(seed, "noise", client)'),
+    _trainer("same noise for every client", NOISE_STREAM, 'random_stream(seed, "noise", round_number)'),
     Mutation(
         "same noise in every tensor",
         (
@@ -194,7 +194,9 @@ MUTATIONS = (
         ),
     ),
     _trainer(
-        "same batches every round", 'stream(seed, "batches", client, round_number)', 'stream(seed, "batches", client)'
+        "same batches every round",
+        'random_stream(seed, "batches", client, round_number)',
+        'random_stream(seed, "batches", client)',
     ),
     _trainer("empty batches skipped", "enumerate(batches):\n", "enumerate(b for b in batches if len(b)):\n"),
     _trainer("twice the steps charged", "range(steps)", "range(2 * steps)"),

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
-
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
-from flwr.serverapp import Grid
 
 from fedlab.config import RunConfig
-from fedlab.config.clients import initial_ranks
-from fedlab.errors import PrivacyError, RunFailed
+from fedlab.errors import FedlabError
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.noise import SecureStream
+from fedlab.protocol.messages import ClientReply, RunReference
 from fedlab.seeds import client_order, random_stream
-from strategies.server.exchange import exchange
 
 
 @dataclass(frozen=True)
@@ -35,34 +29,6 @@ class ClientInfo:
     delta: float = math.nan
 
 
-@dataclass(frozen=True)
-class RunOrder:
-    """What every message of a run says beside its own business: which run, where simulated ledgers lie, which parts are
-    trained.
-    """
-
-    run: str
-    ledger: str
-    parts: list[str]
-    personal: str = ""  # directory where simulated clients keep what is theirs alone
-    basis: str = ""  # hash of what stays as it is during this task of a stream; "" if nothing does
-    bases: str = ""  # directory where simulated nodes keep it
-
-    def record(self, config: RunConfig, clients: list[str], **values: Any) -> ConfigRecord:
-        """The ``round`` record of one message to the node of these clients."""
-        common: dict[str, Any] = {
-            "config": config.to_toml(),
-            "clients": clients,
-            "run": self.run,
-            "ledger": self.ledger,
-            "parts": self.parts,
-            "personal": self.personal,
-            "basis": self.basis,
-            "bases": self.bases,
-        }
-        return ConfigRecord({**common, **values})
-
-
 @dataclass
 class Federation:
     """The clients of a run and how often each took part."""
@@ -71,77 +37,26 @@ class Federation:
     clients: dict[str, ClientInfo]
     hosts: dict[str, int]  # client → the one node that hosts it; empty in a simulation
     nodes: list[int]
-    order: RunOrder = field(default_factory=lambda: RunOrder("", "", []))
+    run: RunReference = field(default_factory=lambda: RunReference("", "", ()))  # what every request names
     mirror: LedgerMirror | None = None  # what is known of the clients' ledgers; None if they keep none
     refused: dict[str, str] = field(default_factory=dict)  # client → why it takes part no more
     participations: Counter[str] = field(default_factory=Counter)
-    ranks: dict[str, int] = field(
-        default_factory=dict
-    )  # client → rank of its adapter; lora.rank unless clients.rank or pruning says less
-
     max_clients_per_pass: int = 0  # clients of a pass that fit into memory; 0: as many as the configuration says
 
-    @classmethod
-    def discover(
-        cls,
-        grid: Grid,
-        config: RunConfig,
-        order: RunOrder,
-        mirror: LedgerMirror | None,
-        clients: list[str],
-        meanwhile: Callable[[], object] = lambda: None,
-        basis: ArrayRecord | None = None,
-    ) -> Federation:
-        """Ask every node which clients it hosts, and let the clients declare sizes, privacy plans and ledgers.
+    def take_lines(self, reply: ClientReply, problems: dict[str, str]) -> bool:
+        """Enter the new lines of a client's ledger; whether they were. A broken chain is a problem of its client."""
+        if self.mirror is None or reply.lines is None:
+            return False
+        try:
+            self.mirror.accept(reply.client, reply.lines)
+        except FedlabError as error:
+            problems[reply.client] = str(error)
+            return False
+        return True
 
-        ``clients`` are the ids of all clients of a simulation, in client order. ``basis`` goes along, once for the
-        whole task of a stream. ``meanwhile`` runs between asking and collecting.
-        Raises RunFailed if a node fails or does not answer, PrivacyError if the clients that refuse leave too few.
-        """
-        nodes = sorted(grid.get_node_ids())
-        along = {"basis": basis} if basis is not None else {}
-        messages = [
-            Message(
-                RecordDict({"round": order.record(config, clients[i :: len(nodes)]), **along}),
-                node,
-                f"{MessageType.QUERY}.describe",
-            )
-            for i, node in enumerate(nodes)
-        ]
-        found = cls(config, {}, {}, nodes, order, mirror, ranks=initial_ranks(config, clients))
-        answered = 0
-        for reply in exchange(grid, messages, config.run.timeout, meanwhile=meanwhile):
-            if reply.has_error():
-                raise RunFailed(f"a node could not prepare the run: {reply.error.reason}")
-            answer: Any = reply.content.config_records["clients"]  # per-client lists
-            answered += 1
-            for i, client in enumerate(answer["ids"]):
-                found._admit(str(client), {key: values[i] for key, values in answer.items() if key != "pinned"})
-                if answer["pinned"]:
-                    found.hosts[str(client)] = reply.metadata.src_node_id
-        if answered < len(nodes):
-            raise RunFailed(
-                f"{len(nodes) - answered} of {len(nodes)} nodes did not answer in {config.run.timeout:.0f} s"
-            )
-        found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
-        if mirror is not None:
-            mirror.start(config.privacy.unit)
-        return found
-
-    def _admit(self, client: str, row: dict[str, Any]) -> None:
-        """Enter one client's declaration; a client that refuses, or whose ledger is not what it was, is known but never
-        drawn.
-        """
-        event = Event(row["sampler"], row["q"], row["sigma"], row["steps"]) if row["sampler"] != "none" else None
-        self.clients[client] = ClientInfo(row["examples"], event, row["delta"])
-        problem = row["refusals"]
-        if self.mirror is not None and row["keys"]:
-            try:
-                self.mirror.enrol(client, row["keys"], row["lines"])
-            except PrivacyError as error:
-                problem = str(error)
-        if problem:
-            self.refused[client] = problem
+    def known(self, client: str) -> int:
+        """Lines of a client's ledger that it need not send again."""
+        return self.mirror.known(client) if self.mirror else 0
 
     @property
     def eligible(self) -> list[str]:

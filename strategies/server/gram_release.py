@@ -5,158 +5,184 @@ clear.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedlab.config import RunConfig
+from fedlab.config.tasks import Gram
 from fedlab.continual.input_grams import input_groups
-from fedlab.continual.sketch import from_fixed, side
-from fedlab.errors import FedlabError, RunFailed
-from fedlab.lora.state import nbytes, write_state
-from fedlab.privacy.accounting import Event
+from fedlab.continual.sketch import from_fixed
+from fedlab.errors import RunFailed
+from fedlab.lora.state import State, nbytes, to_wire, write_state
+from fedlab.models.loaded import LoadedModel
+from fedlab.privacy.gram_plan import gram_event
+from fedlab.privacy.release import GRAM
 from fedlab.privacy.secure_sum.masking import add
-from strategies.server.exchange import exchange
-from strategies.server.records import to_record
-
-if TYPE_CHECKING:
-    from strategies.server.loop import Rounds
+from fedlab.protocol import ProtocolError
+from fedlab.protocol.checks import check_arrays, wire_bytes
+from fedlab.protocol.messages import ClientOrder, GramReply, GramRequest, KeysReply, KeysRequest
+from strategies.server.accounts import Accounts
+from strategies.server.exchange import ask
+from strategies.server.federation import Federation
 
 logger = logging.getLogger("fedlab")
 RELEASED = "released.safetensors"  # the sums that were released at a task's end, and what they cost to send
 TRAFFIC = ("bytes_up", "bytes_down")
 ATTEMPTS = 3  # at a masked sum
+Shapes = dict[str, tuple[int, ...]]
 
 
-def collect_grams(rounds: Rounds) -> dict[str, Tensor]:
-    """module → Σ over clients of the Gram matrices of its inputs. Kept with the run: released once, also if the run is
-    cut off.
+@dataclass(frozen=True)
+class GramRelease:
+    """What the release at a task's end needs of the run.
+
+    Attributes:
+        grid: carries the messages.
+        config: of the run.
+        settings: noise, clip, and how few clients a sum may be of.
+        federation: who is there.
+        accounts: what the release costs whom.
+        travelling: the state that clients look at their inputs with.
+    """
+
+    grid: Grid
+    config: RunConfig
+    settings: Gram
+    federation: Federation
+    accounts: Accounts
+    travelling: State
+
+
+def collect_grams(
+    release: GramRelease, directory: Path, model: LoadedModel
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """module → Σ over clients of the Gram matrices of its inputs; and the bytes that it cost.
+
+    Kept in the run's ``directory``: released once, also if the run is cut off.
 
     Under DP, and where sums may be seen in the clear, whoever fails is left out and named. A masked sum that lacks
     somebody is noise: it is asked for again, from the same clients, since the difference of two sums would show who is
     in one of them alone. Raises RunFailed if too few are left, or a masked sum cannot be completed.
     """
-    kept = rounds.directory.path / RELEASED
+    kept, groups = directory / RELEASED, input_groups(model)
     if not kept.is_file():
         traffic = dict.fromkeys(TRAFFIC, 0)
-        sums = _collect(rounds, traffic)
+        sums = _collect(release, _shapes(model, groups.values()), traffic)
         write_state(kept, sums | {name: torch.tensor(value) for name, value in traffic.items()})
     found: dict[str, Tensor] = load_file(str(kept))
-    for name in TRAFFIC:
-        rounds.totals[name] += int(found.pop(name))
-    return {module: found[leader] for module, leader in input_groups(rounds.session.model).items()}
+    traffic = {name: int(found.pop(name)) for name in TRAFFIC}
+    return {module: found[leader] for module, leader in groups.items()}, traffic
 
 
-def _collect(rounds: Rounds, traffic: dict[str, int]) -> dict[str, Tensor]:
+def _collect(release: GramRelease, shapes: Shapes, traffic: dict[str, int]) -> dict[str, Tensor]:
     """First module of a group that shares its input → the sum."""
-    settings = rounds.config.gram
-    assert settings is not None
-    rounds.progress.note("learning which inputs the task used")
-    clients = [client for client in rounds.federation.clients if client not in rounds.federation.refused]
-    hidden = not rounds.config.private and not settings.clear
+    settings, federation = release.settings, release.federation
+    clients = [client for client in federation.clients if client not in federation.refused]
+    hidden = not release.config.private and not settings.clear
     least = settings.min_clients if hidden else 1
     for attempt in range(ATTEMPTS if hidden else 1):
-        keys = _keys(rounds, clients) if hidden else {}
+        keys = _keys(release, clients) if hidden else {}
         if hidden and attempt == 0:  # who has no key was in no sum yet and may stay out
             clients = [client for client in clients if client in keys]
         if len(clients) < least or (hidden and len(keys) < len(clients)):
             break
-        total, given = _ask(rounds, clients, keys, attempt, traffic)
+        total, given = _ask(release, shapes, clients, keys, attempt, traffic)
         if len(given) >= least and (not hidden or set(given) == set(clients)):
             return from_fixed(total)
         if not hidden:
             clients = given
-    hint = (
-        "; a masked sum needs all clients of its first try: resume when they are back, or set strategy.gram.clear"
-        if hidden
-        else ""
-    )
+    hint = "; a masked sum needs all clients of its first try: resume when they are back, or set strategy.gram.clear"
     raise RunFailed(
         f"{len(clients)} clients were to release what inputs they used, at least {least} must; see the log for what"
-        f" failed{hint}"
+        f" failed{hint if hidden else ''}"
     )
 
 
-def _keys(rounds: Rounds, clients: list[str]) -> dict[str, str]:
+def _keys(release: GramRelease, clients: list[str]) -> dict[str, str]:
     """client → fresh public key, of those who answer."""
-    cohorts = rounds.federation.cohorts(clients)
-    messages = [
-        Message(
-            RecordDict({"round": rounds.federation.order.record(rounds.config, cohort)}),
-            node,
-            f"{MessageType.QUERY}.keys",
-        )
-        for node, cohort in cohorts.items()
-    ]
-    found: dict[str, str] = {}
-    for reply in exchange(rounds.grid, messages, rounds.config.run.timeout):
-        if not reply.has_error():
-            record = reply.content.config_records["keys"]
-            own = dict(zip(cast(list[str], record["ids"]), cast(list[str], record["public"]), strict=True))
-            found |= {
-                client: key for client, key in own.items() if client in cohorts.get(reply.metadata.src_node_id, [])
-            }
-    return found
+    cohorts = release.federation.cohorts(clients)
+    requests = {node: KeysRequest(release.federation.run, tuple(cohort)) for node, cohort in cohorts.items()}
+    answers = ask(release.grid, "keys", requests, KeysReply, release.config.run.timeout)
+    return {
+        client: key
+        for node, reply in answers.replies.items()
+        for client, key in reply.keys.items()
+        if client in cohorts[node]
+    }
 
 
 def _ask(
-    rounds: Rounds, clients: list[str], keys: Mapping[str, str], attempt: int, traffic: dict[str, int]
+    release: GramRelease,
+    shapes: Shapes,
+    clients: list[str],
+    keys: Mapping[str, str],
+    attempt: int,
+    traffic: dict[str, int],
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The sum in fixed point, and who is in it. Whoever is asked counts as charged until its ledger is seen."""
-    federation, config = rounds.federation, rounds.config
+    federation, config, travelling = release.federation, release.config, release.travelling
     cohorts = federation.cohorts(clients)
-    travelling = rounds.strategy.travelling(rounds.state)
-    state = to_record(travelling, "float32")
     traffic["bytes_down"] += len(clients) * nbytes(travelling)
-    if config.private and config.gram is not None:
-        rounds.accounts.expect(clients, Event("full", 1.0, config.gram.sigma, 1))
-    peers = {"peers": list(keys), "public": list(keys.values()), "attempt": attempt, "wire_dtype": "float32"}
-    messages = []
-    for node, cohort in cohorts.items():
-        known = [federation.mirror.known(client) if federation.mirror else 0 for client in cohort]
-        order = federation.order.record(config, cohort, known=known, **peers)
-        messages.append(Message(RecordDict({"state": state, "round": order}), node, f"{MessageType.QUERY}.gram"))
-    total: dict[str, np.ndarray] = {}
-    given: list[str] = []
-    for reply in exchange(rounds.grid, messages, config.run.timeout):
-        cohort = cohorts.pop(reply.metadata.src_node_id, [])
-        if reply.has_error():
-            logger.warning("%s gave no Gram matrices: node failed: %s", ", ".join(cohort), reply.error.reason)
+    if config.private:
+        release.accounts.expect(clients, gram_event(release.settings))
+    arrays, total, given = to_wire(travelling), dict[str, np.ndarray](), list[str]()
+    requests = {
+        node: GramRequest(
+            federation.run,
+            tuple(ClientOrder(client, federation.known(client), 1) for client in cohort),
+            dict(keys),
+            attempt,
+            arrays,
+        )
+        for node, cohort in cohorts.items()
+    }
+    most = dict.fromkeys(requests, wire_bytes(shapes, "int64"))
+    answers = ask(release.grid, "gram", requests, GramReply, config.run.timeout, most)
+    for node, reason in answers.failed.items():
+        logger.warning("%s gave no Gram matrices: %s", ", ".join(cohorts[node]), reason)
+    for node, reply in answers.replies.items():
+        mine = _members(release, cohorts[node], reply)
+        if not mine:
             continue
         try:
-            mine = _lines(rounds, cohort, reply.content)
-            sums = _sums(reply.content.array_records["grams"], total)
-            total = add(total, sums)
-            given += mine
-            traffic["bytes_up"] += len(mine) * sum(value.nbytes for value in sums.values())
-        except (KeyError, TypeError, ValueError, FedlabError) as error:
-            logger.warning("%s gave no Gram matrices: %s: %s", ", ".join(cohort), type(error).__name__, error)
+            if reply.sum is None:
+                raise ProtocolError(GRAM, "is missing")
+            check_arrays(reply.sum, shapes, "int64", "")
+        except ProtocolError as error:
+            logger.warning("%s gave no Gram matrices: %s", ", ".join(cohorts[node]), error)
+            continue
+        total = add(total, reply.sum.arrays)
+        given += mine
+        traffic["bytes_up"] += len(mine) * sum(value.nbytes for value in reply.sum.arrays.values())
     return total, given
 
 
-def _lines(rounds: Rounds, cohort: list[str], content: RecordDict) -> list[str]:
+def _shapes(model: LoadedModel, leaders: Iterable[str]) -> Shapes:
+    """What comes back: the upper triangle [n(n+1)/2] of each distinct input's Gram matrix."""
+    widths = {leader: model.parameters[f"{leader}.lora_A"].shape[1] for leader in leaders}
+    return {leader: (n * (n + 1) // 2,) for leader, n in widths.items()}
+
+
+def _members(release: GramRelease, cohort: list[str], reply: GramReply) -> list[str]:
     """Enter the ledgers' new lines; returns the clients whose matrices are in the node's sum."""
-    charges, failures = content.config_records["charges"], content.config_records["failures"]
-    for client, text in zip(cast(list[str], charges["ids"]), cast(list[str], charges["lines"]), strict=True):
-        if client in cohort and rounds.federation.mirror is not None:
-            rounds.federation.mirror.accept(client, text)
-            rounds.accounts.see([client])
-    for client, reason in zip(cast(list[str], failures["ids"]), cast(list[str], failures["reasons"]), strict=True):
+    inside, problems = [], dict[str, str]()
+    for mine in reply.clients:
+        if mine.client not in cohort:
+            continue
+        if mine.failure is not None:
+            problems[mine.client] = mine.failure.reason
+        elif mine.client not in problems:
+            inside.append(mine.client)
+        if release.federation.take_lines(mine, problems):
+            release.accounts.see([mine.client])
+    for client, reason in problems.items():
         logger.warning("%s gave no Gram matrices: %s", client, reason)
-    return [client for client in cast(list[str], content.config_records["clients"]["ids"]) if client in cohort]
-
-
-def _sums(record: ArrayRecord, like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A node's sum, checked. Raises ValueError for what cannot be added to the others'."""
-    values = {name: array.numpy() for name, array in record.items()}
-    for name, value in values.items():
-        if value.dtype != np.int64 or value.ndim != 1:
-            raise ValueError(f"the Gram matrix of {name} came as {value.dtype} {value.shape}")
-        side(len(value))
-    if like and {n: v.shape for n, v in like.items()} != {n: v.shape for n, v in values.items()}:
-        raise ValueError("it released other matrices than the others")
-    return values
+    unproven = [client for client in inside if client in problems]
+    return [] if unproven else inside  # a sum cannot be rid of one of its terms

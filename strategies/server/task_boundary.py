@@ -1,6 +1,6 @@
-"""One task of a stream on the server: what its run starts from, and what it leaves to the next.
+"""The end of a task of a stream on the server: what it leaves to the next.
 
-At the end of a task, after its last round: every task's texts are scored (a row of the accuracy matrix), what was
+At the end of a task, after its last round: every task's texts are scored (a row of the matrix of scores), what was
 learnt is merged, the inputs that were used are protected (a release of their own, ``clients.gram``), and
 ``memory.safetensors`` and ``task.json`` are written. The sums that clients released are kept first, so that nothing is
 released again if the run is cut off in between.
@@ -12,49 +12,24 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fedlab.config import RunConfig
 from fedlab.continual.metrics import worst_share
 from fedlab.continual.subspace import complement, leak
 from fedlab.errors import ConfigError
-from fedlab.evaluate.classification import classify
+from fedlab.evaluate import higher_is_better, primary_name, primary_score
 from fedlab.lora.state import BASIS, State, modules, nbytes, outer_b, part_of, write_state
-from fedlab.models.adapters import initial_state
 from fedlab.session import Session, torch_threads
-from strategies.base import LoraStrategy
-from strategies.continual import PROTECTED
-from strategies.server.gram_release import collect_grams
+from strategies.server.gram_release import GramRelease, collect_grams
+from strategies.server.loop import Rounds
+from strategies.server.task_start import MEMORY, first_state
+from strategies.stream import PROTECTED
 
-if TYPE_CHECKING:
-    from strategies.server.loop import Rounds
-
-MEMORY, TASK = "memory.safetensors", "task.json"
-
-
-def first_state(config: RunConfig, strategy: type[LoraStrategy], session: Session) -> tuple[State, dict[str, Tensor]]:
-    """The state that the run starts from, and what the task before left (nothing for the first, or
-    without a stream).
-    """
-    fresh = initial_state(session.model, config.lora, config.run.seed)
-    if config.stage is None:
-        return fresh, {}
-    memory: dict[str, Tensor] = {}
-    if config.stage.previous is not None:
-        path = Path(config.stage.previous) / MEMORY
-        if not path.is_file():
-            raise ConfigError(
-                f"stage.previous = {config.stage.previous!r} has no {MEMORY}: that task is not finished; resume it"
-                " first"
-            )
-        memory = load_file(str(path))
-    with torch_threads(1):  # bases must not depend on the number of cores
-        return strategy.begin_task(config, fresh, memory, session.model, config.stage.task), memory
+TASK = "task.json"
 
 
 def end_stage(rounds: Rounds, status: str) -> None:
@@ -67,13 +42,12 @@ def end_stage(rounds: Rounds, status: str) -> None:
         return
     rounds.progress.note("scoring every task")
     scores = score_tasks(rounds.session, rounds.state, config)
-    if stage.task == 0 and config.stream.heads == "shared":  # what forward transfer is measured from
-        scores["before"] = score_tasks(
-            rounds.session, first_state(config, type(rounds.strategy), rounds.session)[0], config
-        )["accuracy"]
+    if stage.task == 0 and not rounds.session.model.objective.groups:  # what forward transfer is measured from
+        start, _ = first_state(config, rounds.strategy, rounds.session)
+        scores["before"] = score_tasks(rounds.session, start, config)["pooled"]
     started = time.perf_counter()
     last = stage.task == len(config.tasks) - 1 or config.stream.joint or status == "budget-exhausted"
-    grams = {} if last or config.gram is None else collect_grams(rounds)
+    grams = {} if last or not rounds.strategy.reads_inputs else _grams(rounds)
     with torch_threads(1):
         memory = rounds.strategy.end_task(rounds.state, rounds.memory, grams)
     write_state(rounds.directory.path / MEMORY, memory)
@@ -94,31 +68,54 @@ def end_stage(rounds: Rounds, status: str) -> None:
     )
 
 
+def _grams(rounds: Rounds) -> dict[str, Tensor]:
+    """module → the sum of its inputs' Gram matrices over clients, which is released now; its traffic is added up."""
+    if rounds.config.gram is None:
+        raise ConfigError("strategy.gram is not in the configuration: start the run with fedlab simulate")
+    rounds.progress.note("learning which inputs the task used")
+    release = GramRelease(
+        rounds.grid,
+        rounds.config,
+        rounds.config.gram,
+        rounds.federation,
+        rounds.accounts,
+        rounds.strategy.travelling(rounds.state),
+    )
+    grams, traffic = collect_grams(release, rounds.directory.path, rounds.session.model)
+    for name, count in traffic.items():
+        rounds.totals[name] += count
+    return grams
+
+
 def score_tasks(session: Session, state: State, config: RunConfig) -> dict[str, Any]:
-    """Accuracy on every task's held-out texts, pooled and per client; NaN for tasks whose head was not trained yet."""
+    """Primary score on every task's held-out texts, pooled and per client; NaN for tasks whose head was not trained
+    yet.
+    """
     assert config.stage is not None
+    own_heads = bool(session.model.objective.groups)
     pooled: list[float] = []
     clients: list[dict[str, float]] = []
     with torch_threads(os.cpu_count() or 1):
         session.model.load(state)
         for task in range(len(config.tasks)):
-            if task > config.stage.task and config.stream.heads == "own" and not config.stream.joint:
+            if task > config.stage.task and own_heads and not config.stream.joint:
                 pooled.append(math.nan)
                 clients.append({})
                 continue
-            data, size = session.data.at(task), config.evaluate.batch_size
-            pooled.append(classify(session.model, data, data.test, size).accuracy)
+            data = session.data.at(task)
+            pooled.append(primary_score(session.model, data, data.test, config))
             each = config.evaluate.clients != "never"
             clients.append(
-                {c: classify(session.model, data, data.local_test(c), size).accuracy for c in data.clients}
+                {c: primary_score(session.model, data, data.local_test(c), config) for c in data.clients}
                 if each
                 else {}
             )
+    higher = higher_is_better(config)
     spread = [
-        {"mean": float(np.nanmean(list(own.values()))), "worst_tenth": worst_share(own.values())} if own else {}
+        {"mean": float(np.nanmean(list(own.values()))), "worst_tenth": worst_share(own.values(), higher)} if own else {}
         for own in clients
     ]
-    return {"accuracy": pooled, "clients": clients, "spread": spread}
+    return {"primary": primary_name(config), "pooled": pooled, "clients": clients, "spread": spread}
 
 
 def orthogonality(state: State, memory: Mapping[str, Tensor]) -> float | None:

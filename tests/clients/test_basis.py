@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, RecordDict
 
-from clients.basis import bases_directory, held, keep
+from clients.basis import held, keep
 from fedlab.errors import FedlabError
 
 
@@ -35,10 +34,3 @@ def test_a_basis_that_was_changed_is_refused(tmp_path: Path):
     (tmp_path / f"{other}.safetensors").replace(tmp_path / f"{name}.safetensors")
     with pytest.raises(FedlabError, match="does not hold the basis"):
         held(tmp_path, name)
-
-
-def test_a_node_of_one_client_keeps_bases_where_its_owner_says(tmp_path: Path):
-    order = ConfigRecord({"bases": "/nowhere"})
-    own = Context(1, 1, {"client": "client-0", "bases": str(tmp_path)}, RecordDict(), {})
-    assert bases_directory(order, own) == tmp_path
-    assert bases_directory(order, Context(1, 1, {}, RecordDict(), {})) == Path("/nowhere")

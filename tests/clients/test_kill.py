@@ -1,6 +1,6 @@
 """SIGKILL at every point of charge → train → commit → release: never less recorded than released.
 
-A forked child runs the real ``train_message`` for two rounds on real data; the n-th system call or training step it
+A forked child runs the real ``answer_train`` for two rounds on real data; the n-th system call or training step it
 passes kills it (before it, after it, or half-way through a write). What the outside world got is a file that the child
 appends to once a reply is complete.
 """
@@ -10,22 +10,23 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
-from clients.account import ClientAccount, code_versions
-from clients.train import train_message
+from clients.account import ClientAccount
+from clients.node import Node
+from clients.train import answer_train
 from fedlab.config import RunConfig
-from fedlab.lora.state import digest
-from fedlab.models.adapters import initial_state
+from fedlab.lora.state import digest, from_wire
 from fedlab.privacy.accounting import epsilon
 from fedlab.privacy.ledger.keys import load_or_create_key
 from fedlab.privacy.ledger.ledger import Ledger, check_chain, events, parse_lines
 from fedlab.privacy.plan import DPPlan
+from fedlab.protocol.messages import TrainRequest
 from fedlab.session import Session, open_session
 
 
@@ -66,40 +67,17 @@ class Killer:
         return wrapped
 
 
-def message(session: Session, cohort: list[str], ledgers: Path, number: int) -> tuple[RecordDict, Context]:
-    state = initial_state(session.model, session.config.lora, 0)
-    trained = [name for name in state if not name.endswith("lora_A")]
-    order = {"round": number, "trained": trained, "wire_dtype": "float32", "clients": cohort}
-    order |= {
-        "known": [0] * len(cohort),
-        "ranks": [session.config.lora.rank] * len(cohort),
-        "keep": [],
-        "groups": [len(cohort)],
-        "personal": "",
-    }
-    run = {"run": "a" * 32, "ledger": str(ledgers), "parts": ["head", "lora_B"], "config": session.config.to_toml()}
-    arrays = ArrayRecord({name: Array(value.numpy()) for name, value in state.items()})
-    return RecordDict({"state": arrays, "round": ConfigRecord({**order, **run})}), Context(1, 1, {}, RecordDict(), {})
-
-
-def cycle(session: Session, cohort: list[str], ledgers: Path, released: Path, killer: Killer) -> None:
+def cycle(node: Node, request: TrainRequest, released: Path, killer: Killer) -> None:
     """Two rounds in this process; what a server would have received is a line in ``released``."""
     os.write, os.fsync = killer.torn(os.write), killer.around(os.fsync)  # type: ignore[assignment]
     DPPlan.privatise = killer.around(DPPlan.privatise)  # type: ignore[method-assign]
     send = killer.around(lambda text: released.open("a").write(text))
     for number in (1, 2):
-        content, context = message(session, cohort, ledgers, number)
-        reply = train_message(session, cohort, content, context)
-        arrays = reply.array_records["updates"]
         text = ""
-        for client in cohort:
-            update = {
-                k.partition("/")[2]: torch.from_numpy(v.numpy().copy())
-                for k, v in arrays.items()
-                if k.startswith(f"{client}/")
-            }
-            assert update, reply.config_records["failures"]
-            text += f"{client} {digest(update)}\n"
+        for reply in answer_train(node, replace(request, round=number)).clients:
+            update = reply.release("update")
+            assert update is not None, reply.failure
+            text += f"{reply.client} {digest(from_wire(update.arrays))}\n"
         send(text)
 
 
@@ -122,7 +100,9 @@ def session(tiny_toml: str) -> Session:
 
 
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["alone", "in one pass"])
-def test_a_kill_anywhere_never_leaves_less_recorded_than_released(size: int, session: Session, tmp_path: Path):
+def test_a_kill_anywhere_never_leaves_less_recorded_than_released(
+    size: int, session: Session, tmp_path: Path, helpers: Any
+):
     cohort = [f"client-{i}" for i in range(size)]
     points, finished = 0, False
     while not finished:
@@ -130,14 +110,12 @@ def test_a_kill_anywhere_never_leaves_less_recorded_than_released(size: int, ses
         folder = tmp_path / str(points)
         folder.mkdir()
         released = folder / "released"
-        content, context = message(session, cohort, folder, 1)
-        order = content.config_records["round"]
+        node, request = helpers.simulated_node(session, folder), helpers.train_request(session, cohort)
         for client in cohort:
-            account = ClientAccount(session, client, order, context)
-            account.guard.plan(account.terms, code_versions())
+            ClientAccount(session, node.owners.one(client), helpers.RUN, request.run.parts).sign()
         status = in_child(
-            lambda folder=folder, released=released, fatal=points: cycle(
-                session, cohort, folder, released, Killer(fatal)
+            lambda node=node, request=request, released=released, fatal=points: cycle(
+                node, request, released, Killer(fatal)
             )
         )
         assert status in (0, -signal.SIGKILL), f"point {points}: the child failed by itself"
@@ -147,7 +125,7 @@ def test_a_kill_anywhere_never_leaves_less_recorded_than_released(size: int, ses
         for client in cohort:
             plan, sent = session.plan(client), [out for name, out in lines if name == client]
             assert plan is not None
-            account = ClientAccount(session, client, order, context)
+            account = ClientAccount(session, node.owners.one(client), helpers.RUN, request.run.parts)
             key = load_or_create_key(folder / "keys" / f"{client}.pem")
             reopened = Ledger(folder / f"{client}.jsonl", client, account.guard.ledger.dataset, key)
             with reopened.locked():  # the dead process' lock is gone, and a torn line with it

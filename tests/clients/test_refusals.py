@@ -3,115 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import clients.train
-from clients.account import ClientAccount, code_versions
-from clients.train import train_message
+from clients.account import ClientAccount
+from clients.evaluate import answer_evaluate
+from clients.owner import SingleOwner, owners_of
+from clients.train import answer_train
 from fedlab.config import RunConfig
-from fedlab.errors import FedlabError
+from fedlab.errors import FedlabError, PrivacyError
 from fedlab.models.adapters import initial_state
 from fedlab.privacy.ledger.ledger import parse_lines
+from fedlab.protocol.messages import ClientOrder, ClientReply, EvaluateRequest
 from fedlab.session import open_session
 
-Change = Callable[[dict], None]
+
+@dataclass
+class Asked:
+    """What a client answered, and for whom anything was trained."""
+
+    reply: ClientReply
+    trained: list[str]
+
+    @property
+    def reason(self) -> str:
+        assert self.reply.failure is not None
+        return self.reply.failure.reason
 
 
 @pytest.fixture
-def ask(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RecordDict]:
+def ask(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helpers: Any) -> Callable[..., Asked]:
     """Sign a plan under ``tiny_toml``, then ask for a round under other settings."""
     trained: list[str] = []
-    real = clients.train.train_client
-    monkeypatch.setattr(clients.train, "train_client", lambda *a, **k: trained.append(a[2]) or real(*a, **k))
-    node = {"client": "client-0", "ledger": str(tmp_path)}
+    real = clients.train.train_cohort
+    monkeypatch.setattr(
+        clients.train, "train_cohort", lambda *a, **k: trained.extend(m.client for m in a[2]) or real(*a, **k)
+    )
 
-    def order(config: RunConfig, **values: object) -> ConfigRecord:
-        common = {
-            "clients": ["client-0"],
-            "config": config.to_toml(),
-            "run": "a" * 32,
-            "ledger": "/server/says",
-            "parts": ["head", "lora_B"],
-        }
-        return ConfigRecord(
-            {
-                **common,
-                "round": 1,
-                "wire_dtype": "float32",
-                "known": [0],
-                "keep": [],
-                "groups": [1],
-                "personal": "",
-                **values,
-            }
-        )
-
-    def run(*overrides: str, budget: float | None = None, **values: object) -> RecordDict:
-        signed = RunConfig.parse(tiny_toml)
-        context = Context(1, 1, node | ({"budget-epsilon": budget} if budget else {}), RecordDict(), {})
-        account = ClientAccount(open_session(signed.to_toml()), "client-0", order(signed), context)
-        account.guard.plan(account.terms, code_versions())
+    def run(*overrides: str, budget: float | None = None, **changes: object) -> Asked:
+        signed = open_session(RunConfig.parse(tiny_toml).to_toml())
+        account = ClientAccount(signed, helpers.owner_at(tmp_path, budget=budget), helpers.RUN, ("head", "lora_B"))
+        account.sign()
         asked = open_session(RunConfig.parse(tiny_toml, overrides).to_toml())
-        state = initial_state(asked.model, asked.config.lora, 0)
-        names = [name for name in state if not name.endswith("lora_A")]
-        content = {"state": ArrayRecord({n: Array(v.numpy()) for n, v in state.items()})}
-        record = order(asked.config, **{"trained": names, "ranks": [asked.config.lora.rank], **values})
-        reply = train_message(asked, ["client-0"], RecordDict({**content, "round": record}), context)
-        reply.config_records["seen"] = ConfigRecord({"trained": trained})
-        return reply
+        request = helpers.train_request(asked, ["client-0"], **changes)
+        reply = answer_train(helpers.own_node(asked, tmp_path, budget), request)
+        return Asked(reply.clients[0], trained)
 
     return run
 
 
 def test_whatever_breaks_before_the_charge_says_nothing_of_the_data_and_costs_nothing(
-    ask: Callable[..., RecordDict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Callable[..., Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for rank in (0, 5):
-        reply = ask(ranks=[rank])
-        assert "rank" in reason(reply)
-        assert reply.config_records["seen"]["trained"] == []
+    asked = ask(clients=(ClientOrder("client-0", 0, 5),))
+    assert "rank" in asked.reason
+    assert asked.trained == []
 
     def breaks(self: ClientAccount, trained: list[str]) -> None:
         raise ValueError("the patient's name")
 
     monkeypatch.setattr(ClientAccount, "check_scope", breaks)
-    reply = ask()
-    assert "patient" not in reason(reply)
+    asked = ask()
+    assert "patient" not in asked.reason
 
     def unmade(*args: object) -> ClientAccount:
         raise ValueError("the patient's name")
 
     monkeypatch.setattr(clients.train, "ClientAccount", unmade)
-    assert "patient" not in reason(ask())
+    assert "patient" not in ask().reason
     kinds = [entry["type"] for entry in parse_lines((tmp_path / "client-0.jsonl").read_text())]
     assert "CHARGE" not in kinds
 
 
-@pytest.mark.parametrize("groups", [[0, 1], [2], [1, 1], [-1, 2]])
-def test_groups_that_are_not_the_cohort_are_refused(groups: list[int], ask: Callable[..., RecordDict]):
+@pytest.mark.parametrize("passes", [(2,), (1, 1), ()])
+def test_passes_that_are_not_the_clients_are_refused(passes: tuple[int, ...], ask: Callable[..., Asked]):
     with pytest.raises(FedlabError, match="do not add up"):
-        ask(groups=groups)
+        ask(passes=passes)
 
 
-def reason(reply: RecordDict) -> str:
-    (text,) = reply.config_records["failures"]["reasons"]
-    return str(text)
-
-
-def test_what_was_signed_is_done(ask: Callable[..., RecordDict], tmp_path: Path):
-    reply = ask()
-    assert reply.config_records["failures"]["ids"] == []
+def test_what_was_signed_is_done(ask: Callable[..., Asked], tmp_path: Path):
+    asked = ask()
+    assert asked.reply.failure is None
+    assert asked.trained == ["client-0"]
+    assert {release.name for release in asked.reply.releases} == {"update", "timing"}
     types = [e["type"] for e in parse_lines((tmp_path / "client-0.jsonl").read_text())]
-    assert types == ["PLAN", "CHARGE", "COMMIT"], "in the client's own directory, not where the server says"
+    assert types == ["PLAN", "CHARGE", "COMMIT"]
+
+
+def test_the_update_carries_the_event_that_was_charged(ask: Callable[..., Asked], tmp_path: Path):
+    release = ask().reply.release("update")
+    charge = parse_lines((tmp_path / "client-0.jsonl").read_text())[1]
+    assert release is not None
+    assert release.event is not None
+    assert release.event.steps == charge["event"]["steps"] == 3
+    assert release.event.sigma == float.fromhex(charge["event"]["sigma"])
 
 
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("privacy.sigma=0.3", "sigma: 0.3"),
+        ("privacy.sigma=0.5", "sigma: 0.5"),
         ("train.steps=9", "steps: 9"),
         ("privacy.clip=5.0", "clip = 5 was asked, 1 was signed"),
         ("train.batch_size=32", "q: 0.3"),
@@ -123,55 +118,62 @@ def test_what_was_signed_is_done(ask: Callable[..., RecordDict], tmp_path: Path)
     ],
 )
 def test_another_plan_than_the_signed_one_is_refused_before_any_gradient(
-    override: str, named: str, ask: Callable[..., RecordDict]
+    override: str, named: str, ask: Callable[..., Asked]
 ):
-    reply = ask(override)
-    assert reason(reply).startswith("plan-mismatch")
-    assert named in reason(reply)
-    assert reply.config_records["failures"]["refused"] == ["client-0"]
-    assert reply.config_records["seen"]["trained"] == []
-    assert len(reply.array_records["updates"]) == 0
-    assert '"type":"REFUSE"' in reply.config_records["charges"]["lines"][0]
+    asked = ask(override)
+    assert asked.reason.startswith("plan-mismatch")
+    assert named in asked.reason
+    assert asked.reply.failure is not None
+    assert asked.reply.failure.refused
+    assert asked.trained == []
+    assert asked.reply.releases == ()
+    assert asked.reply.lines is not None
+    assert '"type":"REFUSE"' in asked.reply.lines
 
 
-def test_tensors_outside_the_signed_scope_are_not_trained(ask: Callable[..., RecordDict], tiny_toml: str):
-    everything = list(
-        initial_state(open_session(RunConfig.parse(tiny_toml).to_toml()).model, RunConfig.parse(tiny_toml).lora, 0)
-    )
-    reply = ask(trained=everything)
-    assert "lora_A was asked to be trained, which the signed scope does not cover" in reason(reply)
-    assert reply.config_records["seen"]["trained"] == []
+def test_tensors_outside_the_signed_scope_are_not_trained(ask: Callable[..., Asked], tiny_toml: str):
+    config = RunConfig.parse(tiny_toml)
+    everything = tuple(initial_state(open_session(config.to_toml()).model, config.lora, 0))
+    asked = ask(trained=everything)
+    assert "lora_A was asked to be trained, which the signed scope does not cover" in asked.reason
+    assert asked.trained == []
 
 
-def test_a_node_of_one_client_keeps_its_own_budget(ask: Callable[..., RecordDict]):
-    reply = ask(budget=0.5)
-    assert reason(reply).startswith("budget-exhausted")
-    assert reply.config_records["seen"]["trained"] == []
+def test_an_owner_keeps_its_own_budget(ask: Callable[..., Asked]):
+    asked = ask(budget=0.5)
+    assert asked.reason.startswith("budget-exhausted")
+    assert asked.trained == []
 
 
-def test_error_texts_that_may_quote_data_stay_on_the_client(
-    ask: Callable[..., RecordDict], monkeypatch: pytest.MonkeyPatch
-):
+def test_an_owner_looks_for_its_own_in_its_own_configuration(tiny_toml: str, tmp_path: Path):
+    config = RunConfig.parse(tiny_toml)
+    node = {"client": "north", "ledger": str(tmp_path / "l"), "bases": str(tmp_path / "b"), "budget-epsilon": 2.0}
+    owners = owners_of(node, config, "a" * 32, "/the/server/says")
+    assert isinstance(owners, SingleOwner)
+    owner = owners.one("north")
+    assert (owner.places.ledgers, owner.places.store) == (tmp_path / "l", tmp_path / "b")
+    assert owner.places.personal == Path.home() / ".fedlab" / "personal" / ("a" * 32)
+    assert owner.budget is not None
+    assert owner.budget.epsilon == 2.0
+    assert owners.present(["client-0", "client-1"]) == ["north"]
+    with pytest.raises(FedlabError, match="belongs to north; it was asked to act for client-0"):
+        owners.one("client-0")
+
+
+def test_error_texts_that_may_quote_data_stay_on_the_client(ask: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch):
     def quote(*_: object, **__: object) -> None:
         raise ValueError("patient 4711 has a NaN")
 
     monkeypatch.setattr(clients.train, "train_cohort", quote)
-    reply = ask()
-    assert "4711" not in reason(reply)
-    assert '"type":"ABORT"' in reply.config_records["charges"]["lines"][0]
-    assert "4711" not in reply.config_records["charges"]["lines"][0], "nor may the ledger carry it out"
+    asked = ask()
+    assert "4711" not in asked.reason
+    assert asked.reply.lines is not None
+    assert '"type":"ABORT"' in asked.reply.lines
+    assert "4711" not in asked.reply.lines, "nor may the ledger carry it out"
 
 
-def test_local_accuracy_is_refused_under_dp(tiny_toml: str, tmp_path: Path):
-    import clients.app
-
-    config = RunConfig.parse(tiny_toml)
-    from fedlab.run.launch.local import LocalGrid
-
-    grid = LocalGrid(clients.app.app, 1)
-    record = ConfigRecord({"config": config.to_toml(), "clients": ["client-0"], "round": 1, "wire_dtype": "float32"})
-    (reply,) = grid.send_and_receive(
-        [Message(RecordDict({"round": record}), next(iter(grid.get_node_ids())), "evaluate")]
-    )
-    assert reply.has_error()
-    assert "local accuracy is not covered by the noise" in reply.error.reason
+def test_local_scores_are_refused_under_dp(tiny_toml: str, tmp_path: Path, helpers: Any):
+    session = open_session(RunConfig.parse(tiny_toml).to_toml())
+    request = EvaluateRequest(helpers.run_reference(session), 1, ("client-0",), (), "float32", {})
+    with pytest.raises(PrivacyError, match="local scores are not covered by the noise"):
+        answer_evaluate(helpers.own_node(session, tmp_path), request)

@@ -15,6 +15,7 @@ from fedlab.data.public import check_public
 from fedlab.errors import ConfigError
 from fedlab.models.activations import public_batches
 from fedlab.models.loaded import PEFT_PREFIX
+from fedlab.run.launch import check_strategy
 from fedlab.session import open_session
 
 
@@ -102,7 +103,7 @@ def test_importance_needs_public_texts_that_are_nobodys_data(
     with pytest.raises(ConfigError, match=r"importance = true needs lora\.public"):
         fedlab.simulate(RunConfig.parse(stream_toml, [osft]), tmp_path / "run", quiet=True)
     with pytest.raises(ConfigError, match=r"lora\.public is read for"):
-        RunConfig.parse(stream_toml, ["strategy={name='osft'}", f"lora.public='{public}'"])
+        check_strategy(RunConfig.parse(stream_toml, ["strategy={name='osft'}", f"lora.public='{public}'"]))
     elsewhere = stream_toml.replace(str(stream_data), str(public))
     assert elsewhere.count("[[tasks]]") == 2
     hidden = elsewhere.replace('name = "hard"', f'name = "hard"\ndata = {{path = "{stream_data}"}}')

@@ -22,6 +22,7 @@ from fedlab.models.activations import principal_inputs
 from fedlab.models.adapters import draw_a, initial_state
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
 from fedlab.models.loading import _build as build_uncached
+from fedlab.run.launch import check_strategy
 from fedlab.session import torch_threads
 
 EVERYTHING = "lora.target_modules=['query', 'key', 'intermediate.dense', 'pooler.dense']"
@@ -227,7 +228,7 @@ def test_eva_needs_public_text(tiny_toml: str):
     with pytest.raises(ConfigError, match=r"needs lora\.public.*private release"):
         RunConfig.parse(tiny_toml, ["lora.init_a=eva"])
     with pytest.raises(ConfigError, match='set init_a = "eva"'):
-        RunConfig.parse(tiny_toml, ["lora.public=x.txt"])
+        check_strategy(RunConfig.parse(tiny_toml, ["lora.public=x.txt"]))
 
 
 def test_the_clients_data_is_not_public(tiny_toml: str, tiny_data: Path, public: Path):

@@ -90,7 +90,7 @@ def test_a_second_session_reads_what_is_there_and_a_damaged_part_is_made_again(
     monkeypatch.setattr(prefix, "PART", 100)
     session = session_of(tiny_toml, "run.cache_hidden_states=true")
     whole = session.data.batch(session.data.test, 0)["hidden"].clone()
-    parts = sorted((own_cache / "prefix").glob("*/*.npy"))
+    parts = sorted((own_cache / "hidden-states").glob("*/*.npy"))
     assert len(parts) == 4
     parts[1].write_bytes(parts[1].read_bytes()[:-50])
     times = [path.stat().st_mtime_ns for path in parts]
@@ -105,7 +105,7 @@ def test_a_part_that_another_process_works_at_is_waited_for(
 ):
     """Another holder of the lock stores the part; it is then read, not computed."""
     session = session_of(tiny_toml, "run.cache_hidden_states=true")
-    (path,) = (own_cache / "prefix").glob("*/*.npy")
+    (path,) = (own_cache / "hidden-states").glob("*/*.npy")
     rows = np.load(path)
     path.unlink()
     locked, release = threading.Event(), threading.Event()
@@ -129,14 +129,14 @@ def test_a_part_that_another_process_works_at_is_waited_for(
 def test_other_weights_and_other_texts_have_other_entries(tiny_toml: str, own_cache: Path):
     session = session_of(tiny_toml, "run.cache_hidden_states=true")
     session_of(tiny_toml, "run.cache_hidden_states=true", "train.lr=0.1", "lora.rank=2")
-    assert len(list((own_cache / "prefix").iterdir())) == 1
+    assert len(list((own_cache / "hidden-states").iterdir())) == 1
     session_of(tiny_toml, "run.cache_hidden_states=true", "data.max_length=8")
-    assert len(list((own_cache / "prefix").iterdir())) == 2
+    assert len(list((own_cache / "hidden-states").iterdir())) == 2
     session = session_of(tiny_toml)
     with torch.no_grad():
         session.model.module.get_submodule("base_model.model.bert.embeddings.LayerNorm").weight.mul_(1.5)  # type: ignore[operator]
     prefix.cache_hidden_states(session.model, session.data)
-    assert len(list((own_cache / "prefix").iterdir())) == 3
+    assert len(list((own_cache / "hidden-states").iterdir())) == 3
 
 
 def test_nothing_to_cache_is_an_error(tiny_toml: str):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import clients.app
 import fedlab
 from fedlab.config import RunConfig
 from fedlab.privacy.accounting import Event, epsilon
@@ -143,9 +144,7 @@ def test_client_level_budget_ends_the_run(tiny_toml: str, tmp_path: Path):
 def test_local_accuracy_is_the_simulators_and_a_client_refuses_to_send_it(
     tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import clients.evaluate
-
-    monkeypatch.setattr(clients.app, "evaluate_cohort", lambda *_: pytest.fail("a client was asked"))
+    monkeypatch.setitem(clients.app.ANSWERS, "evaluate", lambda *_: pytest.fail("a client was asked"))
     run = simulate(tiny_toml, tmp_path / "run", "run.rounds=1")
     assert run.result["client_accuracy"]["mean"] is not None
     monkeypatch.undo()

@@ -53,7 +53,9 @@ def test_the_number_of_named_clients_is_checked_like_any_other(named_toml: str, 
         simulate(named_toml, tmp_path / "run", "run.min_clients=4")
     with pytest.raises(fedlab.ConfigError, match=r"data\.clients = 5, but column 'site' names 3"):
         simulate(named_toml, tmp_path / "run", "data.clients=5")
-    with pytest.raises(fedlab.ConfigError, match=r"clients\.lr: hospB is none of the 3 clients; they are 01, hospA, St"):
+    with pytest.raises(
+        fedlab.ConfigError, match=r"clients\.lr: hospB is none of the 3 clients; they are 01, hospA, St"
+    ):
         simulate(named_toml, tmp_path / "run", "clients.lr={hospB=2.0}")
     assert not (tmp_path / "run").exists()
 

@@ -137,21 +137,17 @@ def interrupted_at(number: int, toml: str, out: Path, monkeypatch: pytest.Monkey
     """A run that is cut off when the clients of a round have trained and nothing of it is kept by the server; then
     resumed.
     """
-    import strategies.server.loop as loop
+    from strategies.server.messages import Messenger
 
-    original = loop.exchange
+    original = Messenger.train
 
-    def cut_off(grid, messages, *args, **kwargs):
-        replies = original(grid, messages, *args, **kwargs)
-        if (
-            messages
-            and messages[0].metadata.message_type == "train"
-            and messages[0].content["round"]["round"] == number
-        ):
+    def cut_off(self, order, *args):
+        outcome = original(self, order, *args)
+        if order.number == number:
             raise KeyboardInterrupt
-        return replies
+        return outcome
 
-    monkeypatch.setattr(loop, "exchange", cut_off)
+    monkeypatch.setattr(Messenger, "train", cut_off)
     with pytest.raises(fedlab.Interrupted):
         simulate(toml, out, *settings)
     monkeypatch.undo()

@@ -140,17 +140,17 @@ def test_a_round_that_was_cut_off_is_charged(
     """Cut off when the clients had trained: the interrupted result counts it; with new noise the resumed run has a
     round less left.
     """
-    import strategies.server.loop as loop
+    from strategies.server.messages import Messenger
 
-    original = loop.exchange
+    original = Messenger.train
 
-    def cut_off(grid, messages, *args, **kwargs):
-        replies = original(grid, messages, *args, **kwargs)
-        if messages and messages[0].metadata.message_type == "train" and messages[0].content["round"]["round"] == 2:
+    def cut_off(self, order, *args):
+        outcome = original(self, order, *args)
+        if order.number == 2:
             raise KeyboardInterrupt
-        return replies
+        return outcome
 
-    monkeypatch.setattr(loop, "exchange", cut_off)
+    monkeypatch.setattr(Messenger, "train", cut_off)
     with pytest.raises(fedlab.Interrupted):
         simulate(tiny_toml, tmp_path / "run", f"privacy.noise={noise}")
     interrupted = json.loads((tmp_path / "run" / "result.json").read_text())

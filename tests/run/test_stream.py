@@ -155,7 +155,7 @@ def test_releases_that_leave_nothing_of_epsilon_are_named(stream_toml: str, tmp_
 
 def test_tasks_draw_their_own_batches_and_noise(stream_toml: str):
     first, second = (RunConfig.parse(stream_toml).at_stage(task, None) for task in (0, 1))
-    assert len({first.draws, second.draws, first.run.seed}) == 3
+    assert len({first.sampling_seed, second.sampling_seed, first.run.seed}) == 3
     assert first.run.seed == second.run.seed, "who holds what stays"
 
 
@@ -197,16 +197,16 @@ def test_a_masked_sum_is_over_one_set_of_clients(stream_toml: str, tmp_path: Pat
     from clients import gram
     from fedlab.run.launch import resume
 
-    real, failures = gram._release, []
+    real, failures = gram.input_grams, []
 
-    def broken(session, client, *args):
-        if client == "client-1" and len(failures) < limit:
-            failures.append(client)
+    def broken(model, data, positions, *args):
+        if np.array_equal(positions, data.train("client-1")) and len(failures) < limit:
+            failures.append("client-1")
             raise RuntimeError("away")
-        return real(session, client, *args)
+        return real(model, data, positions, *args)
 
     whole = run(stream_toml, tmp_path / "whole").result
-    monkeypatch.setattr(gram, "_release", broken)
+    monkeypatch.setattr(gram, "input_grams", broken)
     limit = 1
     assert run(stream_toml, tmp_path / "once", "run.nodes=2").result["matrix"] == whole["matrix"]
     limit = 1 + 3
@@ -216,28 +216,6 @@ def test_a_masked_sum_is_over_one_set_of_clients(stream_toml: str, tmp_path: Pat
     assert resume(tmp_path / "away", quiet=True).result["matrix"] == whole["matrix"]
     peers = list((tmp_path / "away").rglob("client-0-*.peers"))
     assert [path.read_text().split() for path in peers] == [["client-0", "client-1", "client-2"]]
-
-
-def test_a_client_refuses_a_masked_sum_over_others(tmp_path: Path):
-    from types import SimpleNamespace
-
-    from clients.gram import _key_file, _masked, keys_message
-    from fedlab.config.tasks import Gram
-    from fedlab.errors import PrivacyError
-
-    order = {"bases": str(tmp_path), "run": "r", "attempt": 0}
-    context = SimpleNamespace(node_config={})
-    names = ["client-0", "client-1", "client-2", "client-3"]
-    for attempt, peers in enumerate((names, names, names[:3])):
-        keys = keys_message(names, SimpleNamespace(config_records={"round": order}), context).config_records["keys"]
-        public = dict(zip(keys["ids"], keys["public"], strict=True))
-        asked = order | {"attempt": attempt, "peers": peers, "public": [public[name] for name in peers]}
-        if attempt < 2:
-            assert (_masked({"x": np.zeros(4, np.int64)}, "client-0", Gram(), asked, context)["x"] != 0).any()
-        else:
-            with pytest.raises(PrivacyError, match="sum over other clients before"):
-                _masked({"x": np.zeros(4, np.int64)}, "client-0", Gram(), asked, context)
-        assert not _key_file("client-0", asked, context).exists()
 
 
 def test_what_a_release_costs_to_send_is_counted(stream_toml: str, tmp_path: Path):
@@ -278,7 +256,7 @@ def test_a_stream_that_was_cut_off_goes_on_with_the_same_bits(
     stream_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from fedlab.run.launch import resume
-    from strategies import loop
+    from strategies.server import loop
 
     whole = run(stream_toml, tmp_path / "whole")
     calls, real = [], loop.Rounds._round

@@ -23,7 +23,7 @@ from fedlab.lora.state import State, effective_delta, modules, select
 from fedlab.models.adapters import initial_state, save_adapter
 from fedlab.models.loading import build
 from strategies import AGGREGATORS
-from strategies.server.federation import Federation
+from strategies.base import Round
 
 SHAPES = {"wide.q": (12, 20), "tall.v": (20, 12), "square.k": (16, 16)}  # m × n
 RANK = 4
@@ -90,7 +90,12 @@ def make(name: str, model: str = "", alpha: float = 8, rslora: bool = False, **o
     text += "target_modules='all-linear'\n"
     text += f"[train]\nlr=1\nsteps=1\n[strategy]\nname='{name}'\n" + (f"[model]\nname='{model}'\n" if model else "")
     config = RunConfig.parse(text, [f"strategy.{k}={v}" for k, v in options.items()])
-    return AGGREGATORS[name](config, Federation(config, {}, {}, []))
+    return AGGREGATORS[name](config)
+
+
+def after_round(strategy, state: State, updates, weights, number: int = 1) -> State:
+    """The state after a round of a server that remembers nothing yet."""
+    return strategy.aggregate(state, strategy.init(state), updates, weights, Round(number))[0]
 
 
 @cache
@@ -145,7 +150,7 @@ def two_rounds(row: Row, path: Path, rslora: bool):
         g = torch.Generator().manual_seed(number)
         names = strategy.sent_names(state, number)
         updates = {c: {n: torch.randn(state[n].shape, generator=g) * 0.1 for n in names} for c in weights}
-        state = strategy.aggregate(state, updates, weights, number)
+        state = after_round(strategy, state, updates, weights, number)
     g = torch.Generator().manual_seed(3)  # what a client keeps, as it would come from its own disk
     own = {n: torch.randn(v.shape, generator=g) * 0.1 for n, v in sorted(select(state, strategy.personal).items())}
     return loaded, state | own
@@ -239,8 +244,8 @@ def test_head_policy_follows_the_configuration():
 def test_fedsvd_period_and_warmup():
     def orthonormal_after(round_number: int, **options) -> bool:
         strategy, state = make("fedsvd", **options), start()
-        A = strategy.aggregate(
-            state, drawn_updates(strategy, state, 2), {"client-0": 0.5, "client-1": 0.5}, round_number
+        A = after_round(
+            strategy, state, drawn_updates(strategy, state, 2), {"client-0": 0.5, "client-1": 0.5}, round_number
         )["wide.q.lora_A"]
         return bool(torch.allclose(A @ A.T, torch.eye(RANK), atol=1e-5))
 
@@ -256,15 +261,15 @@ def test_a_residual_never_has_more_directions_than_there_are(row: Row):
     strategy, state = make(row.name, **dict(row.options)), start()
     for number in range(1, 8):
         updates = drawn_updates(strategy, state, 3, seed=number)
-        state = strategy.aggregate(state, updates, client_weights(WEIGHTS, "examples"), number)
+        state = after_round(strategy, state, updates, client_weights(WEIGHTS, "examples"), number)
     assert {m: state[f"{m}.residual_B"].shape[1] for m in SHAPES} == {m: min(shape) for m, shape in SHAPES.items()}
 
 
 def test_flora_begins_every_round_with_a_new_adapter_that_does_nothing():
     strategy, state = make("flora"), start()
     weights = client_weights(WEIGHTS, "uniform")
-    after = strategy.aggregate(state, drawn_updates(strategy, state, 3), weights, 1)
-    again = strategy.aggregate(after, drawn_updates(strategy, after, 3), weights, 2)
+    after = after_round(strategy, state, drawn_updates(strategy, state, 3), weights, 1)
+    again = after_round(strategy, after, drawn_updates(strategy, after, 3), weights, 2)
     for module in modules(state):
         assert not after[f"{module}.lora_B"].any()
         A1, A2 = after[f"{module}.lora_A"].double(), again[f"{module}.lora_A"].double()
@@ -282,9 +287,9 @@ def test_rolora_alternates_and_begins_with_b():
 def test_a_refreshed_fedsvd_keeps_the_largest_directions_and_opens_orthonormal_ones():
     strategy, state = make("fedsvd", refresh="{every=2, keep=2}"), start()
     weights = client_weights(WEIGHTS, "uniform")
-    first = strategy.aggregate(state, drawn_updates(strategy, state, 3), weights, 1)
+    first = after_round(strategy, state, drawn_updates(strategy, state, 3), weights, 1)
     assert not [n for n in first if "residual" in n]
-    second = strategy.aggregate(first, drawn_updates(strategy, first, 3), weights, 2)
+    second = after_round(strategy, first, drawn_updates(strategy, first, 3), weights, 2)
     for module in modules(state):
         A, B = second[f"{module}.lora_A"].double(), second[f"{module}.lora_B"]
         assert torch.allclose(A @ A.T, torch.eye(RANK, dtype=torch.float64), atol=1e-6)
@@ -307,7 +312,7 @@ def test_meaningless_combinations_are_refused_with_the_reason(name: str, overrid
     text = f'[run]\nrounds=2\n[lora]\nrank={RANK}\nalpha=8\n[train]\nlr=1\nsteps=1\n[strategy]\nname="{name}"\n'
     config = RunConfig.parse(text, overrides)
     with pytest.raises(ConfigError, match=reason):
-        AGGREGATORS[name](config, Federation(config, {}, {}, []))
+        AGGREGATORS[name](config)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.lora.state import State
 from strategies import STRATEGIES
-from strategies.server.federation import Federation
+from strategies.base import Round
 
 SHAPES = {"wide.q": (12, 20), "tall.v": (20, 12)}  # m × n
 RANK = 3
@@ -23,7 +23,12 @@ WEIGHTS = {"client-0": 0.3, "client-1": 0.1, "client-2": 0.6}
 def make(**options: str):
     text = f'[run]\nrounds=2\n[lora]\nrank={RANK}\nalpha=8\n[train]\nlr=1\nsteps=1\n[strategy]\nname="flexlora"\n'
     config = RunConfig.parse(text, [f"strategy.{k}={v}" for k, v in options.items()])
-    return STRATEGIES["flexlora"](config, Federation(config, {}, {}, []))
+    return STRATEGIES["flexlora"](config)
+
+
+def after_round(strategy, state: State, updates, weights, number: int = 1) -> State:
+    """The state after a round of a server that remembers nothing yet."""
+    return strategy.aggregate(state, strategy.init(state), updates, weights, Round(number))[0]
 
 
 def drawn() -> tuple[State, dict[str, State]]:
@@ -57,8 +62,8 @@ def errors(after: State, state: State, updates: dict[str, State]) -> list[float]
 @pytest.mark.parametrize("split", ["sqrt", "left"])
 def test_it_lowers_the_error_where_updates_are_large(split: str):
     state, updates = drawn()
-    plain = make(split=split).aggregate(state, updates, WEIGHTS, 1)
-    weighted = make(split=split, fisher="updates").aggregate(state, updates, WEIGHTS, 1)
+    plain = after_round(make(split=split), state, updates, WEIGHTS, 1)
+    weighted = after_round(make(split=split, fisher="updates"), state, updates, WEIGHTS, 1)
     for before, after in zip(errors(plain, state, updates), errors(weighted, state, updates), strict=True):
         assert after < 0.95 * before
     assert torch.equal(plain["head.w"], weighted["head.w"])
@@ -67,15 +72,15 @@ def test_it_lowers_the_error_where_updates_are_large(split: str):
 
 def test_none_is_the_default():
     state, updates = drawn()
-    first, second = (make(**o).aggregate(state, updates, WEIGHTS, 1) for o in ({}, {"fisher": "none"}))
+    first, second = (after_round(make(**o), state, updates, WEIGHTS, 1) for o in ({}, {"fisher": "none"}))
     assert all(torch.equal(first[n], second[n]) for n in state)
 
 
 def test_permuting_the_clients_changes_no_bit():
     state, updates = drawn()
     strategy = make(fisher="updates")
-    first = strategy.aggregate(state, updates, WEIGHTS, 1)
-    again = strategy.aggregate(state, dict(reversed(updates.items())), dict(reversed(WEIGHTS.items())), 1)
+    first = after_round(strategy, state, updates, WEIGHTS, 1)
+    again = after_round(strategy, state, dict(reversed(updates.items())), dict(reversed(WEIGHTS.items())), 1)
     assert all(torch.equal(first[n], again[n]) for n in state)
 
 
@@ -87,10 +92,10 @@ def test_rows_that_all_weigh_the_same_fall_back_to_the_plain_svd_and_are_logged_
     strategy = make(fisher="updates")
     with caplog.at_level(logging.INFO, logger="fedlab"):
         for number in (1, 2):
-            weighted = strategy.aggregate(state, updates, WEIGHTS, number)
+            weighted = after_round(strategy, state, updates, WEIGHTS, number)
     told = [r.getMessage() for r in caplog.records if "plain SVD" in r.getMessage()]
-    assert told == ['tall.v: the updates weigh all rows alike; fisher = "updates" is the plain SVD there']
-    plain = make().aggregate(state, updates, WEIGHTS, 1)
+    assert told == ['tall.v, wide.q: the updates weigh all rows alike; fisher = "updates" is the plain SVD there']
+    plain = after_round(make(), state, updates, WEIGHTS, 1)
     assert all(torch.equal(plain[n], weighted[n]) for n in state)
 
 
@@ -120,7 +125,7 @@ def test_a_robust_mean_of_products_survives_a_minority_that_flips_its_sign():
             own = {n: v if n.endswith("lora_A") else -10 * v for n, v in own.items()}
         updates[f"client-{i}"] = own
     weights = dict.fromkeys(updates, 0.1)
-    found = {mean: make(mean=mean).aggregate(state, updates, weights, 1) for mean in ("weighted", "robust")}
+    found = {mean: after_round(make(mean=mean), state, updates, weights, 1) for mean in ("weighted", "robust")}
     for module, (B, A) in common.items():
         honest = B.double() @ A.double()
         error = {

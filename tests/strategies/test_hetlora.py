@@ -10,7 +10,7 @@ from fedlab.errors import ConfigError
 from fedlab.lora.exact import corrected_b
 from fedlab.lora.state import State
 from strategies import STRATEGIES
-from strategies.server.federation import Federation
+from strategies.base import Round
 
 RANKS = {"client-0": 4, "client-1": 2, "client-2": 1}
 WEIGHTS = {"client-0": 0.2, "client-1": 0.5, "client-2": 0.3}
@@ -21,7 +21,12 @@ def make(name: str, *overrides: str):
     text = "[run]\nrounds=3\n[lora]\nrank=4\nalpha=8\n[data]\nclients=3\n[train]\nlr=1\nsteps=1\n"
     text += f'[strategy]\nname="{name}"\n'
     config = RunConfig.parse(text, overrides)
-    return STRATEGIES[name](config, Federation(config, {}, {}, []))
+    return STRATEGIES[name](config)
+
+
+def after_round(strategy, state: State, updates, weights, number: int = 1) -> State:
+    """The state after a round of a server that remembers nothing yet."""
+    return strategy.aggregate(state, strategy.init(state), updates, weights, Round(number))[0]
 
 
 def start(rank: int = 4) -> State:
@@ -56,7 +61,7 @@ def test_padded_factors_are_averaged_with_the_weights_that_are_claimed(by_norm: 
         start(),
         updates_of(RANKS),
     )
-    after = strategy.aggregate(state, updates, WEIGHTS, 1)
+    after = after_round(strategy, state, updates, WEIGHTS, 1)
     factors = {c: {module: held(state, updates[c], module, r) for module in SHAPES} for c, r in RANKS.items()}
     norms = {c: sum((B @ A).square().sum() for B, A in own.values()).sqrt() for c, own in factors.items()}
     weights = {c: float(norms[c] / sum(norms.values())) for c in RANKS} if by_norm else WEIGHTS
@@ -74,7 +79,7 @@ def test_zero_products_fall_back_to_the_usual_weights():
     updates = {
         c: {n: torch.zeros_like(v) if n.endswith("lora_B") else v for n, v in u.items()} for c, u in updates.items()
     }
-    after = strategy.aggregate(state, updates, WEIGHTS, 1)
+    after = after_round(strategy, state, updates, WEIGHTS, 1)
     assert all(bool(torch.isfinite(v).all()) for v in after.values())
     A = sum(WEIGHTS[c] * held(state, updates[c], "wide", r)[1] for c, r in RANKS.items())
     assert torch.allclose(after["wide.lora_A"].double(), A, atol=1e-6)
@@ -86,11 +91,13 @@ def test_a_client_whose_tail_shrinks_is_pruned_and_another_is_not():
     for module in SHAPES:
         updates["client-0"][f"{module}.lora_B"][:, 2:] = -0.5 * state[f"{module}.lora_B"][:, 2:]
         updates["client-1"][f"{module}.lora_B"][:, 2:] = 0.5 * state[f"{module}.lora_B"][:, 2:]
-    strategy.aggregate(state, updates, {"client-0": 0.5, "client-1": 0.5}, 1)
-    assert strategy.federation.ranks == {"client-0": 2, "client-1": 4, "client-2": 4}
+    weights, none = {"client-0": 0.5, "client-1": 0.5}, strategy.init(state)
+    after, kept = strategy.aggregate(state, none, updates, weights, Round(1))
+    assert strategy.client_ranks(after, kept, list(RANKS)) == {"client-0": 2, "client-1": 4, "client-2": 4}
+    assert strategy.client_ranks(state, none, list(RANKS)) == dict.fromkeys(RANKS, 4), "what went in is as it was"
     floor = make("hetlora", "strategy.prune=0.1", "strategy.min_rank=3")
-    floor.aggregate(state, updates, {"client-0": 0.5, "client-1": 0.5}, 1)
-    assert floor.federation.ranks["client-0"] == 3
+    after, kept = floor.aggregate(state, floor.init(state), updates, weights, Round(1))
+    assert floor.client_ranks(after, kept, list(RANKS))["client-0"] == 3
 
 
 @pytest.mark.parametrize("module", SHAPES)
@@ -98,7 +105,7 @@ def test_lora_fair_is_the_best_in_the_row_space_of_the_mean_a(module: str):
     """Against the dense projection D·A⁺·A in float64, and against random corrections."""
     strategy, state = make("lora-fair"), start()
     updates = updates_of(dict.fromkeys(RANKS, 4))
-    after = strategy.aggregate(state, updates, WEIGHTS, 1)
+    after = after_round(strategy, state, updates, WEIGHTS, 1)
     pairs = {c: held(state, updates[c], module, 4) for c in RANKS}
     D = sum(WEIGHTS[c] * B @ A for c, (B, A) in pairs.items())
     A = sum(WEIGHTS[c] * pair[1] for c, pair in pairs.items())

@@ -14,8 +14,9 @@ from fedlab.lora.robust import RULES
 from fedlab.lora.state import State, modules
 from fedlab.lora.svd import orthonormal_rows
 from strategies import AGGREGATORS
+from strategies.base import Round
 from strategies.options import MeanOptions, Robust
-from strategies.server.federation import Federation
+from strategies.server.outcome import TrainOutcome
 
 CLIENTS = 10
 LINEAR = sorted(name for name, strategy in AGGREGATORS.items() if issubclass(strategy.Options, MeanOptions))
@@ -34,7 +35,12 @@ def make(name: str, *overrides: str):
     text = f"[run]\nrounds=3\n[lora]\nrank=3\nalpha=6\n[data]\nclients={CLIENTS}\n[train]\nlr=1\nsteps=1\n"
     text += f'[strategy]\nname="{name}"\n'
     config = RunConfig.parse(text, overrides)
-    return AGGREGATORS[name](config, Federation(config, {}, {}, []))
+    return AGGREGATORS[name](config)
+
+
+def after_round(strategy, state: State, updates, weights, number: int = 1) -> State:
+    """The state after a round of a server that remembers nothing yet."""
+    return strategy.aggregate(state, strategy.init(state), updates, weights, Round(number))[0]
 
 
 def start() -> State:
@@ -68,11 +74,11 @@ def test_which_strategies_have_them():
 def test_a_hostile_minority_does_not_move_a_robust_strategy_far(name: str, rule: str):
     robust, plain, state = make(name, f"strategy.robust={{rule='{rule}'{OPTIONS[rule]}}}"), make(name), start()
     updates = updates_around(robust, state, spread=0.01)
-    honest = plain.aggregate(state, updates, weights(), 1)
+    honest = after_round(plain, state, updates, weights(), 1)
     hostile = 1 if rule == "bulyan" else 3
     for i in range(hostile):
         updates[f"client-{i}"] = {n: -50 * v for n, v in updates[f"client-{i}"].items()}
-    moved, saved = plain.aggregate(state, updates, weights(), 1), robust.aggregate(state, updates, weights(), 1)
+    moved, saved = after_round(plain, state, updates, weights(), 1), after_round(robust, state, updates, weights(), 1)
     for module in modules(state):
 
         def product(s: State, module: str = module) -> torch.Tensor:
@@ -95,23 +101,22 @@ def test_clients_that_gave_themselves_away_are_feared_no_more():
     }
     left = dict.fromkeys(updates, 1 / 7)
     with pytest.raises(RunFailed, match="7"):
-        strategy.aggregate(state, updates, left, 1)
-    gone = dict.fromkeys(("client-0", "client-1", "client-2"), "unusable update: head.w holds NaN or infinite values")
-    strategy.train_outcome.excluded = gone
-    after = strategy.aggregate(state, updates, left, 1)
+        after_round(strategy, state, updates, left, 1)
+    after, _ = strategy.aggregate(state, strategy.init(state), updates, left, Round(1, unusable=3))
     assert any(torch.allclose(after["q.lora_B"], state["q.lora_B"] + u["q.lora_B"]) for u in updates.values())
-    strategy.train_outcome.excluded = dict.fromkeys(gone, "no reply within 60 s")
-    with pytest.raises(RunFailed, match="7"):
-        strategy.aggregate(state, updates, left, 1)
+    gone = ("client-0", "client-1", "client-2")
+    silent, nan = "no reply within 60 s", "unusable update: head.w holds NaN or infinite values"
+    assert TrainOutcome(excluded=dict.fromkeys(gone, silent)).unusable == 0
+    assert TrainOutcome(excluded=dict.fromkeys(gone, nan)).unusable == 3
 
 
 def test_a_server_optimiser_moves_by_what_it_makes_of_the_mean():
     plain, state = make("ffa"), start()
     momentum = make("ffa", "strategy.server={optimizer='momentum', beta1=0.5, lr=2.0}")
     updates = updates_around(plain, state, 1.0)
-    mean = {n: plain.aggregate(state, updates, weights(), 1)[n] - state[n] for n in plain.sent_names(state)}
-    first = momentum.aggregate(state, updates, weights(), 1)
-    second = momentum.aggregate(first, updates, weights(), 2)
+    mean = {n: after_round(plain, state, updates, weights(), 1)[n] - state[n] for n in plain.sent_names(state)}
+    first, kept = momentum.aggregate(state, momentum.init(state), updates, weights(), Round(1))
+    second, _ = momentum.aggregate(first, kept, updates, weights(), Round(2))
     for n in mean:
         assert torch.allclose(first[n] - state[n], 2 * mean[n], atol=1e-5)
         assert torch.allclose(second[n] - first[n], 2 * 1.5 * mean[n], atol=1e-5)
@@ -123,6 +128,7 @@ def test_fedsvd_with_server_momentum_is_ffa_with_server_momentum():
     svd, ffa, state = make("fedsvd", server), make("ffa", server), start()
     state["q.lora_A"] = orthonormal_rows(state["q.lora_A"])
     states = {"svd": dict(state), "ffa": dict(state)}
+    kept: dict[str, State] = {"svd": {}, "ffa": {}}
     for number in range(1, 7):
         g = torch.Generator().manual_seed(number)
         drawn = {
@@ -131,23 +137,20 @@ def test_fedsvd_with_server_momentum_is_ffa_with_server_momentum():
         for key, strategy in (("svd", svd), ("ffa", ffa)):
             A = states[key]["q.lora_A"].double()
             updates = {c: {"q.lora_B": (G @ A.mT).float(), "head.w": torch.zeros(2, 6)} for c, G in drawn.items()}
-            states[key] = strategy.aggregate(states[key], updates, weights(), number)
+            states[key], kept[key] = strategy.aggregate(states[key], kept[key], updates, weights(), Round(number))
         products = [s["q.lora_B"].double() @ s["q.lora_A"].double() for s in states.values()]
         assert (products[0] - products[1]).norm() < 1e-5 * products[1].norm()
     assert not torch.allclose(states["svd"]["q.lora_A"], states["ffa"]["q.lora_A"], atol=0.1), "the bases do differ"
 
 
 @pytest.mark.parametrize("kind", ["momentum", "adam", "yogi"])
-def test_memory_round_trip(kind: str):
-    server = f"strategy.server={{optimizer='{kind}'}}"
-    one, state = make("ffa", server), start()
-    after = one.aggregate(state, updates_around(one, state, 1.0), weights(), 1)
-    other = make("ffa", server)
-    other.remember({n: v.clone() for n, v in one.memory.items()})
+def test_moments_are_what_the_server_keeps(kind: str):
+    one, state = make("ffa", f"strategy.server={{optimizer='{kind}'}}"), start()
+    after, kept = one.aggregate(state, one.init(state), updates_around(one, state, 1.0), weights(), Round(1))
+    assert {name.partition("/")[0] for name in kept} == ({"first"} if kind == "momentum" else {"first", "second"})
     updates = updates_around(one, state, 1.0, 2)
-    wanted, found = (s.aggregate(after, updates, weights(), 2) for s in (one, other))
-    assert all(torch.equal(wanted[n], found[n]) for n in wanted)
-    fresh = make("ffa", server).aggregate(after, updates, weights(), 2)
+    wanted, _ = one.aggregate(after, kept, updates, weights(), Round(2))
+    fresh, _ = one.aggregate(after, one.init(after), updates, weights(), Round(2))
     assert any(not torch.equal(wanted[n], fresh[n]) for n in wanted), "forgetting it changes something"
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedlab.lora.state import RESIDUAL, State, modules, part_of
-from fedlab.seeds import stream_seed
+from fedlab.seeds import torch_stream
 
 Aggregate = Callable[[State, dict[str, State], dict[str, float], int], State]
 Start = Callable[[State, str], State]
@@ -175,7 +175,7 @@ def draw(shape: Sequence[int], *names: str | int) -> Tensor:
 
 @cache
 def _drawn(shape: tuple[int, ...], *names: str | int) -> Tensor:
-    generator = torch.Generator().manual_seed(stream_seed(0, "conformance", *names) % 2**63)
+    generator = torch_stream(0, "conformance", *names)
     return torch.randn(shape, generator=generator)
 
 

@@ -32,6 +32,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedlab.lora.aggregator import Aggregator, Round
 from fedlab.lora.conformance import laws, manners
 from fedlab.lora.conformance.cases import PROMISES, Aggregate, Finding, Keep, Reweigh, Start, Subject
 from fedlab.lora.state import PARTS, RESIDUAL, State, part_of
@@ -188,6 +189,15 @@ def _function(aggregate: Any) -> Aggregate:
     function: Aggregate = getattr(aggregate, "aggregate", aggregate)
     if not callable(function):
         raise ValueError(f"aggregate must be a function or have a method of that name, got {type(aggregate).__name__}")
+    return _first_round(aggregate) if hasattr(aggregate, "init") else function
+
+
+def _first_round(aggregator: Aggregator) -> Aggregate:
+    """The state that an aggregator with memory gives when it has none yet."""
+
+    def function(state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
+        return aggregator.aggregate(state, aggregator.init(state), updates, weights, Round(round_number))[0]
+
     return function
 
 

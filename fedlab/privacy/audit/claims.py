@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedlab.privacy.audit.chain import Finding
+from fedlab.privacy.audit.lines import Finding
 from fedlab.privacy.audit.recompute import Recomputed, recompute
 from fedlab.privacy.audit.rules import Ledger, real
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlab.privacy.audit.chain import Chain, Finding, Line
+from fedlab.privacy.audit.chain import Chain
+from fedlab.privacy.audit.lines import Finding, Line
 from fedlab.privacy.audit.rules import Ledger
 from fedlab.privacy.audit.schema import ZEROS
 

@@ -10,7 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from fedlab.privacy.accounting import Event
-from fedlab.privacy.audit.chain import Chain, Finding, Line, digest, signed
+from fedlab.privacy.audit.chain import Chain
+from fedlab.privacy.audit.lines import Finding, Line, digest, signed
 from fedlab.privacy.audit.schema import number
 
 

@@ -22,8 +22,9 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedlab.errors import PrivacyError
+from fedlab.files import fsync_directory
 from fedlab.privacy.accounting import Event
-from fedlab.privacy.ledger.keys import fsync_directory, public_hex, verified
+from fedlab.privacy.ledger.keys import public_hex, verified
 
 Entry = dict[str, Any]
 VERSION, GENESIS, NO_DATASET, SERVER = 1, "0" * 64, "0" * 64, "server"

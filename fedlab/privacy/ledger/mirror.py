@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.errors import PrivacyError
+from fedlab.files import fsync_directory, write
 from fedlab.privacy.accounting import Event
-from fedlab.privacy.ledger.keys import fsync_directory, load_or_create_key
+from fedlab.privacy.ledger.keys import load_or_create_key
 from fedlab.privacy.ledger.ledger import (
     NO_DATASET,
     SERVER,
@@ -175,7 +176,5 @@ class LedgerMirror:
                 known = heads.setdefault(client, {}).get(entry["dataset"])
                 if known is None or known[0] < entry["seq"]:
                     heads[client][entry["dataset"]] = [entry["seq"], entry["hash"]]
-            temporary = self._heads_file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(heads, indent=1), encoding="utf-8")
-            temporary.replace(self._heads_file)
+            write(self._heads_file, json.dumps(heads, indent=1))
             fsync_directory(self._heads_file.parent)

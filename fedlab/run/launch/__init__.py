@@ -66,7 +66,9 @@ def prepared(config: RunConfig) -> RunConfig:
     from fedlab.models.hardware import resolve_dtype
 
     _prepare_environment(config)
-    return resolve_dtype(check(config))
+    config = check(config)
+    resolved: RunConfig = load_reference(STRATEGIES)[config.strategy.name].resolved(config)
+    return resolve_dtype(resolved)
 
 
 def resume(path: str | Path, quiet: bool = False) -> Run:
@@ -99,6 +101,7 @@ def check(config: RunConfig) -> RunConfig:
     a process is started: names and files first, then keys, then the data. Raises ConfigError.
     """
     from fedlab.data.public import check_public
+    from fedlab.evaluate import evaluators_of
     from fedlab.models.hub import check_model
     from fedlab.privacy.client_level import make_client_plan
 
@@ -110,6 +113,7 @@ def check(config: RunConfig) -> RunConfig:
     if config.privacy.unit == "client":
         make_client_plan(config)
     check_strategy(config)
+    evaluators_of(config)
     _check_clients(config)
     return config
 

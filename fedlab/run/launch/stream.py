@@ -14,6 +14,8 @@ import numpy as np
 from fedlab.config import RunConfig
 from fedlab.continual.metrics import forward_transfer, summary
 from fedlab.errors import ConfigError, RunFailed
+from fedlab.evaluate import higher_is_better, primary_name
+from fedlab.privacy.promise import shown_epsilon
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch import Run, prepared, simulate_or_resume
 
@@ -22,8 +24,8 @@ WHERE = {"source", "path", "subset", "split"}  # keys of [data] that say which t
 
 
 def simulate_stream(config: RunConfig, out: str | Path | None = None, quiet: bool = False) -> Run:
-    """Run every task of ``config.tasks`` in order, in ``out/task-<n>-<name>``; ``out/result.json`` has the accuracy
-    matrix.
+    """Run every task of ``config.tasks`` in order, in ``out/task-<n>-<name>``; ``out/result.json`` has the matrix of
+    scores.
 
     Raises what ``simulate`` raises; ``fedlab resume out`` then goes on where it stopped.
     """
@@ -102,14 +104,16 @@ def _go_on(directory: RunDirectory, quiet: bool) -> Run:
 
 
 def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
-    """The accuracy matrix R[t, i], its metrics, cost and privacy over all tasks."""
+    """The matrix R[t, i] of primary scores, its metrics, cost and privacy over all tasks."""
     rows = [json.loads((path / TASK).read_text(encoding="utf-8")) for path in paths]
     results = [RunDirectory.open(path).result or {} for path in paths]
-    R = np.array([[math.nan if value is None else value for value in row["accuracy"]] for row in rows])
-    square = len(R) == len(config.tasks)
-    found = summary(R) if square else {"average_accuracy": float(np.nanmean(R[-1]))}  # of the tasks that were reached
+    R = np.array([[math.nan if value is None else value for value in row["pooled"]] for row in rows])
+    square, higher = len(R) == len(config.tasks), higher_is_better(config)
+    found = (
+        summary(R, higher) if square else {"average_score": float(np.nanmean(R[-1]))}
+    )  # of the tasks that were reached
     if square and "before" in rows[0]:  # only a shared head can score a task before it was trained
-        found["forward_transfer"] = forward_transfer(R, rows[0]["before"])
+        found["forward_transfer"] = forward_transfer(R, rows[0]["before"], higher)
     worst = [s.get("worst_tenth") for s in rows[-1]["spread"]]
     last = results[-1]
     leaks = [row["leak"] for row in rows if row["leak"] is not None]
@@ -117,6 +121,7 @@ def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
         "strategy": config.strategy.name,
         "tasks": [task.name for task in config.tasks],
         "joint": config.stream.joint,
+        "primary": primary_name(config),
         "matrix": R.tolist(),
         **found,
         "worst_tenth": float(np.mean(worst)) if worst and None not in worst else None,
@@ -136,19 +141,18 @@ def render(result: dict[str, Any]) -> str:
     names = result["tasks"]
     width = max(10, *(len(name) for name in names))
     lines = [
-        "\naccuracy on each task (columns) after each task (rows)",
+        f"\n{result['primary']} on each task (columns) after each task (rows)",
         " " * width + "".join(f"{name:>{width + 1}}" for name in names),
     ]
     labels = names[: len(result["matrix"])] if not result["joint"] else ["all"]
     for name, row in zip(labels, result["matrix"], strict=True):
         lines.append(f"{name:<{width}}" + "".join(f"{'–' if math.isnan(v) else f'{v:.4f}':>{width + 1}}" for v in row))
     shown = {
-        "average_accuracy": "average accuracy",
+        "average_score": "average score",
         "backward_transfer": "backward transfer",
         "forgetting": "forgetting",
     }
-    shown |= {"forward_transfer": "forward transfer", "learning_accuracy": "learning accuracy"}
+    shown |= {"forward_transfer": "forward transfer", "learning_score": "learning score"}
     lines += [f"{label}: {result[key]:.4f}" for key, label in shown.items() if key in result]
-    epsilon = result["epsilon"]
-    lines.append(f"ε over the whole stream: {epsilon if isinstance(epsilon, str) else f'{epsilon:.3f}'}")
+    lines.append(f"ε over the whole stream: {shown_epsilon(result['epsilon'])}")
     return "\n".join(lines)

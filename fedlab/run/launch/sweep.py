@@ -92,17 +92,19 @@ def sweep(
 
 def report(found: Mapping[str, Run | FedlabError]) -> int:
     """Print a line per run; returns the exit code, that of the gravest failure."""
+    from fedlab.privacy.promise import shown_epsilon  # here: torch comes with it
+
     table = Table(box=None, pad_edge=False)
-    for column in ("run", "status", "accuracy", "clients' mean", "ε", "seconds"):
+    for column in ("run", "status", "score", "clients' mean", "ε", "seconds"):
         table.add_column(column, overflow="fold")
     for name, run in found.items():
         if isinstance(run, FedlabError):
             table.add_row(name, f"failed: {str(run).splitlines()[0]}", "", "", "", "")
             continue
-        result, epsilon = run.result, run.result["epsilon"]
-        mean = result["client_accuracy"]["mean"]
-        numbers = ["–" if value is None else f"{value:.4f}" for value in (result["accuracy"], mean)]
-        shown = epsilon if isinstance(epsilon, str) else f"{epsilon:.3f}"
-        table.add_row(name, result["status"], *numbers, shown, f"{result['seconds']:.1f}")
+        result = run.result
+        primary, mean = result["primary"], result["client_scores"]["mean"]
+        own = (result["scores"] or {}).get(primary)
+        numbers = ["–" if value is None else f"{primary} {value:.4f}" for value in (own, mean)]
+        table.add_row(name, result["status"], *numbers, shown_epsilon(result["epsilon"]), f"{result['seconds']:.1f}")
     Console().print(table, highlight=False)
     return max((run.exit_code for run in found.values() if isinstance(run, FedlabError)), default=0)

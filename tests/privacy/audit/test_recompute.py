@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.audit.recompute import Recomputed, _compose, gaussian_epsilon, recompute
 
-REFERENCE = json.loads((Path(__file__).parent / "reference_epsilon.json").read_text())
+REFERENCE = json.loads((Path(__file__).parents[1] / "reference_epsilon.json").read_text())
 EDGES = [0.0, 5e-324, 1e-12, 1e-3, 0.3, 1 - 1e-16, 1.0]
 
 

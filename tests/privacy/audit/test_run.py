@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from fedlab.cli import app
 from fedlab.errors import ConfigError
 from fedlab.privacy.accounting import Event, epsilon
-from fedlab.privacy.audit.run import RunAudit, audit_run, render
+from fedlab.privacy.audit.render import render
+from fedlab.privacy.audit.run import RunAudit, audit_run
 
 spec = importlib.util.spec_from_file_location("ledgers", Path(__file__).parents[1] / "ledgers.py")
 ledgers: Any = importlib.util.module_from_spec(spec)

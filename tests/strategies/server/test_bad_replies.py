@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ConfigRecord, Context, Message, MessageType
+from flwr.app import ConfigRecord, Context, Message, MessageType
 
 import clients.app
 import fedlab
 from fedlab.config import RunConfig
+from fedlab.privacy.release import METRICS, UPDATE
+from fedlab.protocol import Frame, decode, encode
+from fedlab.protocol.messages import REPLIES, REQUESTS, ClientReply, Failure, Release, TrainReply
 from fedlab.run import launch
 
+RECORD = clients.app.RECORD
+Edit = Callable[[ClientReply], ClientReply]
 Tamper = Callable[[Message], Message | None]
+
+
+def frame_of(message: Message) -> Frame:
+    fields: dict[str, Any] = dict(message.content.config_records[RECORD])
+    return Frame(**fields)
 
 
 @pytest.fixture
@@ -24,9 +36,10 @@ def run_with(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def run(tamper: Tamper, *overrides: str) -> dict:
         def app(message: Message, context: Context) -> Message:
-            mine = "client-1" in message.content.config_records["round"]["clients"]
+            training = message.metadata.message_type == MessageType.TRAIN
+            asked = [entry.client for entry in decode(frame_of(message), REQUESTS).clients] if training else []
             reply = clients.app.app(message, context)
-            return tamper(reply) if mine and message.metadata.message_type == MessageType.TRAIN else reply
+            return tamper(reply) if "client-1" in asked else reply
 
         real = launch.load_reference
         monkeypatch.setattr(launch, "load_reference", lambda r: app if r == launch.CLIENT_APP else real(r))
@@ -36,96 +49,118 @@ def run_with(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-def edit(change: Callable[[Message], None]) -> Tamper:
-    def tamper(reply: Message) -> Message:
-        change(reply)
-        return reply
+def whole(change: Callable[[TrainReply], TrainReply]) -> Tamper:
+    """The reply of the node as ``change`` makes it."""
+
+    def tamper(message: Message) -> Message:
+        frame = encode("train", change(decode(frame_of(message), REPLIES)))
+        message.content.config_records[RECORD] = ConfigRecord(vars(frame))
+        return message
 
     return tamper
 
 
-def poison(value: float) -> Callable[[Message], None]:
-    def change(reply: Message) -> None:
-        updates = reply.content.array_records["updates"]
-        key = next(k for k in updates if k.startswith("client-1/"))
-        array = updates[key].numpy().copy()
+def edit(change: Edit) -> Tamper:
+    """Each client's part of the reply as ``change`` makes it."""
+    return whole(lambda reply: replace(reply, clients=tuple(map(change, reply.clients))))
+
+
+def arrays(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Tamper:
+    """Other arrays in the update."""
+
+    def changed(release: Release) -> Release:
+        return replace(release, arrays=change(dict(release.arrays))) if release.name == UPDATE else release
+
+    return edit(lambda reply: replace(reply, releases=tuple(map(changed, reply.releases))))
+
+
+def first(change: Callable[[np.ndarray], np.ndarray]) -> Tamper:
+    """Another first array in the update."""
+
+    def of(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        name = next(iter(found))
+        return found | {name: change(found[name].copy())}
+
+    return arrays(of)
+
+
+def poison(value: float) -> Tamper:
+    def change(array: np.ndarray) -> np.ndarray:
         array.flat[0] = value
-        updates[key] = Array(array)
+        return array
 
-    return change
-
-
-def reshape(reply: Message) -> None:
-    updates = reply.content.array_records["updates"]
-    key = next(k for k in updates if k.startswith("client-1/"))
-    updates[key] = Array(updates[key].numpy().reshape(-1))
+    return first(change)
 
 
-def as_double(reply: Message) -> None:
-    updates = reply.content.array_records["updates"]
-    key = next(k for k in updates if k.startswith("client-1/"))
-    updates[key] = Array(updates[key].numpy().astype(np.float64))
+def lines(change: Callable[[str], str]) -> Tamper:
+    return edit(lambda reply: replace(reply, lines=change(reply.lines or "")))
 
 
-def forget(reply: Message) -> None:
-    updates = reply.content.array_records["updates"]
-    del updates[next(iter(updates))]
+def undercharged(text: str) -> str:
+    """The signed event in the ledger lines edited."""
+    entries = [json.loads(line) for line in text.splitlines()]
+    entries[0]["event"]["steps"] = 1
+    return "".join(json.dumps(entry, sort_keys=True, separators=(",", ":")) + "\n" for entry in entries)
 
 
-def smuggle(reply: Message) -> None:
-    reply.content.array_records["updates"]["client-1/base.weight"] = Array(np.zeros(3, dtype=np.float32))
+def raw(**parts: Any) -> Tamper:
+    """Other bytes in the frame."""
+
+    def tamper(message: Message) -> Message:
+        message.content.config_records[RECORD] = ConfigRecord({**vars(frame_of(message)), **parts})
+        return message
+
+    return tamper
 
 
-def undecodable(reply: Message) -> None:
-    updates = reply.content.array_records["updates"]
-    key = next(k for k in updates if k.startswith("client-1/"))
-    updates[key] = Array(dtype="float32", shape=(2,), stype="numpy.ndarray", data=b"rubbish")
+def no_frame(message: Message) -> Message:
+    del message.content[RECORD]
+    return message
 
 
-def undercharge(reply: Message) -> None:
-    """Edit the signed event in the ledger lines."""
-    charges = reply.content.config_records["charges"]
-    lines = [json.loads(line) for line in charges["lines"][0].splitlines()]
-    lines[0]["event"]["steps"] = 1
-    charges["lines"] = ["".join(json.dumps(line, sort_keys=True, separators=(",", ":")) + "\n" for line in lines)]
-
-
-def conceal(reply: Message) -> None:
-    """Send the update and no ledger line at all."""
-    reply.content.config_records["charges"]["lines"] = [""]
-
-
-def swap(reply: Message) -> None:
-    """Send another finite update than the one that was committed."""
-    updates = reply.content.array_records["updates"]
-    for key in updates:
-        updates[key] = Array(updates[key].numpy() * 2)
-
-
-def raise_error(reply: Message) -> None:
+def raise_error(message: Message) -> Message:
     raise RuntimeError("disk on fire")
 
 
+def other_event(reply: ClientReply) -> ClientReply:
+    release = reply.release(UPDATE)
+    assert release is not None
+    assert release.event is not None
+    cheaper = replace(release, event=replace(release.event, sigma=99.0))
+    return replace(reply, releases=(cheaper, *reply.releases[1:]))
+
+
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("tamper", "expected"),
     [
         (poison(float("nan")), "NaN"),
         (poison(float("inf")), "NaN or infinite"),
-        (reshape, "shape"),
-        (as_double, "float64"),
-        (forget, "is missing"),
-        (smuggle, "was not asked for"),
-        (undecodable, "undecodable"),
-        (lambda r: r.content.__delitem__("updates"), "malformed reply"),
-        (lambda r: r.content.__delitem__("metrics"), "malformed reply"),
-        (undercharge, "was edited, or signed by another key"),
-        (conceal, "shows no charge for round 1"),
-        (swap, "does not commit the update"),
+        (first(lambda a: a.reshape(-1)), "shape"),
+        (first(lambda a: a.astype(np.int64)), "bytes, at most"),
+        (arrays(lambda found: dict(list(found.items())[1:])), "is missing"),
+        (arrays(lambda found: found | {"base.weight": np.zeros(3, np.float32)}), "was not asked for"),
+        (edit(lambda r: replace(r, releases=(*r.releases, Release("labels", {}, {"mean": 1.0})))), "not asked for"),
+        (
+            edit(lambda r: replace(r, releases=(*r.releases, Release(METRICS, {"x": np.zeros(2, np.float32)})))),
+            "holds arrays",
+        ),
+        (edit(lambda r: replace(r, releases=())), "update: is missing"),
+        (edit(other_event), "not what it declared"),
+        (whole(lambda r: replace(r, clients=())), "does not name it"),
+        (raw(header=b"rubbish"), "malformed reply: header"),
+        (raw(body=b"rubbish"), "malformed reply: body"),
+        (raw(table=b"[]"), "malformed reply: body"),
+        (raw(kind="gram"), "malformed reply: kind"),
+        (raw(body=bytes(10**6)), "malformed reply: body: 1000000 bytes, at most"),
+        (no_frame, "malformed reply: record"),
+        (lines(undercharged), "was edited, or signed by another key"),
+        (lines(lambda text: ""), "shows no charge for round 1"),
+        (arrays(lambda found: {name: value * 2 for name, value in found.items()}), "does not commit the update"),
         (raise_error, "disk on fire"),
     ],
 )
-def test_an_unusable_client_is_excluded_named_counted_and_charged(change, expected: str, run_with, tmp_path: Path):
-    result = run_with(edit(change))
+def test_an_unusable_client_is_excluded_named_counted_and_charged(tamper, expected: str, run_with, tmp_path: Path):
+    result = run_with(tamper)
     assert result["status"] == "completed"
     assert result["excluded"] == 1
     (train,) = [
@@ -138,17 +173,23 @@ def test_an_unusable_client_is_excluded_named_counted_and_charged(change, expect
 
 
 def test_a_reply_for_somebody_else_is_ignored(run_with):
-    def impersonate(reply: Message) -> None:
-        updates = reply.content.array_records["updates"]
-        for key in list(updates):
-            updates["client-0/" + key.partition("/")[2]] = Array(np.full(updates[key].shape, 1e6, dtype=np.float32))
-        reply.content["failures"] = ConfigRecord(
-            {"ids": ["client-2"], "reasons": ["said client-1"], "refused": ["client-2"]}
-        )
+    def impersonate(reply: TrainReply) -> TrainReply:
+        (mine,) = reply.clients
+        huge = {name: np.full(a.shape, 1e6, np.float32) for name, a in mine.releases[0].arrays.items()}
+        other = replace(mine, client="client-0", releases=(Release(UPDATE, huge),))
+        failed = ClientReply("client-2", failure=Failure("said client-1", refused=True))
+        return replace(reply, clients=(other, mine, failed))
 
-    result = run_with(edit(impersonate))
-    assert result["excluded"] == 0
+    result = run_with(whole(impersonate), "privacy={unit='none'}")
+    assert result["excluded"] == 1, "more bytes than one client may send"
     assert result["loss"] < 100
+
+
+def test_a_failure_that_somebody_else_reports_is_ignored(run_with):
+    failed = ClientReply("client-2", failure=Failure("said client-1", refused=True))
+    result = run_with(whole(lambda reply: replace(reply, clients=(failed, *reply.clients))))
+    assert result["excluded"] == 0
+    assert "refused" not in result["clients"]["client-2"]
 
 
 def test_a_node_that_does_not_answer_is_named(run_with, monkeypatch: pytest.MonkeyPatch):
@@ -170,21 +211,13 @@ def test_a_node_that_does_not_answer_is_named(run_with, monkeypatch: pytest.Monk
 
 def test_too_few_usable_updates_fail_the_run(run_with, tmp_path: Path):
     with pytest.raises(fedlab.RunFailed, match=r"2 usable updates, 3 needed \(client-1"):
-        run_with(edit(poison(float("nan"))), "run.min_clients=3")
+        run_with(poison(float("nan")), "run.min_clients=3")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "failed"
     assert all(client["epsilon"] > 0 for client in result["clients"].values()), "a failed run has spent too"
 
 
 def test_an_adapter_that_never_moves_is_an_error(run_with):
-    def freeze(reply: Message) -> None:
-        updates = reply.content.array_records["updates"]
-        for key in updates:
-            updates[key] = Array(np.zeros(updates[key].shape, dtype=np.float32))
-
-    def app_for_all(reply: Message) -> Message:
-        freeze(reply)
-        return reply
-
+    still = arrays(lambda found: {name: np.zeros(a.shape, np.float32) for name, a in found.items()})
     with pytest.raises(fedlab.RunFailed, match="no client changed the adapter"):
-        run_with(app_for_all, "run.nodes=1", 'privacy={unit="none"}')
+        run_with(still, "run.nodes=1", 'privacy={unit="none"}')

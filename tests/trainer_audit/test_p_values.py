@@ -7,34 +7,34 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fedlab.privacy.audit import laws
+from fedlab.trainer_audit import p_values
 
 RNG = np.random.default_rng
 
 
 def variance(rng: np.random.Generator) -> float:
-    return laws.variance_p(float(np.square(2 * rng.standard_normal(10)).sum()), 10, 2.0)
+    return p_values.variance_p(float(np.square(2 * rng.standard_normal(10)).sum()), 10, 2.0)
 
 
 def correlation(rng: np.random.Generator) -> float:
-    return float(laws.correlation_p(np.corrcoef(rng.standard_normal((2, 8)))[0, 1:], 8)[0])
+    return float(p_values.correlation_p(np.corrcoef(rng.standard_normal((2, 8)))[0, 1:], 8)[0])
 
 
 def rate(rng: np.random.Generator) -> float:
-    return laws.rate_p(int(rng.binomial(3000, 0.1)), 3000, 0.1)
+    return p_values.rate_p(int(rng.binomial(3000, 0.1)), 3000, 0.1)
 
 
 def records(rng: np.random.Generator) -> float:
-    return laws.dispersion((rng.random((300, 45)) < 0.1).sum(1), 45, 0.1)[1]
+    return p_values.dispersion((rng.random((300, 45)) < 0.1).sum(1), 45, 0.1)[1]
 
 
 def sizes(rng: np.random.Generator) -> float:
-    return laws.dispersion(rng.binomial(300, 0.1, 45), 300, 0.1)[1]
+    return p_values.dispersion(rng.binomial(300, 0.1, 45), 300, 0.1)[1]
 
 
 def overlap(rng: np.random.Generator) -> float:
     a, b = rng.random((2, 300)) < 0.1
-    return laws.overlap_p(int((a & b).sum()), 300, 0.1)
+    return p_values.overlap_p(int((a & b).sum()), 300, 0.1)
 
 
 @pytest.mark.parametrize("law", [variance, correlation, rate, records, sizes, overlap], ids=lambda f: f.__name__)
@@ -51,15 +51,15 @@ def test_the_dispersion_law_does_not_accuse_at_the_level_that_is_used():
     counts = RNG(0).binomial(45, 0.1, (20_000, 300))
     spread = np.square(counts - 4.5).sum(1)
     for extreme in (int(spread.argmin()), int(spread.argmax())):
-        assert laws.dispersion(counts[extreme], 45, 0.1)[1] > 1e-6
+        assert p_values.dispersion(counts[extreme], 45, 0.1)[1] > 1e-6
 
 
 def test_what_is_wrong_is_accused():
-    assert laws.variance_p(1000 * 0.8**2, 1000, 1.0) < 1e-7
-    assert laws.variance_p(float("nan"), 10, 1.0) == 0
-    assert laws.shape_p((RNG(0).random(5000) - 0.5) * 12**0.5) < 1e-7
-    assert laws.correlation_p(np.array([0.5]), 500)[0] < 1e-7
-    assert laws.correlation_p(np.array([np.nan]), 500)[0] == 1
-    assert laws.rate_p(500, 3000, 0.1) < 1e-7
-    assert laws.dispersion(np.full(45, 30), 300, 0.1) == (0.0, 0.0)
-    assert laws.overlap_p(30, 300, 0.1) < 1e-7
+    assert p_values.variance_p(1000 * 0.8**2, 1000, 1.0) < 1e-7
+    assert p_values.variance_p(float("nan"), 10, 1.0) == 0
+    assert p_values.shape_p((RNG(0).random(5000) - 0.5) * 12**0.5) < 1e-7
+    assert p_values.correlation_p(np.array([0.5]), 500)[0] < 1e-7
+    assert p_values.correlation_p(np.array([np.nan]), 500)[0] == 1
+    assert p_values.rate_p(500, 3000, 0.1) < 1e-7
+    assert p_values.dispersion(np.full(45, 30), 300, 0.1) == (0.0, 0.0)
+    assert p_values.overlap_p(30, 300, 0.1) < 1e-7

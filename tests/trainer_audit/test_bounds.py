@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import binom, norm
 
 from fedlab.privacy.accounting import Event, epsilon
-from fedlab.privacy.audit.bounds import (
+from fedlab.trainer_audit.bounds import (
     FRACTIONS,
     clopper_pearson_upper,
     fdp_mu,

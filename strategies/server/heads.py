@@ -7,14 +7,17 @@ import torch
 from fedlab.config import RunConfig
 from fedlab.data import task_data
 from fedlab.lora.state import State, part_of
+from strategies.base import Strategy
 
 
 def frozen_layers(config: RunConfig, state: State) -> set[str]:
     """Layers of a head that all tasks share: after the first task they stay, where each task has labels of its own."""
     if config.stage is None or not config.stage.task or config.stream.heads == "shared":
         return set()
-    labels = len(task_data(config)[0].label_names)
-    return {name for name in state if part_of(name) == "head" and len(state[name]) != labels}
+    groups = task_data(config)[1].groups
+    if groups is None:
+        return set()
+    return {name for name in state if part_of(name) == "head" and len(state[name]) != len(groups)}
 
 
 def keep_other_heads(config: RunConfig, before: State, after: State) -> State:
@@ -32,3 +35,15 @@ def keep_other_heads(config: RunConfig, before: State, after: State) -> State:
             result[name] = value.clone()
             result[name][outside] = before[name][outside]
     return result
+
+
+def trained_names(strategy: Strategy, state: State, number: int = 1) -> list[str]:
+    """Names of the tensors that clients train in a round: the strategy's, without what the task may not train."""
+    frozen = frozen_layers(strategy.config, state)
+    return [name for name in strategy.trained_names(state, number) if name not in frozen]
+
+
+def sent_names(strategy: Strategy, state: State, number: int = 1) -> list[str]:
+    """Those of them that they send back."""
+    frozen = frozen_layers(strategy.config, state)
+    return [name for name in strategy.sent_names(state, number) if name not in frozen]

@@ -1,0 +1,85 @@
+"""Files that are written whole or not at all: a temporary file in the same folder, fsync, rename.
+
+Readers see the old file or the new one, also after a crash or a power cut, and never a part. Not for lines that are
+appended (``fedlab.privacy.ledger``), nor for folders (``fedlab.data.cache``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which takes the name of ``path`` when the block ends without an error.
+
+    Args:
+        path: the file to make or replace; its folder must be there.
+
+    Yields:
+        A path in the same folder, of this thread alone. If the block raises, it is removed and ``path`` stays as it is.
+    """
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Make or replace a file; its folder must be there. Text is written as UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(_bytes(content))
+
+
+def create(path: Path, content: str | bytes, mode: int = 0o600) -> bool:
+    """Make a file that no other process made first, and leave one that is there.
+
+    Args:
+        path: the file; its folder must be there.
+        content: text (written as UTF-8) or bytes.
+        mode: permissions of the new file, before the umask.
+
+    Returns:
+        Whether this call made it. Once it returns, the file's name survives a power cut.
+    """
+    temporary = _temporary(path)
+    temporary.unlink(missing_ok=True)
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(_bytes(content))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)  # unlike a rename, it never replaces
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+    return True
+
+
+def fsync_directory(path: Path) -> None:
+    """Make new names in the folder ``path`` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    # Several processes or threads may write the same file at once.
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+
+
+def _bytes(content: str | bytes) -> bytes:
+    return content.encode("utf-8") if isinstance(content, str) else content

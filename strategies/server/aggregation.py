@@ -1,0 +1,62 @@
+"""The server's side of an aggregation: weights, the noise of client-level DP, and the rows of other tasks' heads."""
+
+from __future__ import annotations
+
+from fedlab.config import RunConfig
+from fedlab.lora.average import client_weights
+from fedlab.lora.ranks import widen
+from fedlab.lora.state import State
+from fedlab.privacy.client_level import ClientPlan
+from fedlab.privacy.noise import SecureNoise, SeededNoise
+from fedlab.seeds import random_stream
+from strategies.base import Round, ServerState, Strategy
+from strategies.server.federation import Federation
+from strategies.server.heads import keep_other_heads, sent_names
+from strategies.server.outcome import TrainOutcome
+
+
+def aggregate(
+    strategy: Strategy,
+    federation: Federation,
+    plan: ClientPlan | None,
+    state: State,
+    server_state: ServerState,
+    outcome: TrainOutcome,
+    number: int,
+) -> tuple[State, ServerState]:
+    """The new state, and the server's, after a round's updates.
+
+    Args:
+        strategy: what aggregates.
+        federation: knows the sizes that clients declared; they are the weights.
+        plan: of client-level DP; None if the server adds no noise. With it, one noised mean of the clipped updates
+            takes the place of the clients' own; from there on all is post-processing.
+        state: that the clients started from.
+        server_state: the strategy's own, before the round.
+        outcome: the usable updates; at least one unless ``plan`` is given.
+        number: of the round.
+    """
+    config = strategy.config
+    if plan is not None:
+        mean = noised_mean(strategy, plan, state, outcome, number)
+        updates, weights = {"everyone": mean}, {"everyone": 1.0}
+    else:
+        updates = outcome.updates
+        sizes = {client: federation.clients[client].examples for client in updates}
+        weights = client_weights(sizes, config.strategy.weights)
+    after, server_state = strategy.aggregate(state, server_state, updates, weights, Round(number, outcome.unusable))
+    return keep_other_heads(config, state, after), server_state
+
+
+def noised_mean(strategy: Strategy, plan: ClientPlan, state: State, outcome: TrainOutcome, number: int) -> State:
+    """The noised mean of the clipped updates: all that is kept of them under client-level DP."""
+    noise = noise_source(strategy.config, plan, number)
+    updates = {client: widen(update, state) for client, update in outcome.updates.items()}
+    return plan.mean(updates, {name: state[name] for name in sent_names(strategy, state, number)}, noise)
+
+
+def noise_source(config: RunConfig, plan: ClientPlan, number: int) -> SeededNoise | SecureNoise:
+    """The server's noise of one round."""
+    if plan.noise == "seeded":
+        return SeededNoise(random_stream(config.sampling_seed, "noise", "server", number))
+    return SecureNoise()

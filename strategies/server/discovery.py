@@ -1,0 +1,96 @@
+"""Before the first round: every node says which clients it has, and they declare sizes, privacy plans and ledgers."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+
+from flwr.serverapp import Grid
+
+from fedlab.config import RunConfig
+from fedlab.errors import PrivacyError, RunFailed
+from fedlab.lora.state import State, digest, to_wire
+from fedlab.privacy.ledger.mirror import LedgerMirror
+from fedlab.privacy.release import SIZE, event_of
+from fedlab.protocol.messages import DescribeReply, DescribeRequest, Enrolment, RunReference
+from fedlab.run.directory import RunDirectory
+from fedlab.seeds import client_order
+from strategies.server.exchange import ask
+from strategies.server.federation import ClientInfo, Federation
+
+
+def run_reference(directory: RunDirectory, config: RunConfig, parts: Sequence[str], basis: State) -> RunReference:
+    """What every request of a run says: which run, its configuration's hash, and what stays as it is."""
+    configuration = hashlib.sha256(config.to_toml().encode()).hexdigest()
+    return RunReference(directory.run_id, configuration, tuple(parts), digest(basis) if basis else "")
+
+
+def discover(
+    grid: Grid,
+    directory: RunDirectory,
+    config: RunConfig,
+    run: RunReference,
+    clients: Sequence[str],
+    mirror: LedgerMirror | None,
+    basis: State,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Federation:
+    """The federation of a run.
+
+    Args:
+        grid: Flower's.
+        directory: of the run; a simulation's nodes find their owners' places in it.
+        config: the run's configuration, which travels here and nowhere else.
+        run: what all later requests name.
+        clients: of a simulation.
+        mirror: of the clients' ledgers; None if they keep none.
+        basis: what goes along once, for the whole task of a stream.
+        meanwhile: runs between asking and collecting.
+
+    Raises:
+        RunFailed: a node fails or does not answer, or two nodes say that they are the same client.
+    """
+    nodes = sorted(grid.get_node_ids())
+    text, arrays = config.to_toml(), to_wire(basis)
+    requests = {
+        node: DescribeRequest(run, text, tuple(clients[i :: len(nodes)]), str(directory.path), arrays)
+        for i, node in enumerate(nodes)
+    }
+    found = Federation(config, {}, {}, nodes, run, mirror)
+    answers = ask(grid, "describe", requests, DescribeReply, config.run.timeout, meanwhile=meanwhile)
+    for reason in answers.failed.values():
+        raise RunFailed(f"a node could not prepare the run: {reason.removeprefix('node failed: ')}")
+    for node, reply in answers.replies.items():
+        for enrolment in reply.clients:
+            _admit(found, enrolment)
+            if reply.exclusive:
+                found.hosts[enrolment.reply.client] = node
+    found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
+    if mirror is not None:
+        mirror.start(config.privacy.unit)
+    return found
+
+
+def _admit(federation: Federation, enrolment: Enrolment) -> None:
+    """Enter one declaration; a client that refuses, or whose ledger is not what it was, is known but never drawn."""
+    reply, mirror = enrolment.reply, federation.mirror
+    client, size = reply.client, reply.release(SIZE)
+    if client in federation.clients:
+        raise RunFailed(f"two nodes say that they are {client}; every client needs a name of its own")
+    examples = size.numbers.get("examples", 0) if size is not None else 0
+    event = event_of(enrolment.event) if enrolment.event is not None else None
+    delta = math.nan if enrolment.delta is None else enrolment.delta
+    federation.clients[client] = ClientInfo(int(examples), event, delta)
+    problem = reply.failure.reason if reply.failure is not None else ""
+    if not (examples >= 1 and examples == int(examples)):
+        problem = f"it declared {examples:g} examples"
+    elif mirror is not None and enrolment.key and reply.lines is not None:
+        try:
+            mirror.enrol(client, enrolment.key, reply.lines)
+        except PrivacyError as error:
+            problem = str(error)
+    elif mirror is not None and not problem:
+        problem = "it declared no ledger"
+    if problem:
+        federation.refused[client] = problem

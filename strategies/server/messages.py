@@ -1,0 +1,229 @@
+"""Requests to the clients, and what is taken from their replies.
+
+Nothing that a client sends is believed: names, shapes and values are checked against what was asked, an unusable update
+is excluded and named, and a client's weight is the size that it declared before the first round.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.serverapp import Grid
+
+from fedlab.config import RunConfig
+from fedlab.errors import PrivacyError
+from fedlab.evaluate import primary_name
+from fedlab.lora.ranks import narrow
+from fedlab.lora.state import State, digest, from_wire, nbytes, to_wire
+from fedlab.privacy.ledger.ledger import Entry
+from fedlab.privacy.release import METRICS, SCORES, TIMING, UPDATE, event_of
+from fedlab.protocol import ProtocolError
+from fedlab.protocol.checks import check_arrays, wire_bytes
+from fedlab.protocol.messages import (
+    ClientOrder,
+    ClientReply,
+    EvaluateReply,
+    EvaluateRequest,
+    ReceiptFor,
+    ReceiptsReply,
+    ReceiptsRequest,
+    TrainReply,
+    TrainRequest,
+)
+from fedlab.seeds import client_order
+from strategies.base import Strategy
+from strategies.server.exchange import Answers, ask
+from strategies.server.federation import Federation
+from strategies.server.heads import sent_names, trained_names
+from strategies.server.outcome import UNUSABLE, EvaluateOutcome, TrainOutcome
+
+RECEIPT_SECONDS = 60.0  # to wait for clients that keep a receipt: nothing of the round depends on it
+NO_BUDGET = "budget-exhausted: it cannot cover another round"
+
+
+@dataclass(frozen=True)
+class TrainingOrder:
+    """A round's requests, and what the replies are checked against."""
+
+    requests: dict[int, TrainRequest]  # by node
+    shapes: dict[str, dict[str, tuple[int, ...]]]  # client → name → shape of what comes back
+    number: int  # of the round
+    received: str  # digest of the state as it arrives at the clients
+    bytes_down: int
+
+
+class Messenger:
+    """Makes the requests of a run and takes the replies.
+
+    Args:
+        grid: Flower's.
+        config: the run's configuration.
+        federation: who hosts whom, and the mirror of the clients' ledgers.
+        strategy: says what travels, is trained and comes back.
+    """
+
+    def __init__(self, grid: Grid, config: RunConfig, federation: Federation, strategy: Strategy) -> None:
+        self.grid, self.config, self.federation, self.strategy = grid, config, federation, strategy
+
+    def order_training(
+        self, number: int, state: State, ranks: Mapping[str, int], drawn: Sequence[str]
+    ) -> TrainingOrder:
+        """One request per node that hosts a client of this round."""
+        wire = self.config.run.wire_dtype
+        travelling = self.strategy.travelling(state)
+        arrays, trained = to_wire(travelling, wire), tuple(trained_names(self.strategy, state, number))
+        requests = {}
+        for node, passes in self.federation.deal(self.federation.groups(list(drawn))).items():
+            requests[node] = TrainRequest(
+                run=self.federation.run,
+                round=number,
+                clients=tuple(
+                    ClientOrder(client, self.federation.known(client), ranks[client])
+                    for group in passes
+                    for client in group
+                ),
+                passes=tuple(len(group) for group in passes),
+                trained=trained,
+                personal=tuple(sorted(self.strategy.personal)),
+                wire=wire,
+                state=arrays,
+            )
+        sent = sent_names(self.strategy, state, number)
+        shapes = {client: _shapes(narrow(state, ranks[client]), sent) for client in drawn}
+        bytes_down = len(drawn) * nbytes(travelling, wire)
+        return TrainingOrder(requests, shapes, number, digest(from_wire(arrays, wire)), bytes_down)
+
+    def train(self, order: TrainingOrder, on_reply: Callable[[], object] = lambda: None) -> TrainOutcome:
+        """What is usable of the replies; the outcome says why the rest is not."""
+        wire = self.config.run.wire_dtype
+        cohorts = {node: [entry.client for entry in request.clients] for node, request in order.requests.items()}
+        outcome = TrainOutcome(silent=set(order.shapes), bytes_down=order.bytes_down)
+        most = {node: sum(wire_bytes(order.shapes[c], wire) for c in cohort) for node, cohort in cohorts.items()}
+        answers = ask(self.grid, "train", order.requests, TrainReply, self.config.run.timeout, most, on_reply)
+        for client, reply in self._by_client(cohorts, answers, outcome.excluded).items():
+            self._take(order, client, reply, outcome)
+        outcome.busy = [(reply.started, reply.ended) for reply in answers.replies.values()]
+        outcome.updates = dict(sorted(outcome.updates.items(), key=lambda item: client_order(item[0])))
+        return outcome
+
+    def evaluate(self, number: int, state: State) -> EvaluateOutcome:
+        """Every client's scores of the global model on its own held-out examples."""
+        wire, cohorts = self.config.run.wire_dtype, self.federation.cohorts(list(self.federation.clients))
+        personal, arrays = tuple(sorted(self.strategy.personal)), to_wire(self.strategy.travelling(state), wire)
+        requests = {
+            node: EvaluateRequest(self.federation.run, number, tuple(cohort), personal, wire, arrays)
+            for node, cohort in cohorts.items()
+        }
+        answers = ask(self.grid, "evaluate", requests, EvaluateReply, self.config.run.timeout)
+        primary = primary_name(self.config)
+        outcome = EvaluateOutcome(busy=[(reply.started, reply.ended) for reply in answers.replies.values()])
+        for client, reply in self._by_client(cohorts, answers, outcome.excluded).items():
+            if (scores := reply.release(SCORES)) is None:
+                outcome.excluded[client] = "it sent no scores"
+            elif primary in scores.numbers:  # not there for a client that holds nothing out
+                outcome.scores[client] = scores.numbers[primary]
+        return outcome
+
+    def receipts(self, receipts: Mapping[str, Entry], clients: Sequence[str]) -> dict[str, str]:
+        """Let clients keep receipts, and take their ledgers' new lines; client → what is wrong with its ledger."""
+        cohorts = self.federation.cohorts(list(clients))
+        requests = {
+            node: ReceiptsRequest(
+                self.federation.run,
+                tuple(
+                    ReceiptFor(c, self.federation.known(c), json.dumps(receipts[c]) if c in receipts else "")
+                    for c in cohort
+                ),
+            )
+            for node, cohort in cohorts.items()
+        }
+        timeout = min(self.config.run.timeout, RECEIPT_SECONDS)
+        problems: dict[str, str] = {}
+        answers = ask(self.grid, "receipts", requests, ReceiptsReply, timeout)
+        for client, reply in self._by_client(cohorts, answers, problems).items():
+            if reply.failure is not None:
+                problems[client] = reply.failure.reason
+            else:
+                self.federation.take_lines(reply, problems)
+        return problems
+
+    def _by_client(
+        self,
+        cohorts: Mapping[int, Sequence[str]],
+        answers: Answers[TrainReply] | Answers[EvaluateReply] | Answers[ReceiptsReply],
+        excluded: dict[str, str],
+    ) -> dict[str, ClientReply]:
+        """Each asked client's one reply; who lacks one is excluded with the reason. What nobody asked for is left."""
+        for node, reason in answers.failed.items():
+            excluded |= dict.fromkeys(cohorts[node], reason)
+        found: dict[str, ClientReply] = {}
+        for node, reply in answers.replies.items():
+            for mine in reply.clients:
+                if mine.client in cohorts[node]:
+                    found.setdefault(mine.client, mine)
+            for client in cohorts[node]:
+                if client not in found:
+                    excluded[client] = "its node's reply does not name it"
+        return found
+
+    def _take(self, order: TrainingOrder, client: str, reply: ClientReply, outcome: TrainOutcome) -> None:
+        """Enter one client's ledger lines, its failure or its update; what it lacks excludes it, never the round."""
+        if reply.failure is not None:
+            outcome.excluded[client] = reply.failure.reason
+        if self.federation.take_lines(reply, outcome.excluded):
+            outcome.silent.discard(client)
+        if reply.exhausted or (reply.failure is not None and reply.failure.refused):
+            self.federation.refused[client] = outcome.excluded.get(client, NO_BUDGET)
+        if client in outcome.excluded:
+            return
+        try:
+            update = self._update(order, client, reply)
+            if self.federation.mirror is not None:
+                outcome.commits[client] = self._witness(order, client, update)
+        except PrivacyError as error:
+            outcome.unproven.add(client)
+            outcome.excluded[client] = f"{UNUSABLE}: {error}"
+        except ProtocolError as error:
+            outcome.excluded[client] = f"{UNUSABLE}: {error.field}: {error.problem}"
+        else:
+            outcome.updates[client] = update
+            outcome.metrics[client] = self._metrics(client, reply)
+            outcome.bytes_up += nbytes(update, self.config.run.wire_dtype)
+
+    def _update(self, order: TrainingOrder, client: str, reply: ClientReply) -> State:
+        """The update in a reply. Raises ProtocolError unless it is what was asked for, and nothing else is there."""
+        for release in reply.releases:
+            if release.name not in (UPDATE, TIMING, METRICS):
+                raise ProtocolError(release.name, "was not asked for", client)
+            if release.name != UPDATE and release.arrays:
+                raise ProtocolError(release.name, "holds arrays, which were not asked for", client)
+        update, declared = reply.release(UPDATE), self.federation.clients[client].event
+        if update is None:
+            raise ProtocolError(UPDATE, "is missing", client)
+        if update.event is not None and event_of(update.event) != declared:
+            raise ProtocolError("event", f"{update.event} is not what it declared", client)
+        check_arrays(update, order.shapes[client], self.config.run.wire_dtype, client)
+        return from_wire(update.arrays, self.config.run.wire_dtype)
+
+    def _metrics(self, client: str, reply: ClientReply) -> dict[str, float]:
+        """Of a client's training; what it does not share is NaN."""
+        shown: dict[str, float] = {}
+        for name in (TIMING, METRICS):
+            found = reply.release(name)
+            shown |= found.numbers if found is not None else {}
+        wanted = {name: shown.get(name, math.nan) for name in ("steps", "loss", "clip_fraction", "seconds")}
+        return {"examples": self.federation.clients[client].examples, **wanted}
+
+    def _witness(self, order: TrainingOrder, client: str, update: State) -> Entry:
+        """The signed line that commits this very update. Raises PrivacyError without one."""
+        mirror, event = self.federation.mirror, self.federation.clients[client].event
+        assert mirror is not None
+        assert event is not None
+        return mirror.witness(client, order.number, event, order.received, digest(update))
+
+
+def _shapes(state: State, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(state[name].shape) for name in names}

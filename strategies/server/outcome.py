@@ -1,0 +1,42 @@
+"""What came back from the clients: of a round of training, and of scoring on their own examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedlab.lora.state import State
+from fedlab.privacy.ledger.ledger import Entry
+
+UNUSABLE = "unusable update"  # what the reason of an exclusion begins with where a client sent what cannot be used
+
+
+@dataclass
+class TrainOutcome:
+    """What came back from one round of training."""
+
+    updates: dict[str, State] = field(default_factory=dict)  # in client order
+    excluded: dict[str, str] = field(default_factory=dict)  # client → why its update was not used
+    silent: set[str] = field(default_factory=set)  # clients whose ledger did not come back: they may have spent
+    unproven: set[str] = field(default_factory=set)  # clients whose ledger does not show what they sent
+    commits: dict[str, Entry] = field(default_factory=dict)  # client → the ledger line that commits its update
+    # client → examples, steps, loss, clip_fraction, seconds
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    # (start, end) of each node's training, seconds since the epoch
+    busy: list[tuple[float, float]] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    @property
+    def unusable(self) -> int:
+        """How many clients sent an update that cannot be used."""
+        return sum(reason.startswith(UNUSABLE) for reason in self.excluded.values())
+
+
+@dataclass
+class EvaluateOutcome:
+    """Primary score of the global model on the clients' own held-out examples."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
+    busy: list[tuple[float, float]] = field(default_factory=list)
