@@ -1,4 +1,4 @@
-"""Server side: how the clients' updates become one model. ``STRATEGIES`` maps ``strategy.name`` to its class."""
+"""How the clients' updates become one model. ``STRATEGIES`` maps ``strategy.name`` to its class."""
 
 from __future__ import annotations
 

@@ -8,13 +8,12 @@ keeps nothing between calls, so that ``server_state`` is exactly what a checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from fedlab.config import RunConfig
-from fedlab.config.clients import initial_ranks
 from fedlab.config.sections import StrategySection
 from fedlab.errors import ConfigError, RunFailed
 from fedlab.lora.aggregator import Round, ServerState, Updates, Weights
@@ -159,12 +158,9 @@ class Strategy:
         mean, moments = server_step(self.options.server, mean, moments_of(server_state))
         return mean, with_moments(server_state, moments)
 
-    def client_ranks(self, state: State, server_state: ServerState, clients: Sequence[str]) -> dict[str, int]:
-        """client → rank of the adapter that it trains in the next round; ``clients`` are all of the run, in order."""
-        if self.ranks:
-            return initial_ranks(self.config, clients)
-        widest = max((len(value) for name, value in state.items() if part_of(name) == "lora_A"), default=0)
-        return dict.fromkeys(clients, widest)
+    def client_ranks(self, server_state: ServerState) -> dict[str, int]:
+        """client → rank of its adapter in the next round, for those that the strategy gave another than at first."""
+        return {}
 
     # --- what travels
 

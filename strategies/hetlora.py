@@ -11,7 +11,7 @@ train the plain loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from pydantic import Field
 
 from fedlab.lora.average import weighted_mean
 from fedlab.lora.ranks import frobenius_norm, pad
-from fedlab.lora.state import State, local_pairs, modules, part_of, select
+from fedlab.lora.state import State, local_pairs, modules, select
 from fedlab.seeds import client_order
 from strategies.base import Round, ServerState, Strategy, Updates, Weights
 from strategies.options import NoOptions
@@ -60,24 +60,21 @@ class HetLora(Strategy):
                 padded[client][B], padded[client][A] = pad(held[client][B], held[client][A], len(state[A]))
         head = weighted_mean({client: select(updates[client], {"head"}) for client in clients}, weights)
         if self.options.prune is not None:
-            server_state = self._pruned(state, server_state, held, self.options.prune, self.options.min_rank)
+            server_state = self._pruned(state, server_state, held, self.options.prune)
         factors = {name: value.float() for name, value in weighted_mean(padded, shares).items()}
         after = {name: state[name] + head[name] if name in head else factors.get(name, state[name]) for name in state}
         return after, server_state
 
-    def client_ranks(self, state: State, server_state: ServerState, clients: Sequence[str]) -> dict[str, int]:
-        """As configured, or what pruning has left: ``rank/<client>`` of the server's state."""
-        pruned = {name.removeprefix(PRUNED): int(rank) for name, rank in server_state.items()}
-        return super().client_ranks(state, server_state, clients) | pruned
+    def client_ranks(self, server_state: ServerState) -> dict[str, int]:
+        """What pruning has left: ``rank/<client>`` of the server's state."""
+        return {name.removeprefix(PRUNED): int(rank) for name, rank in server_state.items()}
 
-    def _pruned(
-        self, state: State, server_state: ServerState, held: Mapping[str, State], share: float, least: int
-    ) -> ServerState:
+    def _pruned(self, state: State, server_state: ServerState, held: Mapping[str, State], share: float) -> ServerState:
         """The server's state with the lowered ranks of clients whose tail shrank in this round."""
         lowered = dict(server_state)
         for client, after in held.items():
-            rank = max(len(value) for name, value in after.items() if part_of(name) == "lora_A")
-            cut = max(least, math.ceil(share * rank))
+            rank = max(len(after[f"{module}.lora_A"]) for module in modules(state))
+            cut = max(self.options.min_rank, math.ceil(share * rank))
             if cut < rank and tail_norm(after, cut, rank) < tail_norm(state, cut, rank):
                 lowered[PRUNED + client] = torch.tensor(cut)
         return lowered

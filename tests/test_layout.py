@@ -45,12 +45,49 @@ def test_import_rules(path: Path):
         assert "clients" not in names
     if place.startswith("clients/"):
         assert "strategies" not in names
+    if place.startswith("strategies/") and place.count("/") == 1 and path.name != "app.py":
+        assert "flwr" not in names, "of the strategies only app.py and server/ know Flower"
+        assert not any(name.startswith("strategies.server") for name in imported(path)), "an algorithm knows no server"
     if place.startswith(("fedlab/lora", "fedlab/privacy", "fedlab/continual")):
         assert not names & {"flwr", "ray", "transformers"}
     if not place.startswith(("strategies/", "clients/", "fedlab/run/launch")):
         assert "flwr" not in names, "only strategies, clients and fedlab.run.launch know Flower"
     if not place.startswith("fedlab/run/launch"):
         assert "ray" not in names, "only fedlab.run.launch knows Ray"
+
+
+MODULES = {where(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in FILES}
+
+
+def arrows(path: Path) -> set[str]:
+    """Modules of ours that a file imports, also inside functions and under TYPE_CHECKING."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else str(node.module) for name in whole}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & MODULES.keys()
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that can be reached from themselves."""
+    reach = {name: set(after) for name, after in graph.items()}
+    for middle in graph:
+        for name in graph:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    return sorted(name for name in graph if name in reach[name])
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+
+
+def test_no_circle_of_imports_among_strategies_and_clients():
+    graph = {name: arrows(path) - {name} for name, path in MODULES.items()}
+    assert [name for name in circles(graph) if not name.startswith("fedlab")] == []
 
 
 def test_no_file_is_longer_than_400_lines():

@@ -292,7 +292,34 @@ def personal(**options: bool) -> dict[str, Any]:
     }
 
 
+class Momentum:
+    """A right one with server momentum; what it keeps, ``kept`` decides."""
+
+    def __init__(self, kept: str = "server state") -> None:
+        self._kept, self._own = kept, {}
+
+    def init(self, state):
+        return {}
+
+    def aggregate(self, state, server_state, updates, weights, round):
+        after = fedavg(state, updates, weights, round.number)
+        before = self._own if self._kept == "between calls" else server_state
+        if self._kept == "of the first round":  # and never again
+            self._own = {n: after[n] - state[n] for n in state} if round.number == 1 else self._own
+            return {n: v + 0.5 * self._own[n] if round.number > 1 else v for n, v in after.items()}, {}
+        if self._kept == "in place" and before:
+            for name, value in before.items():
+                value.mul_(0.5).add_(after[name] - state[name])
+            return {n: state[n] + before[n] for n in state}, before
+        moment = {n: 0.5 * before.get(n, torch.zeros_like(v)) + after[n] - v for n, v in state.items()}
+        if self._kept == "between calls":
+            self._own = moment
+            return {n: state[n] + moment[n] for n in state}, {}
+        return {n: state[n] + moment[n] for n in state}, moment
+
+
 EFFECTIVE = ("unequal weights", "uniform weights", "wide layer", "tall layer", "square layer", "several rounds")
+MEMORY = ("same call twice", "nothing in place", "save, load, go on")
 BUGS: dict[str, Bug] = {
     "residual transposed": Bug(
         lambda *a: fedex(*a, add=transposed), EFFECTIVE, EXACT, ("head", "one client", "order of replies"), error=0.1
@@ -362,6 +389,16 @@ BUGS: dict[str, Bug] = {
     ),
     "redraws from the global generator": Bug(
         redraws_globally, ("same call twice", "order of replies"), EXACT, EFFECTIVE, {"refuses": Exception}
+    ),
+    "momentum kept between calls": Bug(Momentum("between calls"), ("same call twice", "save, load, go on")),
+    "momentum of the first round kept": Bug(
+        Momentum("of the first round"),
+        ("save, load, go on",),
+        keeps=("same call twice", "nothing in place"),
+        claims={"fresh": lambda: Momentum("of the first round"), "only": MEMORY},
+    ),
+    "momentum edited in place": Bug(
+        Momentum("in place"), ("nothing in place",), keeps=("same call twice", "save, load, go on")
     ),
     "rounds to bfloat16": Bug(rounds_to_bfloat16, ("bfloat16 values", *EFFECTIVE)),
     "misreads bfloat16": Bug(misreads_bfloat16, ("bfloat16 values",), keeps=(*EFFECTIVE, "zero change")),

@@ -44,6 +44,24 @@ def test_a_correct_aggregator_passes_everything(name: str):
     assert ("unequal ranks" in skipped) == ("ranks" not in claims)
 
 
+def test_a_correct_aggregator_with_memory_passes():
+    report = check(broken.Momentum(), promise=FACTORS, only=broken.MEMORY, fresh=broken.Momentum)
+    report.require()
+    assert "tensors of the server's" in report["save, load, go on"].text
+
+
+@pytest.mark.parametrize("kept", [None, {"m": 3}])
+def test_a_server_state_is_a_dictionary_of_tensors(kept: Any):
+    class Odd(broken.Momentum):
+        def aggregate(self, *arguments):
+            return super().aggregate(*arguments)[0], kept
+
+    report = check(Odd(), promise=FACTORS, only=["head", "save, load, go on"])
+    assert [finding.text for finding in report.findings] == [
+        "Broken: the server's state is not a dictionary of tensors"
+    ] * 2
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_is_named(name: str):
     bug = BUGS[name]
@@ -154,7 +172,11 @@ def test_the_example_of_the_docs_is_true(capsys: pytest.CaptureFixture[str]):
 def test_nothing_but_torch_and_the_library_is_needed():
     for path in Path(conformance.__file__).parent.glob("*.py"):
         imported = re.findall(r"^ *(?:from|import) ([\w.]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-        others = [name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names | {"torch"}]
+        others = [
+            name
+            for name in imported
+            if name.partition(".")[0] not in sys.stdlib_module_names | {"torch", "safetensors"}
+        ]
         assert all(name.startswith(("fedlab.lora", "fedlab.seeds", "fedlab._validate")) for name in others)
 
 

@@ -22,7 +22,12 @@ def directory(tiny_toml: str, tmp_path: Path) -> RunDirectory:
 def test_a_directory_says_its_format_and_opens_again(directory: RunDirectory):
     assert json.loads((directory.path / "environment.json").read_text())["format"] == FORMAT
     again = RunDirectory.open(directory.path)
-    assert (again.config, again.run_id, again.result, again.finished) == (directory.config, directory.run_id, None, None)
+    assert (again.config, again.run_id, again.result, again.finished) == (
+        directory.config,
+        directory.run_id,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("action", [fedlab.resume, write_report, RunDirectory.open], ids=lambda f: f.__name__)

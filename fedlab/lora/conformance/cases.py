@@ -15,10 +15,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fedlab.lora.aggregator import Aggregator, Round, ServerState
 from fedlab.lora.state import RESIDUAL, State, modules, part_of
 from fedlab.seeds import torch_stream
 
-Aggregate = Callable[[State, dict[str, State], dict[str, float], int], State]
+Aggregate = Callable[[State, dict[str, State], dict[str, float], int], State]  # without memory
+Step = tuple[State, ServerState]
 Start = Callable[[State, str], State]
 Keep = Callable[[str, State], None]
 Reweigh = Callable[[State, dict[str, State], dict[str, float]], dict[str, float]]
@@ -90,6 +92,11 @@ class Case:
     weights: dict[str, float]
     round_number: int
 
+    @property
+    def round(self) -> Round:
+        """The round as an aggregator with memory is told it."""
+        return Round(self.round_number)
+
     def copy(self) -> Case:
         """A copy that shares no memory."""
         return Case(
@@ -103,15 +110,16 @@ class Subject:
     the fields are those of ``fedlab.lora.conformance.check``.
     """
 
-    aggregate: Aggregate
+    server: Aggregator
     promise: str
     names: Callable[[State, int], Collection[str]]  # of the tensors that clients send in a round
+    fresh: Callable[[], Aggregator]  # the aggregator as another process makes it
     ranks: str = ""
     start: Start | None = None
     personal: Collection[str] = ()
     keep: Keep | None = None
     rewrites: Collection[str] = ()
-    at_scale: Callable[[float], Aggregate] | None = None
+    at_scale: Callable[[float], Aggregator] | None = None
     reweigh: Reweigh | None = None
     refuses: tuple[type[Exception], ...] = (ValueError,)
     tolerance: float = 1e-5
@@ -133,17 +141,29 @@ class Subject:
             updates[client] = {name: draw(own[name].shape, "update", client, name, round_number) for name in names}
         return Case(state, updates, dict(weights), round_number)
 
-    def run(self, case: Case, aggregate: Aggregate | None = None) -> State:
-        """The state that comes back for a copy of the case. Raises Broken if it is none."""
-        copy = case.copy()
-        after = (aggregate or self.aggregate)(copy.state, copy.updates, copy.weights, copy.round_number)
+    def run(self, case: Case, server: Aggregator | None = None) -> State:
+        """The state that comes back for a copy of the case, of a server that remembers nothing yet.
+
+        Raises Broken if it is none.
+        """
+        server = server or self.server
+        return self.step(case, dict(server.init(clone(case.state))), server)[0]
+
+    def step(self, case: Case, server_state: ServerState, server: Aggregator | None = None) -> Step:
+        """What comes back for a copy of the case. Raises Broken if that is not a state and a server's state."""
+        answer = aggregated(server or self.server, case.copy(), clone(server_state))
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            raise Broken(f"returned {type(answer).__name__}, not (state, server state)")
+        after, kept = answer
+        if not isinstance(kept, Mapping) or not all(isinstance(value, Tensor) for value in kept.values()):
+            raise Broken("the server's state is not a dictionary of tensors")
         if not isinstance(after, Mapping):
             raise Broken(f"returned {type(after).__name__}, not a state")
         if missing := sorted(case.state.keys() - after.keys() - set(residual_names(case.state))):
             raise Broken(f"{missing[0]} is missing from what was returned")
         if odd := sorted(name for name, value in after.items() if not isinstance(value, Tensor)):
             raise Broken(f"{odd[0]} is a {type(after[odd[0]]).__name__}, not a tensor")
-        return dict(after)
+        return dict(after), dict(kept)
 
     def error(self, case: Case, after: State, scale: float = 1.0) -> float:
         """Largest relative error over the modules of scale·(B·A + residual) to what is promised; NaN if any is NaN."""
@@ -159,7 +179,13 @@ class Subject:
         return largest(errors)
 
 
-def draw_state(shapes: Shapes) -> State:
+def aggregated(server: Aggregator, case: Case, server_state: ServerState | None = None) -> Step:
+    """What the aggregator makes of this very case; without ``server_state`` it remembers nothing yet."""
+    server_state = server.init(case.state) if server_state is None else server_state
+    return server.aggregate(case.state, server_state, case.updates, case.weights, case.round)
+
+
+def draw_state(shapes: Shapes = SQUARE) -> State:
     """A state of rank RANK with these modules and a head, no tensor of it zero."""
     state = {name: draw(shape, "state", name) for name, shape in HEAD.items()}
     for module, (m, n) in shapes.items():

@@ -68,9 +68,9 @@ def scale(subject: Subject) -> Finding:
     """
     errors = {}
     for s in SCALES:
-        aggregate = subject.at_scale(s) if subject.at_scale else subject.aggregate
+        server = subject.at_scale(s) if subject.at_scale else subject.server
         cases = [subject.case(round_number=r) for r in ROUNDS]
-        errors[s] = largest([subject.error(case, subject.run(case, aggregate), s) for case in cases])
+        errors[s] = largest([subject.error(case, subject.run(case, server), s) for case in cases])
     worst = largest(list(errors.values()))
     return Finding(
         worst <= subject.tolerance,

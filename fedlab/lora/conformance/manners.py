@@ -12,15 +12,14 @@ import torch
 from fedlab.lora.conformance.cases import (
     EVERY,
     ROUNDS,
-    SQUARE,
     Case,
     Finding,
     Subject,
+    aggregated,
     clone,
     complaints,
     differences,
     draw,
-    draw_state,
     none_wrong,
     same,
 )
@@ -55,37 +54,6 @@ def order_of_replies(subject: Subject) -> Finding:
             updates = {c: dict(reversed(case.updates[c].items())) for c in order}
             other = subject.run(Case(case.state, updates, {c: weights[c] for c in reversed(order)}, r))
             wrong += [f"{name} in round {r}" for name in differences(reference, other)]
-    return none_wrong(wrong, None, "differ")
-
-
-def nothing_in_place(subject: Subject) -> Finding:
-    """State, updates and weights are afterwards what they were; in the second round the state may hold a residual."""
-    wrong: list[str] = []
-    state = draw_state(SQUARE)
-    for r in ROUNDS:
-        case = subject.case(state=state, round_number=r)
-        given = case.copy()
-        after = subject.aggregate(given.state, given.updates, given.weights, r)
-        wrong += [f"state {name}" for name in differences(case.state, given.state)]
-        wrong += [
-            f"update {c} {name}"
-            for c in case.updates
-            for name in differences(case.updates[c], given.updates.get(c, {}))
-        ]
-        wrong += [f"client {c}" for c in sorted(given.updates.keys() - case.updates.keys())]
-        wrong += [] if given.weights == case.weights else ["weights"]
-        state = clone(after)
-    return none_wrong(wrong, None, "were edited")
-
-
-def same_call_twice(subject: Subject) -> Finding:
-    """The same arguments give the same bits: nothing is drawn from a global generator, nothing is remembered between
-    calls.
-    """
-    wrong: list[str] = []
-    for r in ROUNDS:
-        case = subject.case(round_number=r)
-        wrong += [f"{name} in round {r}" for name in differences(subject.run(case), subject.run(case))]
     return none_wrong(wrong, None, "differ")
 
 
@@ -144,14 +112,14 @@ def client_isolation(subject: Subject) -> Finding:
 
 
 def _aliases(subject: Subject) -> list[str]:
-    """Tensors of the new state that change when clients reuse the memory of their updates."""
+    """Tensors of the new state, and the server's, that change when clients reuse the memory of their updates."""
     case = subject.case().copy()
-    after = subject.aggregate(case.state, case.updates, case.weights, case.round_number)
-    before = clone(after)
+    after, kept = aggregated(subject.server, case)
+    before = clone(after), clone(kept)
     for update in case.updates.values():
         for value in update.values():
             value.fill_(math.pi)
-    return differences(before, after)
+    return differences(before[0], after) + differences(before[1], kept)
 
 
 def _starts(subject: Subject, order: list[str], seed: int, train: bool = False) -> dict[str, State]:
@@ -167,7 +135,7 @@ def _starts(subject: Subject, order: list[str], seed: int, train: bool = False) 
             subject.keep(client, own)
         else:
             case.updates[client] |= own
-    after = subject.aggregate(case.state, case.updates, case.weights, case.round_number)
+    after, _ = aggregated(subject.server, case)
     starts: dict[str, State] = {}
     for client in order:
         received = clone(after)

@@ -10,10 +10,11 @@
 ['NaN and infinity']
 
 An aggregator is ``aggregate(state, updates, weights, round_number) -> state``, or an object that has it as a method.
-States are flat (see
+One that keeps something between rounds is an object with ``init(state) -> server_state`` and ``aggregate(state,
+server_state, updates, weights, round) -> (state, server_state)``, see ``fedlab.lora.aggregator``. States are flat (see
 ``fedlab.lora.state``), ``updates[client]`` is the *change* of each trained tensor, weights sum to 1. It is judged by
-the effective weight W + s·(B·A + residual) that comes out, against dense float64 references that share no code with it.
-No model, no data, under a second.
+the effective weight W + s·(B·A + residual) that comes out, against dense float64 references that share no code with
+it. No model, no data, under a second.
 
 Promises, for the local products B_k·A_k and the weights p_k:
 
@@ -30,10 +31,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-from fedlab.lora.aggregator import Aggregator, Round
-from fedlab.lora.conformance import laws, manners
+from fedlab.lora.aggregator import Aggregator, Round, ServerState, Updates, Weights
+from fedlab.lora.conformance import laws, manners, memory
 from fedlab.lora.conformance.cases import PROMISES, Aggregate, Finding, Keep, Reweigh, Start, Subject
 from fedlab.lora.state import PARTS, RESIDUAL, State, part_of
 
@@ -53,8 +54,9 @@ PROPERTIES: dict[str, Callable[[Subject], Finding]] = {
     "frozen tensors": manners.frozen_tensors,
     "one client": laws.one_client,
     "order of replies": manners.order_of_replies,
-    "nothing in place": manners.nothing_in_place,
-    "same call twice": manners.same_call_twice,
+    "nothing in place": memory.nothing_in_place,
+    "same call twice": memory.same_call_twice,
+    "save, load, go on": memory.save_load_go_on,
     "partial participation": laws.partial_participation,
     "zero change": laws.zero_change,
     "opposite clients": laws.opposite_clients,
@@ -109,6 +111,7 @@ def check(
     keep: Keep | None = None,
     rewrites: Collection[str] = (),
     at_scale: Callable[[float], Any] | None = None,
+    fresh: Callable[[], Any] | None = None,
     reweigh: Reweigh | None = None,
     refuses: type[Exception] | tuple[type[Exception], ...] = ValueError,
     tolerance: float = 1e-5,
@@ -121,20 +124,24 @@ def check(
         aggregate: the function, or an object with such a method.
         promise: a key of PROMISES.
         trains: which parts (``lora_A``, ``lora_B``, ``head``) or tensors clients send, or a function of the round that
-        says so. Default:
-            what the object's ``sent_names`` or ``trained_names(state, round)`` says, else all three parts.
-        ranks: what clients that hold only the first r_k directions amount to. "changes": their changes are added to the
-        state;
-            "held": the means are over what they hold, padded with zeros. False: all ranks are equal.
+            says so. Default: what the object's ``sent_names`` or ``trained_names(state, round)`` says, else all three
+            parts.
+        ranks: what clients that hold only the first r_k directions amount to. "changes": their changes are added to
+            the state; "held": the means are over what they hold, padded with zeros. False: all ranks are equal.
         start: what a client starts the next round from, given the new state and its id; default: the new state.
         personal: parts that every client keeps to itself. ``aggregate`` finds them among the updates, unless there is
-        ``keep``. keep: called with a client and its personal tensors before the aggregation, for those that store them
-        elsewhere. rewrites: parts that the server may change although no client sends them (FedSVD's A). at_scale: the
-        aggregator as it is made for a run of scale s = α/r, if it is told s at all. reweigh: the weights that factors
-        get, from (state, updates, weights), where they are not the given ones (HetLoRA's, by norm). refuses: exceptions
-        that count as refusing an update with NaN in it. tolerance: relative error allowed; the default fits float32
-        arithmetic. only: names of the properties to run; default all of PROPERTIES. title: heads the report; default:
-        the aggregator's name.
+            ``keep``.
+        keep: called with a client and its personal tensors before the aggregation, for those that store them elsewhere.
+        rewrites: parts that the server may change although no client sends them (FedSVD's A).
+        at_scale: the aggregator as it is made for a run of scale s = α/r, if it is told s at all.
+        fresh: the aggregator as another process would make it, which goes on from what the first one saved; default:
+            the same one.
+        reweigh: the weights that factors get, from (state, updates, weights), where they are not the given ones
+            (HetLoRA's, by norm).
+        refuses: exceptions that count as refusing an update with NaN in it.
+        tolerance: relative error allowed; the default fits float32 arithmetic.
+        only: names of the properties to run; default all of PROPERTIES.
+        title: heads the report; default: the aggregator's name.
 
     Raises ValueError for an unknown promise, property, part or meaning of ranks.
     """
@@ -149,15 +156,16 @@ def check(
         if unknown := [item for item in value if item not in known]:
             raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(map(repr, known))}")
     subject = Subject(
-        _function(aggregate),
+        _server(aggregate),
         promise,
         _names(aggregate, trains),
+        (lambda: _server(fresh())) if fresh is not None else (lambda: _server(aggregate)),
         str(ranks or ""),
         start,
         tuple(personal),
         keep,
         tuple(rewrites),
-        (lambda s: _function(at_scale(s))) if at_scale is not None else None,
+        (lambda s: _server(at_scale(s))) if at_scale is not None else None,
         reweigh,
         refuses if isinstance(refuses, tuple) else (refuses,),
         tolerance,
@@ -185,20 +193,29 @@ def _finding(name: str, subject: Subject) -> Finding:
         return Finding(False, f"{type(error).__name__}: {reason}", name=name)
 
 
-def _function(aggregate: Any) -> Aggregate:
-    function: Aggregate = getattr(aggregate, "aggregate", aggregate)
+class _WithoutMemory:
+    """A plain function as an aggregator."""
+
+    def __init__(self, function: Aggregate) -> None:
+        self._function = function
+
+    def init(self, state: State) -> ServerState:
+        return {}
+
+    def aggregate(
+        self, state: State, server_state: ServerState, updates: Updates, weights: Weights, round: Round
+    ) -> tuple[State, ServerState]:
+        return self._function(state, cast(Any, updates), cast(Any, weights), round.number), {}
+
+
+def _server(aggregate: Any) -> Aggregator:
+    """An aggregator from whatever of the accepted forms was given."""
+    if hasattr(aggregate, "init") and hasattr(aggregate, "aggregate"):
+        return cast(Aggregator, aggregate)
+    function = getattr(aggregate, "aggregate", aggregate)
     if not callable(function):
         raise ValueError(f"aggregate must be a function or have a method of that name, got {type(aggregate).__name__}")
-    return _first_round(aggregate) if hasattr(aggregate, "init") else function
-
-
-def _first_round(aggregator: Aggregator) -> Aggregate:
-    """The state that an aggregator with memory gives when it has none yet."""
-
-    def function(state: State, updates: dict[str, State], weights: dict[str, float], round_number: int) -> State:
-        return aggregator.aggregate(state, aggregator.init(state), updates, weights, Round(round_number))[0]
-
-    return function
+    return _WithoutMemory(function)
 
 
 def _names(aggregate: Any, trains: Trains | None) -> Callable[[State, int], list[str]]:

@@ -1,0 +1,82 @@
+"""Who says what before the first round, and what is believed of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from fedlab.config import RunConfig
+from fedlab.errors import RunFailed
+from fedlab.privacy.release import SIZE, public
+from fedlab.protocol import encode
+from fedlab.protocol.messages import ClientReply, DescribeReply, Enrolment, EventFields, Failure
+from fedlab.run.directory import RunDirectory
+from fedlab.run.launch.local import LocalGrid
+from strategies.server.discovery import discover, run_reference
+from strategies.server.exchange import RECORD
+from strategies.server.federation import Federation
+
+
+def enrolment(client: str, examples: float = 10, **changes: object) -> Enrolment:
+    reply = ClientReply(client, (public(SIZE, {"examples": examples}),))
+    return replace(Enrolment(reply, event=EventFields("poisson", 0.1, 1.0, 3), delta=1e-5), **changes)
+
+
+@pytest.fixture
+def found(tiny_toml: str, tmp_path: Path) -> Callable[..., Federation]:
+    """The federation of nodes that answer like this, whatever they are asked."""
+
+    def run(*replies: DescribeReply | Exception) -> Federation:
+        def app(message: Message, context: Context) -> Message:
+            reply = replies[context.node_config["partition-id"]]
+            if isinstance(reply, Exception):
+                raise reply
+            record = ConfigRecord(vars(encode("describe", reply)))
+            return Message(RecordDict({RECORD: record}), reply_to=message)
+
+        config = RunConfig.parse(tiny_toml)
+        directory = RunDirectory.create(config, tmp_path / "run")
+        reference = run_reference(directory, config, ("head",), {})
+        return discover(LocalGrid(app, len(replies)), directory, config, reference, ["client-0"], None, {})
+
+    return run
+
+
+def test_clients_of_a_node_of_their_own_stay_there(found: Callable[..., Federation]):
+    north, south = (DescribeReply((enrolment(name),), exclusive=True) for name in ("north", "south"))
+    federation = found(south, north)
+    assert list(federation.clients) == ["north", "south"]
+    assert federation.hosts == {"south": 10, "north": 11}
+    assert federation.clients["north"].examples == 10
+    assert federation.clients["north"].event is not None
+    assert federation.clients["north"].event.sigma == 1.0
+
+
+def test_two_nodes_that_say_they_are_one_client_end_the_run(found: Callable[..., Federation]):
+    reply = DescribeReply((enrolment("north"),), exclusive=True)
+    with pytest.raises(RunFailed, match="two nodes say that they are north"):
+        found(reply, reply)
+
+
+@pytest.mark.parametrize("examples", [0, -3, 2.5])
+def test_a_size_that_is_none_is_no_weight(examples: float, found: Callable[..., Federation]):
+    federation = found(DescribeReply((enrolment("a", examples), enrolment("b"))))
+    assert list(federation.refused) == ["a"]
+    assert federation.eligible == ["b"]
+
+
+def test_a_client_that_refuses_is_known_and_never_drawn(found: Callable[..., Federation]):
+    refusing = enrolment("a")
+    refusing = replace(refusing, reply=replace(refusing.reply, failure=Failure("budget-exhausted: no", refused=True)))
+    federation = found(DescribeReply((refusing, enrolment("b"))))
+    assert federation.refused == {"a": "budget-exhausted: no"}
+    assert federation.eligible == ["b"]
+
+
+def test_a_node_that_fails_ends_the_run_with_its_reason(found: Callable[..., Federation]):
+    with pytest.raises(RunFailed, match="a node could not prepare the run: ValueError: no disk"):
+        found(DescribeReply((enrolment("b"),)), ValueError("no disk"))
