@@ -8,7 +8,6 @@ Which of the two it is, the machine itself says (``fedlab.run.launch.simulated``
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,10 +38,9 @@ from fedlab.protocol.messages import (
     Request,
 )
 from fedlab.run.personal import load_personal, save_personal
-from fedlab.run.places import Places, simulated_places
+from fedlab.run.places import LOG, Places, simulated_places
 
 HOME = ".fedlab"
-LOG = "log.txt"
 
 
 @dataclass(frozen=True)
@@ -258,8 +256,4 @@ def _ledger(directory: Path, client: str, source: str, run: str) -> Ledger:
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = load_or_create_key(below(directory, "keys", f"{client}.pem"))
     path = below(directory, f"{client}.jsonl")
-    return Ledger(path, client, hashlib_of(key, source), key)
-
-
-def hashlib_of(key: object, source: str) -> str:
-    raise NotImplementedError
+    return Ledger(path, client, keyed_hash(key, "dataset", source), key)

@@ -11,8 +11,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from fedlab.config.base import Section
+from fedlab.config.data import DataSection
 from fedlab.config.load import parse_model, read_text
-from fedlab.config.sections import DataSection, Section
 
 PartName = Literal["lora_A", "lora_B", "head"]
 ReleaseName = Literal["size", "timing", "failure", "update", "training-metrics", "scores", "gram"]
@@ -24,9 +25,7 @@ class DataPolicy(Section):
     out there too.
     """
 
-    source: Literal["docstrings", "wordnet", "files", "hub"] = Field(
-        default="files", description="kind of the source; see [data] of a run"
-    )
+    source: str = Field(default="files", description="kind of the source (data.source of a run)")
     path: str | None = Field(default=None, description="file, directory or data set; compared as a resolved path")
     test_path: str | None = Field(default=None, description="file or directory of the official test split")
     subset: str | None = Field(default=None, description="hub: configuration; wordnet: part of speech")
@@ -36,6 +35,11 @@ class DataPolicy(Section):
     text: str | tuple[str, ...] | None = Field(default=None, description="text column, or two")
     label: str | None = Field(default=None, description="label column")
     column: str | None = Field(default=None, description="column that may be read to tell whose a record is")
+
+    @model_validator(mode="after")
+    def _readable(self) -> DataPolicy:
+        self.section()
+        return self
 
     def section(self) -> DataSection:
         """The ``[data]`` that reads this place."""

@@ -10,14 +10,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
+from fedlab.identifiers import PATTERN, is_identifier
 from fedlab.protocol.failures import FailureCode
 from fedlab.protocol.wire import Arrays
 
 MOST_CONFIGURATION, MOST_LINES = 2**20, 2**26  # characters
 
-ClientId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._~-]{0,79}$")]
+
+
+def _identifier(text: str) -> str:
+    """It becomes a file's name: reserved ones are none."""
+    if not is_identifier(text):
+        raise ValueError("is no identifier of a client (fedlab.identifiers)")
+    return text
+
+
+ClientId = Annotated[str, StringConstraints(pattern=PATTERN), AfterValidator(_identifier)]
 RunId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 NoDigest = Literal[""]

@@ -32,7 +32,7 @@ COMMON = {"v", "seq", "prev", "type", "time", "run", "owner", "dataset", "hash",
 FIELDS: dict[str, set[str]] = {
     "PLAN": (
         {"key", "unit", "relation", "event", "clip", "normaliser", "delta", "n"}
-        | {"participations", "scope", "budget", "noise", "content", "code"}
+        | {"participations", "scope", "budget", "noise", "content", "configuration", "releases", "code"}
     ),
     "CHARGE": {"round", "plan", "event", "in", "filter"},
     "COMMIT": {"charge", "steps", "out"},
