@@ -20,7 +20,8 @@ from pydantic import Field
 from fedlab.lora.exact import mean_of_products
 from fedlab.lora.fisher import all_equal, row_weights_of, truncate_weighted
 from fedlab.lora.ranks import truncate
-from fedlab.lora.robust import coordinate_median, robust_low_rank
+from fedlab.lora.robust import coordinate_median
+from fedlab.lora.robust_product import robust_low_rank
 from fedlab.lora.state import State, select
 from strategies.base import Round, ServerState, Strategy, Updates, Weights
 from strategies.factors import factors_by_module
