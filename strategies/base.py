@@ -14,7 +14,6 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from fedlab.config import RunConfig
-from fedlab.config.clients import initial_ranks
 from fedlab.config.sections import StrategySection
 from fedlab.errors import ConfigError, RunFailed
 from fedlab.lora.aggregator import Round, ServerState, Updates, Weights
@@ -159,12 +158,9 @@ class Strategy:
         mean, moments = server_step(self.options.server, mean, moments_of(server_state))
         return mean, with_moments(server_state, moments)
 
-    def client_ranks(self, state: State, server_state: ServerState) -> dict[str, int]:
-        """client → rank of the adapter that it trains in the next round."""
-        if self.ranks:
-            return initial_ranks(self.config)
-        widest = max((len(value) for name, value in state.items() if part_of(name) == "lora_A"), default=0)
-        return dict.fromkeys(initial_ranks(self.config), widest)
+    def client_ranks(self, server_state: ServerState) -> dict[str, int]:
+        """client → rank of its adapter in the next round, for those that the strategy gave another than at first."""
+        return {}
 
     # --- what travels
 

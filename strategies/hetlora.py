@@ -60,24 +60,21 @@ class HetLora(Strategy):
                 padded[client][B], padded[client][A] = pad(held[client][B], held[client][A], len(state[A]))
         head = weighted_mean({client: select(updates[client], {"head"}) for client in clients}, weights)
         if self.options.prune is not None:
-            server_state = self._pruned(state, server_state, held, self.options.prune, self.options.min_rank)
+            server_state = self._pruned(state, server_state, held, self.options.prune)
         factors = {name: value.float() for name, value in weighted_mean(padded, shares).items()}
         after = {name: state[name] + head[name] if name in head else factors.get(name, state[name]) for name in state}
         return after, server_state
 
-    def client_ranks(self, state: State, server_state: ServerState) -> dict[str, int]:
-        """As configured, or what pruning has left: ``rank/<client>`` of the server's state."""
-        pruned = {name.removeprefix(PRUNED): int(rank) for name, rank in server_state.items()}
-        return super().client_ranks(state, server_state) | pruned
+    def client_ranks(self, server_state: ServerState) -> dict[str, int]:
+        """What pruning has left: ``rank/<client>`` of the server's state."""
+        return {name.removeprefix(PRUNED): int(rank) for name, rank in server_state.items()}
 
-    def _pruned(
-        self, state: State, server_state: ServerState, held: Mapping[str, State], share: float, least: int
-    ) -> ServerState:
+    def _pruned(self, state: State, server_state: ServerState, held: Mapping[str, State], share: float) -> ServerState:
         """The server's state with the lowered ranks of clients whose tail shrank in this round."""
-        ranks, lowered = self.client_ranks(state, server_state), dict(server_state)
+        lowered = dict(server_state)
         for client, after in held.items():
-            rank = ranks.get(client, self.config.lora.rank)
-            cut = max(least, math.ceil(share * rank))
+            rank = max(len(after[f"{module}.lora_A"]) for module in modules(state))
+            cut = max(self.options.min_rank, math.ceil(share * rank))
             if cut < rank and tail_norm(after, cut, rank) < tail_norm(state, cut, rank):
                 lowered[PRUNED + client] = torch.tensor(cut)
         return lowered

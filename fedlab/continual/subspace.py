@@ -111,20 +111,6 @@ def check_orthonormal(rows: Tensor, name: str = "rows") -> None:
         raise ValueError(f"{name} [{k}, {n}] are not orthonormal; pass what orthonormal_rows gives")
 
 
-def project(delta: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """(I − LᵀL)·ΔW·(I − RᵀR), the change without its protected part. ``left`` [j, m] and ``right`` [k, n]; None
-    protects nothing.
-
-    Idempotent; computed in float64, returned in ΔW's dtype.
-    """
-    wide = delta.double()
-    if right is not None:
-        wide = wide - (wide @ right.double().mT) @ right.double()
-    if left is not None:
-        wide = wide - left.double().mT @ (left.double() @ wide)
-    return wide.to(delta.dtype)
-
-
 def leak(delta: Tensor, left: Tensor | None, right: Tensor | None) -> float:
     """Largest share of ΔW in a protected side: max(‖L·ΔW‖, ‖ΔW·Rᵀ‖) / ‖ΔW‖ (Frobenius). 0 for ΔW = 0."""
     wide = delta.double()

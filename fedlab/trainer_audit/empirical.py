@@ -29,7 +29,8 @@ from fedlab.privacy.accounting import epsilon
 from fedlab.seeds import random_stream
 from fedlab.session import Session, open_session, torch_threads
 from fedlab.trainer_audit.bounds import Bound, lower_bounds
-from fedlab.trainer_audit.mechanism import Findings, conformance
+from fedlab.trainer_audit.findings import Findings
+from fedlab.trainer_audit.mechanism import check_mechanism
 from fedlab.trainer_audit.observation import (
     DEFAULT_PARTS,
     Observation,
@@ -59,7 +60,7 @@ class EmpiricalAudit:
     delta: float
     canaries: int
     configuration: dict[str, Any]
-    conformance: Findings
+    mechanism: Findings
     findings: tuple[str, ...]  # empty if nothing is wrong
     notes: tuple[str, ...]  # how the audit was cut down or approximated
     seconds: float
@@ -81,7 +82,7 @@ def empirical_audit(
     parts: Iterable[str] = DEFAULT_PARTS,
     confidence: float = 0.95,
 ) -> EmpiricalAudit:
-    """Audit the trainer under ``config``: the three lower bounds, then ``conformance``.
+    """Audit the trainer under ``config``: the three lower bounds, then ``check_mechanism``.
 
     Args:
         config: of a private run; model, data, clip, noise source and physical batch are used as they are.
@@ -114,7 +115,7 @@ def audit_session(
     who = subject(session, client, seed, tuple(parts))
     bounds, plan, notes, failures = canary_bounds(who, canaries, seed, production, confidence)
     claimed = epsilon([plan.event()], plan.delta)
-    checks = conformance(session, who.client, seed, tuple(parts))
+    checks = check_mechanism(session, who.client, seed, tuple(parts))
     above = [
         f"{bound.name}: ε >= {bound.epsilon:.4g} at {100 * confidence:g} % confidence, but {claimed:.4g} is claimed (δ"
         f" = {plan.delta:g})"
@@ -253,7 +254,7 @@ def render(audit: EmpiricalAudit) -> str:
             f"  {b.name:8} ε ≥ {b.epsilon:.3f} at {b.confidence:.0%}, m = {b.canaries}, if {'; '.join(b.assumptions)}"
             for b in audit.bounds
         ),
-        *(f"  {check:18} {'FAIL' if found else 'ok'}" for check, found in audit.conformance.items()),
+        *(f"  {check:18} {'FAIL' if found else 'ok'}" for check, found in audit.mechanism.items()),
         *(f"finding: {sentence}" for sentence in audit.findings),
         *(f"note: {sentence}" for sentence in audit.notes),
         (

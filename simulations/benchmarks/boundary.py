@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -31,6 +30,7 @@ from fedlab.data.collate import Tokens
 from fedlab.data.partition import Shards
 from fedlab.models.loaded import LoadedModel
 from fedlab.models.loading import adapt
+from fedlab.objectives import Classification
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -87,10 +87,17 @@ def roberta(small: bool) -> LoadedModel:
     tiny = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, num_labels=4, **(tiny if small else {}))
     lora = LoraSection(rank=8, alpha=8, target_modules="all-linear")
-    tokenizer = cast(Any, SimpleNamespace(pad_token_id=1))
-    return adapt(
-        RobertaForSequenceClassification(config), ["classifier"], tokenizer, lora, "roberta", torch.device("cpu")
-    )
+    base, objective = RobertaForSequenceClassification(config), Classification(("a", "b", "c", "d"))
+    return adapt(base, ["classifier"], cast(Any, Tokenizer()), lora, "roberta", torch.device("cpu"), objective)
+
+
+class Tokenizer:
+    """Gives every text as many tokens as are allowed."""
+
+    pad_token_id = 1
+
+    def __call__(self, texts: list[str], pairs: None, max_length: int, **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[4] * max_length for _ in texts]}
 
 
 def texts(count: int, length: int) -> FederatedData:
@@ -98,9 +105,7 @@ def texts(count: int, length: int) -> FederatedData:
     ids = np.random.default_rng(0).integers(4, 50_000, count * length).astype(np.int32)
     tokens = Tokens(ids, np.arange(count + 1, dtype=np.int64) * length, np.zeros(count, dtype=np.int64))
     everything = np.arange(count)
-    return FederatedData(
-        tokens, Shards({"client-0": everything}, {"client-0": everything[:0]}, everything[:0]), ("a", "b")
-    )
+    return FederatedData(tokens, Shards({"client-0": everything}, {"client-0": everything[:0]}, everything[:0]))
 
 
 def cost(action: Callable[[], object]) -> dict[str, float]:

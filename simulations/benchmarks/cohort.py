@@ -27,13 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from fedlab.config import RunConfig
 from fedlab.lora.state import State
 from fedlab.models.adapters import initial_state
 from fedlab.session import Session, open_session, torch_threads
-from fedlab.train.cohort import Member, train_cohort
+from fedlab.train.cohort import train_cohort
+from fedlab.train.local import LocalTraining
 from fedlab.train.trainer import train_client
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +96,7 @@ def measure(session: Session, cohort: int, repeats: int) -> dict[str, list[float
     config, model, data = session.config, session.model, session.data
     state = initial_state(model, config.lora, 0)
     names = [name for name in state if name.endswith(".lora_B") or name.startswith("head.")]
-    members = [Member(client, state, session.plan(client)) for client in data.clients]
+    members = [LocalTraining(client, state, session.plan(client)) for client in data.clients]
     ways: dict[str, Callable[[], object]] = {
         "alone": lambda: [train_client(model, data, m.client, m.state, names, config, 1, m.plan) for m in members],
         "together": lambda: [
@@ -128,7 +128,7 @@ def bare(session: Session, state: State, names: list[str], clients: list[str]) -
         rows = rows[np.argsort(data.tokens.lengths(rows), kind="stable")]
         for i in range(0, len(rows), size):
             batch = data.batch(rows[i : i + size], model.tokenizer.pad_token_id)
-            (cross_entropy(model.logits(batch), batch["labels"], reduction="sum") / len(rows)).backward()
+            (model.objective.per_example_loss(model, batch).sum() / len(rows)).backward()
         with torch.no_grad():
             for parameter in parameters:
                 assert parameter.grad is not None

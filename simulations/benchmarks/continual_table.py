@@ -48,7 +48,7 @@ METHODS: dict[str, list[str]] = {
 }
 WHOLE = 0.2  # rates of methods that train whole matrices, relative to those of factors of rank 8
 PRIVATE = 50.0  # rates of SGD under DP, relative to AdamW's
-COLUMNS = ("average_accuracy", "backward_transfer", "forgetting", "learning_accuracy")
+COLUMNS = ("average_score", "backward_transfer", "forgetting", "learning_score")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -85,7 +85,7 @@ def _best_rate(args: argparse.Namespace, method: str, kept: dict[str, Any]) -> f
     rates = [round(rate * factor, 9) for rate in args.rates]
     if len(rates) < 2:
         return rates[0] if rates else None
-    scores = {rate: _one(args, method, rate, args.tuning_seed, kept, tasks=2)["average_accuracy"] for rate in rates}
+    scores = {rate: _one(args, method, rate, args.tuning_seed, kept, tasks=2)["average_score"] for rate in rates}
     return max(scores, key=lambda rate: -math.inf if scores[rate] is None else scores[rate])
 
 

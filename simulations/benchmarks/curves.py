@@ -78,7 +78,7 @@ def one(config: RunConfig) -> Way:
         "seconds": [round(line["seconds"] - line["evaluate_seconds"], 3) for line in train],
         "overhead": [line["overhead_seconds"] / line["seconds"] for line in train],
         "examples": [examples / line["train_seconds"] for line in train],
-        "accuracy": [round(line["accuracy"], 4) for line in lines if line["phase"] == "evaluate"],
+        "accuracy": [round(line["scores"]["accuracy"], 4) for line in lines if line["phase"] == "evaluate"],
     }
 
 

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from fedlab.config import RunConfig
 from fedlab.models.adapters import initial_state
 from fedlab.models.hardware import bfloat16_gain
 from fedlab.models.loaded import LoadedModel
 from fedlab.models.loading import build
+from fedlab.objectives import Classification
 from fedlab.privacy.clipping import clipped_sum
 from fedlab.train.dp import PerExampleGradients
 from fedlab.train.fused import CohortLayers
@@ -43,8 +43,10 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    config = RunConfig.parse(CONFIG)
-    model, half = (build(RunConfig.parse(CONFIG, [f"run.dtype={dtype}"]), 10) for dtype in ("float32", "bfloat16"))
+    config, objective = RunConfig.parse(CONFIG), Classification(tuple("0123456789"))
+    model, half = (
+        build(RunConfig.parse(CONFIG, [f"run.dtype={dtype}"]), objective) for dtype in ("float32", "bfloat16")
+    )
     state = initial_state(model, config.lora, 0)
     for loaded in (model, half):
         loaded.load(state)
@@ -57,7 +59,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     labels = torch.randint(0, 10, (args.batch,), generator=generator)
 
     def loss(model: LoadedModel) -> torch.Tensor:
-        return cross_entropy(model.logits(batch), labels, reduction="sum")
+        return objective.per_example_loss(model, batch | {"labels": labels}).sum()
 
     def plain(model: LoadedModel) -> None:
         parameters = [model.parameters[n].requires_grad_() for n in names]

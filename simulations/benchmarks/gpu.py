@@ -32,7 +32,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
@@ -43,8 +42,10 @@ from fedlab.models.adapters import initial_state
 from fedlab.models.hardware import GAIN, bfloat16_gain
 from fedlab.models.loaded import LoadedModel
 from fedlab.models.loading import adapt
+from fedlab.objectives import Classification
 from fedlab.privacy.plan import DPPlan
-from fedlab.train.cohort import Member, train_cohort
+from fedlab.train.cohort import train_cohort
+from fedlab.train.local import LocalTraining
 from fedlab.train.trainer import train_client
 
 LABELS, STEPS = 20, 3
@@ -140,8 +141,8 @@ def measure(
     base, head, targets = MODELS[name](args.small)
     lora = f"[lora]\nrank=8\nalpha=8\ntarget_modules={json.dumps(targets)}"
     settings = RunConfig.parse(f"[run]\nrounds=1\n{lora}\n[train]\nlr=0.01\nsteps={STEPS}\n")
-    tokenizer = cast(Any, SimpleNamespace(pad_token_id=1))
-    model = adapt(base.to(dtype), head, tokenizer, settings.lora, name, device)
+    tokenizer, objective = cast(Any, SimpleNamespace(pad_token_id=1)), Classification(tuple(map(str, range(LABELS))))
+    model = adapt(base.to(dtype), head, tokenizer, settings.lora, name, device, objective)
     state = initial_state(model, settings.lora, 0)
     operations = 2 * forward_operations(model, args.length)
     print(
@@ -195,9 +196,9 @@ def one_batch(
     (client,) = alone
     ways: dict[str, Callable[[], object]] = {
         "bare": lambda: bare(model, state, names, data, batch),
-        "private": lambda: train_cohort(model, data, [Member(client, state, plan(batch))], names, config, 1),
+        "private": lambda: train_cohort(model, data, [LocalTraining(client, state, plan(batch))], names, config, 1),
         "cohort": lambda: train_cohort(
-            model, shared, [Member(c, state, plan(shared.size(c))) for c in several], names, config, 1
+            model, shared, [LocalTraining(c, state, plan(shared.size(c))) for c in several], names, config, 1
         ),
         "hooks": lambda: train_client(model, data, client, state, names, config, 1, plan(batch)),
     }
@@ -224,9 +225,7 @@ def texts(clients: int, rows: int, length: int) -> tuple[list[str], FederatedDat
     names = [f"client-{i}" for i in range(clients)]
     parts = {name: np.arange(rows)[i::clients] for i, name in enumerate(names)}
     nobody = np.array([], dtype=np.int64)
-    return names, FederatedData(
-        tokens, Shards(parts, dict.fromkeys(names, nobody), nobody), tuple(map(str, range(LABELS)))
-    )
+    return names, FederatedData(tokens, Shards(parts, dict.fromkeys(names, nobody), nobody))
 
 
 def bare(model: LoadedModel, state: State, names: list[str], data: FederatedData, batch: int) -> None:
@@ -235,7 +234,7 @@ def bare(model: LoadedModel, state: State, names: list[str], data: FederatedData
     parameters = [model.parameters[name].requires_grad_() for name in names]
     for _ in range(STEPS):
         rows = data.batch(np.arange(batch), 1)
-        loss = cross_entropy(model.logits(rows), rows["labels"].to(model.device))
+        loss = model.objective.per_example_loss(model, rows).mean()
         with torch.no_grad():
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter -= 0.01 * gradient

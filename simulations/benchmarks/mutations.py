@@ -25,7 +25,7 @@ from fedlab.config import RunConfig
 from fedlab.privacy import clipping, noise, plan
 from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session, open_session
-from fedlab.train import dp, trainer
+from fedlab.train import dp, local, trainer
 from fedlab.trainer_audit.empirical import audit_session
 from fedlab.trainer_audit.mechanism import CHECKS as ALL_CHECKS
 
@@ -46,14 +46,24 @@ class Mutation:
 
 STD = "self.sigma * self.clip"
 TAKE = "partial, norms = clipped_sum(hooks.take(), plan.clip)"
-PRIVATISE = "gradients = plan.privatise(total, noise)"
+PRIVATISE = "return plan.privatise(total, local.noise)"
 NOISE_STREAM = 'random_stream(seed, "noise", client, round_number)'
 DRAW = "self._rng.standard_normal(shape) * std"
 FACTORS = "return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))"
 
 
-def _trainer(name: str, old: str, new: str) -> Mutation:
-    return Mutation(name, ((trainer, "train_client", old, new),))
+def _trainer(name: str, old: str, new: str, function: str = "train_client") -> Mutation:
+    return Mutation(name, ((trainer, function, old, new),))
+
+
+def _private(name: str, new: str) -> Mutation:
+    """What comes after the sum is clipped."""
+    return _trainer(name, PRIVATISE, new, "_private_gradients")
+
+
+def _steps(name: str, old: str, new: str, function: str = "__init__") -> Mutation:
+    """What a client draws in a round."""
+    return Mutation(name, ((local.LocalSteps, function, old, new),))
 
 
 MUTATIONS = (
@@ -66,11 +76,10 @@ MUTATIONS = (
         "uniform noise of the same variance",
         ((noise.SeededNoise, "draw", DRAW, "(self._rng.random(shape) - 0.5) * 12**0.5 * std"),),
     ),
-    _trainer(
+    _private(
         "noised sum cut to ±C",
-        PRIVATISE,
-        "gradients = {n: v.clamp(-1 / plan.normaliser * plan.clip, 1 / plan.normaliser * plan.clip)"
-        " for n, v in plan.privatise(total, noise).items()}",
+        "return {n: v.clamp(-1 / plan.normaliser * plan.clip, 1 / plan.normaliser * plan.clip)"
+        " for n, v in plan.privatise(total, local.noise).items()}",
     ),
     Mutation(
         "clipping skipped",
@@ -81,11 +90,11 @@ MUTATIONS = (
         (
             (
                 trainer,
-                "_clipped_gradients",
+                "_private_gradients",
                 TAKE,
                 (
                     "partial, norms = clipped_sum({n: g.mean(0, keepdim=True) for n, g in hooks.take().items()},"
-                    " plan.clip); partial = {n: len(chunk) * v for n, v in partial.items()}"
+                    " plan.clip); partial = {n: len(each) * v for n, v in partial.items()}"
                 ),
             ),
         ),
@@ -95,7 +104,7 @@ MUTATIONS = (
         (
             (
                 trainer,
-                "_clipped_gradients",
+                "_private_gradients",
                 TAKE,
                 (
                     "pieces = {n: clipped_sum({n: g}, plan.clip) for n, g in hooks.take().items()}; "
@@ -106,9 +115,9 @@ MUTATIONS = (
     ),
     _trainer(
         "clip loosened after the first step",
-        "_clipped_gradients(loss_of, chunks, model, names, hooks, plan)",
-        "_clipped_gradients(loss_of, chunks, model, names, hooks, "
-        "__import__('dataclasses').replace(plan, clip=plan.clip * (2 if seen else 1)))",
+        "_private_gradients(losses, model, names, hooks, local, plan)",
+        "_private_gradients(losses, model, names, hooks, local, "
+        "__import__('dataclasses').replace(plan, clip=plan.clip * (2 if local.executed else 1)))",
     ),
     Mutation(
         "a gradient holds its neighbour's too",
@@ -129,37 +138,49 @@ MUTATIONS = (
     ),
     _trainer(
         "divided by the realised batch size",
-        PRIVATISE,
-        "gradients = {n: v * plan.normaliser / max(1, len(batch)) for n, v in plan.privatise(total, noise).items()}",
-    ),
-    _trainer(
-        "head un-noised",
-        PRIVATISE,
-        PRIVATISE + '; gradients |= {n: total[n] / plan.normaliser for n in names if n.startswith("head.")}',
-    ),
-    _trainer(
-        "a tenth of the raw sum added",
-        PRIVATISE,
-        PRIVATISE + "; gradients = {n: v + 0.1 * total[n] / plan.normaliser for n, v in gradients.items()}",
-    ),
-    _trainer(
-        "momentum from the raw sum",
         "parameter.grad = gradients[name].to(parameter)",
-        "parameter.grad = gradients[name].to(parameter)"
-        " + (0.1 * total[name] / plan.normaliser).to(parameter) * bool(config.train.momentum)",
+        "parameter.grad = (gradients[name] * plan.normaliser / max(1, len(batch))).to(parameter)",
+    ),
+    _private(
+        "head un-noised",
+        PRIVATISE + ' | {n: total[n] / plan.normaliser for n in names if n.startswith("head.")}',
+    ),
+    _private(
+        "a tenth of the raw sum added",
+        "return {n: v + 0.1 * total[n] / plan.normaliser for n, v in plan.privatise(total, local.noise).items()}",
+    ),
+    Mutation(
+        "momentum from the raw sum",
+        (
+            (trainer, "_private_gradients", PRIVATISE, "local.raw = total; " + PRIVATISE),
+            (
+                trainer,
+                "train_client",
+                "parameter.grad = gradients[name].to(parameter)",
+                "parameter.grad = gradients[name].to(parameter)"
+                " + (0.1 * local.raw[name] / plan.normaliser).to(parameter) * bool(config.train.momentum)",
+            ),
+        ),
     ),
     _trainer(
         "the audit's way in ignored",
         "per_example(model, names if plan else [])",
         "PerExampleGradients(model, names if plan else [])",
     ),
-    _trainer(
+    Mutation(
         "same noise every step",
-        "plan.privatise(total, noise)",
-        f"plan.privatise(total, plan.noise_source({NOISE_STREAM}))",
+        (
+            (
+                local.LocalSteps,
+                "__init__",
+                "self.own = ",
+                f"self.again = lambda: plan.noise_source({NOISE_STREAM}); self.own = ",
+            ),
+            (trainer, "_private_gradients", PRIVATISE, PRIVATISE.replace("local.noise", "local.again()")),
+        ),
     ),
-    _trainer("same noise every round", NOISE_STREAM, 'random_stream(seed, "noise", client)'),
-    _trainer("same noise for every client", NOISE_STREAM, 'random_stream(seed, "noise", round_number)'),
+    _steps("same noise every round", NOISE_STREAM, 'random_stream(seed, "noise", client)'),
+    _steps("same noise for every client", NOISE_STREAM, 'random_stream(seed, "noise", round_number)'),
     Mutation(
         "same noise in every tensor",
         (
@@ -177,10 +198,18 @@ MUTATIONS = (
             ),
         ),
     ),
-    _trainer(
+    Mutation(
         "shuffled, not Poisson, batches",
-        "(plan.batch(draws) for _ in range(steps))",
-        "iter(fixed_batches(len(indices), max(1, round(plan.normaliser)), steps, draws))",
+        (
+            (
+                local.LocalSteps,
+                "__init__",
+                "self._fixed = [] if plan else list(fixed_batches(len(self.indices), size,",
+                "size = max(1, round(plan.normaliser)) if plan else size; "
+                "self._fixed = list(fixed_batches(len(self.indices), size,",
+            ),
+            (local.LocalSteps, "batch", "self.plan.batch(self._draws) if self.plan else ", ""),
+        ),
     ),
     Mutation(
         "fixed-size batches",
@@ -193,13 +222,17 @@ MUTATIONS = (
             ),
         ),
     ),
-    _trainer(
+    _steps(
         "same batches every round",
         'random_stream(seed, "batches", client, round_number)',
         'random_stream(seed, "batches", client)',
     ),
-    _trainer("empty batches skipped", "enumerate(batches):\n", "enumerate(b for b in batches if len(b)):\n"),
-    _trainer("twice the steps charged", "range(steps)", "range(2 * steps)"),
+    _trainer(
+        "empty batches skipped",
+        "batch = local.batch(step)\n",
+        "batch = local.batch(step)\n            if not len(batch): continue\n",
+    ),
+    _trainer("twice the steps charged", "range(local.count)", "range(2 * local.count)"),
 )
 
 
@@ -232,7 +265,7 @@ def detect(session: Session, mutation: Mutation, canaries: int = 2000, seed: int
     with mutated(mutation):
         audit = audit_session(session, canaries, seed)
     result: dict[str, list[str]] = {name: [] for name in BOUNDS} | {
-        check: list(audit.conformance[check]) for check in CHECKS
+        check: list(audit.mechanism[check]) for check in CHECKS
     }
     for bound in audit.bounds:
         if bound.epsilon > audit.claimed:

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedlab.config import RunConfig
-from fedlab.data import FederatedData, corpus_and_shards, open_data
+from fedlab.data import FederatedData, objective_of, open_data
 from fedlab.models.loading import load_base, load_tokenizer
 
 KEEP, CONFIG = "PLAIN_FLOWER_KEEP", "PLAIN_FLOWER_CONFIG"  # environment of server and clients
@@ -41,8 +41,7 @@ def make_model(config: RunConfig) -> torch.nn.Module:
     """The base with peft's adapter, B and head trained, A frozen and equal everywhere."""
     from peft import LoraConfig, TaskType, get_peft_model
 
-    corpus, _ = corpus_and_shards(config)
-    base, head = load_base(config.model, len(corpus.label_names))
+    base, head = load_base(config.model, objective_of(config))
     torch.manual_seed(0)
     targets = config.lora.target_modules
     settings = LoraConfig(
@@ -71,7 +70,7 @@ def data_of(config: RunConfig) -> FederatedData:
     """Tokens and shards, opened once per process (the example keeps its ``FederatedDataset`` too)."""
     if "data" not in _kept:
         tokenizer = load_tokenizer(config.model)
-        _kept["data"], _kept["pad"] = open_data(config, tokenizer), tokenizer.pad_token_id
+        _kept["data"], _kept["pad"] = open_data(config, tokenizer, objective_of(config)), tokenizer.pad_token_id
     return _kept["data"]  # type: ignore[no-any-return]
 
 

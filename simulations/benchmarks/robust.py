@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
 from fedlab.errors import RunFailed
-from fedlab.evaluate.classification import classify
+from fedlab.evaluate import primary_score
 from fedlab.lora.attacks import ATTACKS, attack, flip_labels
 from fedlab.lora.average import weighted_mean
 from fedlab.lora.robust import RULES
@@ -153,7 +153,7 @@ def open_setting(config: RunConfig, hostile: int) -> Setting:
     """Model, data, attackers (drawn by the run's seed) and round 0."""
     session = open_session(config.to_toml())
     data = session.data
-    labels = flip_labels(torch.from_numpy(data.tokens.labels.copy()), len(data.label_names)).numpy()
+    labels = flip_labels(torch.from_numpy(data.tokens.labels.copy()), len(session.model.objective.labels)).numpy()
     start = initial_state(session.model, config.lora, config.run.seed)
     drawn = random_stream(config.run.seed, "hostile").choice(data.clients, hostile, replace=False)
     chosen = sorted(map(str, drawn), key=client_order)
@@ -215,10 +215,8 @@ def run(setting: Setting, rule: str, name: str) -> dict[str, Any]:
         change = aggregate(rule, usable, sum(client in usable for client in setting.hostile))
         state = {n: value + change[n] if n in change else value for n, value in state.items()}
     setting.session.model.load(state)
-    scores = classify(
-        setting.session.model, setting.session.data, setting.session.data.test, config.evaluate.batch_size
-    )
-    return {"rule": rule, "attack": name, "accuracy": scores.accuracy, "excluded": excluded, "ended": ended}
+    accuracy = primary_score(setting.session.model, setting.session.data, setting.session.data.test, config)
+    return {"rule": rule, "attack": name, "accuracy": accuracy, "excluded": excluded, "ended": ended}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from pathlib import Path
+from typing import Any
 
 import fedlab
 from fedlab.run.directory import RunDirectory
@@ -52,7 +53,7 @@ PRIVACY: dict[str, list[str]] = {"no DP": ["privacy={unit='none'}"], "ε = 6": [
 TUNING_SEED = 1000
 
 
-def run(config: Path, overrides: list[str], out: Path) -> dict[str, object]:
+def run(config: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     """Result of one run: from disk if it is there, resumed if it was cut off."""
     if (out / "run.toml").is_file():
         found = RunDirectory(out).result
@@ -92,7 +93,7 @@ def main() -> None:
                 "".join(c if c.isalnum() or c in "-." else "" for c in folder.name.replace("(", "-"))
             )
 
-            def result(rate: float, seed: int, name: str, *more: str) -> dict[str, object]:
+            def result(rate: float, seed: int, name: str, *more: str) -> dict[str, Any]:
                 rates = [
                     f"train.lr={rate * ADAPTER_STEP.get(method, 1.0)}",  # noqa: B023
                     f"train.head_lr={args.head_rate or rate}",
@@ -105,12 +106,12 @@ def main() -> None:
             print(row(method, privacy, rate, results), flush=True)
 
 
-def score(result: dict[str, object]) -> float:
+def score(result: dict[str, Any]) -> float:
     """Held-out accuracy; the clients' mean where there is no global model."""
-    return float(str(result["accuracy"] if result["accuracy"] is not None else result["client_accuracy"]["mean"]))  # type: ignore[index]
+    return float((result["scores"] or {"accuracy": result["client_scores"]["mean"]})["accuracy"])
 
 
-def row(method: str, privacy: str, rate: float, results: list[dict[str, object]]) -> str:
+def row(method: str, privacy: str, rate: float, results: list[dict[str, Any]]) -> str:
     """One line of the table: mean ± standard deviation over seeds."""
 
     def spread(values: list[float]) -> str:
@@ -120,11 +121,14 @@ def row(method: str, privacy: str, rate: float, results: list[dict[str, object]]
     def column(key: str) -> list[float]:
         return [float(str(r[key])) for r in results if r[key] is not None]
 
-    mean, worst = ([float(r["client_accuracy"][key]) for r in results] for key in ("mean", "worst"))  # type: ignore[index]
+    def scored(name: str) -> list[float]:
+        return [float(r["scores"][name]) for r in results if r["scores"] is not None]
+
+    mean, worst = ([float(r["client_scores"][key]) for r in results] for key in ("mean", "worst"))
     epsilon = results[0]["epsilon"]
     shown = epsilon if isinstance(epsilon, str) else f"{max(column('epsilon')):.2f}"
     return (
-        f"| {method} | {privacy} | {rate:g} | {spread(column('accuracy'))} | {spread(column('macro_f1'))} |"
+        f"| {method} | {privacy} | {rate:g} | {spread(scored('accuracy'))} | {spread(scored('macro_f1'))} |"
         f" {spread(mean)} | {spread(worst)} | {shown} | {statistics.fmean(column('bytes_up')) / 1e6:.1f} |"
         f" {statistics.fmean(column('overhead_seconds_per_round')):.2f} |"
     )

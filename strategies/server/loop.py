@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedlab.config import RunConfig
+from fedlab.config.clients import initial_ranks
 from fedlab.data import corpus_and_shards
 from fedlab.errors import RunFailed
 from fedlab.lora.state import State, digest, nbytes, part_of
@@ -200,8 +201,11 @@ class Rounds:
 
     @property
     def client_ranks(self) -> dict[str, int]:
-        """client → rank of its adapter in the next round."""
-        return self.strategy.client_ranks(self.state, self.server_state)
+        """client → rank of its adapter in the next round: the state's, or what clients.rank or the strategy says."""
+        widest = max(len(value) for name, value in self.state.items() if part_of(name) == "lora_A")
+        given = initial_ranks(self.config) if self.config.clients.rank else {}
+        everyone = dict.fromkeys(self.federation.clients, widest)
+        return everyone | given | self.strategy.client_ranks(self.server_state)
 
     def _warn_of_products(self) -> None:
         parts = {part_of(name) for name in trained_names(self.strategy, self.state)}

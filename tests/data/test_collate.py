@@ -15,10 +15,12 @@ from fedlab.data.cache import cached_arrays
 from fedlab.data.collate import tokenise
 from fedlab.data.corpus import Corpus
 from fedlab.errors import ConfigError
+from fedlab.objectives import Classification
 
 CORPUS = Corpus(
     "c", ["apple pear", "iron", "wave tide reef salt coral", "plum"], np.array([0, 1, 2, 0]), ("f", "m", "o")
 )
+OBJECTIVE = Classification(CORPUS.label_names)
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def tokenizer(tokenizer_files: Path):
 
 
 def test_batches_are_what_the_tokenizer_pads(tokenizer):
-    tokens = tokenise(CORPUS, tokenizer, 6)
+    tokens = tokenise(CORPUS, tokenizer, 6, OBJECTIVE)
     indices = np.array([2, 0, 1])
     batch = tokens.batch(indices, tokenizer.pad_token_id)
     wanted = tokenizer(
@@ -44,21 +46,21 @@ def test_pairs_carry_token_types(tokenizer_files: Path):
         tokenizer_files, model_input_names=["input_ids", "token_type_ids", "attention_mask"]
     )
     corpus = Corpus("c", CORPUS.texts, CORPUS.labels, CORPUS.label_names, pairs=["gold", "zinc ore", "a", "b"])
-    batch = tokenise(corpus, tokenizer, 16).batch(np.arange(4), tokenizer.pad_token_id)
+    batch = tokenise(corpus, tokenizer, 16, OBJECTIVE).batch(np.arange(4), tokenizer.pad_token_id)
     wanted = tokenizer(corpus.texts, corpus.pairs, padding=True, return_tensors="pt")
     assert torch.equal(batch["token_type_ids"], wanted["token_type_ids"])
     assert batch["token_type_ids"].max() == 1
 
 
 def test_the_cache_is_used_mapped_and_keyed_by_what_matters(tokenizer, monkeypatch: pytest.MonkeyPatch):
-    first = tokenise(CORPUS, tokenizer, 8)
+    first = tokenise(CORPUS, tokenizer, 8, OBJECTIVE)
     assert isinstance(first.ids, np.memmap)
     import fedlab.data.collate as collate
 
     monkeypatch.setattr(collate, "_tokenise", lambda *_: pytest.fail("tokenised again"))
-    assert np.array_equal(tokenise(CORPUS, tokenizer, 8).ids, first.ids)
+    assert np.array_equal(tokenise(CORPUS, tokenizer, 8, OBJECTIVE).ids, first.ids)
     with pytest.raises(pytest.fail.Exception, match="tokenised again"):
-        tokenise(CORPUS, tokenizer, 7)
+        tokenise(CORPUS, tokenizer, 7, OBJECTIVE)
 
 
 def _read_entry(seed: int) -> int:

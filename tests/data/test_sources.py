@@ -65,7 +65,7 @@ def test_installed_wordnet_has_its_82115_nouns_in_26_classes():
 
 
 def test_docstrings_are_many_balanced_and_do_not_name_their_label():
-    corpus = docstrings.load()
+    corpus = load_corpus(DataSection(), 0)
     assert len(corpus.label_names) >= 8
     assert len(corpus) >= 8000
     assert len(set(corpus.texts)) == len(corpus)

@@ -22,14 +22,16 @@ from fedlab.models.activations import principal_inputs
 from fedlab.models.adapters import draw_a, initial_state
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
 from fedlab.models.loading import _build as build_uncached
+from fedlab.objectives import Classification
 from fedlab.run.launch import check_strategy
 from fedlab.session import torch_threads
 
 EVERYTHING = "lora.target_modules=['query', 'key', 'intermediate.dense', 'pooler.dense']"
 
 
-def fresh(config: RunConfig, labels: int = 3) -> LoadedModel:
-    return build_uncached.__wrapped__(config.model, config.lora, labels, config.run.dtype, "cpu")
+def fresh(config: RunConfig) -> LoadedModel:
+    objective = Classification(("fruit", "metal", "ocean"))
+    return build_uncached.__wrapped__(config.model, config.lora, objective, config.run.dtype, "cpu")
 
 
 @pytest.fixture
@@ -173,12 +175,10 @@ def test_modules_that_saw_nothing_are_refused(tiny_toml: str):
         principal_inputs(model, [], {name: 4})
 
 
-def test_inputs_without_token_positions_are_refused(tiny_toml: str):
+def test_inputs_without_token_positions_are_refused():
     """What an expert would be fed: some of the tokens, nobody knows which."""
-    watch = activations._Watch({"expert": 4})
-    watch.mask = torch.ones(2, 5, dtype=torch.bool)
     with pytest.raises(ConfigError, match="padding cannot be told"):
-        watch.hook("expert")(None, (torch.zeros(7, 32),))
+        activations.real_tokens("expert", torch.zeros(7, 32), torch.ones(2, 5, dtype=torch.bool))
 
 
 def test_the_start_is_the_same_whatever_the_model_held(tiny_toml: str, public: Path):

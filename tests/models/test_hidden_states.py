@@ -19,8 +19,9 @@ from fedlab.evaluate.classification import classify
 from fedlab.models import hidden_states as prefix
 from fedlab.models.adapters import initial_state
 from fedlab.session import Session, open_session
-from fedlab.train.cohort import Member, train_cohort
-from fedlab.train.trainer import Trained, train_client
+from fedlab.train.cohort import train_cohort
+from fedlab.train.local import LocalTraining, Trained
+from fedlab.train.trainer import train_client
 
 UPPER = ["lora.layers_to_transform=[1]", "lora.target_modules='all-linear'"]
 MODELS = ["tiny_bert", "tiny_gpt2", "tiny_sentence_encoder"]
@@ -43,12 +44,12 @@ def outcomes(session: Session) -> tuple[list[dict[str, torch.Tensor]], float]:
     names = [n for n in state if n.endswith(("lora_A", "lora_B")) or n.startswith("head.")]
     plan = session.plan("client-0")
     alone = train_client(session.model, session.data, "client-0", state, names, session.config, 1, plan)
-    together = train_cohort(session.model, session.data, [Member("client-0", state, plan)], names, session.config, 1)[
-        "client-0"
-    ]
+    together = train_cohort(
+        session.model, session.data, [LocalTraining("client-0", state, plan)], names, session.config, 1
+    )["client-0"]
     assert isinstance(together, Trained)
     session.model.load(state)
-    return [alone.update, together.update], classify(session.model, session.data, session.data.test, 16).loss
+    return [alone.update, together.update], classify(session.model, session.data, session.data.test, 16)["loss"]
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -16,19 +16,23 @@ from fedlab.models.adapters import initial_state, save_adapter
 from fedlab.models.hub import check_model, locate
 from fedlab.models.loading import _build as build_uncached
 from fedlab.models.loading import build, load_base
+from fedlab.objectives import Classification
+from fedlab.objectives.base import Objective
+
+THREE = Classification(("fruit", "metal", "ocean"))
 
 
 def config_of(toml: str, *overrides: str) -> RunConfig:
     return RunConfig.parse(toml, overrides)
 
 
-def fresh(config: RunConfig, labels: int = 3):
-    return build_uncached.__wrapped__(config.model, config.lora, labels, config.run.dtype, "cpu")
+def fresh(config: RunConfig, objective: Objective = THREE):
+    return build_uncached.__wrapped__(config.model, config.lora, objective, config.run.dtype, "cpu")
 
 
 def test_the_base_is_loaded_once_per_process(tiny_toml: str):
     config = config_of(tiny_toml)
-    assert build(config, 3) is build(config_of(tiny_toml, "run.seed=9", "train.lr=0.1"), 3)
+    assert build(config, THREE) is build(config_of(tiny_toml, "run.seed=9", "train.lr=0.1"), THREE)
 
 
 def test_names_shapes_and_scale(tiny_toml: str):
@@ -112,7 +116,7 @@ def test_unknown_pooling_is_refused(tiny_sentence_encoder: Path, tmp_path: Path)
     shutil.copytree(tiny_sentence_encoder, tmp_path / "m")
     (tmp_path / "m" / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(ConfigError, match="mean and cls"):
-        load_base(ModelSection(name=str(tmp_path / "m")), 3)
+        load_base(ModelSection(name=str(tmp_path / "m")), THREE)
 
 
 def test_a_bfloat16_base_keeps_float32_adapters_and_head(tiny_toml: str):

@@ -16,6 +16,7 @@ from fedlab.lora.state import modules, with_residual
 from fedlab.models.adapters import initial_state
 from fedlab.models.loaded import LoadedModel
 from fedlab.models.loading import _build, build
+from fedlab.objectives import Classification
 
 
 def config(model: Path, *overrides: str) -> RunConfig:
@@ -39,7 +40,7 @@ MODELS = ("tiny_bert", "tiny_gpt2")
 @pytest.mark.parametrize("kind", MODELS)
 def test_taking_the_residual_out_restores_the_base_to_the_bit(kind: str, request: pytest.FixtureRequest):
     settings = config(request.getfixturevalue(kind), 'lora.target_modules="all-linear"')
-    loaded = build(settings, 3)
+    loaded = build(settings, Classification(("f", "m", "o")))
     state = random_state(loaded, settings, 3)
     bare = {n: v for n, v in state.items() if "residual" not in n}
     loaded.load(bare)
@@ -53,7 +54,7 @@ def test_taking_the_residual_out_restores_the_base_to_the_bit(kind: str, request
 
 def test_a_residual_of_an_unknown_module_or_half_of_one_is_refused(tiny_bert: Path):
     settings = config(tiny_bert)
-    loaded = build(settings, 3)
+    loaded = build(settings, Classification(("f", "m", "o")))
     state = initial_state(loaded, settings.lora, 0)
     with pytest.raises(ValueError, match="has no adapter"):
         loaded.load(with_residual(state, "nowhere", torch.ones(2, 1), torch.ones(1, 2)))

@@ -146,10 +146,10 @@ def test_local_accuracy_is_the_simulators_and_a_client_refuses_to_send_it(
 ):
     monkeypatch.setitem(clients.app.ANSWERS, "evaluate", lambda *_: pytest.fail("a client was asked"))
     run = simulate(tiny_toml, tmp_path / "run", "run.rounds=1")
-    assert run.result["client_accuracy"]["mean"] is not None
+    assert run.result["client_scores"]["mean"] is not None
     monkeypatch.undo()
     shared = simulate(tiny_toml, tmp_path / "shared", "run.rounds=1", "privacy.share_metrics=true")
-    assert shared.result["client_accuracy"] == run.result["client_accuracy"]
+    assert shared.result["client_scores"] == run.result["client_scores"]
     assert "which `privacy.share_metrics` sent without noise" in (shared.path / "PRIVACY.md").read_text()
 
 

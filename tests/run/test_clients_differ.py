@@ -56,7 +56,7 @@ def test_pruned_ranks_survive_a_resume(learnable_toml: str, tmp_path: Path, monk
     resumed = interrupted_at(
         3, learnable_toml, tmp_path / "broken", monkeypatch, "clients.rank={client-0=3}", *settings
     )
-    for key in ("adapter_digest", "accuracy", "bytes_up", "clients"):
+    for key in ("adapter_digest", "scores", "bytes_up", "clients"):
         assert resumed.result[key] == whole.result[key], key
 
 
@@ -77,8 +77,8 @@ def test_a_server_optimiser_survives_a_resume(
 def test_fedsa_shares_a_alone_and_scores_every_client_with_its_own_model(learnable_toml: str, tmp_path: Path):
     settings = ["strategy.name=fedsa", "run.rounds=6", "train.steps=8", "train.lr=0.3"]
     run = simulate(learnable_toml, tmp_path / "run", *settings)
-    assert run.result["accuracy"] is None, "there is no global model"
-    assert run.result["client_accuracy"]["mean"] > 0.6
+    assert run.result["scores"] is None, "there is no global model"
+    assert run.result["client_scores"]["mean"] > 0.6
     A_bytes = 4 * 4 * 32 * 4  # four modules, rank 4, 32 inputs, float32
     assert run.result["bytes_up"] == 6 * 3 * A_bytes
     adapters = [
@@ -93,7 +93,7 @@ def test_fedsa_never_sends_what_is_personal_under_dp_either(tiny_toml: str, tmp_
     run = simulate(tiny_toml, tmp_path / "run", "strategy.name=fedsa", "run.rounds=2")
     assert run.result["bytes_up"] == 2 * 3 * 4 * 4 * 32 * 4
     assert run.result["epsilon"] > 0
-    assert all(c["accuracy"] is not None for c in run.result["clients"].values())
+    assert all(c["score"] is not None for c in run.result["clients"].values())
     assert not audit_run(run.path).findings
 
 
@@ -103,7 +103,7 @@ def test_fedsa_resumes_with_every_clients_own_part(
     settings = ["strategy.name=fedsa", "run.rounds=4", "run.fraction=0.67", "train.lr=0.3"]
     whole = simulate(learnable_toml, tmp_path / "whole", *settings)
     resumed = interrupted_at(3, learnable_toml, tmp_path / "broken", monkeypatch, *settings)
-    for key in ("adapter_digest", "client_accuracy", "clients"):
+    for key in ("adapter_digest", "client_scores", "clients"):
         assert resumed.result[key] == whole.result[key], key
 
 

@@ -60,7 +60,7 @@ def test_every_strategy_learns_without_dp(strategy: str, learnable_toml: str, tm
     settings = [f"strategy.name={name}", *(f"strategy.{option}" for option in options)]
     run = simulate(learnable_toml, tmp_path / "run", *settings, "run.rounds=6", "train.steps=8", "train.lr=0.3")
     first, last = lines(run, "evaluate")[0], lines(run, "evaluate")[-1]
-    assert last["loss"] < 0.8 * first["loss"]
+    assert last["scores"]["loss"] < 0.8 * first["scores"]["loss"]
     assert run.result["epsilon"] == "no DP"
     assert all(c["epsilon"] == "no DP" for c in run.result["clients"].values())
     assert all(line["epsilon"] == "no DP" and line["loss"] is not None for line in lines(run, "train"))
@@ -108,7 +108,7 @@ def test_adapter_loads_with_peft_and_scores_the_same(strategy: str, tiny_toml: s
     with torch.no_grad():
         predicted = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.argmax(-1)
     accuracy = float((predicted == batch["labels"]).double().mean())
-    assert accuracy == pytest.approx(run.result["accuracy"], abs=1e-12)
+    assert accuracy == pytest.approx(run.result["scores"]["accuracy"], abs=1e-12)
 
 
 def test_resume_gives_the_bits_of_an_unbroken_run(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -129,7 +129,7 @@ def test_resume_gives_the_bits_of_an_unbroken_run(tiny_toml: str, tmp_path: Path
     assert json.loads((tmp_path / "broken" / "result.json").read_text())["status"] == "interrupted"
     monkeypatch.undo()
     resumed = fedlab.resume(tmp_path / "broken", quiet=True)
-    for key in ("adapter_digest", "accuracy", "epsilon", "bytes_up", "clients"):
+    for key in ("adapter_digest", "scores", "epsilon", "bytes_up", "clients"):
         assert resumed.result[key] == whole.result[key], key
 
 

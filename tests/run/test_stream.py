@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import fedlab
 from fedlab.config import RunConfig
-from fedlab.continual.metrics import average_accuracy, backward_transfer
+from fedlab.continual.metrics import average_score, backward_transfer
 from fedlab.errors import ConfigError, FedlabError
 
 PLAIN = {"osft", "o-lora", "full", "fedavg"}  # strategies without the keys of osft-data
@@ -40,7 +40,7 @@ def test_every_strategy_runs_a_stream_and_reports_the_matrix(name: str, stream_t
     R = matrix(result)
     assert np.isnan(R[0, 1])
     assert not np.isnan(R[[0, 1, 1], [0, 0, 1]]).any()
-    assert result["average_accuracy"] == pytest.approx(average_accuracy(R))
+    assert result["average_score"] == pytest.approx(average_score(R))
     assert result["backward_transfer"] == pytest.approx(backward_transfer(R))
     if name in ("osft", "osft-data", "fedsvd-continual"):
         assert result["leak"] < 1e-5
@@ -325,7 +325,7 @@ def test_the_command_line_runs_audits_and_reports_a_stream(
     settings = ["--set", "strategy.name=fedsvd-continual", "--set", DP[0]]
     done = CliRunner().invoke(app, ["simulate", str(file), "--out", str(out), *settings])
     assert done.exit_code == 0, done.output
-    assert "average accuracy" in done.output
+    assert "average score" in done.output
     audited = CliRunner().invoke(app, ["audit", str(out)])
     assert audited.exit_code == 0, audited.output
     assert "task-0-wet" in audited.output

@@ -23,6 +23,7 @@ from fedlab.lora.average import client_weights
 from fedlab.lora.state import State, effective_delta, modules, select
 from fedlab.models.adapters import initial_state, save_adapter
 from fedlab.models.loading import build
+from fedlab.objectives import Classification
 from strategies import AGGREGATORS, table
 from strategies.base import Round
 
@@ -122,7 +123,7 @@ each_scale = pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rsl
 def two_rounds(row: Row, path: Path, rslora: bool):
     """A real model, its strategy, and the state after two rounds of three clients."""
     strategy = make(row.name, str(path), rslora=rslora, **dict(row.options))
-    loaded = build(strategy.config, 3)
+    loaded = build(strategy.config, Classification(("f", "m", "o")))
     state, weights = initial_state(loaded, strategy.config.lora, 0), {"client-0": 0.3, "client-1": 0.1, "client-2": 0.6}
     for number in (1, 2):
         g = torch.Generator().manual_seed(number)

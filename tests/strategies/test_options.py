@@ -199,7 +199,7 @@ def test_a_checkpoint_holds_all_that_a_strategy_needs(name: str, options: str, t
     for one, other in zip(wanted, again, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[n], other[n]) for n in one)
-    assert whole.client_ranks(*wanted) == cut.client_ranks(*again)
+    assert whole.client_ranks(wanted[1]) == cut.client_ranks(again[1])
 
 
 def one_round(strategy: Strategy, state: State, server_state: ServerState, number: int) -> tuple[State, ServerState]:

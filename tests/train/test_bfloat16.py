@@ -16,7 +16,8 @@ from fedlab.models.attention import NAME
 from fedlab.models.loading import _build
 from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session, open_session
-from fedlab.train.cohort import Member, train_cohort
+from fedlab.train.cohort import train_cohort
+from fedlab.train.local import LocalTraining
 from fedlab.train.trainer import train_client
 
 ROUNDING = 2.0**-8  # of one bfloat16 operation
@@ -38,9 +39,9 @@ def moved_state(session: Session) -> State:
     }
 
 
-def members_of(session: Session, state: State) -> list[Member]:
+def members_of(session: Session, state: State) -> list[LocalTraining]:
     return [
-        Member(c, state, DPPlan(session.data.size(c), 12, 2, 1e-9, 0.3, 1e-5, 3, "seeded"))
+        LocalTraining(c, state, DPPlan(session.data.size(c), 12, 2, 1e-9, 0.3, 1e-5, 3, "seeded"))
         for c in session.data.clients
     ]
 

@@ -12,8 +12,9 @@ from fedlab.models.adapters import initial_state
 from fedlab.privacy.plan import DPPlan
 from fedlab.seeds import random_stream
 from fedlab.session import Session, open_session
-from fedlab.train.cohort import Member, train_cohort
-from fedlab.train.trainer import Trained, train_client
+from fedlab.train.cohort import train_cohort
+from fedlab.train.local import LocalTraining, Trained
+from fedlab.train.trainer import train_client
 
 CLIENTS = ["client-0", "client-1", "client-2"]
 PARTS = {
@@ -51,7 +52,9 @@ def plan_of(session: Session, client: str, **change) -> DPPlan:
     return DPPlan(**{**values, "noise": "seeded", **change})
 
 
-def compare(session: Session, members: list[Member], names: list[str], tolerance: float = 1e-5) -> dict[str, Trained]:
+def compare(
+    session: Session, members: list[LocalTraining], names: list[str], tolerance: float = 1e-5
+) -> dict[str, Trained]:
     """Both ways; the updates agree relative to each client's own, everything that is counted is equal."""
     found = train_cohort(session.model, session.data, members, names, session.config, 2)
     for m in members:
@@ -85,7 +88,7 @@ def test_equal_to_one_client_at_a_time(
         "train.prox=0.1",
     )
     state = moved_state(session)
-    members = [Member(c, state, plan_of(session, c) if private else None) for c in CLIENTS]
+    members = [LocalTraining(c, state, plan_of(session, c) if private else None) for c in CLIENTS]
     compare(session, members, names_of(state, PARTS[parts]))
 
 
@@ -108,7 +111,7 @@ def test_optimisers_and_clients_of_unequal_length(optimizer: str, length: str, t
     state = moved_state(session)
     found = compare(
         session,
-        [Member(c, state) for c in CLIENTS],
+        [LocalTraining(c, state) for c in CLIENTS],
         names_of(state, ("lora_A", "lora_B", "head")),
         1e-4 if optimizer == "adamw" else 1e-5,
     )
@@ -125,7 +128,7 @@ def test_each_client_has_its_own_plan_rank_and_start(tiny_toml: str):
             n: v for n, v in moved_state(session, seed=i + 5).items() if n.endswith("lora_B") or n.startswith("head.")
         }
         plan = plan_of(session, client, clip=0.1 * (i + 1), sigma=0.5 + i, steps=2 + i) if i else None
-        members.append(Member(client, common | own, plan, rank=(None, 2, 3)[i]))
+        members.append(LocalTraining(client, common | own, plan, rank=(None, 2, 3)[i]))
     compare(session, members, names_of(common, ("lora_A", "lora_B", "head")))
     compare(session, list(reversed(members)), names_of(common, ("lora_B", "head")))
 
@@ -137,7 +140,7 @@ def test_each_client_has_its_own_learning_rate(settings: list[str], tiny_toml: s
     own = ["clients.lr={client-0=0.25, client-2=3}", "train.lr=0.2", "train.head_lr=0.1", "train.weight_decay=0.1"]
     session = session_of(tiny_toml, *settings, *own)
     state = moved_state(session)
-    members = [Member(c, state, plan_of(session, c, sigma=1e-6) if c == "client-1" else None) for c in CLIENTS]
+    members = [LocalTraining(c, state, plan_of(session, c, sigma=1e-6) if c == "client-1" else None) for c in CLIENTS]
     names = names_of(state, ("lora_A", "lora_B", "head"))
     found = compare(session, members, names, 1e-4 if "adamw" in str(settings) else 1e-5)
     same = train_cohort(
@@ -155,7 +158,7 @@ def test_each_client_has_its_own_learning_rate(settings: list[str], tiny_toml: s
 def test_an_empty_poisson_batch_is_a_step_of_noise_alone(tiny_toml: str):
     session = session_of(tiny_toml)
     state = moved_state(session)
-    members = [Member(c, state, plan_of(session, c, batch_size=1, steps=6, sigma=2.0)) for c in CLIENTS]
+    members = [LocalTraining(c, state, plan_of(session, c, batch_size=1, steps=6, sigma=2.0)) for c in CLIENTS]
     empty = 0
     for m in members:
         draws = random_stream(session.config.run.seed, "batches", m.client, 2)
@@ -169,7 +172,9 @@ def test_an_empty_poisson_batch_is_a_step_of_noise_alone(tiny_toml: str):
 def test_the_physical_batch_changes_rounding_alone(size: int, tiny_toml: str):
     session = session_of(tiny_toml, f"train.physical_batch={size}")
     state = moved_state(session)
-    compare(session, [Member(c, state, plan_of(session, c)) for c in CLIENTS], names_of(state, ("lora_B", "head")))
+    compare(
+        session, [LocalTraining(c, state, plan_of(session, c)) for c in CLIENTS], names_of(state, ("lora_B", "head"))
+    )
 
 
 def test_float64_agrees_to_1e_10(tiny_toml: str):
@@ -178,7 +183,7 @@ def test_float64_agrees_to_1e_10(tiny_toml: str):
     session.model.module.double()
     try:
         for private in (False, True):
-            members = [Member(c, state, plan_of(session, c) if private else None) for c in CLIENTS]
+            members = [LocalTraining(c, state, plan_of(session, c) if private else None) for c in CLIENTS]
             found = compare(session, members, names_of(state, ("lora_A", "lora_B", "head")), 1e-10)
             assert all(v.dtype == torch.float64 for t in found.values() for v in t.update.values())
     finally:
@@ -191,7 +196,12 @@ def test_one_client_that_diverges_is_named_and_spares_the_others(tiny_toml: str)
     broken = {n: v * 1e30 if n.endswith("lora_B") else v for n, v in state.items()}
     names = names_of(state, ("lora_B",))
     found = train_cohort(
-        session.model, session.data, [Member(CLIENTS[0], state), Member(CLIENTS[1], broken)], names, session.config, 1
+        session.model,
+        session.data,
+        [LocalTraining(CLIENTS[0], state), LocalTraining(CLIENTS[1], broken)],
+        names,
+        session.config,
+        1,
     )
     assert isinstance(found[CLIENTS[0]], Trained)
     assert isinstance(found[CLIENTS[1]], RunFailed)
@@ -205,7 +215,7 @@ def test_the_model_is_left_as_it_was(tiny_toml: str):
     batch = session.data.tokens.batch(session.data.test[:4], session.model.tokenizer.pad_token_id)
     with torch.no_grad():
         before = session.model.logits(batch)
-    members = [Member(c, state, plan_of(session, c)) for c in CLIENTS]
+    members = [LocalTraining(c, state, plan_of(session, c)) for c in CLIENTS]
     train_cohort(session.model, session.data, members, names_of(state, ("lora_B", "head")), session.config, 1)
     session.model.load(state)
     with torch.no_grad():
@@ -225,7 +235,7 @@ def test_dropout_masks_belong_to_the_example_whoever_shares_the_pass(
     session.model.module.double()
     try:
         names = names_of(state, ("lora_A", "lora_B", "head"))
-        members = [Member(c, state, plan_of(session, c) if private else None) for c in CLIENTS]
+        members = [LocalTraining(c, state, plan_of(session, c) if private else None) for c in CLIENTS]
         dropped = compare(session, members, names, 1e-10)
         without = session_of(toml, everywhere, "train.lr=0.05").config
         kept = train_cohort(session.model, session.data, members, names, without, 2)
@@ -241,11 +251,11 @@ def test_one_client_alone_in_a_pass(size: int, parts: str, tiny_toml: str):
     """With enough rows, W + s·B·A is formed for the pass."""
     session = session_of(tiny_toml, f"train.physical_batch={size}", "lora.target_modules='all-linear'", "train.lr=0.05")
     state = moved_state(session)
-    compare(session, [Member(CLIENTS[0], state, plan_of(session, CLIENTS[0]))], names_of(state, PARTS[parts]))
+    compare(session, [LocalTraining(CLIENTS[0], state, plan_of(session, CLIENTS[0]))], names_of(state, PARTS[parts]))
 
 
 def test_nothing_to_train_is_refused(tiny_toml: str):
     session = session_of(tiny_toml)
     state = moved_state(session)
     with pytest.raises(RunFailed, match="nothing is trainable"):
-        train_cohort(session.model, session.data, [Member(CLIENTS[0], state)], [], session.config, 1)
+        train_cohort(session.model, session.data, [LocalTraining(CLIENTS[0], state)], [], session.config, 1)

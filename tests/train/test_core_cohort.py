@@ -17,7 +17,8 @@ from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.sampling import fixed_batches
 from fedlab.seeds import random_stream
 from fedlab.session import Session, open_session
-from fedlab.train.cohort import Member, penalty_gradient, train_cohort
+from fedlab.train.cohort import penalty_gradient, train_cohort
+from fedlab.train.local import LocalTraining
 
 
 def session_of(toml: str) -> Session:
@@ -90,7 +91,7 @@ def test_a_shared_pass_is_autograd_in_core_coordinates(together: int, left: bool
     clients = session.data.clients[:together]
     plans = {c: DPPlan(session.data.size(c), 6, 2, 1.0, 0.3, 1e-5, 3, "seeded") if private else None for c in clients}
     found = train_cohort(
-        session.model, session.data, [Member(c, state, plans[c]) for c in clients], names, session.config, 2
+        session.model, session.data, [LocalTraining(c, state, plans[c]) for c in clients], names, session.config, 2
     )
     for client in clients:
         wanted = reference(session, state, client, names, plans[client])

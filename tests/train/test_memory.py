@@ -12,9 +12,9 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.models.adapters import initial_state
 from fedlab.session import Session, open_session
-from fedlab.train.cohort import Member, train_cohort
+from fedlab.train.cohort import train_cohort
+from fedlab.train.local import LocalTraining, Trained
 from fedlab.train.memory import GB, MemoryPlan, plan_memory
-from fedlab.train.trainer import Trained
 
 CLIENTS = ["client-0", "client-1"]
 
@@ -41,7 +41,7 @@ def test_checkpointing_changes_no_bit(
         session = session_of(toml, *settings)
         state = initial_state(session.model, session.config.lora, 0)
         names = [n for n in state if ".lora_" in n or n.startswith("head.")]
-        members = [Member(c, state, session.plan(c)) for c in CLIENTS]
+        members = [LocalTraining(c, state, session.plan(c)) for c in CLIENTS]
         found.append(train_cohort(session.model, session.data, members, names, session.config, 1))
     for client in CLIENTS:
         plain, saved = found[0][client], found[1][client]

@@ -16,7 +16,9 @@ from fedlab.models.adapters import initial_state
 from fedlab.privacy.plan import DPPlan
 from fedlab.seeds import random_stream
 from fedlab.session import Session, open_session
-from fedlab.train.trainer import Trained, learning_rate_factor, local_steps, train_client
+from fedlab.train.local import Trained
+from fedlab.train.optimizer import learning_rate_factor
+from fedlab.train.trainer import train_client
 
 
 def session_of(toml: str, *overrides: str) -> Session:
@@ -211,7 +213,7 @@ def test_nothing_to_train_is_an_error(tiny_toml: str):
 
 def test_steps_from_epochs(tiny_toml: str):
     config = RunConfig.parse(tiny_toml.replace("steps = 3", "epochs = 1.5"))
-    assert local_steps(config.train, 100) == math.ceil(150 / 16)
+    assert config.train.local_steps(100) == math.ceil(150 / 16)
 
 
 def test_schedules():

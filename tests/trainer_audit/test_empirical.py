@@ -24,7 +24,7 @@ from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session, open_session
 from fedlab.train import trainer
 from fedlab.trainer_audit.empirical import SIZE, audit_session, canary_bounds, empirical_audit, places, scores
-from fedlab.trainer_audit.mechanism import conformance
+from fedlab.trainer_audit.mechanism import check_mechanism
 from fedlab.trainer_audit.observation import Records, observe, subject
 
 
@@ -232,7 +232,7 @@ def test_all_parts_with_dropout_and_small_batches_pass(audit_toml: str):
     config = RunConfig.parse(
         audit_toml, ["lora.dropout=0.3", "train.physical_batch=7", "train.optimizer=adamw", "train.momentum=0.0"]
     )
-    findings = conformance(open_session(config.to_toml()), "client-2", parts=("lora_A", "lora_B", "head"))
+    findings = check_mechanism(open_session(config.to_toml()), "client-2", parts=("lora_A", "lora_B", "head"))
     assert not any(findings.values()), findings
 
 
@@ -246,11 +246,11 @@ def test_a_decoder_passes(audit_toml: str, tiny_gpt2: Path):
 
 def test_secure_noise_passes_and_must_not_repeat_itself(audit_toml: str, monkeypatch: pytest.MonkeyPatch):
     session = open_session(RunConfig.parse(audit_toml, ["privacy.noise=secure"]).to_toml())
-    findings = conformance(session)
+    findings = check_mechanism(session)
     assert not any(findings.values()), findings
     monkeypatch.setattr(DPPlan, "noise_source", lambda self, rng: SeededNoise(rng))
     monkeypatch.setattr(DPPlan, "sampler", lambda self, rng: rng)
-    findings = conformance(session)
+    findings = check_mechanism(session)
     assert any("round 1 again" in finding for finding in findings["noise correlation"])
     assert any("two batches share" in finding for finding in findings["sampler"])
 
@@ -266,16 +266,16 @@ def test_training_that_breaks_is_a_finding(session: Session, monkeypatch: pytest
 
 
 def test_the_model_is_left_as_it_was(session: Session):
-    conformance(session)
+    check_mechanism(session)
     assert not any(p.requires_grad or p.grad is not None for p in session.model.module.parameters())
     assert not any(module.training for module in session.model.module.modules())
 
 
 def test_what_cannot_be_audited(session: Session, audit_toml: str):
     with pytest.raises(ConfigError, match="client 'client-9' is unknown; there are client-0 to client-2"):
-        conformance(session, "client-9")
+        check_mechanism(session, "client-9")
     with pytest.raises(ConfigError, match="unknown part 'lora_C'"):
-        conformance(session, parts=("lora_C",))
+        check_mechanism(session, parts=("lora_C",))
     public = audit_toml.partition("[privacy]")[0]
     with pytest.raises(ConfigError, match="there is nothing to audit"):
         empirical_audit(RunConfig.parse(public))

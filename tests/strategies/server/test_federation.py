@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedlab.config import RunConfig
 from strategies.server.federation import ClientInfo, Federation
-from strategies.server.loop import busy_seconds, spread
+from strategies.server.loop import busy_seconds
 
 
 def federation(clients: int, fraction: float, rounds: int, *overrides: str, nodes: int = 3) -> Federation:
@@ -63,11 +63,6 @@ def test_busy_seconds_is_the_union_of_intervals():
     assert busy_seconds([]) == 0
     assert busy_seconds([(0, 2), (1, 3), (5, 6)]) == pytest.approx(4)
     assert busy_seconds([(0, 10), (2, 3)]) == pytest.approx(10)
-
-
-def test_spread_ignores_clients_without_examples():
-    assert spread([0.5, 1.0, float("nan")]) == {"mean": 0.75, "worst": 0.5, "std": 0.25}
-    assert spread([]) == {"mean": None, "worst": None, "std": None}
 
 
 @settings(max_examples=60, deadline=None)
