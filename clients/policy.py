@@ -2,7 +2,8 @@
 
 A policy is asked twice. ``problem`` is asked of every request, before data are opened, with what the configuration says;
 ``problem_of_plan`` is asked once, before a plan is signed, with what the number of records makes of it. Both answer in
-words of the configuration and of the policy; no record goes into them.
+words of the configuration and of the policy, since they stand in the ledger, which leaves: no record goes into them, and
+no place where records are.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class OwnPolicy:
         if odd := [name for name in public_names(config) if name not in rules.releases]:
             yield f"the release {odd[0]!r} is not among those of the policy"
         if config.model.name not in rules.models:
-            yield f"model.name = {config.model.name!r} is not among those of the policy"
+            yield "model.name is not among those of the policy"
         for data in data_sections(config):
             yield from _problems_of_data(data, rules.data)
         yield from self._problems_of_noise(privacy.sigma, privacy.epsilon, privacy.delta)
@@ -129,12 +130,12 @@ def data_sections(config: RunConfig) -> list[DataSection]:
 def _problems_of_data(asked: DataSection, allowed: DataPolicy) -> Iterator[str]:
     column = asked.partition.column
     if column is not None and column != allowed.column:
-        yield f"data.partition.column = {column!r}, the policy allows {allowed.column!r}"
+        yield "data.partition.column is another than the policy's"
     for key, value in allowed.section().model_dump(include=set(DataPolicy.model_fields)).items():
         found = getattr(asked, key)
         same = _place(found) == _place(value) if key.endswith("path") else found == value
         if not same:
-            yield f"data.{key} = {found!r}, the policy allows {value!r}"
+            yield f"data.{key} is another than the policy's"
 
 
 def _place(path: str | None) -> str | None:

@@ -7,32 +7,17 @@ recorded. One charge has one output: a repeat under the same charge must commit 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from fedlab.errors import PrivacyError
 from fedlab.privacy.accounting import COARSE, FINE, Event, epsilon
-from fedlab.privacy.ledger.ledger import Entry, Ledger, authentic, charged, event_fields, event_of, events
+from fedlab.privacy.ledger.ledger import Entry, Ledger, authentic, charged, event_of, events
+from fedlab.privacy.ledger.terms import TERMS
 from fedlab.protocol.failures import code_of
 
-TERMS = (
-    "unit",
-    "relation",
-    "event",
-    "clip",
-    "normaliser",
-    "delta",
-    "n",
-    "participations",
-    "scope",
-    "budget",
-    "noise",
-    "content",
-    "configuration",
-    "releases",
-)
+MOST_REFUSALS, MOST_REASON = 1000, 300  # lines per run, characters: a server that keeps asking does not fill the disk
 
 
 class Refusal(PrivacyError):
@@ -51,13 +36,6 @@ class NotTheSame(PrivacyError):
     """A repeat under one charge came to other bits; they stay."""
 
     code = "repeated"
-
-
-def scope_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """SHA-256 of the trained tensors' names and shapes: what one clip covers."""
-    return hashlib.sha256(
-        "\n".join(f"{name}:{tuple(shape)}" for name, shape in sorted(shapes.items())).encode()
-    ).hexdigest()
 
 
 class Guard:
@@ -249,9 +227,12 @@ class Guard:
             and last["type"] == "REFUSE"
             and (last["run"], last["round"], last["kind"]) == (self.run, round_number, kind)
         )
-        if last is not None and not again:  # a server that keeps asking does not fill the disk
-            self.ledger.append("REFUSE", self.run, round=round_number, kind=kind, reason=reason)
+        if last is not None and not again and self._refusals() < MOST_REFUSALS:
+            self.ledger.append("REFUSE", self.run, round=round_number, kind=kind, reason=reason[:MOST_REASON])
         return Refusal(kind, reason)
+
+    def _refusals(self) -> int:
+        return sum(e["type"] == "REFUSE" and e["run"] == self.run for e in self.ledger.entries)
 
 
 def affordable(spent: Iterable[Event], limit: float, delta: float) -> tuple[str | None, float]:
@@ -275,33 +256,6 @@ def affordable(spent: Iterable[Event], limit: float, delta: float) -> tuple[str 
     return None, found
 
 
-def budget_terms(limit: float, delta: float) -> dict[str, str]:
-    """A budget as a plan holds it."""
-    return {"epsilon": float(limit).hex(), "delta": float(delta).hex()}
-
-
-def plan_terms(
-    event: Event, *, unit: str, clip: float, normaliser: float, delta: float, n: int, participations: int, noise: str
-) -> dict[str, Any]:
-    """The terms that a plan object knows; ``scope``, ``budget`` and ``content`` are the owner's to add, ``configuration``
-    (its hash) and ``releases`` (without noise) are the run's: ``run_terms``.
-    """
-    return {
-        "unit": unit,
-        "relation": "add_remove",
-        "event": event_fields(event),
-        "clip": float(clip).hex(),
-        "normaliser": float(normaliser).hex(),
-        "delta": float(delta).hex(),
-        "n": n,
-        "participations": participations,
-        "noise": noise,
-    }
-
-
-def run_terms(configuration: str, releases: Iterable[str]) -> dict[str, Any]:
-    """The terms that only the configuration knows: its hash, and the names of what leaves without noise."""
-    return {"configuration": configuration, "releases": sorted(releases)}
 
 
 def _shown(value: Any) -> str:
