@@ -13,6 +13,7 @@ from typing import Any
 from clients.kept import Kept, keep, kept_path, load
 from clients.owner import Owner
 from fedlab.lora.state import part_of
+from fedlab.privacy.gram_plan import gram_event
 from fedlab.privacy.ledger.guard import Guard, Refusal
 from fedlab.privacy.ledger.keys import keyed_hash
 from fedlab.privacy.ledger.ledger import lines_after
@@ -35,6 +36,8 @@ class ClientAccount:
         plan = session.plan(owner.client)
         assert plan is not None
         self.plan, self.client, self._owner = plan, owner.client, owner
+        gram = session.config.gram
+        self._beside = [gram_event(gram)] if gram is not None else []
         self.guard = owner.guard(run.run)
         shapes = {name: shape for name, shape in session.shapes.items() if part_of(name) in run.parts}
         budget = owner.budget
@@ -53,10 +56,14 @@ class ClientAccount:
         Raises Refusal for a plan that the owner's policy does not allow, or other terms than were signed.
         """
         policy = self._owner.policy
-        problem = policy.problem_of_plan(self.plan) if policy is not None else "there is no policy"
+        problem = policy.problem_of_plan(self.plan, self._beside) if policy is not None else "there is no policy"
         if problem is not None:
             raise self.guard.refused(0, "policy", problem)
         return self.guard.plan(self.terms, code_versions())
+
+    def beside(self, run: str) -> Guard:
+        """The same ledger for a release beside the rounds, which is a run of its own in it."""
+        return Guard(self.guard.ledger, run, self.guard.one_answer)
 
     def lines_after(self, known: int) -> str:
         """The ledger's lines from number ``known`` on, as they stand in the file."""

@@ -1,7 +1,7 @@
 """What a client answered to a round, kept whole: a repeat of the request gets the same bytes, for no further charge.
 
-One file per client and run, ``kept/<client>-<run>.reply`` beside the ledger. It is replaced in the run's next round; that
-of the last round stays, and may be deleted when the run is over. It holds nothing that has not left the client.
+One file per client and run, ``kept/<client>-<run>.reply`` beside the ledger. It is replaced in the run's next round;
+that of the last round stays, and may be deleted when the run is over. It holds nothing but what was to leave.
 """
 
 from __future__ import annotations

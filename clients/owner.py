@@ -8,13 +8,13 @@ Which of the two it is, the machine itself says (``fedlab.run.launch.simulated``
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
+from clients.log import note
 from clients.policy import OwnPolicy, Policy, SimulationPolicy
 from fedlab.config import RunConfig
 from fedlab.config.client import ClientPolicy
@@ -106,14 +106,9 @@ class Owner:
                     return lines_after(guard.ledger.entries, known)
         return None
 
-    def note(self, text: str) -> None:
-        """A line in the owner's own log: what a code that leaves does not say. It may quote data."""
-        log = self.places.log
-        with contextlib.suppress(OSError):  # a log that cannot be written must not change what is answered
-            log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} WARNING {self.client}: {text}\n"
-            with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(line)
+    def note(self, error: BaseException, what: str) -> None:
+        """A line in the owner's own log: what the code that leaves does not say. It may quote data."""
+        note(self.places.log, self.client, error, what)
 
     def load_personal(self, round_number: int) -> State:
         """What it kept of the model before a round (from 1); empty if nothing yet."""
@@ -148,6 +143,10 @@ class Owners(Protocol):
     def store(self) -> Path:
         """Where the node keeps what came once."""
 
+    @property
+    def log(self) -> Path:
+        """Where the node says why something came to nothing."""
+
     def present(self, asked: Sequence[str]) -> list[str]:
         """Who answers when the server asks who is there, and names ``asked`` itself."""
 
@@ -166,6 +165,11 @@ class SingleOwner:
     def store(self) -> Path:
         """Where the node keeps what came once."""
         return self.owner.places.store
+
+    @property
+    def log(self) -> Path:
+        """The owner's own."""
+        return self.owner.places.log
 
     def present(self, asked: Sequence[str]) -> list[str]:
         """Itself, whoever was asked for."""
@@ -192,6 +196,11 @@ class SimulatedOwners:
     def store(self) -> Path:
         """Where the nodes keep what came once."""
         return self.places.store
+
+    @property
+    def log(self) -> Path:
+        """The run's."""
+        return self.places.log
 
     def present(self, asked: Sequence[str]) -> list[str]:
         """Those that this node is asked to play."""

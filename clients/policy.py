@@ -1,9 +1,9 @@
 """What an owner allows: the policy of its own file for a deployed client, the run's own word in a simulation.
 
-A policy is asked twice. ``problem`` is asked of every request, before data are opened, with what the configuration says;
-``problem_of_plan`` is asked once, before a plan is signed, with what the number of records makes of it. Both answer in
-words of the configuration and of the policy, since they stand in the ledger, which leaves: no record goes into them, and
-no place where records are.
+A policy is asked twice. ``problem`` is asked of every request, before data are opened, with what the configuration
+says; ``problem_of_plan`` is asked once, before a plan is signed, with what the number of records makes of it. Both
+answer in words of the configuration and of the policy, since they stand in the ledger, which leaves: no record goes
+into them, and no place where records are.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Protocol
 from fedlab.config import RunConfig
 from fedlab.config.client import ClientPolicy, DataPolicy
 from fedlab.config.sections import DataSection
+from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.release import public_names
 
@@ -34,8 +35,8 @@ class Policy(Protocol):
     def problem(self, config: RunConfig, parts: Sequence[str]) -> str | None:
         """Which key of a configuration it does not allow, or None. ``parts``: the most that is ever trained."""
 
-    def problem_of_plan(self, plan: DPPlan) -> str | None:
-        """Which term of a plan it does not allow, or None."""
+    def problem_of_plan(self, plan: DPPlan, beside: Sequence[Event]) -> str | None:
+        """Which term of a plan it does not allow, or None. ``beside``: events of the run beside its rounds."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class SimulationPolicy:
         """Nothing."""
         return None
 
-    def problem_of_plan(self, plan: DPPlan) -> str | None:
+    def problem_of_plan(self, plan: DPPlan, beside: Sequence[Event]) -> str | None:
         """Nothing."""
         return None
 
@@ -79,9 +80,9 @@ class OwnPolicy:
         """The first key that it does not allow."""
         return next(self._problems(config, parts), None)
 
-    def problem_of_plan(self, plan: DPPlan) -> str | None:
+    def problem_of_plan(self, plan: DPPlan, beside: Sequence[Event]) -> str | None:
         """The first term that it does not allow."""
-        return next(self._problems_of_plan(plan), None)
+        return next(self._problems_of_plan(plan, beside), None)
 
     def _problems(self, config: RunConfig, parts: Sequence[str]) -> Iterator[str]:
         rules, privacy = self.rules, config.privacy
@@ -105,20 +106,23 @@ class OwnPolicy:
             yield from _problems_of_data(data, rules.data)
         yield from self._problems_of_noise(privacy.sigma, privacy.epsilon, privacy.delta)
 
-    def _problems_of_noise(self, sigma: float | None, epsilon: float | None, delta: float | None) -> Iterator[str]:
+    def _problems_of_noise(self, sigma: float | None, spent: float | None, delta: float | None) -> Iterator[str]:
         rules = self.rules
         if rules.min_sigma is not None and sigma is not None and sigma < rules.min_sigma:
             yield f"σ = {sigma:g}, the policy wants at least {rules.min_sigma:g}"
-        if rules.max_epsilon is not None and epsilon is not None and epsilon > rules.max_epsilon:
-            yield f"ε = {epsilon:.4g} for the run, the policy allows at most {rules.max_epsilon:g}"
+        if rules.max_epsilon is not None and spent is not None and spent > rules.max_epsilon:
+            yield f"ε = {spent:.4g} for the run, the policy allows at most {rules.max_epsilon:g}"
         if delta is not None and delta > rules.max_delta:
             yield f"δ = {delta:g}, the policy allows at most {rules.max_delta:g}"
 
-    def _problems_of_plan(self, plan: DPPlan) -> Iterator[str]:
+    def _problems_of_plan(self, plan: DPPlan, beside: Sequence[Event]) -> Iterator[str]:
         if plan.normaliser < self.rules.min_batch:
             yield f"{plan.normaliser:g} expected examples per step, the policy wants at least {self.rules.min_batch}"
-        spent = plan.epsilon(plan.participations) if self.rules.max_epsilon is not None else None
-        yield from self._problems_of_noise(plan.sigma, spent, plan.delta)
+        spent = None
+        if self.rules.max_epsilon is not None:
+            spent = epsilon([plan.event(plan.participations), *beside], plan.delta)
+        for sigma in (plan.sigma, *(event.sigma for event in beside)):
+            yield from self._problems_of_noise(sigma, spent, plan.delta)
 
 
 def data_sections(config: RunConfig) -> list[DataSection]:

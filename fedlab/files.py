@@ -75,7 +75,9 @@ def below(root: Path, *names: str) -> Path:
     """
     for name in names:
         if name in ("", ".", "..") or any(sign in name for sign in ("/", "\\", "\0")):
-            raise ValueError(f"{name[:80]!r} is no name of a file in {root}: it has a separator, or leaves the directory")
+            raise ValueError(
+                f"{name[:80]!r} is no name of a file in {root}: it has a separator, or leaves the directory"
+            )
     if not names:
         raise ValueError(f"no name of a file in {root}")
     return root.joinpath(*names)

@@ -2,8 +2,8 @@
 
 Formal guarantee: a ``Release`` of a private run is made in two ways only. ``protected`` takes the event that the
 client's ledger was charged with before its data was touched; ``public`` takes a name that has a sentence here, and
-``sentences`` prints it. Nothing else that depends on data has a place in a reply (``fedlab.protocol.messages``), but that a client failed, and
-its code, which has a sentence here too.
+``sentences`` prints it. Nothing else that depends on data has a place in a reply (``fedlab.protocol.messages``), but
+that a client failed, and its code, which has a sentence here too.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from fedlab.protocol.wire import Arrays
 MOST_CONFIGURATION, MOST_LINES = 2**20, 2**26  # characters
 
 
-
 def _identifier(text: str) -> str:
     """It becomes a file's name: reserved ones are none."""
     if not is_identifier(text):

@@ -46,5 +46,7 @@ def save_personal(directory: Path, client: str, round_number: int, tensors: Stat
 
 
 def _files(directory: Path, client: str) -> list[tuple[int, Path]]:
-    found = [(int(path.stem.removeprefix("round-")), path) for path in below(directory, client).glob("round-*.safetensors")]
+    found = [
+        (int(path.stem.removeprefix("round-")), path) for path in below(directory, client).glob("round-*.safetensors")
+    ]
     return sorted(found)

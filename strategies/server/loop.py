@@ -25,6 +25,7 @@ from fedlab.privacy.promise import NO_DP
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
 from fedlab.run.metrics import MetricsLog
+from fedlab.run.places import LOG
 from fedlab.run.progress import Progress, RoundLine
 from fedlab.seeds import client_order
 from fedlab.session import Session, open_session
@@ -198,7 +199,8 @@ class Rounds:
         if all(client in self.federation.refused for client in outcome.excluded):
             return False
         reasons = "; ".join(f"{c}: {r}" for c, r in list(outcome.excluded.items())[:3])
-        raise RunFailed(f"round {number}: {usable} usable updates, {needed} needed ({reasons})")
+        log = "each client's own log" if self.federation.hosts else self.directory.path / LOG
+        raise RunFailed(f"round {number}: {usable} usable updates, {needed} needed ({reasons}); see {log}")
 
     @property
     def client_ranks(self) -> dict[str, int]:
@@ -337,7 +339,7 @@ class Rounds:
                 "examples": info.examples,
                 "participations": self.federation.participations[client],
                 "score": self.scoring.client_scores.get(client),
-                **per_client.get(client, {"epsilon": NO_DP}),
+                **per_client.get(client, {"epsilon": 0.0 if self.config.private else NO_DP}),
                 **({"rank": ranks[client]} if ranks else {}),
                 **({"refused": self.federation.refused[client]} if client in self.federation.refused else {}),
             }

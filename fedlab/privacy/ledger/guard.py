@@ -139,9 +139,7 @@ class Guard:
         output under the same charge.
         """
         if steps != charged_steps:
-            raise PrivacyError(
-                f"{steps} steps were executed, {charged_steps} were charged; the update is not released"
-            )
+            raise PrivacyError(f"{steps} steps were executed, {charged_steps} were charged; the update is not released")
         if same is not None and same["out"] != out:
             raise NotTheSame("a repeat came to other bits than before under one charge; the update is not released")
 
@@ -254,8 +252,6 @@ def affordable(spent: Iterable[Event], limit: float, delta: float) -> tuple[str 
             if (found := epsilon(work, delta, "pld", interval=interval)) <= limit:
                 return "pld", found
     return None, found
-
-
 
 
 def _shown(value: Any) -> str:
