@@ -16,6 +16,7 @@ from typing import Protocol
 from fedlab.config import RunConfig
 from fedlab.config.client import ClientPolicy, DataPolicy
 from fedlab.config.sections import DataSection
+from fedlab.objectives import objective_class
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.release import public_names
@@ -100,6 +101,8 @@ class OwnPolicy:
             yield f"{odd[0]} is to be trained, which the policy does not allow"
         if odd := [name for name in public_names(config) if name not in rules.releases]:
             yield f"the release {odd[0]!r} is not among those of the policy"
+        if objective_class(config.objective.name).named and not config.objective.labels:
+            yield "objective.labels is empty: clients that number their labels themselves number them differently"
         if config.model.name not in rules.models:
             yield "model.name is not among those of the policy"
         for data in data_sections(config):

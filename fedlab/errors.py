@@ -1,7 +1,8 @@
 """Errors that fedlab raises on purpose, each with the exit code its command ends with.
 
 A message is one or two lines: the argument, its value, the limit, the likely cause, the fix. ``code`` is all that
-leaves a client of it (``fedlab.protocol.failures``). The command line prints the message alone; a traceback is shown only with ``--debug``.
+leaves a client of it (``fedlab.protocol.failures``).
+The command line prints the message alone; a traceback is shown only with ``--debug``.
 """
 
 from __future__ import annotations

@@ -115,6 +115,20 @@ class ObjectiveSection(Section):
     """[objective]: what is learnt."""
 
     name: str = Field(default="classification", description="what is learnt: one of fedlab.objectives.OBJECTIVES")
+    labels: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "names of the labels, in the order of the head's outputs, the same for all clients; default: those of the"
+            " data in a simulation"
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ObjectiveSection:
+        if len(set(self.labels)) < len(self.labels):
+            twice = next(name for name in self.labels if self.labels.count(name) > 1)
+            raise ValueError(f"labels: {twice!r} is there twice")
+        return self
 
 
 class LoraSection(Section):

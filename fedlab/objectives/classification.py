@@ -26,6 +26,7 @@ class Classification(Objective):
     task_type = "SEQ_CLS"
     evaluators = ("classification",)
     primary = "accuracy"
+    named = True
 
     @classmethod
     def encode_labels(

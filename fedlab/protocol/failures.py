@@ -6,7 +6,7 @@ The text of an error may quote data, so it stays in the client's own log. What a
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 FailureCode = Literal[
     "budget-exhausted",
@@ -22,7 +22,6 @@ FailureCode = Literal[
     "diverged",
     "failed",
 ]
-CODES: tuple[str, ...] = get_args(FailureCode)
 
 SENTENCES: dict[FailureCode, str] = {
     "budget-exhausted": "its budget cannot cover another round",
@@ -42,10 +41,10 @@ SENTENCES: dict[FailureCode, str] = {
 
 def code_of(error: BaseException) -> FailureCode:
     """The code that an error leaves a client under; ``failed`` for whatever has none of its own."""
-    own = getattr(error, "code", "failed")
+    own = getattr(error, "code", None)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, on a GPU
         return "memory"
-    return own if own in CODES else "failed"
+    return next((code for code in SENTENCES if code == own), "failed")
 
 
 def explained(code: FailureCode) -> str:

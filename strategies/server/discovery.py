@@ -73,8 +73,8 @@ def discover(
                 found.hosts[enrolment.reply.client] = node
     if found.hosts and config.private and config.privacy.noise == "seeded":
         raise PrivacyError(
-            'privacy.noise = "seeded": whoever knows run.seed can subtract the noise, so it is for simulations only, and'
-            f' {next(iter(found.hosts))} is on a machine of its own; set privacy.noise = "secure"'
+            'privacy.noise = "seeded": whoever knows run.seed can subtract the noise, so it is for simulations only,'
+            f' and {next(iter(found.hosts))} is on a machine of its own; set privacy.noise = "secure"'
         )
     found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
     if mirror is not None:

@@ -42,8 +42,8 @@ def budget_terms(limit: float, delta: float) -> dict[str, str]:
 def plan_terms(
     event: Event, *, unit: str, clip: float, normaliser: float, delta: float, n: int, participations: int, noise: str
 ) -> dict[str, Any]:
-    """What a plan object knows of the terms; ``scope``, ``budget`` and ``content`` are the owner's to add, ``run_terms``
-    the run's.
+    """What a plan object knows of the terms; ``scope``, ``budget`` and ``content`` are the owner's to add,
+    ``run_terms`` the run's.
 
     Args:
         event: one round's.

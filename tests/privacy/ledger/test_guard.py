@@ -13,7 +13,7 @@ from fedlab.privacy.calibration import calibrate_sigma
 from fedlab.privacy.ledger.guard import Guard, Refusal, affordable
 from fedlab.privacy.ledger.keys import load_or_create_key
 from fedlab.privacy.ledger.ledger import Ledger, charged, events
-from fedlab.privacy.ledger.terms import budget_terms, plan_terms, scope_of
+from fedlab.privacy.ledger.terms import budget_terms, plan_terms, run_terms, scope_of
 
 EVENT = Event("poisson", 0.05, 0.9, 4)
 DELTA = 1e-5
@@ -26,7 +26,14 @@ def terms(
         event, unit="example", clip=1.0, normaliser=32.0, delta=DELTA, n=640, participations=participations, noise=noise
     )
     limit = budget_terms(budget, DELTA) if budget is not None else None
-    return {**base, "scope": scope_of({"a.lora_B": (4, 2)}), "budget": limit, "content": None, **more}
+    return {
+        **base,
+        "scope": scope_of({"a.lora_B": (4, 2)}),
+        "budget": limit,
+        "content": None,
+        **run_terms("c" * 64, ["size"]),
+        **more,
+    }
 
 
 def guard(folder: Path, run: str = "r1") -> Guard:

@@ -13,6 +13,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import RunFailed
 from fedlab.privacy.release import SIZE, public
 from fedlab.protocol import encode
+from fedlab.protocol.failures import explained
 from fedlab.protocol.messages import ClientReply, DescribeReply, Enrolment, EventFields, Failure
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch.local import LocalGrid
@@ -71,9 +72,9 @@ def test_a_size_that_is_none_is_no_weight(examples: float, found: Callable[..., 
 
 def test_a_client_that_refuses_is_known_and_never_drawn(found: Callable[..., Federation]):
     refusing = enrolment("a")
-    refusing = replace(refusing, reply=replace(refusing.reply, failure=Failure("budget-exhausted: no", refused=True)))
+    refusing = replace(refusing, reply=replace(refusing.reply, failure=Failure("budget-exhausted", refused=True)))
     federation = found(DescribeReply((refusing, enrolment("b"))))
-    assert federation.refused == {"a": "budget-exhausted: no"}
+    assert federation.refused == {"a": explained("budget-exhausted")}
     assert federation.eligible == ["b"]
 
 
