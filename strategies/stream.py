@@ -121,14 +121,14 @@ def grown(
         grams: module → [n, n], the sum over clients that was released. Where there is none, after the last task, rows
             stay as they are.
     """
-    gram, room = options.gram, max(options.free, config.lora.rank)
+    gram, left_free = options.gram, max(options.free, config.lora.rank)
     result = {}
     for module in modules(state):
         rows = protected(memory, state, module)
         if module in grams:
             n = rows.shape[1]
             floor = noise_floor(n, gram.sigma, gram.clip, config.population) if config.private else 0.0
-            rows = extend(rows, grams[module], options.energy, n - room, floor, module)
+            rows = extend(rows, grams[module], options.energy, n - left_free, floor, module)
         result[f"{module}.{PROTECTED}"] = rows
     return result
 

@@ -16,9 +16,10 @@ from fedlab._validate import positive, probability
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.lora.state import State
-from fedlab.privacy.accounting import Event, Sampler, calibrate_sigma
+from fedlab.privacy.accounting import Event, Sampler
+from fedlab.privacy.calibration import calibrate_sigma
 from fedlab.privacy.clipping import clip_factors, joint_norms
-from fedlab.privacy.ledger.guard import plan_terms
+from fedlab.privacy.ledger.terms import plan_terms
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import delta_of
 

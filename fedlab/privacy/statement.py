@@ -18,6 +18,7 @@ from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.ledger import SERVER, Entry, charged, event_of, events, parse_lines
 from fedlab.privacy.ledger.spending import exact, merged
 from fedlab.privacy.promise import NOTHING, SAMPLING, SEEDED, promise, rounded_up
+from fedlab.privacy.release import sentences
 
 EMPIRICAL = "empirical.json"  # written by ``fedlab audit --empirical`` into a run directory
 
@@ -153,19 +154,17 @@ def _empirical(path: Path) -> str:
 
 
 def _uncovered(config: RunConfig) -> str:
+    """What no noise protects: the public releases of the run, and what is known without any message."""
     items = [
-        "the numbers of records of the clients (they are the weights), who took part in which round, and how long it took",
+        *sentences(config),
         "the set of labels, how the text was preprocessed, and what the base model had seen before",
-        "accuracy measured on held-out records, which were never trained on",
+        "scores measured on held-out records, which were never trained on",
         "the choice of settings: earlier runs on the same data count only if they are in the same ledgers",
     ]
     if config.lora.public is not None:
+        public = config.lora.public
         items.append(
-            f"the texts of `{config.lora.public}` (`lora.public`): what is trained depends on what the model makes of them"
-        )
-    if config.privacy.share_metrics:
-        items.insert(
-            0, "**training loss, clip fraction and local accuracy, which `privacy.share_metrics` sent without noise**"
+            f"the texts of `{public}` (`lora.public`): what is trained depends on what the model makes of them"
         )
     return "**Not protected**:\n" + "\n".join(f"- {item};" for item in items).rstrip(";") + ".\n"
 
