@@ -44,6 +44,7 @@ def fingerprint(folder: Path, costs_only: bool) -> Record:
 
 def result_fields(result: Mapping[str, Any]) -> Record:
     """The fields of a result.json that are compared; of what it says per client, the sorted values."""
+    result = first_edition(result)
     found = {key: result[key] for key in (*SCORES, *COSTS) if key in result}
     clients = list(result.get("clients", {}).values())
     for key in PER_CLIENT:
@@ -52,6 +53,15 @@ def result_fields(result: Mapping[str, Any]) -> Record:
                 (client.get(key) for client in clients), key=lambda value: (str(type(value)), value)
             )
     return found
+
+
+def first_edition(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A result with its scores under the names that they had before scores were named: accuracy, macro_f1, loss."""
+    if "client_scores" not in result:
+        return result
+    scores = result.get("scores") or dict.fromkeys(("accuracy", "macro_f1", "loss"))
+    clients = {name: {**own, "accuracy": own.get("score")} for name, own in result.get("clients", {}).items()}
+    return {**result, **scores, "client_accuracy": result["client_scores"], "clients": clients}
 
 
 def tensor_files(folder: Path) -> Iterator[Path]:
