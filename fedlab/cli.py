@@ -158,7 +158,7 @@ def strategies(
 
         loaded = RunConfig.load(config, set_ or []) if config else None
         if loaded:
-            check(loaded)
+            loaded = check(loaded)
         table = Table(box=None, pad_edge=False)
         for name in load_reference("strategies.table:columns")(loaded):
             table.add_column(name)
