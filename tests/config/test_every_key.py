@@ -21,6 +21,7 @@ from fedlab.errors import ConfigError, RunFailed
 from fedlab.privacy.plan import plan_of
 from fedlab.run.launch import check
 from fedlab.run.launch.local import LocalGrid
+from strategies import STRATEGIES
 
 spec = importlib.util.spec_from_file_location("observers", Path(__file__).with_name("observers.py"))
 assert spec is not None
@@ -200,7 +201,7 @@ def test_every_key_has_a_row():
 
 
 def test_every_key_says_what_it_means():
-    found = list(keys(RunConfig))
+    found = [*keys(RunConfig), *(key for one in STRATEGIES.values() for key in keys(one.Options, "strategy."))]
     assert not [key.name for key in found if len(key.meaning.split()) < 2]
     assert not [key.name for key in found if not key.range or not key.default]
 
