@@ -27,8 +27,8 @@ class ServerOptimizer(pydantic.BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    optimizer: Literal["momentum", "adam", "yogi"]
-    lr: float = Field(default=1.0, gt=0)
+    optimizer: Literal["momentum", "adam", "yogi"] = Field(description="what the mean change is fed to, as a gradient")
+    lr: float = Field(default=1.0, gt=0, description="learning rate of the server's optimiser")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="of the first moment")
     beta2: float = Field(default=0.99, ge=0, lt=1, description="of the second moment; adam and yogi")
     tau: float = Field(
