@@ -16,7 +16,6 @@ from typing import Any
 
 from lighter import make_lighter
 
-
 RENAMED = {"run.cache_prefix": "run.cache_hidden_states"}  # keys by their names of before → of now
 
 
