@@ -22,7 +22,7 @@ def simulate(toml: str, out: Path, *overrides: str) -> fedlab.Run:
 
 def losses(run: fedlab.Run) -> list[float]:
     found = (json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in found if line["phase"] == "evaluate"]
+    return [line["scores"]["loss"] for line in found if line["phase"] == "evaluate"]
 
 
 @pytest.mark.parametrize(
