@@ -12,6 +12,7 @@ from typing import Any
 
 Check = Callable[[Any], str | None]
 ZEROS = "0" * 64
+SINCE_2 = frozenset({"configuration", "releases"})  # keys that a PLAN of the first edition lacks
 MOST = 2**53  # integers stay below: every JSON reader keeps them exactly
 
 
@@ -131,17 +132,17 @@ def _head(value: Any) -> str | None:
     return None if good else f"must be [seq, hash], got {_shown(value)}"
 
 
-def _record(keys: Mapping[str, Check]) -> Check:
-    """An object with exactly these keys."""
+def _record(keys: Mapping[str, Check], later: frozenset[str] = frozenset()) -> Check:
+    """An object with exactly these keys; those of ``later`` may be missing."""
 
     def check(value: Any) -> str | None:
         if not isinstance(value, dict):
             return f"must be an object, got {_shown(value)}"
-        if missing := sorted(keys.keys() - value.keys()):
+        if missing := sorted(keys.keys() - value.keys() - later):
             return f"lacks the key {missing[0]!r}"
         if extra := sorted(value.keys() - keys.keys()):
             return f"has the unknown key {_shown(extra[0])}"
-        return next((f"{key}: {text}" for key in keys if (text := keys[key](value[key]))), None)
+        return next((f"{key}: {text}" for key in keys if key in value and (text := keys[key](value[key]))), None)
 
     return check
 
@@ -186,7 +187,7 @@ def problem(line: Mapping[str, Any], types: Mapping[str, Mapping[str, Check]]) -
     kind = line.get("type")
     if not isinstance(kind, str) or kind not in types:
         return f"unknown type {_shown(kind)}" if "type" in line else "lacks the key 'type'"
-    text = _record({**COMMON, **types[kind]})(dict(line))
+    text = _record({**COMMON, **types[kind]}, SINCE_2 if kind == "PLAN" else frozenset())(dict(line))
     return None if text is None else f"{kind} {text}"
 
 

@@ -59,8 +59,8 @@ class Guard:
             plan = self.signed
             if plan is None and not first:
                 raise self._refused(0, "plan-mismatch", "this run signed no plan with this client")
-            if plan is not None and plan["configuration"] != configuration:
-                reason = f"configuration {configuration[:12]}… was asked, {plan['configuration'][:12]}… was signed"
+            if plan is not None and (signed := plan.get("configuration", "none")) != configuration:
+                reason = f"configuration {configuration[:12]}… was asked, {signed[:12]}… was signed"
                 raise self._refused(0, "plan-mismatch", reason)
 
     def refused(self, round_number: int, kind: str, reason: str) -> Refusal:
@@ -211,8 +211,8 @@ class Guard:
         if plan is None:
             raise self._refused(round_number, "plan-mismatch", "this run signed no plan with this client")
         for name in TERMS:
-            if plan[name] != terms[name]:
-                reason = f"{name} = {_shown(terms[name])} was asked, {_shown(plan[name])} was signed"
+            if (signed := plan.get(name)) != terms[name]:
+                reason = f"{name} = {_shown(terms[name])} was asked, {_shown(signed)} was signed"
                 raise self._refused(round_number, "plan-mismatch", reason)
         return plan
 
