@@ -35,14 +35,14 @@ def test_labels_are_numbered_as_the_run_names_them_and_dealt_as_before(tiny_toml
 
 
 def test_a_label_that_is_not_named_is_refused(tiny_toml: str):
-    with pytest.raises(LabelError, match="has the label 'metal', which is not among the 2 of objective.labels"):
+    with pytest.raises(LabelError, match=r"has the label 'metal', which is not among the 2 of objective\.labels"):
         corpus_and_shards(RunConfig.parse(tiny_toml, ['objective.labels=["fruit", "ocean"]']))
     with pytest.raises(fedlab.ConfigError, match="'fruit' is there twice"):
         RunConfig.parse(tiny_toml, ['objective.labels=["fruit", "ocean", "fruit"]'])
 
 
 def test_in_a_simulation_the_log_says_why_a_client_failed(tiny_toml: str, tmp_path: Path):
-    with pytest.raises(fedlab.RunFailed, match="diverged: its training diverged.*log.txt"):
+    with pytest.raises(fedlab.RunFailed, match=r"diverged: its training diverged.*log\.txt"):
         fedlab.simulate(
             RunConfig.parse(tiny_toml, ["privacy={unit='none'}", "train.lr=1e38", "train.steps=6"]),
             tmp_path / "run",
@@ -56,7 +56,7 @@ def test_in_a_simulation_the_log_says_why_a_client_failed(tiny_toml: str, tmp_pa
 @pytest.mark.parametrize("name", ["../../../x", "a/b", "", "server"])
 def test_a_name_that_is_no_identifier_is_refused_in_the_configuration(name: str, tiny_toml: str):
     if name != "server":  # that is reserved for a client
-        with pytest.raises(fedlab.ConfigError, match="run.name"):
+        with pytest.raises(fedlab.ConfigError, match=r"run\.name"):
             RunConfig.parse(tiny_toml, [f"run.name='{name}'"])
     with pytest.raises(fedlab.ConfigError):
         RunConfig.parse(tiny_toml, [f"tasks=[{{name='../{name}'}}]"])

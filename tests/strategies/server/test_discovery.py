@@ -89,7 +89,7 @@ def test_a_client_that_refuses_is_known_and_never_drawn(found: Callable[..., Fed
 
 
 def test_outside_a_simulation_seeded_noise_ends_the_run(found: Callable[..., Federation]):
-    with pytest.raises(PrivacyError, match="north is on a machine of its own; set privacy.noise"):
+    with pytest.raises(PrivacyError, match=r"north is on a machine of its own; set privacy\.noise"):
         found(DescribeReply((enrolment("north"),), exclusive=True))
 
 
@@ -104,7 +104,7 @@ def test_of_a_deployment_a_node_that_cannot_take_part_is_left_out(found: Callabl
     north = DescribeReply((enrolment("north"),), exclusive=True)
     federation = found(north, NodeFailure("configuration"), noise="secure")
     assert list(federation.clients) == ["north"]
-    with pytest.raises(RunFailed, match="a node could not prepare the run: configuration: .*log.txt"):
+    with pytest.raises(RunFailed, match=r"a node could not prepare the run: configuration: .*log\.txt"):
         found(DescribeReply((enrolment("b"),)), NodeFailure("configuration"))
 
 
