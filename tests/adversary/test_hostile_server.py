@@ -316,24 +316,17 @@ def test_no_id_that_came_becomes_a_path(name: str, signed: tuple[Any, RunConfig]
     assert sorted(tmp_path.rglob("*")) == sorted({*before, tmp_path / "ledger" / "log.txt"})
 
 
-def test_a_malformed_row_is_not_quoted(server: Callable[..., Any], tiny_toml: str, tmp_path: Path, helpers: Any):
+def test_a_malformed_row_is_not_quoted(
+    server: Callable[..., Any], tiny_toml: str, tiny_data: Path, tmp_path: Path, helpers: Any
+):
     path = tmp_path / "notes.csv"
     rows = "".join(f"note {i},{helpers.LABELS[i % 3]}\n" for i in range(200))
     path.write_text(f"text,topic\n{rows}patient 4711,ocean,surplus\n")
-    data = next(line for line in helpers.POLICY.splitlines() if line.startswith("path"))
-    hostile = server()
-    policy = Path(str(hostile.node_config["policy"]))
-    policy.write_text(policy.read_text().replace(data.split("=")[0], "path =").replace(_path_in(policy), str(path)))
+    hostile = server({str(tiny_data): str(path)})
     config = helpers.config_of(tiny_toml, f"data.path={path}")
     assert helpers.codes_of(hostile.send(helpers.describe(config))) == ["configuration"]
     assert "4711" in hostile.log, "its owner's log says what is wrong"
     assert not any(b"4711" in sent for sent in hostile.bytes)
-
-
-def _path_in(policy: Path) -> str:
-    found = ClientPolicy.load(policy).data.path
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize("kind", ["describe", "train", "evaluate", "receipts", "keys", "gram"])
