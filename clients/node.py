@@ -69,8 +69,7 @@ def enter(request: Request, owners: Owners, memory: Memory) -> Node:
         ProtocolError: what came is not what its hash says, or never came.
     """
     config = _configuration(request, memory)
-    for client in asked(request, owners):
-        owners.one(client).admit(request, config)
+    owners.admit(request, asked(request, owners), config)
     if config is None:
         raise _never_came(request)
     if isinstance(request, DescribeRequest):

@@ -153,6 +153,9 @@ class Owners(Protocol):
     def one(self, client: str) -> Owner:
         """The owner of this name. Raises ProtocolError if it is not here."""
 
+    def admit(self, request: Request, clients: Sequence[str], config: RunConfig | None) -> None:
+        """The gate for a request that concerns these clients; see ``Owner.admit``."""
+
 
 @dataclass(frozen=True)
 class SingleOwner:
@@ -182,6 +185,12 @@ class SingleOwner:
                 "clients", f"this node belongs to {self.owner.client}; it was asked to act for {client}"
             )
         return self.owner
+
+    def admit(self, request: Request, clients: Sequence[str], config: RunConfig | None) -> None:
+        """The owner's own gate, whoever is named. Raises ProtocolError for another name."""
+        self.owner.admit(request, config)
+        for client in clients:
+            self.one(client)
 
 
 @dataclass(frozen=True)
@@ -216,6 +225,13 @@ class SimulatedOwners:
         privacy = self.config.privacy
         policy = SimulationPolicy(privacy.unit)
         return Owner(client, self.places, policy, identity(self.config.data), privacy.budget)
+
+    def admit(self, request: Request, clients: Sequence[str], config: RunConfig | None) -> None:
+        """They allow what the run says. Their ledgers are asked later, client by client: one that is broken is its own
+        client's matter.
+        """
+        if (problem := _unfit(request, self.config)) is not None:
+            raise Refusal("policy", problem)
 
 
 def simulated_owners(config: RunConfig, directory: str) -> SimulatedOwners:
