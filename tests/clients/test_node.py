@@ -14,7 +14,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.lora.state import digest, to_wire
 from fedlab.protocol import ProtocolError
-from fedlab.protocol.messages import DescribeRequest, KeysRequest, Request, RunReference
+from fedlab.protocol.messages import DescribeRequest, ReceiptsRequest, Request, RunReference
 
 SIMULATED = {"simulated": True}
 
@@ -24,9 +24,9 @@ def arrive(request: Request, memory: Memory) -> Node:
     return enter(request, owners_of(request, memory, SIMULATED), memory)
 
 
-def later(asked: DescribeRequest) -> KeysRequest:
+def later(asked: DescribeRequest) -> ReceiptsRequest:
     """A request that names its configuration by the hash; it concerns nobody."""
-    return KeysRequest(asked.run, ())
+    return ReceiptsRequest(asked.run, ())
 
 
 @pytest.fixture
