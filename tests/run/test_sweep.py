@@ -59,7 +59,9 @@ def test_finished_runs_are_kept_cut_off_ones_resumed_and_failures_stay_alone(
     assert report(found) == 4
     assert "failed" in capsys.readouterr().out
     shutil.rmtree(last.path)
-    RunDirectory.create(configs[last.path.name], last.path)  # as if it had been killed before its first round ended
+    RunDirectory.create(
+        launch.prepared(configs[last.path.name]), last.path
+    )  # as if it had been killed before its first round ended
     calls: list[str] = []
     original = launch.resume
     monkeypatch.setattr(launch, "resume", lambda path, quiet: calls.append(path.name) or original(path, quiet))
