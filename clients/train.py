@@ -24,6 +24,7 @@ from fedlab.lora.state import BASIS, PAST, State, digest, from_wire, part_of, se
 from fedlab.privacy.release import METRICS, TIMING, UPDATE, public
 from fedlab.protocol.messages import MOST_REASON, ClientOrder, ClientReply, Failure, Release, TrainReply, TrainRequest
 from fedlab.session import Session
+from fedlab.train.check_gradients import require_per_example
 from fedlab.train.cohort import supports_fused, train_cohort
 from fedlab.train.dp import PerExampleGradients
 from fedlab.train.local import LocalTraining, Trained
@@ -139,6 +140,7 @@ def _begin(current: _Round, client: _Client) -> None:
     if client.pending.guarded:
         client.account = ClientAccount(session, client.owner, request.run.run, request.run.parts)
         client.account.check_scope(request.trained)
+        require_per_example(session.model, session.config, request.trained)
         plan = client.account.plan
         client.pending.charge(client.account.guard, client.account.terms, plan.event(), request.round, current.received)
     plan_or_none = client.account.plan if client.account else None

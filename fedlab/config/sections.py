@@ -69,6 +69,14 @@ class RunSection(Section):
         description='of clients; "poisson" (each with probability fraction) amplifies client-level DP and nothing else',
     )
     min_clients: int = Field(default=1, gt=0, description="fewest usable updates in a round")
+    outlier: float = Field(
+        default=1000.0,
+        ge=0,
+        description=(
+            "leave out an update whose norm is more than so many times the round's median norm, of 3 or more; 0: none."
+            ' Not under privacy.unit = "client", where each update is clipped'
+        ),
+    )
     timeout: float = Field(default=3600.0, gt=0, description="seconds to wait for the replies of one round")
     tensorboard: bool = False
 

@@ -45,6 +45,8 @@ class LoadedModel:
             [],
             -1,
         )  # blocks that a batch with ``hidden`` steps over, and their output's form
+        self.told_padding = False  # whether the base's own configuration names another padding token than the tokenizer
+        self.verdicts: dict[tuple[str, tuple[str, ...]], object] = {}  # of ``fedlab.train.check_gradients``
         self._pristine: dict[str, Tensor] = {}  # module → its weight before any residual was folded in
         self._folded = digest({})
         self.module.requires_grad_(False)

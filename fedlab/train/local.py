@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedlab.config import RunConfig
-from fedlab.config.sections import TrainSection
+from fedlab.config.clients import rate_factor
 from fedlab.data import FederatedData
 from fedlab.errors import RunFailed
 from fedlab.lora.ranks import narrow, widen
@@ -94,7 +94,7 @@ class LocalSteps:
         if self.training.rank is not None:
             end = narrow(dict(end), self.training.rank)
         update = {name: end[name] - self.own[name] for name in names}
-        check_finite(self.training.client, update, self._config.train)
+        check_finite(self.training.client, update, self._config)
         loss = self._losses / self._seen if self._seen else math.nan
         clip_fraction = self._clipped / self._seen if self.plan and self._seen else math.nan
         return Trained(update, len(self.indices), self.executed, loss, clip_fraction, seconds)
@@ -107,7 +107,12 @@ def trainable(names: Iterable[str]) -> list[str]:
     return ordered
 
 
-def check_finite(client: str, update: State, train: TrainSection) -> None:
+def check_finite(client: str, update: State, config: RunConfig) -> None:
     """Raises RunFailed for an update that holds NaN or infinite values: training diverged."""
-    if not all(bool(torch.isfinite(value).all()) for value in update.values()):
-        raise RunFailed(f"{client}: local training diverged (NaN or infinite weights); lower train.lr = {train.lr}")
+    if all(bool(torch.isfinite(value).all()) for value in update.values()):
+        return
+    factor = rate_factor(config, client)
+    own = f" or its factor of it, clients.lr = {factor:g}" if factor != 1 else ""
+    raise RunFailed(
+        f"{client}: local training diverged (NaN or infinite weights); lower train.lr = {config.train.lr}{own}"
+    )
