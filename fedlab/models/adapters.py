@@ -6,7 +6,6 @@ import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +14,9 @@ from fedlab.config.sections import LoraSection
 from fedlab.lora.state import State, modules, outer_b, residual_of
 from fedlab.lora.svd import orthonormal_rows
 from fedlab.models.activations import public_inputs
-from fedlab.models.encoder import SentenceClassifier
+from fedlab.models.card import LABELS, arguments, model_card
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
 from fedlab.seeds import torch_stream
-
-
-LABELS = "labels.json"  # beside the adapter: what from_pretrained has to be told of the base
-LOAD = """import json
-from peft import {auto}
-
-labels = json.load(open("adapter/labels.json"))  # names of the outputs, and so the size of the head
-model = {auto}.from_pretrained("adapter", **labels)"""
-LOAD_ENCODER = """from fedlab.models.plain import load_run  # the base has pooling of its own, which transformers does not know
-
-model = load_run(".")  # the directory that holds run.toml and adapter/"""
 
 
 def draw_a(kind: str, shape: tuple[int, ...], seed: int, *names: str | int) -> Tensor:
@@ -76,39 +64,9 @@ def initial_state(loaded: LoadedModel, lora: LoraSection, seed: int) -> State:
     return state
 
 
-def model_card(loaded: LoadedModel) -> str:
-    """What the adapter is, its labels, and how to load it, in Markdown."""
-    config: Any = loaded.module.peft_config["default"]
-    base, auto = json.dumps(config.base_model_name_or_path), loaded.objective.auto_class
-    labels = "".join(f"- {i}: {json.dumps(name, ensure_ascii=False)}\n" for i, name in enumerate(loaded.objective.labels))
-    plain = isinstance(loaded.module.get_base_model(), SentenceClassifier)
-    return f"""---
-base_model: {base}
-library_name: peft
-tags: [lora, fedlab]
----
-# LoRA adapter of {base}
-
-{"Labels, in the order of the outputs (`labels.json`):" if labels else ""}
-
-{labels}
-```python
-{LOAD_ENCODER if plain else LOAD.format(auto=f"AutoPeft{auto.removeprefix('Auto')}", base=base)}
-```
-"""
-
-
-def arguments(loaded: LoadedModel) -> dict[str, Any]:
-    """What ``from_pretrained`` has to be told of the base: the labels' names, and padding that it does not know."""
-    names = loaded.objective.labels
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    padding = {"pad_token_id": loaded.tokenizer.pad_token_id}
-    return (labels if names else {}) | (padding if loaded.told_padding else {})
-
-
 def save_adapter(loaded: LoadedModel, state: State, path: Path) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` in peft's format, with ``labels.json`` and a model
-    card beside them, whole or not at all.
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` in peft's format, and beside them ``labels.json``
+    and a model card; whole or not at all.
     """
     temporary = path.with_name(path.name + ".tmp")
     loaded.load(state)

@@ -34,10 +34,11 @@ def whole_modules(base: nn.Module, found: Iterable[str], name: str) -> list[str]
     lifted = set()
     for module in found:
         outermost = _outermost(module)
-        if outermost == module and any(True for child in base.get_submodule(module).children() for _ in child.parameters()):
+        children = base.get_submodule(module).children()
+        if outermost == module and any(True for child in children for _ in child.parameters()):
             raise ConfigError(
-                f"model.name = {name!r}: its checkpoint lacks a parameter of {module or 'the model'} itself, which is no"
-                " head; take a complete checkpoint"
+                f"model.name = {name!r}: its checkpoint lacks a parameter of {module or 'the model'} itself, which is"
+                " no head; take a complete checkpoint"
             )
         lifted.add(outermost)
     return sorted(m for m in lifted if not any(m.startswith(f"{other}.") for other in lifted))

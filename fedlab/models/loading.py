@@ -194,7 +194,7 @@ def adapt(
             raise ConfigError(f"lora: peft found nothing to adapt ({str(error).splitlines()[0]})") from None
     cast(Any, wrapped.peft_config["default"]).base_model_name_or_path = name
     if nested := nested_copies(wrapped):
-        raise ConfigError(f"model.name = {name!r}: peft would keep {nested[0]} twice, and save the one that is not used")
+        raise ConfigError(f"model.name = {name!r}: peft would keep {nested[0]} twice, and save the one nobody uses")
     loaded = LoadedModel(cast("PeftModel", wrapped), tokenizer, device, objective)
     loaded.told_padding = own_padding != tokenizer.pad_token_id
     check_adapted(loaded, base, lora)

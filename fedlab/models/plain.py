@@ -19,21 +19,24 @@ from fedlab.config import RunConfig
 from fedlab.config.sections import ModelSection
 from fedlab.errors import ConfigError, RunFailed
 from fedlab.lora.state import RESIDUAL, State, part_of
-from fedlab.models.adapters import LABELS, save_adapter
+from fedlab.models.adapters import save_adapter
 from fedlab.models.attention import attend_in_float32
+from fedlab.models.card import LABELS
 from fedlab.models.loaded import LoadedModel
 from fedlab.models.loading import in_float32, load_base
 from fedlab.models.trial import together, trial_rows
 from fedlab.objectives import objective_class
 from fedlab.objectives.base import Objective
 
-# Largest difference of logits, relative to the largest logit (at least 1). The operations are the same and it is 0, but
-# with a residual peft adds in another order than folding does, and where a GPU cannot hold the base twice the CPU computes.
+# Largest difference of logits, relative to the largest logit (at least 1). The operations are the same and it is 0; but
+# with a residual peft adds in another order than folding does, and where a GPU cannot hold the base twice, the CPU does
 EXACT, FOLDED, ACROSS = 1e-5, 1e-4, 1e-3
 REJECTED = ".rejected"  # what the directory of an adapter that differs is called, beside the others
 
 
-def load_plain(model: ModelSection, objective: Objective, adapter: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_plain(
+    model: ModelSection, objective: Objective, adapter: Path, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """The base from its own files with the adapter of a directory, as ``PeftModel.from_pretrained`` loads it; on the
     CPU. In 16 bits it attends and ends in float32, as a run does.
     """
@@ -82,10 +85,8 @@ def save_checked(loaded: LoadedModel, state: State, path: Path, config: RunConfi
     try:
         gap, limit = logits_gap(loaded, state, rejected, config.model)
     except Exception as error:
-        raise RunFailed(
-            f"{path.name}: plain peft cannot load what was saved ({type(error).__name__}: {str(error).splitlines()[0]});"
-            f" see {rejected}"
-        ) from error
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise RunFailed(f"{path.name}: plain peft cannot load what was saved ({why}); see {rejected}") from error
     if not gap <= limit:
         raise RunFailed(
             f"{path.name}: with plain peft its logits differ by {gap:.2g} (relative; at most {limit:g}) from the model"

@@ -31,7 +31,8 @@ def trial_rows(model: LoadedModel, lengths: Sequence[int] = LENGTHS) -> list[Bat
     for length in lengths:
         encoded = model.objective.encode([" ".join(["a"] * length)], None, None, tokenizer, length + SPECIAL)
         ids = np.array(encoded["input_ids"][0])
-        words = ~np.isin(ids, list(special - {int(np.bincount(ids).argmax())}))  # an unknown word is a special token too
+        word = int(np.bincount(ids).argmax())  # may be the unknown word's, which is a special token too
+        words = ~np.isin(ids, list(special - {word}))
         ids[words] = rng.choice(ordinary, int(words.sum()))
         row = {"input_ids": torch.from_numpy(ids)[None], "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         if "token_type_ids" in encoded:

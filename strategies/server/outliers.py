@@ -1,9 +1,9 @@
 """Updates that are finite and yet useless: their norm is far outside the round's.
 
-A client whose training diverged to large numbers, not to NaN, would take the mean with it, and in the next round everybody
-diverges. Norms of honest clients differ by their sizes, steps and learning rates, by far less than the default of
-``run.outlier``; nothing changes for a round without an outlier. This is no defence against a client that means harm: one
-can stay below any such limit (``strategy.robust`` is for that).
+A client whose training diverged to large numbers, not to NaN, would take the mean with it, and in the next round all
+others diverge. Norms of honest clients differ by their sizes, steps and learning rates, by far less than the default of
+``run.outlier``; nothing changes for a round without an outlier. This is no defence against a client that means harm:
+one can stay below any such limit (``strategy.robust`` is for that).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FEWEST = 3  # updates of which a median says something
 
 
 def set_outliers_aside(outcome: TrainOutcome, factor: float) -> None:
-    """Note every update's norm in its metrics, and exclude those beyond ``factor`` times the median; 0 excludes none."""
+    """Note every update's norm in its metrics, and exclude those beyond ``factor`` times the median (0: none)."""
     norms = {client: norm(update) for client, update in outcome.updates.items()}
     for client, value in norms.items():
         outcome.metrics[client]["norm"] = value
