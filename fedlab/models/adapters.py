@@ -99,9 +99,7 @@ def _widen_adapter(path: Path, loaded: LoadedModel, state: State) -> None:
     if not changed:
         return
     for module in changed:
-        B, A = outer_b(state, module), state[f"{module}.lora_A"]
-        if (residual := residual_of(state, module)) is not None:
-            B, A = torch.cat([B, residual[0]], 1), torch.cat([A, residual[1]], 0)
+        B, A = widened(state, module)
         for part, value in (("lora_A", A), ("lora_B", B)):
             key = f"{PEFT_PREFIX}{module}.{part}.weight"
             if key not in tensors:
@@ -112,3 +110,11 @@ def _widen_adapter(path: Path, loaded: LoadedModel, state: State) -> None:
         config["alpha_pattern"][module] = loaded.scale[module] * (rank**0.5 if config["use_rslora"] else rank)
     save_file(tensors, str(path / "adapter_model.safetensors"), metadata={"format": "pt"})
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def widened(state: State, module: str) -> tuple[Tensor, Tensor]:
+    """B [m, r + k] and A [r + k, n] of a module as they are saved: its residual of rank k as further directions."""
+    B, A = outer_b(state, module), state[f"{module}.lora_A"]
+    if (residual := residual_of(state, module)) is not None:
+        B, A = torch.cat([B, residual[0]], 1), torch.cat([A, residual[1]], 0)
+    return B, A

@@ -12,8 +12,9 @@ LABELS = "labels.json"  # beside the adapter: what from_pretrained has to be tol
 LOAD = """import json
 from peft import {auto}
 
-labels = json.load(open("adapter/labels.json"))  # names of the outputs, and so the size of the head
-model = {auto}.from_pretrained("adapter", **labels)"""
+told = json.load(open("adapter/labels.json"))  # names of the outputs, and so the size of the head
+told["id2label"] = {{int(i): name for i, name in told["id2label"].items()}}  # keys of JSON are strings
+model = {auto}.from_pretrained("adapter", **told)"""
 # such a base has pooling of its own, which transformers does not know
 LOAD_ENCODER = """from fedlab.models.plain import load_run
 

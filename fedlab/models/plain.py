@@ -7,6 +7,7 @@ anybody would (the base from its own files, then ``PeftModel.from_pretrained``) 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from fedlab.config import RunConfig
 from fedlab.config.sections import ModelSection
 from fedlab.errors import ConfigError, RunFailed
-from fedlab.lora.state import RESIDUAL, State, part_of
-from fedlab.models.adapters import save_adapter
+from fedlab.lora.state import RESIDUAL, State, modules, part_of
+from fedlab.models.adapters import save_adapter, widened
 from fedlab.models.attention import attend_in_float32
 from fedlab.models.card import LABELS
-from fedlab.models.loaded import LoadedModel
+from fedlab.models.loaded import PEFT_PREFIX, LoadedModel, state_name
 from fedlab.models.loading import in_float32, load_base
 from fedlab.models.trial import together, trial_rows
 from fedlab.objectives import objective_class
@@ -83,10 +84,14 @@ def save_checked(loaded: LoadedModel, state: State, path: Path, config: RunConfi
     shutil.rmtree(rejected, ignore_errors=True)
     save_adapter(loaded, state, rejected)
     try:
-        gap, limit = logits_gap(loaded, state, rejected, config.model)
+        plain = load_plain(config.model, loaded.objective, rejected, next(loaded.module.parameters()).dtype)
+        other = differing(plain, loaded, state)
+        gap, limit = logits_gap(plain, loaded, state)
     except Exception as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise RunFailed(f"{path.name}: plain peft cannot load what was saved ({why}); see {rejected}") from error
+    if other is not None:
+        raise RunFailed(f"{path.name}: plain peft loads another {other} than was scored; see {rejected}")
     if not gap <= limit:
         raise RunFailed(
             f"{path.name}: with plain peft its logits differ by {gap:.2g} (relative; at most {limit:g}) from the model"
@@ -95,12 +100,27 @@ def save_checked(loaded: LoadedModel, state: State, path: Path, config: RunConfi
     rejected.replace(path)
 
 
-def logits_gap(loaded: LoadedModel, state: State, adapter: Path, model: ModelSection) -> tuple[float, float]:
-    """Largest difference of logits on made-up rows between a state in the run's model and its saved adapter in peft,
-    relative to the largest logit (at least 1; infinite where only one is finite), and what it may be at most.
+def differing(plain: nn.Module, loaded: LoadedModel, state: State) -> str | None:
+    """The first tensor of a state, or scale of a module, that peft did not load to the bit; None if all are there. A
+    residual is further directions of its adapter.
+    """
+    held = {name: p for full, p in plain.named_parameters() if (name := state_name(full)) is not None}
+    wanted = {name: value for name, value in state.items() if part_of(name) == "head"}
+    for module in modules(state):
+        B, A = widened(state, module)
+        wanted |= {f"{module}.lora_A": A, f"{module}.lora_B": B}
+        scale = cast(Any, plain.get_submodule(PEFT_PREFIX + module)).scaling["default"]
+        if not math.isclose(scale, loaded.scale[module], rel_tol=1e-6):
+            return f"scale of {module}"
+    equal = {name for name in held.keys() & wanted.keys() if torch.equal(held[name].detach().cpu(), wanted[name].cpu())}
+    return min((held.keys() | wanted.keys()) - equal, default=None)
+
+
+def logits_gap(plain: nn.Module, loaded: LoadedModel, state: State) -> tuple[float, float]:
+    """Largest difference of logits on made-up rows between a state in the run's model and its adapter in peft, relative
+    to the largest logit (at least 1; infinite where only one is finite), and what it may be at most.
     """
     batch = together(trial_rows(loaded), cast(int, loaded.tokenizer.pad_token_id))
-    plain = load_plain(model, loaded.objective, adapter, next(loaded.module.parameters()).dtype)
     device, limit = loaded.device, FOLDED if any(part_of(name) in RESIDUAL for name in state) else EXACT
     try:
         plain.to(device)

@@ -15,7 +15,7 @@ from fedlab.lora.state import modules, with_residual
 from fedlab.models import plain
 from fedlab.models.adapters import initial_state
 from fedlab.models.loading import _build as uncached
-from fedlab.models.plain import load_run, logits_gap, save_checked
+from fedlab.models.plain import load_plain, load_run, logits_gap, save_checked
 from fedlab.objectives import Classification
 
 NAMES = ("fruit", "metal", "ocean")
@@ -60,11 +60,12 @@ def test_plain_peft_gives_the_same_logits(
     loaded = uncached.__wrapped__(config.model, config.lora, Classification(NAMES), dtype, "cpu")
     state = random_state(loaded, config.lora, residual, rank)
     save_checked(loaded, state, tmp_path / "adapter", config)
-    gap, _ = logits_gap(loaded, state, tmp_path / "adapter", config.model)
+    again = load_plain(config.model, loaded.objective, tmp_path / "adapter", next(loaded.module.parameters()).dtype)
+    gap, _ = logits_gap(again, loaded, state)
     assert gap <= (1e-5 if residual else 0.0), "without a residual not a bit differs, in 16 bits too"
 
 
-@pytest.mark.parametrize("part", ["lora_B", "classifier"])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "classifier"])
 def test_an_adapter_that_is_not_what_was_scored_fails_the_run_and_is_kept_aside(
     part: str, tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -80,16 +81,31 @@ def test_an_adapter_that_is_not_what_was_scored_fails_the_run_and_is_kept_aside(
         save_file(tensors | {name: tensors[name] + 0.01}, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(plain, "save_adapter", wrong)
-    with pytest.raises(fedlab.RunFailed, match="with plain peft its logits differ by"):
+    with pytest.raises(fedlab.RunFailed, match="plain peft loads another"):
         simulate(tiny_toml, tmp_path / "run", "run.rounds=1")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "failed"
-    assert "logits differ" in result["reason"]
+    assert "plain peft loads another" in result["reason"]
     assert not (tmp_path / "run" / "adapter").exists()
     assert (tmp_path / "run" / "adapter.rejected").is_dir()
     monkeypatch.undo()
     assert fedlab.resume(tmp_path / "run", quiet=True).result["status"] == "completed"
     assert not (tmp_path / "run" / "adapter.rejected").exists()
+
+
+def test_the_same_tensors_in_another_base_fail_the_run(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A base that is not what its files say (here: moved while the run went on) shows in the logits."""
+    real = plain.load_base
+
+    def moved(*args, **kwargs):
+        base, head = real(*args, **kwargs)
+        with torch.no_grad():
+            base.bert.pooler.dense.bias.add_(0.1)
+        return base, head
+
+    monkeypatch.setattr(plain, "load_base", moved)
+    with pytest.raises(fedlab.RunFailed, match="with plain peft its logits differ by"):
+        simulate(tiny_toml, tmp_path / "run", "run.rounds=1")
 
 
 def test_an_adapter_that_peft_cannot_load_fails_the_run(
@@ -109,7 +125,7 @@ def test_an_adapter_that_peft_cannot_load_fails_the_run(
 def test_personal_adapters_are_checked_too(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checked: list[str] = []
     real = plain.logits_gap
-    monkeypatch.setattr(plain, "logits_gap", lambda m, s, path, b: checked.append(str(path)) or real(m, s, path, b))
+    monkeypatch.setattr(plain, "logits_gap", lambda p, m, s: checked.append("one") or real(p, m, s))
     run = simulate(tiny_toml, tmp_path / "run", "strategy.name=fedsa", "run.rounds=1", "privacy={unit='none'}")
     assert len(checked) == 4
     assert all((run.path / "personal" / f"client-{i}" / "adapter" / "labels.json").is_file() for i in range(3))
