@@ -55,5 +55,7 @@ def _outermost(module: str) -> str:
 
 def nested_copies(model: nn.Module) -> list[str]:
     """Names of modules that peft keeps a copy of inside another copy: state would be saved that nobody uses."""
-    kept = [name for name, module in model.named_modules() if hasattr(module, "modules_to_save")]
+    from peft.utils import ModulesToSaveWrapper
+
+    kept = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     return [name for name in kept if any(name.startswith(f"{other}.") for other in kept)]

@@ -28,7 +28,7 @@ def trial_rows(model: LoadedModel, lengths: Sequence[int] = LENGTHS) -> list[Bat
     special = set(tokenizer.all_special_ids)
     ordinary = np.array([i for i in range(limit) if i not in special] or range(limit))
     rows = []
-    for length in lengths:
+    for i, length in enumerate(lengths):
         encoded = model.objective.encode([" ".join(["a"] * length)], None, None, tokenizer, length + SPECIAL)
         ids = np.array(encoded["input_ids"][0])
         word = int(np.bincount(ids).argmax())  # may be the unknown word's, which is a special token too
@@ -37,7 +37,8 @@ def trial_rows(model: LoadedModel, lengths: Sequence[int] = LENGTHS) -> list[Bat
         row = {"input_ids": torch.from_numpy(ids)[None], "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         if "token_type_ids" in encoded:
             row["token_type_ids"] = torch.tensor(encoded["token_type_ids"])
-        rows.append(row | {"labels": model.objective.probe_labels(row["input_ids"])})
+        labels = model.objective.probe_labels(row["input_ids"].expand(i + 1, -1))  # rows of unlike labels
+        rows.append(row | {"labels": labels[i:]})
     return rows
 
 

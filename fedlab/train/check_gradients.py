@@ -34,7 +34,9 @@ from fedlab.train.opacus import OpacusGradients
 
 # of the largest difference to the gradient's norm; float32 leaves 1e-5, and whatever breaks leaves 1e-2 and more
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.1}
-WEIGHTS = 0.05  # standard deviation of the tensors that the model is tried with: at B = 0, A would have no gradient
+# standard deviation of the adapters that the model is tried with: at B = 0, A would have no gradient; a head's layers
+# give logits of about 1, so that the rows' errors differ
+WEIGHTS = 0.05
 FLOOR = 1e-2  # of the whole gradient's norm: below it, a tensor's part is measured against the whole
 Gradients = dict[str, Tensor]
 
@@ -126,7 +128,8 @@ def _trial_weights(model: LoadedModel) -> Iterator[None]:
     try:
         with torch.no_grad():
             for name, parameter in model.parameters.items():
-                parameter.copy_(WEIGHTS * torch.randn(parameter.shape, generator=torch_stream(0, "trial", name)))
+                scale = parameter.shape[1] ** -0.5 if name.startswith("head.") and parameter.ndim > 1 else WEIGHTS
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=torch_stream(0, "trial", name)))
         yield
     finally:
         with torch.no_grad():

@@ -124,6 +124,7 @@ def test_a_head_of_layers_is_wrapped_once_and_saved_as_it_scores(
     family_files, tiny_toml: str, tiny_bert: Path, tmp_path: Path
 ):
     """RoBERTa's classifier: until now peft kept classifier and classifier.dense, and saved the unused copies."""
+    from peft.utils import ModulesToSaveWrapper
     from safetensors.torch import load_file
 
     from fedlab.models.adapters import initial_state, save_adapter
@@ -132,7 +133,7 @@ def test_a_head_of_layers_is_wrapped_once_and_saved_as_it_scores(
 
     config = config_of(tiny_toml, tiny_bert, family_files("roberta"))
     loaded = uncached.__wrapped__(config.model, config.lora, Classification(("f", "m", "o")), "float32", "cpu")
-    kept = [name for name, module in loaded.module.named_modules() if hasattr(module, "modules_to_save")]
+    kept = [name for name, module in loaded.module.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     assert kept == ["base_model.model.classifier"]
     state = initial_state(loaded, config.lora, 0)
     save_adapter(loaded, state, tmp_path / "adapter")

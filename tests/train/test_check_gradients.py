@@ -61,14 +61,12 @@ def test_the_trial_is_made_once(tiny_toml: str, monkeypatch: pytest.MonkeyPatch)
 def swap_rows_and_tokens(model: LoadedModel) -> None:
     """Let the encoder's layers see [tokens, rows, d], as XLNet's do; what comes out is the same."""
     for layer in model.module.get_base_model().bert.encoder.layer:
-        for name in ("intermediate", "output"):
-            block = getattr(layer, name).dense
-            real = block.forward
-            block.forward = lambda x, real=real: real(x.transpose(0, 1)).transpose(0, 1)
+        real = layer.intermediate.forward
+        layer.intermediate.forward = lambda x, real=real: real(x.transpose(0, 1)).transpose(0, 1)
 
 
 def mix_rows(model: LoadedModel) -> None:
-    """A batch statistic: each text is moved by a thousandth of the batch's mean."""
+    """A batch statistic: each text is moved by a hundredth of the batch's mean."""
     pooler = model.module.get_base_model().bert.pooler
     real = pooler.forward
     pooler.forward = lambda hidden: real(hidden) + 0.01 * real(hidden).mean(0, keepdim=True)

@@ -84,6 +84,7 @@ def test_a_run_without_an_outlier_keeps_its_bits(privacy: str, tiny_toml: str, t
 
 def test_under_client_level_dp_the_clip_bounds_it_and_nobody_is_left_out(tiny_toml: str, tmp_path: Path):
     unit = "privacy={unit='client',sigma=1.0,clip=1.0}"
-    run, rounds = run_of(tiny_toml, tmp_path / "run", unit, "clients.lr={client-1=1e6}", "strategy.name=fedavg")
+    own = ["clients.lr={client-1=1e6}", "strategy.name=fedavg", "strategy.weights=uniform"]
+    run, rounds = run_of(tiny_toml, tmp_path / "run", unit, *own)
     assert run.result["excluded"] == 0
     assert not any("norm" in metrics for line in rounds for metrics in line["per_client"].values())
