@@ -158,13 +158,39 @@ def strategies(
 
         loaded = RunConfig.load(config, set_ or []) if config else None
         if loaded:
-            check(loaded)
+            loaded = check(loaded)
         table = Table(box=None, pad_edge=False)
         for name in load_reference("strategies.table:columns")(loaded):
             table.add_column(name)
         for row in load_reference("strategies.table:rows")(loaded):
             table.add_row(*(cell.replace("`", "") for cell in row))
         Console().print(table, highlight=False)
+
+    _guarded(run, debug)
+
+
+@app.command()
+def explain(
+    key: Annotated[
+        str, typer.Argument(help="a key, such as train.lr, or a section; default: all", metavar="[KEY]")
+    ] = "",
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of configuration files")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """What a key of the configuration means, what may stand there, and its default."""
+
+    def run() -> None:
+        import json
+
+        from fedlab.config import RunConfig, load
+        from fedlab.config import explain as explanation
+        from fedlab.run.launch import STRATEGIES, load_reference
+
+        if schema:
+            print(json.dumps(load.schema(RunConfig), indent=2))
+            return
+        own = load_reference(STRATEGIES) if not key or key.startswith("strategy") else {}
+        print(explanation.explain(RunConfig, key, {name: strategy.Options for name, strategy in own.items()}))
 
     _guarded(run, debug)
 

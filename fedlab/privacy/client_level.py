@@ -16,9 +16,10 @@ from fedlab._validate import positive, probability
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.lora.state import State
-from fedlab.privacy.accounting import Event, Sampler, calibrate_sigma
+from fedlab.privacy.accounting import Event, Sampler
+from fedlab.privacy.calibration import calibrate_sigma
 from fedlab.privacy.clipping import clip_factors, joint_norms
-from fedlab.privacy.ledger.guard import plan_terms
+from fedlab.privacy.ledger.terms import plan_terms
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import delta_of
 
@@ -67,10 +68,17 @@ class ClientPlan:
         )
 
     def mean(self, updates: Mapping[str, State], like: State, noise: GaussianNoise) -> State:
-        """(Σ clipped updates + N(0, (σC)²)) / (q·n) of every tensor of ``like``, float32 from float64; noise alone if
-        nobody is there.
+        """(Σ clipped updates + N(0, (σC)²)) / (q·n); noise alone if nobody is there.
 
         Formal guarantee: adding or removing one client moves the sum by at most C, whatever its update holds.
+
+        Args:
+            updates: client → update, with the names of ``like``; summed in the order of ids.
+            like: name → tensor of the shape that is released.
+            noise: the round's source; tensors draw in the order of their names.
+
+        Returns:
+            name → float32, computed in float64.
         """
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in like.items()}
         for _, update in sorted(updates.items()):
@@ -86,25 +94,28 @@ class ClientPlan:
         }
 
 
+def client_sampler(config: RunConfig) -> Sampler:
+    """How the server draws the clients of a round, as the account has it."""
+    if config.run.fraction == 1:
+        return "full"
+    return "poisson" if config.run.sampling == "poisson" else "fixed_wor"
+
+
 def make_client_plan(config: RunConfig) -> ClientPlan:
     """The server's plan; σ is given, or calibrated so that all rounds together, of all tasks in a stream, spend at most
     ε.
 
     Raises ConfigError for weights that differ between clients, PrivacyError for a δ that promises nothing.
     """
-    privacy, n = config.privacy, config.data.clients
+    privacy, n = config.privacy, config.population
     assert privacy.clip is not None
     if config.strategy.weights != "uniform":
         raise ConfigError(
             f'strategy.weights = "{config.strategy.weights}" with privacy.unit = "client": a large client would move'
             ' the mean by more than the clip accounts for; set strategy.weights = "uniform"'
         )
-    if config.run.fraction == 1:
-        sampler, q = "full", 1.0
-    elif config.run.sampling == "poisson":
-        sampler, q = "poisson", config.run.fraction
-    else:
-        sampler, q = "fixed_wor", config.clients_per_round / n
+    sampler = client_sampler(config)
+    q = {"full": 1.0, "poisson": config.run.fraction}.get(sampler, config.clients_per_round / n)
     delta, rounds, sigma = delta_of(privacy, n), config.run.rounds, privacy.sigma
     whole = sum(config.task_rounds) if config.tasks else rounds
     if sigma is None:
@@ -113,4 +124,4 @@ def make_client_plan(config: RunConfig) -> ClientPlan:
         sigma = (2 if sampler == "fixed_wor" else 1) * calibrate_sigma(
             q if sampler == "poisson" else 1.0, whole, privacy.epsilon, delta
         )
-    return ClientPlan(n, sampler, q, sigma, privacy.clip, delta, rounds, privacy.noise)  # type: ignore[arg-type]
+    return ClientPlan(n, sampler, q, sigma, privacy.clip, delta, rounds, privacy.noise)

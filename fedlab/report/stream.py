@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment
 
 from fedlab.errors import ConfigError
+from fedlab.privacy.promise import shown_epsilon
 from fedlab.report.plots import heat_map
 from fedlab.run.directory import RunDirectory
 
@@ -49,7 +50,9 @@ def write_stream_report(path: Path) -> Path:
         raise ConfigError(f"{str(path)!r} has no finished result to report on; fedlab resume goes on with it")
     matrix = [[math.nan if value is None else value for value in row] for row in result["matrix"]]
     rows = result["tasks"][: len(matrix)] if not result["joint"] else ["all"]
-    facts = [(label, _shown(result[key])) for key, label in FACTS.items() if result.get(key) is not None]
+    shown = {key: _shown(result[key]) for key in FACTS if result.get(key) is not None}
+    shown["epsilon"] = shown_epsilon(result["epsilon"], 4)
+    facts = [(label, shown[key]) for key, label in FACTS.items() if key in shown]
     page = (
         Environment(autoescape=True)
         .from_string(TEMPLATE)

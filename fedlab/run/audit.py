@@ -50,8 +50,7 @@ def audit_trainer(
     from fedlab.run.launch import check
     from fedlab.trainer_audit.empirical import empirical_audit, render
 
-    loaded = RunConfig.load(config, list(overrides))
-    check(loaded)
+    loaded = check(RunConfig.load(config, list(overrides)))
     found = empirical_audit(loaded, canaries, seed, production)
     print(json.dumps(jsonable(found.to_dict()), indent=2, allow_nan=False) if as_json else render(found))
     if config.name == "run.toml" and (config.parent / "environment.json").is_file() and not overrides:

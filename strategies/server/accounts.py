@@ -17,17 +17,17 @@ from fedlab.data.sources import identity
 from fedlab.errors import PrivacyError
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.client_level import ClientPlan, make_client_plan
-from fedlab.privacy.ledger.guard import Guard, budget_terms, scope_of
+from fedlab.privacy.ledger.guard import Guard
 from fedlab.privacy.ledger.keys import keyed_hash
 from fedlab.privacy.ledger.ledger import SERVER, Entry, Ledger, charged, events
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.ledger.spending import PrivacySpent, exact, summary
+from fedlab.privacy.ledger.terms import budget_terms, scope_of
+from fedlab.privacy.promise import NO_DP, accountant
 from fedlab.run.directory import RunDirectory
 from fedlab.run.places import ledger_directory
 from strategies.server.federation import Federation
 from strategies.server.outcome import TrainOutcome
-
-NO_DP = "no DP"
 
 
 class Accounts:
@@ -180,21 +180,13 @@ class Accounts:
             delta = self.spent.deltas[client]
             before = exact(events(e for e in self._entries(client) if e["run"] != run), delta)
             clients[client] = {"epsilon": value, "epsilon_before": before, "delta": delta}
-        unit = "example" if self.plan is None else "client"
         return {
             "epsilon": summary(epsilons)["max"] if epsilons else 0.0,
             "epsilon_median": summary(epsilons)["median"] if epsilons else 0.0,
-            "accountant": f"dp-accounting PLD, add/remove one {unit}, {self._sampling()}",
+            "accountant": accountant(self.config),
             "noise": self.config.privacy.noise,
             "clients": clients,
         }
-
-    def _sampling(self) -> str:
-        if self.plan is None:
-            return "Poisson sampling within a client"
-        return {"poisson": "Poisson sampling of clients", "full": "every client in every round"}.get(
-            self.plan.sampler, "fixed-size rounds, not amplified"
-        )
 
     def _entries(self, client: str) -> list[Entry]:
         return self._guard.ledger.entries if self._guard else self._mirror.entries(client) if self._mirror else []

@@ -21,6 +21,7 @@ from fedlab.data import corpus_and_shards
 from fedlab.errors import RunFailed
 from fedlab.lora.state import State, digest, nbytes, part_of
 from fedlab.privacy.ledger.ledger import Entry
+from fedlab.privacy.promise import NO_DP
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
 from fedlab.run.metrics import MetricsLog
@@ -32,7 +33,7 @@ from fedlab.train.cohort import supports_fused
 from fedlab.train.memory import plan_memory
 from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
-from strategies.server.accounts import NO_DP, Accounts
+from strategies.server.accounts import Accounts
 from strategies.server.aggregation import aggregate
 from strategies.server.discovery import discover, run_reference
 from strategies.server.federation import Federation
@@ -208,7 +209,7 @@ class Rounds:
     def client_ranks(self) -> dict[str, int]:
         """client → rank of its adapter in the next round: the state's, or what clients.rank or the strategy says."""
         widest = max(len(value) for name, value in self.state.items() if part_of(name) == "lora_A")
-        given = initial_ranks(self.config) if self.config.clients.rank else {}
+        given = initial_ranks(self.config, list(self.federation.clients)) if self.config.clients.rank else {}
         everyone = dict.fromkeys(self.federation.clients, widest)
         return everyone | given | self.strategy.client_ranks(self.server_state)
 

@@ -1,4 +1,4 @@
-"""Who takes part: caps, balance, and a deal that depends on nothing but the clients."""
+"""Who takes part: caps, balance, and an assignment that depends on nothing but the clients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedlab.config import RunConfig
 from strategies.server.federation import ClientInfo, Federation
-from strategies.server.loop import busy_seconds, spread
+from strategies.server.loop import busy_seconds
 
 
 def federation(clients: int, fraction: float, rounds: int, *overrides: str, nodes: int = 3) -> Federation:
@@ -65,11 +65,6 @@ def test_busy_seconds_is_the_union_of_intervals():
     assert busy_seconds([(0, 10), (2, 3)]) == pytest.approx(10)
 
 
-def test_spread_ignores_clients_without_examples():
-    assert spread([0.5, 1.0, float("nan")]) == {"mean": 0.75, "worst": 0.5, "std": 0.25}
-    assert spread([]) == {"mean": None, "worst": None, "std": None}
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))
 def test_groups_are_even_and_do_not_depend_on_the_nodes(clients: int, cohort: int, nodes: int):
@@ -82,7 +77,7 @@ def test_groups_are_even_and_do_not_depend_on_the_nodes(clients: int, cohort: in
     assert groups == federation(clients, 1.0, 1, f"run.cohort={cohort}", nodes=nodes + 3).groups(
         list(reversed(fed.clients))
     )
-    dealt = fed.deal(groups)
+    dealt = fed.assign(groups)
     assert sorted(map(tuple, (g for own in dealt.values() for g in own))) == sorted(map(tuple, groups))
     assert len(dealt) == min(nodes, len(groups))
 
