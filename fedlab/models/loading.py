@@ -98,7 +98,7 @@ def load_base(
 def named(base: nn.Module, objective: Objective) -> nn.Module:
     """The base, whose configuration knows the labels' names, so that a pipeline answers with them."""
     if objective.labels:
-        config = cast(Any, base).config
+        config: Any = base.config
         config.id2label = dict(enumerate(objective.labels))
         config.label2id = {label: i for i, label in enumerate(objective.labels)}
     return base
@@ -165,7 +165,7 @@ def adapt(
     from peft import LoraConfig, TaskType, get_peft_model
 
     sixteen_bits = next(base.parameters()).dtype == torch.bfloat16
-    own_padding = base.config.pad_token_id
+    own_padding = getattr(base.config, "pad_token_id", None)
     base.config.pad_token_id = tokenizer.pad_token_id
     base.config.use_cache = False  # keys and values are never read again: nothing is generated
     if sixteen_bits and device.type == "cpu":

@@ -193,14 +193,14 @@ def _by_engine(
         if engine != "fused":
             hooks = OpacusGradients if engine == "opacus" else PerExampleGradients
             with DropoutLayers(model, masks), hooks(model, names) as open_hooks:
-                model.objective.per_example_loss(model, batch).sum().backward()  # type: ignore[no-untyped-call]
+                model.objective.per_example_loss(model, batch).sum().backward()
                 return open_hooks.take()
         count = max(owners) + 1
         stacked = {name: p.detach().expand(count, *p.shape).clone() for name, p in model.parameters.items()}
         with CohortLayers(model, stacked, names, _dropout(model)) as layers:
             layers.rows.owner = torch.tensor(owners, device=model.device)
             layers.rows.masks = masks
-            model.objective.per_example_loss(model, batch).sum().backward()  # type: ignore[no-untyped-call]
+            model.objective.per_example_loss(model, batch).sum().backward()
             return layers.take()
     finally:
         model.module.requires_grad_(False)

@@ -8,6 +8,7 @@ one can stay below any such limit (``strategy.robust`` is for that).
 
 from __future__ import annotations
 
+import math
 import statistics
 
 from fedlab.lora.state import State
@@ -35,4 +36,4 @@ def set_outliers_aside(outcome: TrainOutcome, factor: float) -> None:
 
 def norm(update: State) -> float:
     """L2 norm of all tensors together, float64."""
-    return sum(float(value.double().square().sum()) for value in update.values()) ** 0.5
+    return math.sqrt(sum(float(value.double().square().sum()) for value in update.values()))
