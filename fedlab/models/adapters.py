@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def save_adapter(loaded: LoadedModel, state: State, path: Path) -> None:
     and a model card; whole or not at all.
     """
     temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was cut off here
     loaded.load(state)
     logging.getLogger("peft").setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -34,8 +34,9 @@ def whole_modules(base: nn.Module, found: Iterable[str], name: str) -> list[str]
     lifted = set()
     for module in found:
         outermost = _outermost(module)
-        children = base.get_submodule(module).children()
-        if outermost == module and any(True for child in children for _ in child.parameters()):
+        owner = base.get_submodule(module)
+        inside = any(True for child in owner.children() for _ in child.parameters())
+        if outermost == module and inside and any(True for _ in owner.parameters(recurse=False)):
             raise ConfigError(
                 f"model.name = {name!r}: its checkpoint lacks a parameter of {module or 'the model'} itself, which is"
                 " no head; take a complete checkpoint"

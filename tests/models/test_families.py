@@ -141,3 +141,25 @@ def test_a_head_of_layers_is_wrapped_once_and_saved_as_it_scores(
     heads = {f"head.{n.removeprefix('base_model.model.')}": v for n, v in saved.items() if "classifier" in n}
     assert heads.keys() == {n for n in state if n.startswith("head.")}
     assert all(torch.equal(heads[name], state[name]) for name in heads)
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "t5", "bart", "xlnet", "gpt2"])
+def test_a_checkpoint_that_brings_its_head_reloads_too(
+    family: str, family_files, tiny_toml: str, tiny_bert: Path, tmp_path: Path
+):
+    """A fine-tuned model with as many labels: nothing of it is fresh, and the head is found by its name."""
+    import transformers
+
+    from fedlab.models.adapters import initial_state
+    from fedlab.models.loading import _build as uncached
+    from fedlab.models.plain import save_checked
+    from fedlab.objectives import Classification
+
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(family_files(family), num_labels=3)
+    whole.save_pretrained(tmp_path / family)
+    transformers.AutoTokenizer.from_pretrained(family_files(family)).save_pretrained(tmp_path / family)
+    config = config_of(tiny_toml, tiny_bert, tmp_path / family, "lora.target_modules=all-linear")
+    loaded = uncached.__wrapped__(config.model, config.lora, Classification(("f", "m", "o")), "float32", "cpu")
+    state = initial_state(loaded, config.lora, 0)
+    assert any(name.startswith("head.") for name in state)
+    save_checked(loaded, state, tmp_path / "adapter", config)
