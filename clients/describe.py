@@ -5,9 +5,11 @@ from __future__ import annotations
 from clients.account import ClientAccount
 from clients.node import Node
 from clients.pending import failure_of
-from fedlab.errors import PrivacyError
+from fedlab.errors import ConfigError, PrivacyError
+from fedlab.lora.state import part_of
 from fedlab.privacy.release import SIZE, fields_of, public
 from fedlab.protocol.messages import ClientReply, DescribeReply, DescribeRequest, Enrolment
+from fedlab.train.check_gradients import require_per_example
 
 
 def answer_describe(node: Node, request: DescribeRequest) -> DescribeReply:
@@ -22,9 +24,11 @@ def _enrol(node: Node, client: str, request: DescribeRequest) -> Enrolment:
     if not owner.guarded:
         return Enrolment(ClientReply(client, (size,)))
     try:
+        scope = [name for name in session.model.parameters if part_of(name) in request.run.parts]
+        require_per_example(session.model, session.config, scope)
         account = ClientAccount(session, owner, request.run)
         refusal, lines = account.sign(), account.lines_after(0)
-    except PrivacyError as error:
+    except (PrivacyError, ConfigError) as error:
         owner.note(error, "no plan")
         return _declared(node, ClientReply(client, (size,), failure=failure_of(error, refused=True)))
     failure = failure_of(refusal) if refusal else None

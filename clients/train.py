@@ -25,6 +25,7 @@ from fedlab.privacy.release import METRICS, TIMING, UPDATE, public, public_names
 from fedlab.protocol import ProtocolError
 from fedlab.protocol.messages import ClientOrder, ClientReply, TrainReply, TrainRequest
 from fedlab.session import Session
+from fedlab.train.check_gradients import require_per_example
 from fedlab.train.cohort import supports_fused, train_cohort
 from fedlab.train.dp import PerExampleGradients
 from fedlab.train.local import LocalTraining, Trained
@@ -140,6 +141,7 @@ def _begin(current: _Round, client: _Client) -> None:
     if client.pending.guarded:
         client.account = ClientAccount(session, client.owner, request.run)
         client.account.check_scope(request.trained)
+        require_per_example(session.model, session.config, request.trained)
         if (again := client.pending.charge(client.account, _asked(current, client, client.account))) is not None:
             client.releases = again
             return

@@ -35,6 +35,12 @@ class PrivacyError(FedlabError):
     code = "ledger"
 
 
+class NotPerExample(PrivacyError):
+    """A model's per-example gradients are not per example, so that no clip would hold."""
+
+    code = "configuration"
+
+
 class RunFailed(FedlabError):
     """The run started and could not be finished."""
 

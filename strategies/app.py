@@ -73,12 +73,12 @@ def _directory(context: Context) -> RunDirectory:
 
 
 def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float) -> dict[str, Any]:
-    from fedlab.models.adapters import save_adapter
+    from fedlab.models.plain import save_checked
     from fedlab.report.html import write_report
 
     rounds.save_personal_adapters()
     if not (directory.path / "adapter").is_dir():  # whole, if it is there: the run was cut off after it
-        save_adapter(rounds.session.model, rounds.state, directory.path / "adapter")
+        save_checked(rounds.session.model, rounds.state, directory.path / "adapter", rounds.config)
     rounds.finish(status)
     write_statement(directory.path, list(rounds.federation.clients))
     result = {"status": status, **rounds.result(), "seconds": round(time.time() - started, 2)}

@@ -97,6 +97,14 @@ class RunSection(Section):
         ),
     )
     min_clients: int = Field(default=1, gt=0, description="fewest usable updates in a round; with fewer it fails")
+    outlier: float = Field(
+        default=1000.0,
+        ge=0,
+        description=(
+            "leave out an update whose norm is more than so many times the round's median norm, of 3 or more; 0: none."
+            ' Not under privacy.unit = "client", where each update is clipped'
+        ),
+    )
     timeout: float = Field(default=3600.0, gt=0, description="seconds to wait for the replies of one round")
     tensorboard: bool = Field(default=False, description="also write TensorBoard's event files")
 

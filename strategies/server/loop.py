@@ -29,6 +29,7 @@ from fedlab.run.places import LOG
 from fedlab.run.progress import Progress, RoundLine
 from fedlab.seeds import client_order
 from fedlab.session import Session, open_session
+from fedlab.train.check_gradients import check_trainable
 from fedlab.train.cohort import supports_fused
 from fedlab.train.memory import plan_memory
 from strategies import STRATEGIES
@@ -40,6 +41,7 @@ from strategies.server.federation import Federation
 from strategies.server.heads import sent_names, trained_names
 from strategies.server.messages import Messenger
 from strategies.server.outcome import TrainOutcome
+from strategies.server.outliers import set_outliers_aside
 from strategies.server.scoring import Scoring
 from strategies.server.task_start import first_state
 
@@ -104,6 +106,7 @@ class Rounds:
         self.session = open_session(self.config.to_toml())
         self.strategy = strategy(self.config, self.session.model)
         self.state, self.memory = first_state(self.config, self.strategy, self.session)
+        check_trainable(self.session.model, self.config, trained_names(self.strategy, self.state))
         self.server_state = self.strategy.init(self.state)
 
     def _plan_memory(self) -> None:
@@ -168,6 +171,8 @@ class Rounds:
         self.progress.round_started(number, len(drawn))
         with self.accounts.charge(number, drawn, order.received) as commit:
             outcome = self.messenger.train(order, self.progress.node_done)
+            if self.config.privacy.unit != "client":
+                set_outliers_aside(outcome, self.config.run.outlier)
             self._warn(number, "is excluded from", outcome.excluded)
             self.accounts.settle(outcome, drawn)
             if not self._enough(number, outcome, drawn):

@@ -1,4 +1,4 @@
-"""On a GPU: a shared pass, hooks, and the same on the CPU give one update; a bfloat16 base stays within its rounding."""
+"""On a GPU: a shared pass, hooks, and the CPU give one update; a bfloat16 base stays within its rounding."""
 
 from __future__ import annotations
 
