@@ -56,11 +56,11 @@ class Partition(Section):
 class DataSection(Section):
     """[data]: the text, its labels, and who holds what."""
 
-    source: Literal["docstrings", "wordnet", "files", "hub"] = Field(
+    source: Literal["docstrings", "wordnet", "code", "definitions", "files", "hub"] = Field(
         default="docstrings",
         description=(
-            "where text and labels come from: docstrings of installed libraries, WordNet's glosses, local files"
-            " (csv, tsv, json, jsonl, parquet), or a data set of the Hugging Face hub"
+            "where text and labels come from: docstrings of installed libraries, WordNet's glosses; for objectives that"
+            " generate, code and its docstring (code), words and their glosses (definitions); local files (csv, tsv, json, jsonl, parquet), or a data set of the Hugging Face hub"
         ),
     )
     clients: int | None = Field(

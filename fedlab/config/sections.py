@@ -130,6 +130,16 @@ class ObjectiveSection(Section):
             " data in a simulation"
         ),
     )
+    loss: Literal["mean", "sum"] = Field(
+        default="mean", description="generative: an example's loss, over its label tokens; sum: long answers weigh more"
+    )
+    template: str | None = Field(
+        default=None,
+        description=(
+            "instruction: the prompt as the model reads it, with {prompt}; default: the tokenizer's chat template"
+        ),
+    )
+    system: str | None = Field(default=None, description="instruction: what the system says before every prompt")
 
     @model_validator(mode="after")
     def _distinct(self) -> ObjectiveSection:
@@ -252,3 +262,5 @@ class EvaluateSection(Section):
         default="last", description="score every client's held-out examples, in which of the evaluated rounds"
     )
     batch_size: int = Field(default=128, gt=0, description="examples per forward pass of an evaluation")
+    generations: int = Field(default=64, gt=0, description="generation: held-out prompts that are answered, at most")
+    new_tokens: int = Field(default=48, gt=0, description="generation: longest answer, in tokens")

@@ -95,7 +95,7 @@ def _sentences(library: str) -> list[str]:
     dominates.
     """
     mask = mask_of(library)
-    files = [f for f in metadata.distribution(library).files or [] if f.suffix == ".py" and not _is_test(f.parts)]
+    files = [f for f in metadata.distribution(library).files or [] if f.suffix == ".py" and not is_test(f.parts)]
     files.sort(key=lambda f: hashlib.sha256(f.as_posix().encode()).digest())
     found: dict[str, None] = {}  # a set that keeps its order
     for file in files:
@@ -114,7 +114,8 @@ def mask_of(library: str) -> re.Pattern[str]:
     return re.compile("|".join(names), re.IGNORECASE)
 
 
-def _is_test(parts: tuple[str, ...]) -> bool:
+def is_test(parts: tuple[str, ...]) -> bool:
+    """Whether a file is a test, or somebody else's that a library brings."""
     return any(part.startswith(("test", "_test", "conftest")) or part == "_vendor" for part in parts)
 
 

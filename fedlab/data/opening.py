@@ -39,7 +39,8 @@ def objective_of(config: RunConfig) -> Objective:
 
     groups = task_data(config)[1].groups if config.tasks else None
     names = corpus_and_shards(config)[0].label_names
-    return objective_class(config.objective.name)(names, () if groups is None else tuple(groups.tolist()))
+    told = () if groups is None else tuple(groups.tolist())
+    return objective_class(config.objective.name).of(config.objective, names, told)
 
 
 def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:

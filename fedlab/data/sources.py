@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fedlab.config.data import DataSection
-from fedlab.data import docstrings, tables, wordnet
+from fedlab.data import docstrings, pairs, tables, wordnet
 from fedlab.data.corpus import Corpus
 from fedlab.data.tasks import with_labels
 from fedlab.errors import ConfigError
@@ -35,6 +35,8 @@ class Source:
 SOURCES: dict[str, Source] = {
     "docstrings": Source(docstrings.load, docstrings.check),
     "wordnet": Source(wordnet.load, wordnet.check, wordnet.KEYS),
+    "code": Source(pairs.load_code, pairs.check_code, columns=True),
+    "definitions": Source(pairs.load_definitions, pairs.check_definitions, wordnet.KEYS, columns=True),
     "files": Source(tables.load_files, tables.check_files, tables.FILES_KEYS, columns=True),
     "hub": Source(tables.load_hub, tables.check_hub, tables.HUB_KEYS, columns=True, local=False),
 }

@@ -11,13 +11,15 @@ import numpy as np
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
 from fedlab.errors import ConfigError
-from fedlab.evaluate import classification
+from fedlab.evaluate import classification, generation, language
 from fedlab.evaluate.base import Evaluator
 from fedlab.models.loaded import LoadedModel
 from fedlab.objectives import objective_class
 
 EVALUATORS: dict[str, Evaluator] = {
     "classification": classification.EVALUATOR,
+    "generation": generation.EVALUATOR,
+    "language": language.EVALUATOR,
 }
 
 
@@ -59,7 +61,7 @@ def evaluate(model: LoadedModel, data: FederatedData, indices: np.ndarray, confi
         return dict.fromkeys(score_names(config), math.nan)
     found: dict[str, float] = {}
     for evaluator in evaluators_of(config).values():
-        found |= evaluator.score(model, data, indices, config.evaluate.batch_size)
+        found |= evaluator.score(model, data, indices, config.evaluate)
     return found
 
 
@@ -69,7 +71,7 @@ def primary_score(model: LoadedModel, data: FederatedData, indices: np.ndarray, 
     if len(indices) == 0:
         return math.nan
     evaluator = next(e for e in evaluators_of(config).values() if name in e.scores)
-    return evaluator.score(model, data, indices, config.evaluate.batch_size)[name]
+    return evaluator.score(model, data, indices, config.evaluate)[name]
 
 
 def primary_name(config: RunConfig) -> str:

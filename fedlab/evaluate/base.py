@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedlab.config.sections import EvaluateSection
 from fedlab.data import FederatedData
 from fedlab.models.loaded import LoadedModel
 
-Score = Callable[[LoadedModel, FederatedData, np.ndarray, int], dict[str, float]]
+Score = Callable[[LoadedModel, FederatedData, np.ndarray, EvaluateSection], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Evaluator:
     Args:
         scores: the names of what it gives.
         objectives: names of the objectives that it knows how to judge.
-        score: (the model as it is loaded, the data, positions [N >= 1] in the corpus, examples per forward pass) → a
-            number for each of ``scores``.
+        score: (the model as it is loaded, the data, positions [N >= 1] in the corpus, [evaluate]) → a number
+            for each of ``scores``.
     """
 
     scores: tuple[str, ...]

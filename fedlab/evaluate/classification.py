@@ -6,13 +6,16 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedlab.config.sections import EvaluateSection
 from fedlab.data import FederatedData
 from fedlab.data.collate import by_length
 from fedlab.evaluate.base import Evaluator
 from fedlab.models.loaded import LoadedModel
 
 
-def classify(model: LoadedModel, data: FederatedData, indices: np.ndarray, batch_size: int) -> dict[str, float]:
+def classify(
+    model: LoadedModel, data: FederatedData, indices: np.ndarray, settings: EvaluateSection
+) -> dict[str, float]:
     """Scores of the examples ``indices`` [N], in batches of texts of like length.
 
     ``accuracy``: share of examples whose arg-max is the label. ``macro_f1``: unweighted mean of F1 over the classes
@@ -20,7 +23,7 @@ def classify(model: LoadedModel, data: FederatedData, indices: np.ndarray, batch
     """
     predicted, labels, loss = [], [], 0.0
     with torch.inference_mode():
-        for chunk in by_length(data.tokens.lengths(indices), batch_size):
+        for chunk in by_length(data.tokens.lengths(indices), settings.batch_size):
             batch = data.batch(indices[chunk], model.tokenizer.pad_token_id)
             logits = model.logits(batch).cpu()
             loss += float(cross_entropy(logits, batch["labels"], reduction="sum"))

@@ -23,6 +23,10 @@ def locate(model: ModelSection) -> str:
         for candidate in (Path(folder) / "model", Path(folder)):
             if (candidate / "config.json").is_file():
                 return str(candidate)
+        if len(files := sorted(Path(folder).glob("*.gguf"))) == 1:
+            from fedlab.models.gguf import converted  # here: transformers comes with it
+
+            return str(converted(files[0]))
     return model.name
 
 

@@ -147,7 +147,7 @@ class LoadedModel:
 
         ``options`` go to the forward pass as they are.
         """
-        inputs = {name: value.to(self.device) for name, value in self.objective.inputs(batch).items()}
+        inputs = {name: value.to(self.device) for name, value in self.objective.inputs(self, batch).items()}
         blocks, extra = self.lower
         with stepping_over(blocks, batch["hidden"].to(self.device), extra) if "hidden" in batch else nullcontext():
             return self.module(**inputs, **options)

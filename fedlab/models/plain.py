@@ -71,7 +71,8 @@ def load_run(run: str | Path) -> nn.Module:
         raise ConfigError(f"{str(run)!r} has no adapter/{LABELS}: it is no finished run")
     config = RunConfig.load(path / "run.toml")
     names = json.loads((path / "adapter" / LABELS).read_text(encoding="utf-8")).get("id2label", {})
-    objective = objective_class(config.objective.name)(tuple(names[key] for key in sorted(names, key=int)))
+    labels = tuple(names[key] for key in sorted(names, key=int))
+    objective = objective_class(config.objective.name).of(config.objective, labels, ())
     return load_plain(config.model, objective, path / "adapter")
 
 
@@ -128,7 +129,7 @@ def logits_gap(plain: nn.Module, loaded: LoadedModel, state: State) -> tuple[flo
         plain.to(device := torch.device("cpu"))
         limit = ACROSS
     loaded.load(state)
-    inputs = {name: value.to(device) for name, value in loaded.objective.inputs(batch).items()}
+    inputs = {name: value.to(device) for name, value in loaded.objective.inputs(loaded, batch).items()}
     with torch.no_grad():
         wanted: Tensor = loaded.outputs(batch).logits.double().cpu()
         found: Tensor = plain(**inputs).logits.double().cpu()

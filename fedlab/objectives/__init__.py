@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from fedlab.errors import ConfigError
 from fedlab.objectives.base import Objective
+from fedlab.objectives.causal_lm import CausalLM
 from fedlab.objectives.classification import Classification
+from fedlab.objectives.instruction import Instruction
+from fedlab.objectives.seq2seq import Seq2Seq
 
 OBJECTIVES: dict[str, type[Objective]] = {
+    "causal-lm": CausalLM,
     "classification": Classification,
+    "instruction": Instruction,
+    "seq2seq": Seq2Seq,
 }
 
 

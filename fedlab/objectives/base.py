@@ -5,7 +5,7 @@ trained head, what the loss of one example is, what the model predicts, and whic
 pass, DP step, empirical audit, continual code, hidden-state cache and memory plan use these methods and nothing else,
 so a classifier and a language model go through the same code.
 
-torch and numpy only: no Flower, no Ray, no transformers. A tokenizer is called, never imported.
+torch, numpy and the configuration only: no Flower, no Ray, no transformers. A tokenizer is called, never imported.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from fedlab.config.sections import ObjectiveSection
+from fedlab.errors import ConfigError
 
 Batch = dict[str, Tensor]
 NO_LOSS = -100  # a label at which there is no loss
@@ -53,6 +56,17 @@ class Objective(ABC):
     higher_is_better: ClassVar[bool] = True  # of the primary score
     named: ClassVar[bool] = False  # whether labels have names, on which all clients must agree
     encoding: ClassVar[str] = ""  # names what ``encode`` makes beside plain tokens; "" if labels are one number each
+
+    @classmethod
+    def of(cls, section: ObjectiveSection, labels: tuple[str, ...], groups: tuple[int, ...]) -> Self:
+        """The objective of a configuration over these labels.
+
+        Raises ConfigError for a key of [objective] that it does not read.
+        """
+        for key in ("loss", "template", "system"):
+            if getattr(section, key) != type(section).model_fields[key].default:
+                raise ConfigError(f'objective.{key} is not read by objective.name = "{section.name}"; remove it')
+        return cls(labels, groups)
 
     @classmethod
     @abstractmethod
@@ -108,7 +122,7 @@ class Objective(ABC):
         found = sorted({key.rpartition(".")[0] for key in fresh})
         return found or [name for name in HEADS if hasattr(base, name)]
 
-    def inputs(self, batch: Batch) -> Batch:
+    def inputs(self, model: Model, batch: Batch) -> Batch:
         """Arguments of the base model's forward pass."""
         return {name: value for name, value in batch.items() if name not in BESIDE_INPUTS}
 
@@ -116,6 +130,11 @@ class Objective(ABC):
         """What loss and prediction are made of, [N, ...], float32."""
         logits: Tensor = model.outputs(batch).logits
         return logits.float()
+
+    def check_model(self, model: Model, batch: Batch) -> None:  # noqa: B027 (most objectives take any)
+        """Raise ConfigError for a model on which this objective would learn something else than it says; ``batch`` is
+        made up.
+        """
 
     def visit(self, model: Model, batch: Batch) -> None:
         """Run the model over a batch for what its layers see; ``labels`` may be missing from it."""

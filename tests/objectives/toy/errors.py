@@ -5,17 +5,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fedlab.config.sections import EvaluateSection
 from fedlab.data import FederatedData
 from fedlab.data.collate import by_length
 from fedlab.evaluate.base import Evaluator
 from fedlab.models.loaded import LoadedModel
 
 
-def errors(model: LoadedModel, data: FederatedData, indices: np.ndarray, batch_size: int) -> dict[str, float]:
+def errors(model: LoadedModel, data: FederatedData, indices: np.ndarray, settings: EvaluateSection) -> dict[str, float]:
     """Mean absolute and root mean square error."""
     gaps = []
     with torch.inference_mode():
-        for chunk in by_length(data.tokens.lengths(indices), batch_size):
+        for chunk in by_length(data.tokens.lengths(indices), settings.batch_size):
             batch = data.batch(indices[chunk], model.tokenizer.pad_token_id)
             gaps.append((model.objective.predict(model, batch).cpu() - batch["labels"]).double())
     found = torch.cat(gaps)

@@ -1,0 +1,57 @@
+"""How well a language model says the label tokens of held-out examples, with each token given those before it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from fedlab.config.sections import EvaluateSection
+from fedlab.data import FederatedData
+from fedlab.data.collate import by_length
+from fedlab.evaluate.base import Evaluator
+from fedlab.models.loaded import LoadedModel
+from fedlab.objectives.base import NO_LOSS
+from fedlab.objectives.language import LanguageModel, output_layer
+from fedlab.objectives.vocabulary import most_probable, token_losses
+
+GENERATIVE = frozenset({"causal-lm", "instruction", "seq2seq"})
+MOST = 700.0  # nats; the exponential of more is no float
+
+
+def tokens(model: LoadedModel, data: FederatedData, indices: np.ndarray, settings: EvaluateSection) -> dict[str, float]:
+    """Scores over all label tokens of the examples ``indices`` [N]: long answers count more.
+
+    ``loss``: nats per label token. ``perplexity``: its exponential. ``bits_per_byte``: bits per byte of the labels'
+    text, which tokenizers of unlike vocabularies can be compared by. ``token_accuracy``: share of label tokens that are
+    the most probable ones.
+    """
+    objective, pad = cast(LanguageModel, model.objective), cast(int, model.tokenizer.pad_token_id)
+    layer = cast(Any, output_layer(model))
+    nats, count, size, hits = 0.0, 0, 0, 0
+    with torch.inference_mode():
+        for chunk in by_length(data.tokens.lengths(indices), settings.batch_size):
+            batch = data.batch(indices[chunk], pad)
+            found = objective.labelled(model, batch)
+            losses = token_losses(found.hidden, found.targets, layer.weight, layer.bias)
+            nats, count = nats + float(losses.double().sum()), count + len(losses)
+            hits += int((most_probable(found.hidden, layer.weight, layer.bias) == found.targets).sum())
+            size += sum(len(said(model, row.numpy()).encode()) for row in batch["labels"])
+    loss = nats / max(count, 1)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, MOST)),
+        "bits_per_byte": nats / math.log(2) / max(size, 1),
+        "token_accuracy": hits / max(count, 1),
+    }
+
+
+def said(model: LoadedModel, labels: np.ndarray) -> str:
+    """The text of a row of labels."""
+    ids = labels[labels != NO_LOSS].tolist()
+    return str(model.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+EVALUATOR = Evaluator(("loss", "perplexity", "bits_per_byte", "token_accuracy"), GENERATIVE, tokens)

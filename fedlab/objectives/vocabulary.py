@@ -1,0 +1,82 @@
+"""Cross-entropy over a large vocabulary, only where there is a label and never for all tokens at once.
+
+Of [N, T, V] logits a language model's loss needs those of labelled positions, and of them the gradient in the hidden
+states alone, since the output layer is frozen. So hidden states are gathered where labels are, and losses and gradients
+are computed chunk by chunk: at most ``CHUNK_BYTES`` of logits are alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+CHUNK_BYTES = 2**26  # of float32 logits that are alive at once
+
+
+@contextmanager
+def without(layer: nn.Module) -> Iterator[None]:
+    """Let a layer give back what it is fed, so that a model's "logits" are the hidden states before it."""
+    own = layer.__dict__.get("forward")
+    layer.forward = lambda hidden, *_, **__: hidden
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
+
+
+def token_losses(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Cross-entropy of every labelled position in nats, float32 [M]; differentiable in ``hidden`` alone.
+
+    Args:
+        hidden: [M, d], before the output layer.
+        targets: [M], token ids.
+        weight: [V, d] of the frozen output layer.
+        bias: [V], or None.
+    """
+    losses: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, weight, bias)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def most_probable(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The token of the largest logit at each position, [M]."""
+    found = [linear(part, weight, bias).argmax(-1) for part in hidden.split(chunk_of(weight))]
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.long, device=hidden.device)
+
+
+def chunk_of(weight: Tensor) -> int:
+    """Positions whose logits are alive at once."""
+    return max(1, CHUNK_BYTES // (4 * len(weight)))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        losses = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        size = chunk_of(weight)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits = linear(hidden[part], weight, bias).to(losses.dtype)
+            total = logits.logsumexp(-1, keepdim=True)
+            at_target = targets[part, None]
+            losses[part] = (total - logits.gather(-1, at_target))[:, 0]
+            if gradient is not None:
+                slope = logits.sub_(total).exp_()  # softmax, in place
+                slope.scatter_add_(-1, at_target, torch.full_like(total, -1.0))
+                gradient[part] = slope.to(weight.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return outer[:, None].to(gradient.dtype) * gradient, None, None, None
