@@ -60,7 +60,8 @@ class DataSection(Section):
         default="docstrings",
         description=(
             "where text and labels come from: docstrings of installed libraries, WordNet's glosses; for objectives that"
-            " generate, code and its docstring (code), words and their glosses (definitions); local files (csv, tsv, json, jsonl, parquet), or a data set of the Hugging Face hub"
+            " generate, code and its docstring (code), words and their glosses (definitions); local files (csv, tsv,"
+            " json, jsonl, parquet), or a data set of the Hugging Face hub"
         ),
     )
     clients: int | None = Field(
