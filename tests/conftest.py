@@ -111,6 +111,49 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: Path) -
 
 
 @pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with tied embeddings and a byte-level tokenizer whose chat template pads with the end of a
+    turn, as SmolLM2's does; saved as a local model directory.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    words = [*FILLER, *(word for topic in TOPICS.values() for word in topic), "user", "assistant"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet)
+    raw.train_from_iterator([f"{word} " * 3 for word in words], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    torch.manual_seed(0)
+    ends = {"pad_token_id": fast.pad_token_id, "eos_token_id": fast.eos_token_id, "bos_token_id": fast.bos_token_id}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 96}
+    config = LlamaConfig(
+        vocab_size=len(fast), num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, **shape, **ends
+    )
+    path = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def llama_toml(tiny_toml: str, tiny_bert: Path, tiny_llama: Path) -> str:
+    """``tiny_toml`` with a decoder that answers each sentence with its topic."""
+    text = tiny_toml.replace(str(tiny_bert), str(tiny_llama)).replace('["query", "value"]', '["q_proj", "v_proj"]')
+    return text.replace("max_length = 16", "max_length = 64") + '[objective]\nname = "instruction"\n'
+
+
+@pytest.fixture(scope="session")
 def tiny_sentence_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     """``tiny_bert`` with sentence-transformers' files for mean pooling beside it."""
     import shutil

@@ -69,8 +69,8 @@ def load_definitions(data: DataSection) -> Corpus:
 def _check_owner(data: DataSection, column: str) -> None:
     if data.partition.column not in (None, column):
         raise ConfigError(
-            f'data.partition.column = {data.partition.column!r}: data.source = "{data.source}" has one column of owners,'
-            f" {column!r}"
+            f'data.partition.column = {data.partition.column!r}: data.source = "{data.source}" has one column of'
+            f" owners, {column!r}"
         )
 
 

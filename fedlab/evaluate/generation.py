@@ -71,6 +71,8 @@ def generate(model: LoadedModel, prompts: Sequence[list[int]], new_tokens: int, 
 def _answer(prompts: list[list[int]], model: LoadedModel, new_tokens: int) -> list[str]:
     tokenizer, module = model.tokenizer, cast(Any, model.module)
     longest = max(map(len, prompts))
+    positions = getattr(module.config, "max_position_embeddings", None) or longest + new_tokens
+    room = new_tokens if isinstance(model.objective, Seq2Seq) else max(1, min(new_tokens, positions - longest))
     pad = cast(int, tokenizer.pad_token_id)
     # prompts end together, so that all answers begin at one position
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
@@ -79,7 +81,7 @@ def _answer(prompts: list[list[int]], model: LoadedModel, new_tokens: int) -> li
         answer = module.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=new_tokens,
+            max_new_tokens=room,
             do_sample=False,
             use_cache=True,
             pad_token_id=pad,

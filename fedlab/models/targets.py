@@ -15,10 +15,11 @@ def linear_names(base: nn.Module, head: list[str]) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     outside = tuple(f"{name}." for name in head)
+    embeddings = getattr(base, "get_output_embeddings", lambda: None)()  # over a vocabulary: frozen, often tied
     return [
         n
         for n, m in base.named_modules()
-        if isinstance(m, nn.Linear | Conv1D) and not (n in head or n.startswith(outside))
+        if isinstance(m, nn.Linear | Conv1D) and m is not embeddings and not (n in head or n.startswith(outside))
     ]
 
 

@@ -109,6 +109,7 @@ def _trial(model: LoadedModel, names: Sequence[str], engine: str) -> Verdict:
     batch = together(rows, cast(int, model.tokenizer.pad_token_id))
     keys = torch.from_numpy(row_keys(0, 0, np.arange(len(rows)))).to(model.device)
     with _trial_weights(model):
+        model.objective.check_model(model, batch)
         wanted = [_alone(model, row, names, keys[i : i + 1]) for i, row in enumerate(rows)]
         if layout := _misfed(model, batch, names):
             return Verdict(layout)
