@@ -113,6 +113,7 @@ ROWS = {
     "run.fraction": Row("0.5", look.drawn),
     "run.sampling": Row("uniform", look.drawn, ("run.fraction=0.4", "run.rounds=8")),
     "run.min_clients": Row("2", look.result, ("run.fraction=0.67", "privacy.participations=1", "run.rounds=2")),
+    "run.outlier": Row("1.0", look.result, ("run.rounds=1",)),
     "run.timeout": Row("1.0", silence, ("run.timeout=0.1",)),
     "run.tensorboard": Row("true", look.files, ("run.rounds=1",)),
     "model.name": Row("{tiny_gpt2}", look.adapters, ("lora.target_modules=auto",)),
