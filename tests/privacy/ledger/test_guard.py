@@ -14,7 +14,7 @@ from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.calibration import calibrate_sigma
 from fedlab.privacy.ledger.guard import Guard, Refusal, affordable
 from fedlab.privacy.ledger.keys import load_or_create_key
-from fedlab.privacy.ledger.ledger import Ledger, charged, events, parse_lines
+from fedlab.privacy.ledger.ledger import Ledger, charged, events, parse_lines, seal
 from fedlab.privacy.ledger.terms import budget_terms, plan_terms, run_terms, scope_of
 
 EVENT = Event("poisson", 0.05, 0.9, 4)
@@ -243,6 +243,10 @@ def test_a_receipt_must_be_signed_and_name_a_commit(tmp_path: Path):
     ):
         with pytest.raises(PrivacyError, match="receipt"):
             guarded.release({**receipt, key: value})
+    body = {key: value for key, value in receipt.items() if key not in ("hash", "sig")}
+    for key, value in (("head", "0" * 64), ("number", 0), ("client", "d"), ("out", "0" * 64)):
+        with pytest.raises(PrivacyError, match="names line"):  # and well signed
+            guarded.release(seal({**body, key: value}, mirror.key))
     guarded.release(receipt)
     guarded.release(receipt)
     assert kinds(guarded) == ["PLAN", "CHARGE", "COMMIT", "RELEASE"]
