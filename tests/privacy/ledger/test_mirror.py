@@ -92,6 +92,25 @@ def test_a_server_that_starts_again_remembers_what_it_receipted(tmp_path: Path, 
     again.enrol("c", guard.ledger.public, guard.ledger.path.read_text())
 
 
+@pytest.mark.parametrize("memory", ["receipts.jsonl", "heads.json"])
+def test_a_rewritten_ledger_of_equal_length_is_refused(memory: str, tmp_path: Path, guard: Guard):
+    """Their owner's key makes any lines: what the server remembers is a line's hash, not only its number."""
+    kept = mirror(tmp_path, guard)
+    train(guard, 1)
+    kept.accept("c", lines_after(guard.ledger.entries, 1))
+    kept.close_round(1, STATE, "8" * 64, {"c": kept.witness("c", 1, EVENT, STATE, OUT)})
+    other = Guard(Ledger(tmp_path / "other.jsonl", "c", "d" * 64, guard.ledger.key), "r1")
+    other.plan(TERMS, {})
+    train(other, 1, "7" * 64)
+    assert len(other.ledger.entries) == len(guard.ledger.entries)
+    if memory == "receipts.jsonl":
+        (tmp_path / "client" / "heads.json").unlink()
+    again = LedgerMirror(tmp_path / ("run" if memory == "receipts.jsonl" else "later"), "r1", tmp_path / "client")
+    with pytest.raises(PrivacyError, match="differs there"):
+        again.enrol("c", guard.ledger.public, other.ledger.path.read_text())
+    again.enrol("c", guard.ledger.public, guard.ledger.path.read_text())
+
+
 def test_another_run_that_shares_the_ledgers_remembers_too(tmp_path: Path, guard: Guard):
     kept = mirror(tmp_path, guard)
     older = guard.ledger.path.read_text()
