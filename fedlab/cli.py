@@ -5,7 +5,6 @@ Exit codes: 0 done, 2 wrong usage, 3 privacy, 4 run failed, 130 interrupted.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -13,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from fedlab.errors import FedlabError, Interrupted
+from fedlab.files import unwritable
 from fedlab.run import interrupt, output
 from fedlab.run.output import complain, say
 
@@ -239,12 +239,8 @@ def _guarded(action: Callable[[], None], debug: bool, quiet: bool = False) -> No
     except KeyboardInterrupt as error:
         _fail(error, debug, "interrupted", Interrupted.exit_code)
     except Exception as error:
-        from fedlab.files import ADVICE, disk_problem
-
-        if (number := disk_problem(error, tuple(ADVICE))) is not None:
-            place = getattr(error, "filename", None)
-            told = f"{place}: {os.strerror(number)}" if place else os.strerror(number)
-            _fail(error, debug, f"{told}; {ADVICE[number]}", 4)
+        if isinstance(error, OSError) or unwritable(error) is not None:  # the machine's fault, not fedlab's
+            _fail(error, debug, str(unwritable(error) or f"{error.filename}: {error.strerror}"), 4)
         _fail(error, debug, f"{type(error).__name__}: {error} (this is a bug in fedlab; --debug shows where)", 4)
 
 

@@ -116,6 +116,22 @@ def disk_problem(error: BaseException | None, numbers: tuple[int, ...] = ALWAYS)
     return None
 
 
+def unwritable(error: BaseException, place: Path | None = None) -> Unwritable | None:
+    """What a full disk that is behind an error amounts to; None if there is none.
+
+    ``place``: what to name where the error names no file.
+    """
+    if isinstance(error, Unwritable):
+        return error
+    number = disk_problem(error)
+    if number is None:
+        return None
+    cause: BaseException | None = error
+    while cause is not None and getattr(cause, "filename", None) is None:
+        cause = cause.__cause__ or cause.__context__
+    return Unwritable(getattr(cause, "filename", place), os.strerror(number), ADVICE[number])
+
+
 def below(root: Path, *names: str) -> Path:
     """The path of ``names`` in a directory: the way from a name that came from elsewhere to a file.
 

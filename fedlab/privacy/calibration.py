@@ -68,8 +68,8 @@ def _calibrate(
         least = target * math.exp(excess(HIGHEST, "rdp"))
         raise PrivacyError(
             f"privacy.epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q ="
-            f" {parts[0][0]:g}: with the most noise that is tried it is {least:.2g}; raise privacy.epsilon, or take fewer"
-            " steps"
+            f" {parts[0][0]:g}: with the most noise that is tried it is {least:.2g}; raise privacy.epsilon, or"
+            " take fewer steps"
         )
     # RDP is cheap and never below PLD, so its σ bounds the search from above and keeps PLD away from absurdly small σ.
     by_rdp = excess(LOWEST, "rdp") > 0

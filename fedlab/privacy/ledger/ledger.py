@@ -22,8 +22,8 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedlab.errors import PrivacyError, Unwritable
-from fedlab.files import ADVICE, disk_problem, fsync_directory
+from fedlab.errors import PrivacyError
+from fedlab.files import fsync_directory
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.keys import public_hex, verified
 
@@ -263,8 +263,6 @@ class Ledger:
                 os.fsync(self._descriptor)
         except OSError as error:
             os.ftruncate(self._descriptor, len(self._verified))
-            if (problem := disk_problem(error)) is not None:
-                raise Unwritable(self.path, os.strerror(problem), ADVICE[problem]) from error
             raise PrivacyError(
                 f"{self.path}: the {kind} line could not be written ({error}); nothing is done without it"
             ) from error

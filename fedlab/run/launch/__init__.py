@@ -14,7 +14,7 @@ from typing import Any
 
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed, Unwritable
-from fedlab.files import ADVICE, disk_problem
+from fedlab.files import unwritable
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch.checks import check, check_strategy, load
 from fedlab.run.launch.problems import Problems
@@ -153,18 +153,13 @@ def _launch(directory: RunDirectory, quiet: bool) -> Run:
     except (KeyboardInterrupt, SystemExit):  # before the server's app, which turns them into Interrupted
         _ensure_result(directory, "by a signal", "interrupted")
         raise Interrupted(f"interrupted; continue with: {again}") from None
-    except Unwritable as error:
-        _ensure_result(directory, str(error))
-        raise Unwritable.told(f"{error}, then continue with: {again}") from error
-    except FedlabError as error:
-        _ensure_result(directory, str(error))
-        raise
     except Exception as error:
-        _ensure_result(directory, f"{type(error).__name__}: {error}")
-        if (number := disk_problem(error)) is not None:
-            place, said = getattr(error, "filename", None) or directory.path, os.strerror(number)
-            advice = f"{ADVICE[number]}, then continue with: {again}"
-            raise Unwritable(place, said, advice) from error
+        told = str(error) if isinstance(error, FedlabError) else f"{type(error).__name__}: {error}"
+        _ensure_result(directory, told)
+        if (full := unwritable(error, directory.path)) is not None:
+            raise Unwritable.told(f"{full}, then continue with: {again}") from error
+        if isinstance(error, FedlabError):
+            raise
         raise RunFailed(f"the run failed: {type(error).__name__}: {error}\nsee {directory.path / 'log.txt'}") from error
     result = directory.result
     if result is None:
