@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,9 +63,9 @@ def _outline(model: ModelSection, objective: str) -> tuple[nn.Module, list[str]]
             if pooling is not None:
                 return SentenceClassifier(transformers.AutoModel.from_config(config), pooling, 2), ["classifier"]
             base: nn.Module = getattr(transformers, kind.auto_class).from_config(config)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name = {model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    except Exception:  # a model that cannot be made without its weights is looked at when it is loaded
+    except Exception as error:  # a model that cannot be made without its weights is looked at when it is loaded
+        if isinstance(error, OSError | ValueError) and Path(location).is_dir():
+            raise ConfigError(f"model.name = {model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
         return None
     body = getattr(base, "base_model_prefix", "")
     if kind.task_type != "SEQ_CLS" or not hasattr(base, body):

@@ -14,7 +14,7 @@ from fedlab.config import RunConfig
 
 ABSURD = 2.0  # times the loss of guessing evenly: no model that learns is so wrong
 GROWN = 1.5  # times the least loss of the run
-DROWNED = 10.0  # times what all gradients together can amount to
+DROWNED = 1.0  # times what all gradients together can amount to
 SHOWN = 3  # clients that are named one by one
 
 
