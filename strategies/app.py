@@ -88,8 +88,8 @@ def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float
     result = {"status": status, **rounds.result(), "seconds": round(time.time() - started, 2)}
     result |= epilogue(directory, rounds, result)
     directory.write_json("result.json", result)
-    rounds.accounts.destroy_keys()
     write_report(directory.path)
+    rounds.accounts.destroy_keys()
     return result
 
 
@@ -102,6 +102,9 @@ def _leave(directory: RunDirectory, rounds: Rounds | None, error: BaseException,
 def _record(directory: RunDirectory, rounds: Rounds | None, error: BaseException, started: float) -> None:
     from fedlab.report.html import write_report
 
+    if rounds is not None and directory.finished:  # all is there but, perhaps, the report
+        rounds.accounts.destroy_keys()
+        return
     status = "interrupted" if isinstance(error, INTERRUPTS) else "failed"
     reason = str(error) if isinstance(error, FedlabError) else f"{type(error).__name__}: {error}"
     if status == "interrupted":

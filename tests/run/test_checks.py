@@ -43,7 +43,13 @@ def test_what_is_wrong_is_found_before_a_directory_is_made(setting: str, tiny_to
 
 def test_everything_wrong_is_told_at_once(tiny_toml: str, tmp_path: Path):
     together = [
-        *("run.device=cuda:99", "lora.target_modules=['nope']", "lora.rank=4000", "train.batch_size=97", UNREACHABLE),
+        *(
+            "run.device=cuda:99",
+            "lora.target_modules=['nope', 'query']",
+            "lora.rank=4000",
+            "train.batch_size=97",
+            UNREACHABLE,
+        ),
         *("strategy={name='fedsvd', foo=1, bar=2}", "clients.lr={nobody=2}"),
     ]
     (tmp_path / "run").mkdir()
@@ -62,11 +68,11 @@ def test_everything_wrong_is_told_at_once(tiny_toml: str, tmp_path: Path):
 def test_wrong_keys_do_not_hide_what_else_is_wrong(tiny_toml: str, tmp_path: Path):
     path = tmp_path / "c.toml"
     path.write_text(tiny_toml)
-    settings = ["train.stepz=3", "privacy.sigma=-1", "run.device=cuda:99", "lora.target_modules=['nope']", "data.cap=1"]
+    settings = ["train.stepz=3", "privacy.sigma=-1", "run.device=cuda:99", "lora.target_modules=['nope']", "run.cap=1"]
     with pytest.raises(ConfigError) as caught:
         load(path, [*settings, "train.batch_size=97"])
     lines = str(caught.value).splitlines()[1:]
-    expected = ("train.stepz", "privacy.sigma", "data.cap", "run.device", "lora.target_modules", "train.batch_size")
+    expected = ("train.stepz", "privacy.sigma", "run.cap", "run.device", "lora.target_modules", "train.batch_size")
     assert [sum(key in line for line in lines) for key in expected] == [1] * 6
     assert len(lines) == 6, "and nothing that follows from the wrong keys alone"
 

@@ -157,6 +157,8 @@ def _launch(directory: RunDirectory, quiet: bool) -> Run:
         told = str(error) if isinstance(error, FedlabError) else f"{type(error).__name__}: {error}"
         _ensure_result(directory, told)
         if (full := unwritable(error, directory.path)) is not None:
+            if directory.finished:  # all but its report
+                again = again.replace("resume", "report", 1)
             raise Unwritable.told(f"{full}, then continue with: {again}") from error
         if isinstance(error, FedlabError):
             raise
