@@ -7,6 +7,7 @@ is made.
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,18 @@ from fedlab.data import corpus_and_shards
 from fedlab.data.partition import describe
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.privacy.statement import write_statement
+from fedlab.run import interrupt
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch import prepared
 from fedlab.run.metrics import MetricsLog
 from fedlab.run.progress import make_progress
+from strategies.server.epilogue import epilogue
 from strategies.server.loop import Rounds
 from strategies.server.task_boundary import end_stage
 
 app = ServerApp()
 logger = logging.getLogger("fedlab")
+INTERRUPTS = (KeyboardInterrupt, SystemExit)  # the latter by a library's own handler of signals
 
 
 @app.main()
@@ -56,8 +60,8 @@ def main(grid: Grid, context: Context) -> None:
             progress.finished(result)
     except BaseException as error:
         _leave(directory, rounds, error, started)
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"interrupted; continue with: fedlab resume {directory.path}") from None
+        if isinstance(error, INTERRUPTS):
+            raise Interrupted(f"interrupted; continue with: fedlab resume {shlex.quote(str(directory.path))}") from None
         raise
     finally:
         events.close()
@@ -82,25 +86,52 @@ def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float
     rounds.finish(status)
     write_statement(directory.path, list(rounds.federation.clients))
     result = {"status": status, **rounds.result(), "seconds": round(time.time() - started, 2)}
+    result |= epilogue(directory, rounds, result)
     directory.write_json("result.json", result)
-    rounds.accounts.destroy_keys()
     write_report(directory.path)
+    rounds.accounts.destroy_keys()
     return result
 
 
 def _leave(directory: RunDirectory, rounds: Rounds | None, error: BaseException, started: float) -> None:
-    """Record why the run ended early. Never raises: the first error is the one to show."""
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    """Record why the run ended early. Never raises: the first error is the one to show; nor is it interrupted again."""
+    with interrupt.deferred():
+        _record(directory, rounds, error, started)
+
+
+def _record(directory: RunDirectory, rounds: Rounds | None, error: BaseException, started: float) -> None:
+    from fedlab.report.html import write_report
+
+    if rounds is not None and directory.finished:  # all is there but, perhaps, the report
+        rounds.accounts.destroy_keys()
+        return
+    status = "interrupted" if isinstance(error, INTERRUPTS) else "failed"
     reason = str(error) if isinstance(error, FedlabError) else f"{type(error).__name__}: {error}"
+    if status == "interrupted":
+        reason = "by a signal"
     logger.error(
-        "run %s: %s", status, reason, exc_info=None if isinstance(error, FedlabError | KeyboardInterrupt) else error
+        "run %s: %s", status, reason, exc_info=None if isinstance(error, (FedlabError, *INTERRUPTS)) else error
     )
     try:
-        known = rounds.result() if rounds is not None else {}
+        known = rounds.result() if rounds is not None else _known_before(directory)
         if rounds is not None:  # what was spent is spent, however the run ended
             write_statement(directory.path, list(rounds.federation.clients))
     except Exception as second:  # the result itself may be what broke
         known = {"result_error": str(second)}
-    directory.write_json(
-        "result.json", {"status": status, "reason": reason, **known, "seconds": round(time.time() - started, 2)}
-    )
+    result = {"status": status, "reason": reason, **known, "seconds": round(time.time() - started, 2)}
+    try:
+        if rounds is not None and "result_error" not in known:
+            result |= epilogue(directory, rounds, result)
+    except Exception as second:
+        logger.error("no warnings: %s", second)
+    try:
+        directory.write_json("result.json", result)
+        write_report(directory.path)
+    except Exception as second:  # a full disk; without a new result the run is one that was killed
+        logger.error("the end of the run could not be written down: %s", second)
+
+
+def _known_before(directory: RunDirectory) -> dict[str, Any]:
+    """What an earlier end of the run knew: a resumption that fails at once takes nothing of it back."""
+    own = ("status", "reason", "seconds", "result_error")
+    return {name: value for name, value in (directory.result or {}).items() if name not in own}

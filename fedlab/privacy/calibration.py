@@ -65,8 +65,11 @@ def _calibrate(
     if sum(q * count for q, count in parts) <= delta:  # an example is drawn at all with probability at most δ
         return math.exp(LOWEST)
     if excess(HIGHEST, "rdp") > 0:
+        least = target * math.exp(excess(HIGHEST, "rdp"))
         raise Unreachable(
-            f"epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q = {parts[0][0]:g}"
+            f"privacy.epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q ="
+            f" {parts[0][0]:g}: with the most noise that is tried it is {least:.2g}; raise privacy.epsilon, or"
+            " take fewer steps"
         )
     # RDP is cheap and never below PLD, so its σ bounds the search from above and keeps PLD away from absurdly small σ.
     by_rdp = excess(LOWEST, "rdp") > 0

@@ -24,6 +24,10 @@ NOTHING = (
     'This run was made without differential privacy (`privacy.unit = "none"`). Its adapter and every message of its'
     " clients may reveal what they were trained on. Nothing is promised."
 )
+UNCOUNTED = (
+    "The run ended before it knew its clients, and counted nothing. What was spent, if anything was, is in their"
+    " ledgers."
+)
 LEVEL = {"example": "example-level DP-SGD", "client": "client-level DP, noise by a trusted server"}
 UNIT = {"example": "one record of one client", "client": "one client with all its records"}
 NEIGHBOURS = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.run.directory import RunDirectory, jsonable
+from fedlab.run.output import say
 
 
 def audit_directory(path: Path, keys: Path | None, as_json: bool) -> bool:
@@ -24,9 +25,9 @@ def audit_directory(path: Path, keys: Path | None, as_json: bool) -> bool:
     found = {part.name: audit_run(part, load_keys(keys) if keys else None) for part in parts}
     if as_json:
         shown = {name: one.to_dict() for name, one in found.items()}
-        print(json.dumps(shown if stream else shown[path.name], indent=2, allow_nan=False))
+        say(json.dumps(shown if stream else shown[path.name], indent=2, allow_nan=False))
     else:
-        print("\n\n".join((f"{name}\n" if stream else "") + render(one) for name, one in found.items()))
+        say("\n\n".join((f"{name}\n" if stream else "") + render(one) for name, one in found.items()))
     return any(one.findings for one in found.values())
 
 
@@ -52,7 +53,7 @@ def audit_trainer(
 
     loaded = check(RunConfig.load(config, list(overrides)))
     found = empirical_audit(loaded, canaries, seed, production)
-    print(json.dumps(jsonable(found.to_dict()), indent=2, allow_nan=False) if as_json else render(found))
+    say(json.dumps(jsonable(found.to_dict()), indent=2, allow_nan=False) if as_json else render(found))
     if config.name == "run.toml" and (config.parent / "environment.json").is_file() and not overrides:
         directory = RunDirectory.open(config.parent)
         directory.write_json(EMPIRICAL, found.to_dict())

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import numpy as np
 
 from fedlab.config import RunConfig
 from fedlab.continual.metrics import forward_transfer, summary
-from fedlab.errors import ConfigError, RunFailed
+from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed
 from fedlab.evaluate import higher_is_better, primary_name
 from fedlab.privacy.promise import shown_epsilon
+from fedlab.run import interrupt
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch import Run, prepared, simulate_or_resume
+from fedlab.run.output import say
 
 TASK = "task.json"
 WHERE = {"source", "path", "subset", "split"}  # keys of [data] that say which texts
@@ -29,7 +33,7 @@ def simulate_stream(config: RunConfig, out: str | Path | None = None, quiet: boo
 
     Raises what ``simulate`` raises; ``fedlab resume out`` then goes on where it stopped.
     """
-    config = with_ledger(prepared(config), out)
+    config = with_ledger(prepared(config, out), out)
     return _go_on(RunDirectory.create(config, Path(out) if out is not None else None), quiet)
 
 
@@ -83,10 +87,10 @@ def _go_on(directory: RunDirectory, quiet: bool) -> Run:
 
     config, runs = directory.config, stages(directory.config, directory.path)
     status, done = "completed", list[Path]()
-    with keep_ray():
+    with keep_ray(), _told(directory, done):
         for number, (path, stage) in enumerate(runs, 1):
             if not quiet:
-                print(f"\n[{number}/{len(runs)}] {path.name}", flush=True)
+                say(f"\n[{number}/{len(runs)}] {path.name}")
             status = simulate_or_resume(path, stage, quiet).result["status"]
             if not (path / TASK).is_file():
                 raise RunFailed(f"{path} ended without {TASK}; see {path / 'log.txt'}")
@@ -97,10 +101,27 @@ def _go_on(directory: RunDirectory, quiet: bool) -> Run:
     directory.write_json("result.json", {"status": status, **result})
     write_stream_report(directory.path)
     if not quiet:
-        print(render(result))
+        say(render(result))
     finished = directory.result
     assert finished is not None
     return Run(directory.path, finished)
+
+
+@contextmanager
+def _told(directory: RunDirectory, done: list[Path]) -> Iterator[None]:
+    """Say in ``result.json`` and the report why the stream ended early, and what its finished tasks came to."""
+    from fedlab.report.stream import write_stream_report
+
+    try:
+        yield
+    except FedlabError as error:
+        result: dict[str, Any] = {"status": "interrupted" if isinstance(error, Interrupted) else "failed"}
+        with interrupt.deferred(), suppress(Exception):  # the first error is the one to show
+            known = collect(directory.config, done) if done else {}
+            directory.write_json("result.json", {**result, "reason": str(error), **known})
+            if done:
+                write_stream_report(directory.path)
+        raise
 
 
 def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
@@ -131,6 +152,11 @@ def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
         "bytes_down": sum(result["bytes_down"] for result in results),
         "boundary_seconds": [row["boundary_seconds"] for row in rows],
         "epsilon": last["epsilon"],
+        "warnings": [
+            f"{path.name}: {text}"
+            for path, result in zip(paths, results, strict=True)
+            for text in result.get("warnings", ())
+        ],
         "epsilon_per_task": [result["epsilon"] for result in results],
         "seconds": round(sum(result["seconds"] for result in results), 2),
     }
@@ -155,4 +181,5 @@ def render(result: dict[str, Any]) -> str:
     shown |= {"forward_transfer": "forward transfer", "learning_score": "learning score"}
     lines += [f"{label}: {result[key]:.4f}" for key, label in shown.items() if key in result]
     lines.append(f"ε over the whole stream: {shown_epsilon(result['epsilon'])}")
+    lines += [f"warning: {text}" for text in result["warnings"]]
     return "\n".join(lines)
