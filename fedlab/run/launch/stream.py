@@ -38,7 +38,17 @@ def resume_stream(path: str | Path, quiet: bool = False) -> Run:
     directory = RunDirectory.open(Path(path))
     if directory.finished:
         raise ConfigError(f"{str(path)!r} is {directory.finished['status']}; there is nothing to resume")
+    _check_unchanged(directory.config, directory.path)
     return _go_on(directory, quiet)
+
+
+def _check_unchanged(config: RunConfig, path: Path) -> None:
+    """Raise ConfigError unless the data are what the stream's runs so far began with."""
+    from fedlab.run.data import DATA, check_unchanged
+
+    for folder, stage in stages(config, path):
+        if (folder / DATA).is_file():
+            check_unchanged(folder, stage)
 
 
 def with_ledger(config: RunConfig, out: str | Path | None) -> RunConfig:
@@ -79,6 +89,7 @@ def stages(config: RunConfig, path: Path) -> list[tuple[Path, RunConfig]]:
 
 def _go_on(directory: RunDirectory, quiet: bool) -> Run:
     from fedlab.report.stream import write_stream_report
+    from fedlab.run.data import check_unchanged, refresh
     from fedlab.run.launch.ray import keep_ray
 
     config, runs = directory.config, stages(directory.config, directory.path)
@@ -87,6 +98,9 @@ def _go_on(directory: RunDirectory, quiet: bool) -> Run:
         for number, (path, stage) in enumerate(runs, 1):
             if not quiet:
                 print(f"\n[{number}/{len(runs)}] {path.name}", flush=True)
+            for before in done[-1:]:  # a file that changes between two tasks
+                refresh(stage)
+                check_unchanged(before, stage)
             status = simulate_or_resume(path, stage, quiet).result["status"]
             if not (path / TASK).is_file():
                 raise RunFailed(f"{path} ended without {TASK}; see {path / 'log.txt'}")
