@@ -12,6 +12,7 @@ from fedlab.data.rows import alike
 from fedlab.errors import ConfigError
 
 FEW_CLASSES = 10  # so many may be in ever so few examples
+LEAST, ENOUGH = 3, 10  # training examples of a class on average: with fewer refused, warned of
 SHOWN, LONGEST = 3, 40  # labels that are named, and their characters
 
 
@@ -19,14 +20,14 @@ def check_labels(corpus: Corpus, shards: Shards) -> list[str]:
     """What to warn of in the labels of a run, or of one task.
 
     Raises:
-        ConfigError: nobody could learn them: there are more classes than half the examples, or most classes have one
-            example (a column of free text?); or the test split has none of the labels that are trained on.
+        ConfigError: nobody could learn them: classes have fewer than three examples on average, or most of them have
+            one (a column of free text?); or the test split has none of the labels that are trained on.
     """
     if not corpus.label_names or not len(shards.test):
         return []
     trained = corpus.labels[np.concatenate(list(shards.train.values()))]
     tested = corpus.labels[shards.test]
-    _check_number(corpus, trained)
+    warnings = _check_number(corpus, trained)
     learnt, asked = ({corpus.label_names[i] for i in np.unique(part)} for part in (trained, tested))
     if not learnt & asked:
         raise ConfigError(
@@ -35,23 +36,25 @@ def check_labels(corpus: Corpus, shards: Shards) -> list[str]:
         )
     if unknown := asked - learnt:
         rows = int(np.isin(tested, [i for i, name in enumerate(corpus.label_names) if name in unknown]).sum())
-        return [
+        warnings.append(
             f"{len(unknown)} of {len(asked)} classes of the test split are in nobody's training examples:"
             f" {_some(unknown)} ({rows} of {len(tested)} test examples, which nobody can learn)"
-        ]
-    return []
+        )
+    return warnings
 
 
-def _check_number(corpus: Corpus, trained: np.ndarray) -> None:
+def _check_number(corpus: Corpus, trained: np.ndarray) -> list[str]:
     counts = np.bincount(trained, minlength=len(corpus.label_names))
     counts = counts[counts > 0]
-    single = int((counts == 1).sum())
-    if len(counts) > FEW_CLASSES and (2 * len(counts) > len(trained) or 2 * single > len(counts)):
+    single, few = int((counts == 1).sum()), f"{len(counts)} classes in {len(trained)} training examples"
+    if len(counts) <= FEW_CLASSES:
+        return []
+    if len(trained) < LEAST * len(counts) or 2 * single > len(counts):
         raise ConfigError(
-            f"{corpus.name}: {len(counts)} classes in {len(trained)} training examples, {single} of them with one"
-            " example: a column of free text or of numbers? Name the column of classes in data.label, or put classes"
-            " together"
+            f"{corpus.name}: {few}, {single} of them with one example: a column of free text or of numbers? Name the"
+            " column of classes in data.label, or put classes together"
         )
+    return [f"{few}: few examples to learn each from"] if len(trained) < ENOUGH * len(counts) else []
 
 
 def check_lengths(corpus: Corpus, lengths: np.ndarray, model: str) -> None:

@@ -42,7 +42,12 @@ class Corpus:
         texts = pick(self.texts)
         assert texts is not None
         return replace(
-            self, texts=texts, labels=self.labels[positions], pairs=pick(self.pairs), natural=pick(self.natural), test=test
+            self,
+            texts=texts,
+            labels=self.labels[positions],
+            pairs=pick(self.pairs),
+            natural=pick(self.natural),
+            test=test,
         )
 
 

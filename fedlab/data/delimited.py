@@ -1,5 +1,5 @@
-"""CSV and TSV, read strictly (RFC 4180): a row of another width, a quote that does not close, another delimiter than the
-file's name says are refused with their line.
+"""CSV and TSV, read strictly (RFC 4180): a row of another width, a quote that does not close, another delimiter than
+the file's name says are refused with their line.
 
 The one thing that strictness alone does not see is a stray quote that a later one happens to close: the lines between
 them would be one field. Such a field is recognised by its lines, which are rows of their own.
@@ -119,7 +119,9 @@ def _swallowed(
         if not known or first == last:
             continue
         inner = [line.rstrip("\r\n").split(delimiter) for line in lines[first - 1 : last - 1]]
-        alike = sum(len(own) == len(names) and all(own[i].strip(' "') in values for i, values in known) for own in inner)
+        alike = sum(
+            len(own) == len(names) and all(own[i].strip(' "') in values for i, values in known) for own in inner
+        )
         if 2 * alike >= len(inner):
             return first
     return None

@@ -37,18 +37,22 @@ def read_json(path: Path, text: str, wanted: Sequence[str] | None) -> Table:
         lines.append(line)
         names.update(dict.fromkeys(row))
     kept = [name for name in names if wanted is None or name in wanted]
-    columns = {name: _column(path, name, rows, lines, wanted is not None) for name in kept}
-    return Table(path, list(names), columns, lines)
+    unit = "row" if text.lstrip(" \t\r\n").startswith("[") else "line"
+    if unit == "row":  # of an array, which may be all on one line
+        lines = list(range(1, len(rows) + 1))
+    columns = {name: _column(path, name, rows, lines, unit if wanted is not None else "") for name in kept}
+    return Table(path, list(names), columns, lines, unit)
 
 
-def _column(path: Path, name: str, rows: Sequence[Row], lines: Sequence[int], strict: bool) -> Column:
+def _column(path: Path, name: str, rows: Sequence[Row], lines: Sequence[int], unit: str) -> Column:
+    """Values of one key; lists and objects are refused where a ``unit`` says what is counted, else left out."""
     values: Column = []
     for row, line in zip(rows, lines, strict=True):
         value = row.get(name)
         if isinstance(value, dict | list):
-            if strict:
+            if unit:
                 kind = "an object" if isinstance(value, dict) else "a list"
-                refuse(path, f"column {shown([name])} holds {kind}, want text, a number or true/false", line)
+                refuse(path, f"column {shown([name])} holds {kind}, want text, a number or true/false", line, unit)
             value = None
         values.append(value if value is None or isinstance(value, str) else canonical(value))
     return values
@@ -81,7 +85,9 @@ def _objects(path: Path, text: str) -> Iterator[tuple[Row, int]]:
         except json.JSONDecodeError as error:
             refuse(path, f"no valid JSON: {error.msg}", text.count("\n", 0, error.pos) + 1)
         except (_Twice, RecursionError, ValueError) as error:
-            refuse(path, str(error) if isinstance(error, _Twice) else "values that are nested or written too long", line)
+            refuse(
+                path, str(error) if isinstance(error, _Twice) else "values that are nested or written too long", line
+            )
         if not isinstance(row, dict):
             refuse(path, 'want an object per row, as {"text": "…", "label": "…"}', line)
         yield row, line

@@ -14,7 +14,7 @@ import numpy as np
 from fedlab.data.corpus import Corpus
 from fedlab.data.duplicates import Duplicates
 from fedlab.data.partition import Shards
-from fedlab.data.reading import Reading
+from fedlab.data.reading import FIRST, Reading
 
 FORMAT = 1
 WARNINGS = 5  # that are shown on a terminal; the file has all
@@ -70,11 +70,13 @@ class DataReport:
         read = self.reading.rows if self.reading else n["kept"]
         found = [
             f"data: {read} rows read, {n['kept']} kept; {n['trained']} to train on, {n['test']} to test on"
+            + (f", {n['held_out']} held out by clients" if n["test"] + n["trained"] < n["kept"] else "")
             + (f"; {self.classes} classes" if self.classes else "")
         ]
         if self.reading:
             for cause, count in self.reading.dropped.items():
-                found.append(f"data: {count} rows left out: {cause} ({', '.join(self.reading.places[cause])}, …)")
+                places = ", ".join(self.reading.places[cause]) + (", …" if count > FIRST else "")
+                found.append(f"data: {count} rows left out: {cause} ({places})")
             for path, why in self.reading.left_out.items():
                 found.append(f"data: {path} {why}, and is not trained on")
             for column, count in self.reading.stripped.items():
@@ -86,7 +88,9 @@ class DataReport:
                 " clients"
             )
         if twice.trained:
-            what = "left out of the scores" if twice.purged else 'scored all the same; data.duplicates = "purge" would not'
+            what = (
+                "left out of the scores" if twice.purged else 'scored all the same; data.duplicates = "purge" would not'
+            )
             found.append(f"data: {twice.trained} held-out texts are trained on, too; {what}")
         if self.cut:
             found.append(f"data: {self.cut} texts are longer than data.max_length = {self.max_length} tokens, and cut")
@@ -138,5 +142,7 @@ def deal_digest(tasks: Sequence[Shards]) -> str:
     for shards in tasks:
         for half in (shards.train, shards.local_test, {"": shards.test}):
             for client, positions in half.items():
-                result.update(client.encode() + b"\0" + np.ascontiguousarray(positions, dtype=np.int64).tobytes() + b"\1")
+                result.update(
+                    client.encode() + b"\0" + np.ascontiguousarray(positions, dtype=np.int64).tobytes() + b"\1"
+                )
     return result.hexdigest()

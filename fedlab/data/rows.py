@@ -73,7 +73,7 @@ def corpus_of(
     """
     numeric = _numeric([value for split in splits for table in split for value in table.columns.get(columns.label, [])])
     texts, labels, owners = [list[str]() for _ in columns.texts], list[str](), list[str]()
-    sizes, bad = [], list[str]()
+    sizes, bad = list[int](), list[str]()
     for test, tables in enumerate(splits):
         own = Columns(columns.texts, columns.label, None) if test else columns
         for table in tables:
@@ -83,7 +83,9 @@ def corpus_of(
             for values, column in zip(texts, own.texts, strict=True):
                 values += [table.columns[column][i] or "" for i in kept]
             labels += _stripped(table.columns.get(own.label, []), kept, own.label, reading)
-            owners += _stripped(table.columns.get(own.owner, []), kept, own.owner, reading) if own.owner else [""] * len(kept)
+            owners += (
+                _stripped(table.columns.get(own.owner, []), kept, own.owner, reading) if own.owner else [""] * len(kept)
+            )
         sizes.append(len(labels) - sum(sizes))
         reading.rows += sum(map(len, tables))
     if bad:
@@ -172,7 +174,8 @@ def _stripped(values: Column, kept: Sequence[int], column: str, reading: Reading
     for i in kept:
         value = values[i] or ""
         found.append(value.strip())
-        reading.stripped[column] += found[-1] != value
+        if found[-1] != value:
+            reading.stripped[column] += 1
     return found
 
 

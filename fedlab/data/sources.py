@@ -37,7 +37,9 @@ class Source:
 
 SOURCES: dict[str, Source] = {
     "docstrings": Source(docstrings.load, docstrings.check),
-    "wordnet": Source(wordnet.load, wordnet.check, wordnet.KEYS, files=wordnet.files, place=wordnet.place, subset=wordnet.PARTS[0]),
+    "wordnet": Source(
+        wordnet.load, wordnet.check, wordnet.KEYS, files=wordnet.files, place=wordnet.place, subset=wordnet.PARTS[0]
+    ),
     "files": Source(tables.load_files, tables.check_files, tables.FILES_KEYS, columns=True, files=tables.source_files),
     "hub": Source(tables.load_hub, tables.check_hub, tables.HUB_KEYS, columns=True, local=False),
 }

@@ -16,8 +16,17 @@ from typing import NoReturn
 from fedlab.errors import ConfigError
 
 Column = list[str | None]
-LONGEST_NAME, MOST_WORDS, MOST_NAMES = 40, 3, 12  # of columns that an error names: a file without a header has rows there
-UTF16 = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
+LONGEST_NAME, MOST_WORDS, MOST_NAMES = (
+    40,
+    3,
+    12,
+)  # of columns that an error names: a file without a header has rows there
+MARKS = (  # of encodings, the longer ones first
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ def decoded(path: Path, data: bytes) -> str:
 
     Raises ConfigError, with the line, for other encodings and for null bytes.
     """
-    encoding = next((name for mark, name in UTF16 if data.startswith(mark)), "utf-8-sig")
+    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8-sig")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -61,7 +70,9 @@ def decoded(path: Path, data: bytes) -> str:
             refuse(path, f"is cut off or damaged: not {encoding.upper()}, as its first bytes say")
         line = data.count(b"\n", 0, error.start) + 1
         if data[:4].count(0) or data[-4:].count(0):
-            refuse(path, "not UTF-8 text; UTF-16 without a byte-order mark? Convert it to UTF-8, for example with iconv")
+            refuse(
+                path, "not UTF-8 text; UTF-16 without a byte-order mark? Convert it to UTF-8, for example with iconv"
+            )
         refuse(path, "not UTF-8 text; convert the file, for example with iconv -f latin1 -t utf-8", line)
     if (at := text.find("\0")) >= 0:
         cause = "UTF-16 without a byte-order mark, or a damaged file"
@@ -89,7 +100,7 @@ def check_text(path: Path, column: str, value: str | None, at: int, unit: str) -
 
 
 def shown(names: Sequence[str]) -> str:
-    """Names of columns for an error. What is too long to be one is left out: a file without a header has a row there."""
+    """Names of columns for an error, without what is too long to be one: a file without a header has a row there."""
     fit = [name for name in names if len(name) <= LONGEST_NAME and len(name.split()) <= MOST_WORDS]
     text = ", ".join(map(repr, fit[:MOST_NAMES]))
     if len(fit) < len(names):

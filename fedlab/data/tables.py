@@ -148,8 +148,8 @@ def _check_copies(data: DataSection, reading: Reading) -> None:
     for file in reading.files:
         if file.split == "test" and file.sha256 in trained:
             raise ConfigError(
-                f"data.test_path = {data.test_path!r}: {file.path!r} is a copy of {trained[file.sha256]!r}, which would be"
-                " trained on; take it out of data.path"
+                f"data.test_path = {data.test_path!r}: {file.path!r} is a copy of {trained[file.sha256]!r}, which would"
+                " be trained on; take it out of data.path"
             )
 
 
@@ -247,7 +247,11 @@ def _downloaded(data: DataSection, columns: Columns) -> Any:
         and any(getattr(part.features.get(c), "dtype", "string") != "string" for c in columns.all)
         for part in found.values()
     )
-    return load(dtype=str, keep_default_na=False) if guessed else found
+    if not guessed:
+        return found
+    names = next(iter(found.values())).column_names
+    strings = datasets.Features({name: datasets.Value("string") for name in names})
+    return load(features=strings, keep_default_na=False)
 
 
 def _hub_table(name: str, part: Any, columns: Columns, names: Sequence[str] | None) -> Table:

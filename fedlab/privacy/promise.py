@@ -24,6 +24,10 @@ NOTHING = (
     'This run was made without differential privacy (`privacy.unit = "none"`). Its adapter and every message of its'
     " clients may reveal what they were trained on. Nothing is promised."
 )
+DATA = (
+    "`data.json` of this directory, which its owner alone can read: what was read, left out and found twice of the raw"
+    " data, and the SHA-256 of their files"
+)
 LEVEL = {"example": "example-level DP-SGD", "client": "client-level DP, noise by a trusted server"}
 UNIT = {"example": "one record of one client", "client": "one client with all its records"}
 NEIGHBOURS = {
@@ -130,7 +134,7 @@ def report(config: RunConfig, epsilon: float | str, delta: float | None) -> list
     parts = [plain(promise(config, epsilon, delta)), f"Accountant: {accountant(config)}."]
     if config.privacy.noise == "seeded":
         parts.append(plain(SEEDED))
-    return [*parts, f"Not protected: {plain('; '.join(sentences(config)))}."]
+    return [*parts, f"Not protected: {plain('; '.join([*sentences(config), DATA]))}."]
 
 
 def plain(text: str) -> str:

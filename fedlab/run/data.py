@@ -108,7 +108,10 @@ def _cut(corpus: Corpus, tokens: Tokens, config: RunConfig, objective: Any, toke
 
 
 def record_data(path: Path, config: RunConfig) -> DataReport:
-    """Write ``data.json`` into a run directory that has none, for its owner's eyes; else compare. Raises ConfigError."""
+    """Write ``data.json`` into a run directory that has none, for its owner's eyes; else compare.
+
+    Raises ConfigError as ``check_data`` and ``check_unchanged``.
+    """
     report = check_data(config)
     if (path / DATA).is_file():
         check_unchanged(path, config)

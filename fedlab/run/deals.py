@@ -1,4 +1,4 @@
-"""Who holds what in a run, held against the runs before it that share its ledger (``fedlab.privacy.ledger.records``)."""
+"""Who holds what in a run, held against earlier runs of the same ledger (``fedlab.privacy.ledger.records``)."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ def _checked(folder: Path, deal: Deal) -> tuple[bytes, dict[str, Counter[str]], 
         if moved := moved_records(held, now):
             total = sum(map(len, one.values()))
             cause = (
-                f"set data.seed = {seed} and leave data.clients, data.partition and data.limit as they were, or begin with"
-                " records that no ledger has"
+                f"set data.seed = {seed} and leave data.clients, data.partition and data.limit as they were, or begin"
+                " with records that no ledger has"
                 if number == 0
                 else "give the tasks texts of their own, or a natural partition"
             )
@@ -125,8 +125,8 @@ def _load(path: Path) -> tuple[bytes, dict[str, Counter[str]], str, int | None]:
         return bytes.fromhex(tree["salt"]), held, str(tree["place"]), int(tree["seed"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PrivacyError(
-            f"{str(path)!r} cannot be read ({type(error).__name__}): without it nobody knows whose ledger a record is in;"
-            " put it back"
+            f"{str(path)!r} cannot be read ({type(error).__name__}): without it nobody knows whose ledger a record"
+            " is in; put it back"
         ) from None
 
 
