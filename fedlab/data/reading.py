@@ -63,6 +63,9 @@ def joined(readings: list[Reading]) -> Reading:
     """What was read for several tasks, as one; files that several read are named once."""
     whole = Reading()
     for one in readings:
+        whole.warnings += [text for text in one.warnings if text not in whole.warnings]
+        if one.files and all(file in whole.files for file in one.files):
+            continue  # another task of the same files
         whole.files += [file for file in one.files if file not in whole.files]
         whole.left_out |= one.left_out
         whole.rows += one.rows
@@ -70,5 +73,4 @@ def joined(readings: list[Reading]) -> Reading:
         whole.stripped += one.stripped
         for cause, places in one.places.items():
             whole.places[cause] = [*whole.places.get(cause, []), *places][:FIRST]
-        whole.warnings += [text for text in one.warnings if text not in whole.warnings]
     return whole

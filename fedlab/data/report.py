@@ -48,6 +48,13 @@ class DataReport:
     content: str
     deal: str
 
+    @property
+    def unused(self) -> int:
+        """Rows that lack nothing and are in no task, or above ``data.limit``."""
+        if self.reading is None:
+            return 0
+        return max(0, self.reading.rows - self.reading.dropped.total() - self.examples["kept"])
+
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON: ``data.json`` of a run."""
         return {
@@ -55,6 +62,7 @@ class DataReport:
             "content": self.content,
             "deal": self.deal,
             **(self.reading or Reading(rows=self.examples["kept"])).to_dict(),
+            "unused": self.unused,
             "examples": dict(self.examples),
             "classes": self.classes,
             "clients": {client: dict(own) for client, own in self.clients.items()},
@@ -70,13 +78,15 @@ class DataReport:
         read = self.reading.rows if self.reading else n["kept"]
         found = [
             f"data: {read} rows read, {n['kept']} kept; {n['trained']} to train on, {n['test']} to test on"
-            + (f", {n['held_out']} held out by clients" if n["test"] + n["trained"] < n["kept"] else "")
+            + (f", {n['held_out']} held out by clients" if n["held_out"] != n["test"] else "")
             + (f"; {self.classes} classes" if self.classes else "")
         ]
         if self.reading:
             for cause, count in self.reading.dropped.items():
                 places = ", ".join(self.reading.places[cause]) + (", …" if count > FIRST else "")
                 found.append(f"data: {count} rows left out: {cause} ({places})")
+            if self.unused:
+                found.append(f"data: {self.unused} rows are not used (data.limit, or other labels than the tasks')")
             for path, why in self.reading.left_out.items():
                 found.append(f"data: {path} {why}, and is not trained on")
             for column, count in self.reading.stripped.items():

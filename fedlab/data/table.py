@@ -100,12 +100,12 @@ def check_text(path: Path, column: str, value: str | None, at: int, unit: str) -
 
 
 def shown(names: Sequence[str]) -> str:
-    """Names of columns for an error, without what is too long to be one: a file without a header has a row there."""
-    fit = [name for name in names if len(name) <= LONGEST_NAME and len(name.split()) <= MOST_WORDS]
-    text = ", ".join(map(repr, fit[:MOST_NAMES]))
-    if len(fit) < len(names):
-        text += f"{', ' if fit else ''}{len(names) - len(fit)} that look like no name of a column"
-    return text + (", …" if len(fit) > MOST_NAMES else "")
+    """Names of columns for an error; none of them if one is too long to be a name: a file without a header has a row
+    there.
+    """
+    if any(len(name) > LONGEST_NAME or len(name.split()) > MOST_WORDS for name in names):
+        return f"{len(names)} column(s) whose names look like values (is the first line a header?)"
+    return ", ".join(map(repr, names[:MOST_NAMES])) + (", …" if len(names) > MOST_NAMES else "")
 
 
 def check_names(path: Path, names: Sequence[str]) -> None:

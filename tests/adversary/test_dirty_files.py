@@ -218,7 +218,7 @@ def test_texts_of_several_lines_with_the_delimiter_in_them_are_read(tmp_path: Pa
         ("d.tsv", "text,label\na b,x\n", ["separated by commas", "call it .csv"]),
         ("d.csv", "text|label\na b|x\n", ["separated by vertical bars"]),
         ("d.csv", "text,label,text\na b,x,c\n", ["2 columns are called 'text'", "rename"]),
-        ("d.csv", "a very long first row that is a text,x\nb,y\n", ["'text' is not in", "look like no name"]),
+        ("d.csv", "a very long first row that is a text,x\nb,y\n", ["'text' is not in", "look like values (is the first line a header?)"]),
         ("d.csv", "", ["no header", "empty"]),
         ("d.csv", "text,label\na\0b,x\n", ["line 2", "null byte"]),
         ("d.jsonl", '{"text": "a", "label": 1}\n{"text": "a" "label": 1}\n', ["line 2", "no valid JSON"]),

@@ -29,7 +29,10 @@ def simulate_stream(config: RunConfig, out: str | Path | None = None, quiet: boo
 
     Raises what ``simulate`` raises; ``fedlab resume out`` then goes on where it stopped.
     """
+    from fedlab.run.deals import check_deals
+
     config = with_ledger(prepared(config), out)
+    check_deals(config, Path())  # again: the tasks share a ledger now
     return _go_on(RunDirectory.create(config, Path(out) if out is not None else None), quiet)
 
 
