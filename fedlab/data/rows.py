@@ -109,7 +109,7 @@ def corpus_of(
 def _check_there(table: Table, columns: Columns) -> None:
     for column in columns.all:
         if column not in table.names and (table.names or len(table)):  # a file of no rows may have no columns
-            raise ConfigError(f"column {column!r} is not in {str(table.path)!r}; it has {shown(table.names)}")
+            raise ConfigError(f"column {column!r} is not in {str(table.path)!r}; it has {shown(table.names, str)}")
 
 
 def _kept(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -99,13 +99,13 @@ def check_text(path: Path, column: str, value: str | None, at: int, unit: str) -
         refuse(path, f"half of a surrogate pair, or a null character, in column {shown([column])}; repair it", at, unit)
 
 
-def shown(names: Sequence[str]) -> str:
+def shown(names: Sequence[str], write: Callable[[str], str] = repr) -> str:
     """Names of columns for an error; none of them if one is too long to be a name: a file without a header has a row
     there.
     """
     if any(len(name) > LONGEST_NAME or len(name.split()) > MOST_WORDS for name in names):
         return f"{len(names)} column(s) whose names look like values (is the first line a header?)"
-    return ", ".join(map(repr, names[:MOST_NAMES])) + (", …" if len(names) > MOST_NAMES else "")
+    return ", ".join(map(write, names[:MOST_NAMES])) + (", …" if len(names) > MOST_NAMES else "")
 
 
 def check_names(path: Path, names: Sequence[str]) -> None:
