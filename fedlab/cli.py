@@ -239,8 +239,11 @@ def _guarded(action: Callable[[], None], debug: bool, quiet: bool = False) -> No
     except KeyboardInterrupt as error:
         _fail(error, debug, "interrupted", Interrupted.exit_code)
     except Exception as error:
-        if isinstance(error, OSError) or unwritable(error) is not None:  # the machine's fault, not fedlab's
-            _fail(error, debug, str(unwritable(error) or f"{error.filename}: {error.strerror}"), 4)
+        told: object = unwritable(error)
+        if told is None and isinstance(error, OSError):
+            told = f"{error.filename}: {error.strerror}"
+        if told is not None:  # the machine's fault, not fedlab's
+            _fail(error, debug, str(told), 4)
         _fail(error, debug, f"{type(error).__name__}: {error} (this is a bug in fedlab; --debug shows where)", 4)
 
 

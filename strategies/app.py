@@ -21,6 +21,8 @@ from fedlab.data.partition import describe
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.privacy.statement import write_statement
 from fedlab.run import interrupt
+from fedlab.run.data import record_data
+from fedlab.run.deals import record_deals
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch import prepared
 from fedlab.run.metrics import MetricsLog
@@ -51,6 +53,11 @@ def main(grid: Grid, context: Context) -> None:
     try:
         with progress:
             progress.note("preparing model and data")
+            report = record_data(directory.path, config)
+            for line in report.lines():
+                logger.info("%s", line)
+                progress.remark(line)
+            record_deals(config, directory.path)
             corpus, shards = corpus_and_shards(config)
             directory.write_text("partition.json", describe(shards, corpus))
             rounds = Rounds(grid, config, directory, events, progress)

@@ -28,6 +28,10 @@ UNCOUNTED = (
     "The run ended before it knew its clients, and counted nothing. What was spent, if anything was, is in their"
     " ledgers."
 )
+DATA = (
+    "`data.json` of this directory, which its owner alone can read: what was read, left out and found twice of the raw"
+    " data, and the SHA-256 of their files"
+)
 LEVEL = {"example": "example-level DP-SGD", "client": "client-level DP, noise by a trusted server"}
 UNIT = {"example": "one record of one client", "client": "one client with all its records"}
 NEIGHBOURS = {
@@ -134,7 +138,7 @@ def report(config: RunConfig, epsilon: float | str, delta: float | None) -> list
     parts = [plain(promise(config, epsilon, delta)), f"Accountant: {accountant(config)}."]
     if config.privacy.noise == "seeded":
         parts.append(plain(SEEDED))
-    return [*parts, f"Not protected: {plain('; '.join(sentences(config)))}."]
+    return [*parts, f"Not protected: {plain('; '.join([*sentences(config), DATA]))}."]
 
 
 def plain(text: str) -> str:

@@ -144,6 +144,9 @@ ROWS = {
     "data.max_length": Row("4", look.lengths),
     "data.test_fraction": Row("0.4", look.partition),
     "data.limit": Row("200", look.partition),
+    "data.seed": Row("4", look.partition),
+    "data.on_bad_row": Row("drop", refused("have nothing in column", look.partition), ("data={gaps}",)),
+    "data.duplicates": Row("purge", look.partition, ("data={twice}",)),
     "data.path": Row("'{other}'", look.partition),
     "data.test_path": Row("'{other}'", look.partition),
     "data.subset": Row("verb", look.partition, ("data={wordnet}",)),
@@ -229,6 +232,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny_gpt2:
         "other": write("other.jsonl", [row | {"text": row["text"].upper()} for row in rows]),
         "public": write("public.jsonl", [{"text": row["text"]} for row in rows[:40]]),
         "named": f"{{{table}, path='{write('named.jsonl', named)}'}}",
+        "gaps": f"{{{table}, path='{write('gaps.jsonl', [*rows, rows[0] | {'topic': ''}])}'}}",
+        "twice": f"{{{table}, path='{write('twice.jsonl', rows[:120] * 2)}'}}",
         "wordnet": f"{{source='wordnet', path='{root}', clients=3, min_client_size=2}}",
         "hub": "{source='hub', path='some/set', text='text', clients=3, min_client_size=2}",
     }

@@ -81,15 +81,21 @@ def prepared(config: RunConfig, out: str | Path | None = None) -> RunConfig:
     and with the directory ``out`` where it is to run.
     """
     from fedlab.models.hardware import resolve_dtype
+    from fedlab.run.data import check_data, refresh
+    from fedlab.run.deals import check_deals
 
     _prepare_environment(config)
+    refresh(config)
     found = Problems()
     if out is not None:
         found.of(lambda: RunDirectory.check_place(Path(out)))
     config = found.of(lambda: check(config)) or config
     found.raise_all()
     resolved: RunConfig = load_reference(STRATEGIES)[config.strategy.name].resolved(config)
-    return resolve_dtype(_with_labels(resolved))
+    named = _with_labels(resolved)
+    check_data(named)
+    check_deals(named, Path())
+    return resolve_dtype(named)
 
 
 def _with_labels(config: RunConfig) -> RunConfig:
@@ -106,8 +112,11 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
 
     The bits are those of an unbroken run.
     """
+    from fedlab.run.data import check_unchanged, refresh
+
     directory = RunDirectory.open(Path(path))
     _prepare_environment(directory.config)
+    refresh(directory.config)
     if directory.config.is_stream:
         from fedlab.run.launch.stream import resume_stream
 
@@ -115,6 +124,7 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
     if directory.finished:
         raise ConfigError(f"{str(path)!r} is {directory.finished['status']}; there is nothing to resume")
     check(directory.config)
+    check_unchanged(directory.path, directory.config)
     return _launch(directory, quiet)
 
 
