@@ -20,6 +20,8 @@ def _keep(node: Node, entry: ReceiptFor, request: ReceiptsRequest) -> ClientRepl
         account = ClientAccount(node.session, node.owners.one(entry.client), request.run.run, request.run.parts)
         if entry.receipt:
             account.guard.release(json.loads(entry.receipt))
+        if request.closing:
+            account.guard.close()
         return ClientReply(entry.client, lines=account.lines_after(entry.known))
     except (PrivacyError, ValueError) as error:
         return ClientReply(entry.client, failure=Failure(str(error)[:MOST_REASON]))

@@ -58,5 +58,5 @@ def audit_trainer(
         directory = RunDirectory.open(config.parent)
         directory.write_json(EMPIRICAL, found.to_dict())
         if (result := directory.result) is not None and "clients" in result:
-            write_statement(directory.path, list(result["clients"]))
+            write_statement(directory.path, result["clients"])
     return bool(found.findings)

@@ -6,6 +6,7 @@ that is still going or was killed, and ``fedlab resume`` continues it from its l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -85,15 +86,28 @@ class RunDirectory:
         file = self.path / "result.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
-    def write_text(self, name: str, text: str) -> None:
-        """Replace a file atomically: readers see the old one or the new one, also after a crash."""
+    def write_text(self, name: str, text: str, mode: int | None = None) -> None:
+        """Replace a file atomically: readers see the old one or the new one, also after a crash.
+
+        ``mode``: its permissions; default: those that the umask leaves.
+        """
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(target, text)
+        write(target, text, mode)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write strict JSON; a float that is not a number becomes null."""
-        self.write_text(name, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+        self.write_text(name, json_text(value))
+
+    def file_digest(self, name: str) -> str:
+        """SHA-256 (hex) of a file."""
+        with (self.path / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """The JSON that a run directory's files hold."""
+    return json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n"
 
 
 def jsonable(value: Any) -> Any:
