@@ -11,9 +11,10 @@ from typing import Any
 from clients.owner import Owner
 from fedlab.data.sources import identity
 from fedlab.lora.state import part_of
-from fedlab.privacy.ledger.guard import Guard, Refusal, budget_terms, scope_of
+from fedlab.privacy.ledger.guard import Guard, Refusal
 from fedlab.privacy.ledger.keys import keyed_hash, load_or_create_key
 from fedlab.privacy.ledger.ledger import Ledger, lines_after
+from fedlab.privacy.ledger.terms import budget_terms, scope_of
 from fedlab.session import Session
 
 PACKAGES = ("fedlab", "torch", "dp-accounting", "opacus", "cryptography")

@@ -27,7 +27,8 @@ from fedlab.continual.sketch import to_fixed
 from fedlab.errors import PrivacyError
 from fedlab.lora.state import digest, from_wire
 from fedlab.privacy.gram_plan import GramPlan
-from fedlab.privacy.ledger.guard import Guard, scope_of
+from fedlab.privacy.ledger.guard import Guard
+from fedlab.privacy.ledger.terms import scope_of
 from fedlab.privacy.release import GRAM
 from fedlab.privacy.secure_sum.masking import add
 from fedlab.protocol.messages import ClientOrder, ClientReply, GramReply, GramRequest, Release

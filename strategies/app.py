@@ -21,7 +21,7 @@ from fedlab.data.partition import describe
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.privacy.statement import write_statement
 from fedlab.run.directory import RunDirectory, json_text, jsonable
-from fedlab.run.launch import FINISHED, prepared
+from fedlab.run.launch import prepared
 from fedlab.run.metrics import MetricsLog
 from fedlab.run.progress import make_progress
 from fedlab.run.seal import ADAPTER, UNSEALED_ADAPTER, measure
@@ -110,7 +110,7 @@ def _save_adapter(rounds: Rounds, path: Path) -> None:
 
 def _leave(directory: RunDirectory, rounds: Rounds | None, error: BaseException, started: float) -> None:
     """Record why the run ended early. Never raises: the first error is the one to show."""
-    if rounds is not None and (directory.result or {}).get("status") in FINISHED:  # all is there and sealed
+    if rounds is not None and directory.finished:  # all is there and sealed
         rounds.accounts.destroy_keys()
         return
     status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"

@@ -75,9 +75,9 @@ def check_release(config: RunConfig, gram: Gram) -> None:
             f'strategy.name = "{config.strategy.name}" with privacy.unit = "client": what it asks at a task\'s end is'
             ' noised per example; use unit = "example", or osft, which looks at weights alone'
         )
-    if not config.private and not gram.clear and config.data.clients < gram.min_clients:
+    if not config.private and not gram.clear and config.population < gram.min_clients:
         raise ConfigError(
-            f"strategy.gram.min_clients = {gram.min_clients} with data.clients = {config.data.clients}: "
+            f"strategy.gram.min_clients = {gram.min_clients} with data.clients = {config.population}: "
             "sums would be of too few"
         )
 
@@ -121,14 +121,14 @@ def grown(
         grams: module → [n, n], the sum over clients that was released. Where there is none, after the last task, rows
             stay as they are.
     """
-    gram, room = options.gram, max(options.free, config.lora.rank)
+    gram, left_free = options.gram, max(options.free, config.lora.rank)
     result = {}
     for module in modules(state):
         rows = protected(memory, state, module)
         if module in grams:
             n = rows.shape[1]
-            floor = noise_floor(n, gram.sigma, gram.clip, config.data.clients) if config.private else 0.0
-            rows = extend(rows, grams[module], options.energy, n - room, floor, module)
+            floor = noise_floor(n, gram.sigma, gram.clip, config.population) if config.private else 0.0
+            rows = extend(rows, grams[module], options.energy, n - left_free, floor, module)
         result[f"{module}.{PROTECTED}"] = rows
     return result
 

@@ -14,6 +14,12 @@ import pydantic
 from fedlab.errors import ConfigError
 
 M = TypeVar("M", bound=pydantic.BaseModel)
+RENAMED = {  # what a key was called before → its name now
+    "run.cache_prefix": "run.cache_hidden_states",
+    "model.task": "objective.name",
+    "strategy.gram.cohort": "strategy.gram.min_clients",
+}
+SHOWN = 2  # problems that an error shows; it counts the others
 
 
 def without_none(value: Any) -> Any:
@@ -56,12 +62,19 @@ def parse_model(model: type[M], text: str, overrides: Sequence[str], origin: str
         raise ConfigError(f"{origin} is not valid TOML: {error}") from None
     for override in overrides:
         apply_override(tree, override)
-    try:
-        return model.model_validate(tree)
-    except pydantic.ValidationError as error:
-        lines = [_explain(model, detail) for detail in error.errors()]
-        more = f"\n(and {len(lines) - 2} more)" if len(lines) > 2 else ""
-        raise ConfigError("\n".join(lines[:2]) + more) from None
+    problems = [f"{old} is now called {new}" for old, new in RENAMED.items() if _holds(tree, old)]
+    if not problems:
+        try:
+            return model.model_validate(tree)
+        except pydantic.ValidationError as error:
+            problems = [line for detail in error.errors() for line in _sentence(model, detail).splitlines()]
+    more = f"\n(and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
+    raise ConfigError("\n".join(problems[:SHOWN]) + more) from None
+
+
+def schema(model: type[pydantic.BaseModel]) -> dict[str, Any]:
+    """JSON schema of a configuration file, with each key's description: what editors complete and check TOML with."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
 
 
 def read_text(path: str | Path) -> str:
@@ -83,7 +96,16 @@ def _fields_at(root: type[pydantic.BaseModel], location: tuple[int | str, ...]) 
     return list(model.model_fields)
 
 
-def _explain(model: type[pydantic.BaseModel], detail: Any) -> str:
+def _holds(tree: Any, key: str) -> bool:
+    """Whether a tree of tables has this dotted key."""
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def _sentence(model: type[pydantic.BaseModel], detail: Any) -> str:
     location, key = tuple(detail["loc"]), ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
         return unknown_key(key, str(location[-1]), _fields_at(model, location[:-1]))

@@ -1,7 +1,8 @@
 """What a run is: frozen pydantic models read from TOML, saved with the run, unknown keys rejected.
 
 Light on purpose: importing this module imports neither torch nor flwr, so that a misspelt key is reported at once.
-The sections and their keys are in ``fedlab.config.sections``.
+The sections and their keys are in ``fedlab.config.sections``, what must hold between them in
+``fedlab.config.consistency``.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import tomli_w
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
+from fedlab.config import consistency
+from fedlab.config.data import DEFAULT_CLIENTS
 from fedlab.config.load import parse_model, read_text, without_none
 from fedlab.config.sections import (
     ClientsSection,
@@ -26,77 +29,62 @@ from fedlab.config.sections import (
     TrainSection,
 )
 from fedlab.config.tasks import Gram, StageSection, StreamSection, TaskSection
+from fedlab.errors import ConfigError
 
 
 class RunConfig(Section):
     """A whole run. ``RunConfig.load(path, overrides)`` reads it; ``to_toml`` writes the resolved form."""
 
-    run: RunSection
-    model: ModelSection = ModelSection()
-    objective: ObjectiveSection = ObjectiveSection()
-    lora: LoraSection
-    data: DataSection = DataSection()
-    clients: ClientsSection = ClientsSection()
-    strategy: StrategySection = StrategySection()
-    train: TrainSection
-    privacy: PrivacySection = PrivacySection()
-    evaluate: EvaluateSection = EvaluateSection()
-    tasks: tuple[TaskSection, ...] = ()
-    stream: StreamSection = StreamSection()
-    stage: StageSection | None = None
-
-    @model_validator(mode="after")
-    def _a_stream(self) -> RunConfig:
-        names = [task.name for task in self.tasks]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"tasks: two are called {next(n for n in names if names.count(n) > 1)!r}; give each a name of its own"
-            )
-        if not names and (self.stream != StreamSection() or self.stage is not None):
-            raise ValueError("[stream] and [stage] belong to a configuration with [[tasks]]; add tasks or remove them")
-        if self.stage is not None and self.stage.task >= len(names):
-            raise ValueError(f"stage.task = {self.stage.task}, but there are {len(names)} tasks, counted from 0")
-        for task in self.tasks:
-            DataSection.model_validate({**self.data.model_dump(), **task.data})
-            if odd := sorted(task.data.keys() & {"clients", "max_length"}):
-                raise ValueError(f"tasks: {task.name} sets data.{odd[0]}, which all tasks share")
-        return self
+    run: RunSection = Field(description="how long, where, and from which seed")
+    model: ModelSection = Field(default=ModelSection(), description="the base model, frozen")
+    objective: ObjectiveSection = Field(default=ObjectiveSection(), description="what is learnt")
+    lora: LoraSection = Field(description="where adapters go and how large they are")
+    data: DataSection = Field(default=DataSection(), description="the text, its labels, and who holds what")
+    clients: ClientsSection = Field(default=ClientsSection(), description="what differs between clients")
+    strategy: StrategySection = Field(default=StrategySection(), description="how updates become the next state")
+    train: TrainSection = Field(description="one client's local steps in one round")
+    privacy: PrivacySection = Field(default=PrivacySection(), description="what one unit is protected to")
+    evaluate: EvaluateSection = Field(default=EvaluateSection(), description="what is measured, and how often")
+    tasks: tuple[TaskSection, ...] = Field(default=(), description="the tasks of a stream, one after another")
+    stream: StreamSection = Field(default=StreamSection(), description="what the tasks have to do with each other")
+    stage: StageSection | None = Field(default=None, description="which run of a stream this is; written by fedlab")
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.run.min_clients > self.clients_per_round:
-            raise ValueError(
-                f"run.min_clients = {self.run.min_clients} can never be reached: {self.clients_per_round} of "
-                f"{self.data.clients} clients are drawn per round"
-            )
-        if self.run.sampling == "poisson" and self.privacy.unit != "client":
-            raise ValueError(
-                'run.sampling = "poisson" amplifies client-level DP only: participation is visible to the server; use'
-                " balanced or uniform"
-            )
-        if self.run.checkpointing and self.train.gradients != "fused":
-            raise ValueError(f'run.checkpointing = true needs train.gradients = "fused", got "{self.train.gradients}"')
-        for key, rank in self.clients.rank.items():
-            if rank > self.lora.rank:
-                raise ValueError(
-                    f"clients.rank: {key} = {rank} exceeds lora.rank = {self.lora.rank}, the largest that the server"
-                    " keeps"
-                )
-        count = self.data.clients
-        for name, key in [("rank", key) for key in self.clients.rank] + [("lr", key) for key in self.clients.lr]:
-            if not key.endswith("%") and int(key[7:]) >= count:
-                raise ValueError(
-                    f"clients.{name}: {key} is none of the {count} clients; they are client-0 to client-{count - 1}"
-                )
-        cap = self.privacy.participations
-        if cap is not None and cap * self.data.clients < self.run.min_clients:
-            raise ValueError(f"privacy.participations = {cap} cannot cover one round of {self.run.min_clients} clients")
+        known = self.population_known
+        problems = [
+            *consistency.streams(self.tasks, self.stream, self.stage, self.data),
+            *consistency.participation(
+                self.run,
+                self.privacy,
+                self.population if known else None,
+                self.clients_per_round if known else 0,
+            ),
+            *consistency.training(self.run, self.train),
+            *consistency.adapters(self.lora, self.clients),
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     @property
+    def population_known(self) -> bool:
+        """Whether the number of clients follows from the configuration; else a column of the data says it."""
+        return self.data.clients is not None or self.data.partition.kind != "natural"
+
+    @property
+    def population(self) -> int:
+        """Number of clients of the run. Raises ConfigError where only the data know it (``launch.prepared`` asks)."""
+        if not self.population_known:
+            raise ConfigError(
+                f"data.clients is not given, and column {self.data.partition.column!r} was not read yet; give it"
+            )
+        return self.data.clients or DEFAULT_CLIENTS
+
+    @property
     def clients_per_round(self) -> int:
-        """Clients drawn per round: ``run.fraction`` of ``data.clients``, at least one."""
-        return max(1, round(self.run.fraction * self.data.clients))
+        """Clients drawn per round: ``run.fraction`` of all, at least one."""
+        return max(1, round(self.run.fraction * self.population))
 
     @property
     def cohort_size(self) -> int:
@@ -117,12 +105,22 @@ class RunConfig(Section):
             return self.run.rounds
         if self.privacy.participations is not None:
             return min(self.privacy.participations, self.run.rounds)
-        return -(-self.clients_per_round * self.run.rounds // self.data.clients)
+        return -(-self.clients_per_round * self.run.rounds // self.population)
+
+    @property
+    def private(self) -> bool:
+        """Whether noise is added at all."""
+        return self.privacy.unit != "none"
 
     @property
     def is_stream(self) -> bool:
-        """Whether this is a chain of runs, not one of its links."""
+        """Whether this is a sequence of runs, one per task, and not one of them."""
         return bool(self.tasks) and self.stage is None
+
+    @property
+    def task_rounds(self) -> list[int]:
+        """Rounds of each task of a stream."""
+        return [task.rounds or self.run.rounds for task in self.tasks]
 
     @property
     def sampling_seed(self) -> int:
@@ -132,11 +130,6 @@ class RunConfig(Section):
         from fedlab.seeds import stream_seed  # numpy with it
 
         return self.run.seed if self.stage is None else stream_seed(self.run.seed, "task", self.stage.task)
-
-    @property
-    def task_rounds(self) -> list[int]:
-        """Rounds of each task of a stream."""
-        return [task.rounds or self.run.rounds for task in self.tasks]
 
     @property
     def gram(self) -> Gram | None:
@@ -149,7 +142,7 @@ class RunConfig(Section):
         return Gram.model_validate(self.strategy.options["gram"]) if asked else None
 
     def at_stage(self, task: int, previous: str | None) -> RunConfig:
-        """The configuration of one link of a stream. Under ``stream.joint`` there is one, with all rounds."""
+        """The configuration of one task's run in a stream. Under ``stream.joint`` there is one, with all rounds."""
         rounds = self.task_rounds
         tree = self.model_dump(mode="json", exclude_none=True)
         for entry, count in zip(tree["tasks"], rounds, strict=True):
@@ -158,10 +151,11 @@ class RunConfig(Section):
         tree["stage"] = {"task": task, **({"previous": previous} if previous else {})}
         return RunConfig.model_validate(tree)
 
-    @property
-    def private(self) -> bool:
-        """Whether noise is added at all."""
-        return self.privacy.unit != "none"
+    def with_population(self, clients: int) -> RunConfig:
+        """The same run with its number of clients written down. Raises ConfigError where that makes no sense."""
+        tree = self.model_dump(mode="json", exclude_none=True)
+        tree["data"]["clients"] = clients
+        return RunConfig.parse(tomli_w.dumps(tree))
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

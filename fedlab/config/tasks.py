@@ -1,7 +1,7 @@
 """The sections of a configuration that make it a stream: tasks that a federation meets one after another.
 
-``fedlab simulate`` runs a configuration with ``[[tasks]]`` as a chain of runs, one per task, each in a directory of its
-own; ``[stage]`` is written into those and says which link of the chain a run is.
+``fedlab simulate`` runs a configuration with ``[[tasks]]`` as a sequence of runs, one per task, each in a directory of
+its own; ``[stage]`` is written into those and says which of the tasks a run is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fedlab.config.sections import Section
+from fedlab.config.base import Section
+from fedlab.identifiers import PATTERN
 
 
 class Gram(Section):
@@ -29,11 +30,12 @@ class Gram(Section):
 class TaskSection(Section):
     """[[tasks]]: one task of the stream."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="also the name of its run's directory")
+    name: str = Field(pattern=PATTERN, description="of the task, and in its run's directory")
     labels: tuple[str, ...] = Field(
-        default=(), description='of its texts; "noun.*" stands for several; default: all labels of its data'
+        default=(),
+        description='labels whose texts it has; "noun.*" stands for several; default: all labels of its data',
     )
-    rounds: int | None = Field(default=None, gt=0, description="default: run.rounds")
+    rounds: int | None = Field(default=None, gt=0, description="federated rounds of this task; default: run.rounds")
     data: dict[str, Any] = Field(default={}, description="keys of [data] that differ for this task")
 
 
@@ -49,16 +51,18 @@ class StreamSection(Section):
     replay: float = Field(
         default=0.0, ge=0, le=1, description="share of every earlier task's examples that is trained on again"
     )
-    penalty: float = Field(default=0.5, ge=0, description="o-lora: λ of λ·Σ|A·A_iᵀ| over earlier tasks i")
+    penalty: float = Field(
+        default=0.5, ge=0, description="o-lora: weight λ of the loss's λ·Σ|A·A_iᵀ| over earlier tasks i"
+    )
     joint: bool = Field(
         default=False, description="all tasks at once, for as many rounds as they have together: the upper bound"
     )
 
 
 class StageSection(Section):
-    """[stage]: one link of the chain; written by the stream, not by hand."""
+    """[stage]: which run of a stream this is; written by the stream, not by hand."""
 
-    task: int = Field(ge=0, description="position in tasks")
+    task: int = Field(ge=0, description="position in tasks, counted from 0")
     previous: str | None = Field(
         default=None, description="directory of the run before; it holds what this one starts from"
     )

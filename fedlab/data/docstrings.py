@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedlab.config.data import DataSection
 from fedlab.data.cache import cached_arrays
 from fedlab.data.corpus import Corpus, written
 from fedlab.errors import ConfigError
@@ -50,7 +51,7 @@ def installed() -> dict[str, str]:
     return found
 
 
-def check() -> None:
+def check(data: DataSection) -> None:
     """Raise ConfigError unless enough libraries are installed."""
     if len(found := installed()) < MINIMUM_LIBRARIES:
         missing = sorted(set(LIBRARIES) - set(found))
@@ -59,9 +60,9 @@ def check() -> None:
         )
 
 
-def load() -> Corpus:
+def load(data: DataSection) -> Corpus:
     """About 10 × 1,000 distinct sentences; read once for a set of installed versions, then from the cache."""
-    check()
+    check(data)
     key = {"versions": installed(), "per_library": PER_LIBRARY, "rules": 2}
     arrays = cached_arrays("docstrings", key, lambda: _as_arrays(*_collect()))
     lines = arrays["lines"].tobytes().decode("utf-8", "surrogatepass").split("\n")

@@ -1,19 +1,24 @@
-"""Deal a corpus to clients with the partitioners of flwr-datasets, and hold out each client's test examples."""
+"""Assign a corpus to clients and hold out each client's test examples.
+
+Partitions by chance are those of flwr-datasets; a natural one follows the column that names each example's owner, and
+its clients have their owners' names.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from fedlab.config.sections import DataSection
+from fedlab.config.data import DEFAULT_CLIENTS, DataSection
 from fedlab.data.corpus import Corpus
 from fedlab.errors import ConfigError
-from fedlab.seeds import random_stream, stream_seed
+from fedlab.identifiers import identifiers
+from fedlab.seeds import client_order, random_stream, stream_seed
 
 
 @dataclass(frozen=True)
@@ -23,144 +28,60 @@ class Shards:
     train: dict[str, np.ndarray]
     local_test: dict[str, np.ndarray]
     test: np.ndarray  # the official test split, or the union of the local ones
+    names: Mapping[str, str] = field(default_factory=dict)  # id → name as its owner wrote it, where they differ
+
+    @property
+    def clients(self) -> list[str]:
+        """Client ids, in client order."""
+        return list(self.train)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Flat arrays for the cache; ``sizes`` [2, clients] says how many positions are whose."""
+        """Flat arrays for the cache.
+
+        Returns:
+            ``positions`` of all clients' training and then held-out examples; ``sizes`` [2, clients], how many are
+            whose; ``clients``, ids and names as JSON in UTF-8; and ``test``.
+        """
         parts = [*self.train.values(), *self.local_test.values()]
         sizes = np.array([len(part) for part in parts], dtype=np.int64).reshape(2, -1)
-        return {"positions": np.concatenate(parts).astype(np.int64), "sizes": sizes, "test": self.test}
+        clients = json.dumps({client: self.names.get(client) for client in self.train}).encode()
+        return {
+            "positions": np.concatenate(parts).astype(np.int64),
+            "sizes": sizes,
+            "clients": np.frombuffer(clients, dtype=np.uint8),
+            "test": self.test,
+        }
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Shards:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Shards:
         """Inverse of ``to_arrays``."""
-        clients = arrays["sizes"].shape[1]
         parts = np.split(np.asarray(arrays["positions"]), np.cumsum(arrays["sizes"].reshape(-1))[:-1])
-        names = [f"client-{i}" for i in range(clients)]
-        train, local_test = (dict(zip(names, half, strict=True)) for half in (parts[:clients], parts[clients:]))
-        return cls(train, local_test, np.asarray(arrays["test"]))
+        written: dict[str, str | None] = json.loads(arrays["clients"].tobytes())
+        train, local_test = (
+            dict(zip(written, half, strict=True)) for half in (parts[: len(written)], parts[len(written) :])
+        )
+        names = {client: name for client, name in written.items() if name is not None}
+        return cls(train, local_test, np.asarray(arrays["test"]), names)
 
 
-def _dirichlet(data: DataSection, seed: int) -> Any:
-    from flwr_datasets.partitioner import DirichletPartitioner
+def assign(corpus: Corpus, data: DataSection, seed: int) -> Shards:
+    """Give every example to one client, and hold out some of each client's. Deterministic in ``seed``.
 
-    assert data.partition.alpha is not None
-    smallest = (
-        data.min_client_size
-    )  # what a client must be dealt, so that min_client_size are left to train on after the hold-out
-    while smallest - _held_out(smallest, data) < data.min_client_size:
-        smallest += 1
-    return DirichletPartitioner(
-        data.clients,
-        partition_by="label",
-        alpha=data.partition.alpha,
-        min_partition_size=smallest,
-        self_balancing=False,
-        seed=seed,
-    )
-
-
-def _held_out(dealt: int, data: DataSection) -> int:
-    return round(data.test_fraction * dealt)
-
-
-def _other(name: str, *keys: str, seeded: bool = False, by_label: bool = False) -> Callable[[DataSection, int], Any]:
-    """A partitioner of flwr-datasets by its class name; ``keys`` are passed on from data.partition."""
-    renamed = {"classes_per_client": "num_classes_per_partition", "shards_per_client": "num_shards_per_partition"}
-
-    def make(data: DataSection, seed: int) -> Any:
-        from flwr_datasets import partitioner
-
-        arguments: dict[str, Any] = {renamed[key]: getattr(data.partition, key) for key in keys}
-        if by_label:
-            arguments["partition_by"] = "label"
-        if seeded:
-            arguments["seed"] = seed
-        return getattr(partitioner, name)(num_partitions=data.clients, **arguments)
-
-    return make
-
-
-def _natural(data: DataSection, seed: int) -> Any:
-    from flwr_datasets.partitioner import NaturalIdPartitioner
-
-    return NaturalIdPartitioner(partition_by="natural")
-
-
-PARTITIONERS: dict[str, Callable[[DataSection, int], Any]] = {
-    "iid": _other("IidPartitioner"),
-    "dirichlet": _dirichlet,
-    "natural": _natural,
-    "shard": _other("ShardPartitioner", "shards_per_client", seeded=True, by_label=True),
-    "pathological": _other("PathologicalPartitioner", "classes_per_client", seeded=True, by_label=True),
-    "linear": _other("LinearPartitioner"),
-    "square": _other("SquarePartitioner"),
-    "exponential": _other("ExponentialPartitioner"),
-}
-BY_LABEL = ("dirichlet", "shard", "pathological")  # kinds that look at labels
-
-
-@contextmanager
-def _no_fingerprints() -> Iterator[None]:
-    """Keep ``datasets`` from pickling every list of positions to name a cache file that is never written: most of the
-    time of a deal.
+    Raises:
+        ConfigError: the corpus cannot be assigned like that; a client that ends up too small is named.
     """
-    import datasets
-
-    before = datasets.is_caching_enabled()
-    datasets.disable_caching()
-    try:
-        yield
-    finally:
-        if before:
-            datasets.enable_caching()
-
-
-def deal(corpus: Corpus, data: DataSection, seed: int) -> Shards:
-    """Shuffle, deal, hold out.
-
-    Deterministic in ``seed``; raises ConfigError that names a client that ends up too small.
-    """
-    import datasets
-
     trainable = len(corpus) - corpus.test
-    if data.clients > trainable:
-        raise ConfigError(
-            f"data.clients = {data.clients}, but {corpus.name} has only {trainable} examples to deal; use fewer clients"
-        )
-    order = random_stream(seed, "deal").permutation(trainable)
-    if data.partition.kind in BY_LABEL and not corpus.label_names:
-        raise ConfigError(
-            f"data.partition = {data.partition.kind} deals by label, but the labels of {corpus.name} have no names;"
-            " use another kind"
-        )
-    columns: dict[str, Any] = {"position": order, "label": corpus.labels[order]}
+    if trainable == 0:
+        raise ConfigError(f"{corpus.name} has no examples to assign: all of them are the test split")
     if data.partition.kind == "natural":
-        if corpus.natural is None:
-            raise ConfigError(
-                f"data.partition = natural needs a column that names the client; {corpus.name} has none, use another"
-                " kind"
-            )
-        columns["natural"] = [corpus.natural[i] for i in order]
-        if (ids := len(set(columns["natural"]))) != data.clients:
-            raise ConfigError(
-                f"data.clients = {data.clients}, but column {data.partition.column!r} names {ids} clients; set"
-                f" data.clients = {ids}"
-            )
-    partitioner = PARTITIONERS[data.partition.kind](data, stream_seed(seed, "partition") % 2**31)
-    partitioner.dataset = datasets.Dataset.from_dict(columns)
+        held, names = _by_owner(corpus, trainable, data)
+    else:
+        held, names = _by_chance(corpus, trainable, data, seed), {}
     train: dict[str, np.ndarray] = {}
     local_test: dict[str, np.ndarray] = {}
-    for i in range(data.clients):
-        client = f"client-{i}"
-        try:
-            with _no_fingerprints():
-                held = np.asarray(partitioner.load_partition(i).with_format("numpy")["position"][:], dtype=np.int64)
-        except ValueError as error:
-            raise ConfigError(
-                f"data.partition = {data.partition.kind}: {str(error).splitlines()[0]}; use fewer clients or less skew"
-            ) from None
-        shuffled = np.sort(held)[random_stream(seed, "hold-out", client).permutation(len(held))]
-        out = _held_out(len(held), data)
+    for client, positions in held.items():
+        shuffled = np.sort(positions)[random_stream(seed, "hold-out", client).permutation(len(positions))]
+        out = _held_out(len(positions), data)
         train[client], local_test[client] = np.sort(shuffled[out:]), np.sort(shuffled[:out])
         if len(train[client]) < data.min_client_size:
             raise ConfigError(
@@ -170,16 +91,17 @@ def deal(corpus: Corpus, data: DataSection, seed: int) -> Shards:
     test = np.arange(trainable, len(corpus)) if corpus.test else np.sort(np.concatenate(list(local_test.values())))
     if len(test) == 0:
         raise ConfigError(f"data.test_fraction = {data.test_fraction:g} holds out no example; use a larger one")
-    return Shards(train, local_test, test)
+    return Shards(train, local_test, test, names)
 
 
 def describe(shards: Shards, corpus: Corpus) -> str:
     """JSON of who holds what, with sizes and label counts per client: ``partition.json`` of a run."""
-    clients = {}
+    clients: dict[str, dict[str, Any]] = {}
     for client, positions in shards.train.items():
         names = corpus.label_names
         counts = np.bincount(corpus.labels[positions], minlength=len(names)) if names else ()
         clients[client] = {
+            **({"name": shards.names[client]} if client in shards.names else {}),
             "examples": len(positions),
             "held_out": len(shards.local_test[client]),
             "labels": {name: int(count) for name, count in zip(names, counts, strict=True) if count},
@@ -195,3 +117,125 @@ def describe(shards: Shards, corpus: Corpus) -> str:
             "clients": clients,
         }
     )
+
+
+def _by_owner(corpus: Corpus, trainable: int, data: DataSection) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Client id → positions, and id → name where they differ, from the column that names the owners."""
+    column = data.partition.column
+    if corpus.natural is None:
+        raise ConfigError(
+            f"data.partition = natural needs a column that names the client; {corpus.name} has none, use another kind"
+        )
+    owners = corpus.natural[:trainable]
+    ids = identifiers(owners, f"column {column!r}")
+    if data.clients not in (None, len(ids)):
+        raise ConfigError(
+            f"data.clients = {data.clients}, but column {column!r} names {len(ids)} clients; set data.clients ="
+            f" {len(ids)}, or leave it out"
+        )
+    number = {name: i for i, name in enumerate(ids)}
+    codes = np.array([number[owner] for owner in owners])
+    grouped = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+    held = dict(sorted(zip(ids.values(), grouped, strict=True), key=lambda item: client_order(item[0])))
+    return held, {client: name for name, client in ids.items() if client != name}
+
+
+def _by_chance(corpus: Corpus, trainable: int, data: DataSection, seed: int) -> dict[str, np.ndarray]:
+    """Client id → positions, by a partitioner of flwr-datasets over the shuffled corpus."""
+    import datasets
+
+    count = data.clients or DEFAULT_CLIENTS
+    if data.partition.kind in BY_LABEL and not corpus.label_names:
+        raise ConfigError(
+            f"data.partition = {data.partition.kind} assigns by label, but the labels of {corpus.name} have no names;"
+            " use another kind"
+        )
+    if count > trainable:
+        raise ConfigError(
+            f"data.clients = {count}, but {corpus.name} has only {trainable} examples to assign; use fewer clients"
+        )
+    order = random_stream(seed, "deal").permutation(trainable)
+    partitioner = PARTITIONERS[data.partition.kind](data, count, stream_seed(seed, "partition") % 2**31)
+    partitioner.dataset = datasets.Dataset.from_dict({"position": order, "label": corpus.labels[order]})
+    held: dict[str, np.ndarray] = {}
+    with _no_fingerprints():
+        for i in range(count):
+            try:
+                part = partitioner.load_partition(i).with_format("numpy")
+            except ValueError as error:
+                raise ConfigError(
+                    f"data.partition = {data.partition.kind}: {str(error).splitlines()[0]}; use fewer clients or less"
+                    " skew"
+                ) from None
+            held[f"client-{i}"] = np.asarray(part["position"][:], dtype=np.int64)
+    return held
+
+
+def _held_out(examples: int, data: DataSection) -> int:
+    """How many of a client's examples are held out."""
+    return round(data.test_fraction * examples)
+
+
+def _dirichlet(data: DataSection, count: int, seed: int) -> Any:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    assert data.partition.alpha is not None
+    smallest = data.min_client_size  # what a client needs, so that min_client_size are left after the hold-out
+    while smallest - _held_out(smallest, data) < data.min_client_size:
+        smallest += 1
+    return DirichletPartitioner(
+        count,
+        partition_by="label",
+        alpha=data.partition.alpha,
+        min_partition_size=smallest,
+        self_balancing=False,
+        seed=seed,
+    )
+
+
+def _other(
+    name: str, *keys: str, seeded: bool = False, by_label: bool = False
+) -> Callable[[DataSection, int, int], Any]:
+    """A partitioner of flwr-datasets by its class name; ``keys`` are passed on from data.partition."""
+    renamed = {"classes_per_client": "num_classes_per_partition", "shards_per_client": "num_shards_per_partition"}
+
+    def make(data: DataSection, count: int, seed: int) -> Any:
+        from flwr_datasets import partitioner
+
+        arguments: dict[str, Any] = {renamed[key]: getattr(data.partition, key) for key in keys}
+        if by_label:
+            arguments["partition_by"] = "label"
+        if seeded:
+            arguments["seed"] = seed
+        return getattr(partitioner, name)(num_partitions=count, **arguments)
+
+    return make
+
+
+PARTITIONERS: dict[str, Callable[[DataSection, int, int], Any]] = {  # of clients by chance
+    "iid": _other("IidPartitioner"),
+    "dirichlet": _dirichlet,
+    "shard": _other("ShardPartitioner", "shards_per_client", seeded=True, by_label=True),
+    "pathological": _other("PathologicalPartitioner", "classes_per_client", seeded=True, by_label=True),
+    "linear": _other("LinearPartitioner"),
+    "square": _other("SquarePartitioner"),
+    "exponential": _other("ExponentialPartitioner"),
+}
+
+BY_LABEL = ("dirichlet", "shard", "pathological")  # kinds that look at labels
+
+
+@contextmanager
+def _no_fingerprints() -> Iterator[None]:
+    """Keep ``datasets`` from pickling every list of positions to name a cache file that is never written: most of the
+    time of an assignment.
+    """
+    import datasets
+
+    before = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if before:
+            datasets.enable_caching()

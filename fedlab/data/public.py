@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedlab.config import RunConfig
 from fedlab.config.sections import LoraSection
+from fedlab.data.sources import SOURCES
 from fedlab.data.tables import READERS, files_at, read_columns
 from fedlab.errors import ConfigError
 
@@ -43,7 +44,7 @@ def check_public(config: RunConfig) -> None:
     if config.lora.public is None:
         return
     sections = [config.data.model_dump() | dict(task.data) for task in config.tasks] or [config.data.model_dump()]
-    paths = [section[key] for section in sections if section["source"] != "hub" for key in ("path", "test_path")]
+    paths = [section[key] for section in sections if SOURCES[section["source"]].local for key in ("path", "test_path")]
     own = [Path(path).expanduser().resolve() for path in paths if path]
     public = Path(config.lora.public).expanduser().resolve()
     if any(public == path or public in path.parents or path in public.parents for path in own):

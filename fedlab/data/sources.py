@@ -1,55 +1,72 @@
-"""Where text comes from: one line per source."""
+"""Where text comes from: one line per source.
+
+A source is added in three places: its file, its line in ``SOURCES``, and its name in ``DataSection.source``
+(``fedlab.config.data``, which imports nothing of this).
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from fedlab.config.sections import DataSection
+from fedlab.config.data import DataSection
 from fedlab.data import docstrings, tables, wordnet
 from fedlab.data.corpus import Corpus
 from fedlab.data.tasks import with_labels
 from fedlab.errors import ConfigError
 from fedlab.seeds import random_stream
 
-SOURCES: dict[str, Callable[[DataSection], Corpus]] = {
-    "docstrings": lambda data: docstrings.load(),
-    "wordnet": lambda data: wordnet.load(data.path, data.subset),
-    "files": tables.load_files,
-    "hub": tables.load_hub,
+
+@dataclass(frozen=True)
+class Source:
+    """How the examples of one kind of source are had."""
+
+    load: Callable[[DataSection], Corpus]
+    check: Callable[[DataSection], None]  # raises ConfigError if the data cannot be there; reads nothing
+    keys: frozenset[str] = frozenset()  # of [data], those that not every source reads
+    columns: bool = False  # whether examples have columns, one of which may name the client
+    local: bool = True  # whether data.path is a place on this machine's disk
+
+
+SOURCES: dict[str, Source] = {
+    "docstrings": Source(docstrings.load, docstrings.check),
+    "wordnet": Source(wordnet.load, wordnet.check, wordnet.KEYS),
+    "files": Source(tables.load_files, tables.check_files, tables.FILES_KEYS, columns=True),
+    "hub": Source(tables.load_hub, tables.check_hub, tables.HUB_KEYS, columns=True, local=False),
 }
 
 
 def check_source(data: DataSection) -> None:
-    """Raise ConfigError if the data cannot be there.
+    """Raise ConfigError if the data cannot be there, or a key is given that this source does not read.
 
     Cheap: looks at names and files, reads nothing, imports nothing heavy.
     """
-    if data.partition.kind == "natural" and data.source in ("docstrings", "wordnet"):
+    source = SOURCES[data.source]
+    if data.partition.kind == "natural" and not source.columns:
         raise ConfigError(
             f'data.partition = natural needs a column that names the client; data.source = "{data.source}" has no'
             " columns"
         )
-    if data.source == "docstrings":
-        docstrings.check()
-    elif data.source == "wordnet":
-        wordnet.find(data.path, wordnet.parts_of(data.subset))
-    elif data.source == "files":
-        tables.check_files(data)
-    elif data.path is None:
-        raise ConfigError('data.source = "hub" needs data.path: the id of a data set, for example "nyu-mll/glue"')
+    for key in sorted(frozenset().union(*(one.keys for one in SOURCES.values())) - source.keys):
+        if getattr(data, key) != DataSection.model_fields[key].default:
+            readers = " and ".join(f'"{name}"' for name, one in SOURCES.items() if key in one.keys)
+            raise ConfigError(
+                f'data.{key} = {getattr(data, key)!r} is not read by data.source = "{data.source}", only by {readers};'
+                " remove it"
+            )
+    source.check(data)
 
 
 def identity(data: DataSection) -> str:
-    """Where the text is from, whoever is dealt it: what makes two runs runs on the same data.
+    """Where the text is from, whoever holds it: what makes two runs runs on the same data.
 
-    Growing or re-dealing it changes nothing.
+    Growing it, or assigning it anew, changes nothing.
     """
-    place = str(Path(data.path).absolute()) if data.path and data.source != "hub" else data.path
+    place = str(Path(data.path).absolute()) if data.path and SOURCES[data.source].local else data.path
     return json.dumps([data.source, place, data.subset, data.split])
 
 
@@ -63,7 +80,7 @@ def load_corpus(
     """
     from fedlab.objectives import objective_class  # here: torch comes with it
 
-    learnt, source = objective_class(objective), SOURCES[data.source](data)
+    learnt, source = objective_class(objective), SOURCES[data.source].load(data)
     values, names = learnt.encode_labels(source.labels.tolist(), source.label_names, source.name)
     corpus = with_labels(replace(source, labels=values, label_names=names), labels, task)
     learnt.check_labels(corpus.label_names, corpus.name)

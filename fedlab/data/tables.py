@@ -5,13 +5,16 @@
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlab.config.sections import DataSection
+from fedlab.config.data import DataSection
 from fedlab.data.corpus import Corpus, written
 from fedlab.errors import ConfigError
 
+FILES_KEYS = frozenset({"path", "test_path", "text", "label"})  # of [data]
+HUB_KEYS = frozenset({"path", "subset", "split", "test_split", "revision", "text", "label"})
 Columns = dict[str, list[Any]]
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # hub: subset or data set → text columns; the label column is "label"
@@ -70,9 +73,16 @@ def load_files(data: DataSection) -> Corpus:
     assert data.path is not None
     assert data.text is not None
     assert data.label is not None
-    parts = {path: read_columns(path) for path in (data.path, data.test_path) if path is not None}
+    owner = (data.partition.column,) if data.partition.column else ()
+    parts = {path: read_columns(path, owner) for path in (data.path, data.test_path) if path is not None}
     texts = [data.text] if isinstance(data.text, str) else list(data.text)
     return _corpus(Path(data.path).name, parts, texts, data.label, data.partition.column, (None, ""))
+
+
+def check_hub(data: DataSection) -> None:
+    """Raise ConfigError unless a data set is named."""
+    if data.path is None:
+        raise ConfigError('data.source = "hub" needs data.path: the id of a data set, for example "nyu-mll/glue"')
 
 
 def load_hub(data: DataSection) -> Corpus:
@@ -110,8 +120,11 @@ def load_hub(data: DataSection) -> Corpus:
     return _corpus(data.path, parts, texts, label, data.partition.column, (None, "", -1), tuple(names or ()))
 
 
-def read_columns(path: str) -> Columns:
-    """Columns of local files by pyarrow: no cache that could be stale, nothing but the files themselves."""
+def read_columns(path: str, as_written: Sequence[str] = ()) -> Columns:
+    """Columns of local files by pyarrow: no cache that could be stale, nothing but the files themselves.
+
+    The columns named in ``as_written`` are strings as a csv file has them: "01" is not "1".
+    """
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import csv, json, parquet
 
@@ -123,7 +136,8 @@ def read_columns(path: str) -> Columns:
         try:
             if kind == "csv":
                 options = csv.ParseOptions(delimiter="\t" if file.suffix == ".tsv" else ",", newlines_in_values=True)
-                table = csv.read_csv(file, csv.ReadOptions(block_size=block), options)
+                types = csv.ConvertOptions(column_types=dict.fromkeys(as_written, pa.string()))
+                table = csv.read_csv(file, csv.ReadOptions(block_size=block), options, types)
             elif kind == "json":  # one object per line, or one array of objects
                 if file.read_text(encoding="utf-8").lstrip().startswith("["):
                     table = pa.Table.from_pylist(json_module.loads(file.read_text(encoding="utf-8")))
@@ -176,6 +190,11 @@ def _corpus(
         sizes.append(len(keep))
         for column, values in columns.items():
             values += [part[column][i] for i in keep] if column in wanted else [""] * len(keep)
+    if natural and (lacking := sum(value in (None, "") for value in columns[natural][: sizes[0]])):
+        raise ConfigError(
+            f"{name}: {lacking} of {sizes[0]} rows have nothing in column {natural!r}, which names the client; fill it"
+            " in, or remove them"
+        )
     labels = [label_names[v] if label_names else str(v) for v in columns[label]]
     text_columns = [["" if v is None else str(v) for v in columns[column]] for column in texts]
     return Corpus(

@@ -1,14 +1,14 @@
-"""The data of a stream: every task's texts in one corpus, each dealt to the same clients, under one label space."""
+"""The data of a stream: every task's texts in one corpus, each assigned to the same clients, under one label space."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import accumulate
 
 import numpy as np
 
-from fedlab.config.tasks import TaskSection
 from fedlab.data.corpus import Corpus
 from fedlab.data.partition import Shards
 from fedlab.errors import ConfigError
@@ -32,6 +32,7 @@ class TaskData:
                 {c: _union([s.train[c] for s in self.shards]) for c in mine.train},
                 {c: _union([s.local_test[c] for s in self.shards]) for c in mine.train},
                 _union([s.test for s in self.shards]),
+                mine.names,
             )
         if not replay or not task:
             return mine
@@ -43,7 +44,7 @@ class TaskData:
                 count = round(replay * len(held))
                 parts.append(random_stream(seed, "replay", client, earlier).choice(held, count, replace=False))
             train[client] = _union(parts)
-        return Shards(train, mine.local_test, mine.test)
+        return replace(mine, train=train)
 
     def size(self, client: str, task: int, replay: float) -> int:
         """Examples that ``training`` gives a client in a task, without ``joint``."""
@@ -60,45 +61,72 @@ class TaskData:
         return self.groups > task if replay else self.groups != task
 
 
-def one_corpus(
-    parts: Sequence[Corpus], tasks: Sequence[TaskSection], shared: bool
-) -> tuple[Corpus, list[int], np.ndarray | None]:
-    """The tasks' corpora one after the other, where each begins, and label → task (None if the label space is shared).
+@dataclass(frozen=True)
+class LabelSpace:
+    """The labels of all tasks of a stream as one classifier has them."""
 
-    With heads of their own, label names that two tasks use are told apart by the task's name. Raises ConfigError for a
-    mix of texts and sentence pairs, and where a task with a head of its own has fewer than 2 labels.
+    names: tuple[str, ...]
+    positions: tuple[np.ndarray, ...]  # per task: position in ``names`` of each of its own labels
+    groups: np.ndarray | None  # label → task, for heads of their own; None if all share one label space
+
+
+def label_space(parts: Sequence[Corpus], tasks: Sequence[str], shared: bool) -> LabelSpace:
+    """One label space for the tasks' corpora.
+
+    With heads of their own, label names that two tasks use are told apart by the task's name.
+
+    Args:
+        parts: the tasks' corpora.
+        tasks: their names.
+        shared: whether labels of the same name are one label; otherwise each task has a head of its own.
+
+    Raises:
+        ConfigError: a task with a head of its own has fewer than 2 labels.
     """
-    if len({part.pairs is None for part in parts}) > 1:
-        raise ConfigError("tasks: some have sentence pairs and some single texts; one model cannot take both")
     names = [list(part.label_names) for part in parts]
-    if shared or not any(names):
-        space = list(dict.fromkeys(name for own in names for name in own))
-        groups = None
-    else:
+    groups = None
+    if not shared and any(names):
         for task, own in zip(tasks, names, strict=True):
             if len(own) < 2:
                 raise ConfigError(
-                    f"tasks: {task.name} has {len(own)} label(s), a head of its own needs 2; or set stream.heads ="
-                    ' "shared"'
+                    f'tasks: {task} has {len(own)} label(s), a head of its own needs 2; or set stream.heads = "shared"'
                 )
         if len({name for own in names for name in own}) < sum(map(len, names)):
-            names = [[f"{task.name}/{name}" for name in own] for task, own in zip(tasks, names, strict=True)]
-        space = [name for own in names for name in own]
+            names = [[f"{task}/{name}" for name in own] for task, own in zip(tasks, names, strict=True)]
         groups = np.concatenate([np.full(len(own), i) for i, own in enumerate(names)])
+    space = tuple(dict.fromkeys(name for own in names for name in own))
     position = {name: i for i, name in enumerate(space)}
-    labels = [
-        np.array([position[name] for name in own], dtype=np.int64)[part.labels] if own else part.labels
-        for part, own in zip(parts, names, strict=True)
-    ]
+    return LabelSpace(space, tuple(np.array([position[name] for name in own], dtype=np.int64) for own in names), groups)
+
+
+def joined(parts: Sequence[Corpus], space: LabelSpace) -> tuple[Corpus, list[int]]:
+    """The tasks' corpora one after the other under one label space, and where each begins.
+
+    Raises ConfigError for a mix of texts and sentence pairs.
+    """
+    if len({part.pairs is None for part in parts}) > 1:
+        raise ConfigError("tasks: some have sentence pairs and some single texts; one model cannot take both")
     corpus = Corpus(
         "+".join(dict.fromkeys(part.name for part in parts)),
         [text for part in parts for text in part.texts],
-        np.concatenate(labels),
-        tuple(space),
+        np.concatenate(
+            [own[part.labels] if len(own) else part.labels for part, own in zip(parts, space.positions, strict=True)]
+        ),
+        space.names,
         None if parts[0].pairs is None else [pair for part in parts for pair in part.pairs or []],
     )
-    offsets = np.cumsum([0, *(len(part) for part in parts)]).tolist()
-    return corpus, offsets[:-1], groups
+    return corpus, [0, *accumulate(len(part) for part in parts[:-1])]
+
+
+def check_same_clients(tasks: Sequence[str], shards: Sequence[Shards]) -> None:
+    """Raises ConfigError unless every task has examples of the same clients."""
+    for task, own in zip(tasks[1:], shards[1:], strict=True):
+        for here, there, holder, lacking in ((own, shards[0], task, tasks[0]), (shards[0], own, tasks[0], task)):
+            if missing := [client for client in here.train if client not in there.train]:
+                raise ConfigError(
+                    f"tasks: {missing[0]} has examples of {holder} and none of {lacking}; all tasks of a stream are met"
+                    " by the same clients"
+                )
 
 
 def with_labels(corpus: Corpus, patterns: Sequence[str], task: str) -> Corpus:
@@ -133,7 +161,7 @@ def with_labels(corpus: Corpus, patterns: Sequence[str], task: str) -> Corpus:
 def shifted(shards: Shards, by: int) -> Shards:
     """The same shards in a corpus where they begin ``by`` positions later."""
     train, local = ({c: p + by for c, p in half.items()} for half in (shards.train, shards.local_test))
-    return Shards(train, local, shards.test + by)
+    return Shards(train, local, shards.test + by, shards.names)
 
 
 def _union(parts: Sequence[np.ndarray]) -> np.ndarray:

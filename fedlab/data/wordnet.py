@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedlab.config.data import DataSection
 from fedlab.data.corpus import Corpus, written
 from fedlab.errors import ConfigError
 
@@ -19,6 +20,7 @@ LEXICOGRAPHER_FILES = (  # noqa: SIM905 (a list would take 45 lines)
     " verb.consumption verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social"
     " verb.stative verb.weather adj.ppl"
 ).split()
+KEYS = frozenset({"path", "subset"})  # of [data]
 PARTS = ("noun", "verb", "adj", "adv")
 PLACES = ("/usr/share/wordnet", "/usr/share/wordnet-3.0", "/usr/local/share/wordnet", "/usr/local/WordNet-3.0/dict")
 
@@ -48,10 +50,15 @@ def parts_of(subset: str | None) -> tuple[str, ...]:
     return (subset or "noun",)
 
 
-def load(path: str | None, subset: str | None) -> Corpus:
+def check(data: DataSection) -> None:
+    """Raise ConfigError unless the files of ``data.subset`` are there."""
+    find(data.path, parts_of(data.subset))
+
+
+def load(data: DataSection) -> Corpus:
     """All glosses of the subset, one example per synset."""
-    parts = parts_of(subset)
-    directory, texts, labels = find(path, parts), [], []
+    parts = parts_of(data.subset)
+    directory, texts, labels = find(data.path, parts), [], []
     for part in parts:
         for line in (directory / f"data.{part}").read_text(encoding="utf-8", errors="replace").splitlines():
             if line[:1].isdigit():  # the licence's lines start with blanks

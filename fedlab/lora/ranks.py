@@ -72,16 +72,6 @@ def widen(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> State:
     return result
 
 
-def frobenius_inner(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """⟨B₁A₁, B₂A₂⟩ = trace((B₁ᵀB₂)(A₂A₁ᵀ)), without forming either product.
-
-    ValueError if shapes do not fit or an entry is not finite.
-    """
-    check_products([first, second], [1.0, 1.0])
-    (B1, A1), (B2, A2) = first, second
-    return float(((B1.double().mT @ B2.double()) * (A1.double() @ A2.double().mT)).sum())
-
-
 def frobenius_norm(B: Tensor, A: Tensor) -> float:
     """‖B·A‖_F ≥ 0, exactly 0 where the product is rounding.
 

@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fedlab.data import FederatedData
 from fedlab.data.cache import cache_directory
 from fedlab.data.collate import Tokens, by_length
+from fedlab.data.hidden_states import HiddenStates
 from fedlab.errors import ConfigError
 from fedlab.files import replacing
 from fedlab.models.blocks import find_blocks, stepping_over
@@ -40,27 +41,6 @@ BATCH = 64  # texts per forward pass
 TRIAL = 4  # texts on which the model is tried
 TOLERANCE = 1e-4  # relative difference of logits; float32 leaves 1e-6
 SETTING = "run.cache_hidden_states"
-
-
-@dataclass(frozen=True)
-class HiddenStates:
-    """Hidden states of every text: text i is rows ``starts[i]`` to ``starts[i] + length`` of file ``parts[part_of[i]]``
-    [tokens, H].
-    """
-
-    dtype: torch.dtype
-    starts: np.ndarray
-    part_of: np.ndarray
-    parts: list[np.ndarray]
-
-    def batch(self, indices: np.ndarray, lengths: np.ndarray) -> Tensor:
-        """Hidden states of these texts, padded on the right with zeros, [N, T, H]."""
-        width = self.parts[0].shape[1]
-        result = np.zeros((len(indices), int(lengths.max()), width), dtype=self.parts[0].dtype)
-        for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
-            start = self.starts[index]
-            result[row, :length] = self.parts[self.part_of[index]][start : start + length]
-        return torch.from_numpy(result).view(self.dtype)
 
 
 def cache_hidden_states(model: LoadedModel, data: FederatedData) -> FederatedData:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any, Literal
 
-from fedlab._validate import non_negative, positive, probability
+from fedlab._validate import non_negative, probability
 from fedlab.errors import PrivacyError
 
 Sampler = Literal["poisson", "fixed_wor", "shuffle", "full"]
@@ -23,12 +23,9 @@ Relation = Literal["add_remove", "replace_one"]
 SAMPLERS = ("poisson", "fixed_wor", "shuffle", "full")
 FINE = 1e-4  # PLD grid of a reported number; a coarser grid gives a slightly larger upper bound, sooner
 COARSE = 1e-3
-LEAST_SIGMA, MOST_SIGMA = (
-    1e-3,
-    1e6,
-)  # below the one nothing is promised; above the other, amplification is not worth a grid
-# from here on the grid's surplus may exceed what RDP gives away; both are upper bounds, so the smaller one counts
-MANY_STEPS = 20_000
+LEAST_SIGMA = 1e-3  # below it nothing is promised
+MOST_SIGMA = 1e6  # above it amplification is not worth a grid
+MANY_STEPS = 20_000  # from here on the grid's surplus may exceed what RDP gives away: the smaller of both bounds counts
 TOO_MANY_STEPS = 10_000_000  # a PLD of so many compositions would exhaust memory: RDP alone
 GRID_POINTS = 2**18  # at most, per composed PLD: a grid is made coarser rather than memory exhausted
 
@@ -63,7 +60,9 @@ def epsilon(
     relation: Relation = "add_remove",
     interval: float = FINE,
 ) -> float:
-    """ε ≥ 0 of all events together at ``delta``: an upper bound for every accountant; inf where nothing is promised.
+    """ε of all events together.
+
+    Formal guarantee: it is an upper bound by every accountant.
 
     Only ``poisson`` is amplified by sampling. Where batches have a fixed size, a record that leaves is replaced by
     another, so even add/remove moves a sum by 2C. ``fixed_wor`` counts as if every step saw the record: sensitivity 2C
@@ -78,8 +77,19 @@ def epsilon(
     | δ = 0 | inf (unless nothing was released) |
     | δ = 1 | 0 |
 
-    ``relation``: neighbours differ by adding or removing one record (zeroing it out counts the same), or by replacing
-    one, which doubles the sensitivity. ``interval`` is the PLD grid. Raises ValueError for arguments out of range.
+    Args:
+        events: what was released, in any order.
+        delta: δ in [0, 1].
+        accountant: "pld", "rdp" or "prv".
+        relation: neighbours differ by adding or removing one record (zeroing it out counts the same), or by replacing
+            one, which doubles the sensitivity.
+        interval: the PLD grid.
+
+    Returns:
+        ε ≥ 0; inf where nothing is promised.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
     probability(delta=delta)
     if accountant not in _ACCOUNTANTS:
@@ -93,118 +103,6 @@ def epsilon(
         return math.inf
     result = _ACCOUNTANTS[accountant](work, delta, relation, interval)
     return math.inf if math.isnan(result) else max(0.0, result)  # a number that is none must not pass for 0
-
-
-def calibrate_sigma(
-    q: float,
-    steps: int,
-    epsilon: float,
-    delta: float,
-    accountant: Accountant = "pld",
-    beside: tuple[Event, ...] = (),
-    also: tuple[tuple[float, int], ...] = (),
-) -> float:
-    """Smallest noise multiplier (to about 5e-4 relative, never below) with which ``steps`` Poisson steps at rate q
-    spend at most ε.
-
-    The events ``beside`` are spent as well and count towards ε; so are the Poisson steps ``also``, pairs (q, steps),
-    under the same σ.
-
-    Raises ValueError for ε <= 0 or δ outside (0, 1), PrivacyError if no σ below 10⁴ suffices.
-    """
-    positive(epsilon=epsilon)
-    probability(q=q)
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must be in (0, 1), got {delta}")
-    if steps <= 0 or q == 0:
-        return 0.0
-    return _calibrate(((q, steps), *also), epsilon, delta, accountant, beside)
-
-
-@lru_cache(maxsize=4096)
-def _calibrate(
-    parts: tuple[tuple[float, int], ...], target: float, delta: float, accountant: Accountant, beside: tuple[Event, ...]
-) -> float:
-    from scipy.optimize import brentq
-
-    def excess(log_sigma: float, by: Accountant = accountant, interval: float = COARSE) -> float:
-        own = [Event("poisson", q, math.exp(log_sigma), steps) for q, steps in parts]
-        spent = epsilon([*own, *beside], delta, by, interval=interval)
-        return math.log(max(spent, 1e-9) / target)
-
-    # RDP is cheap and never below PLD, so its σ bounds the search from above and keeps PLD away from absurdly small σ.
-    lowest, highest = math.log(1e-2), math.log(1e4)
-    steps = sum(count for _, count in parts)
-    if sum(q * count for q, count in parts) <= delta:  # an example is drawn at all with probability at most δ
-        return math.exp(lowest)
-    if excess(highest, "rdp") > 0:
-        raise PrivacyError(
-            f"epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q = {parts[0][0]:g}"
-        )
-    high = (
-        float(brentq(excess, lowest, highest, args=("rdp",), xtol=0.05)) + 0.06 if excess(lowest, "rdp") > 0 else lowest
-    )
-    width = 0.02
-    while (over := excess(high)) > 0:  # only a rounding away: PLD <= RDP, and PRV's error is 0.01
-        high += width
-        width *= 2
-        if high > highest:
-            raise PrivacyError(
-                f"epsilon = {target:g} at delta = {delta:g} is below what the accountant {accountant!r} can resolve;"
-                " use pld"
-            )
-    width = 0.1
-    while (under := excess(low := max(lowest, high - width))) <= 0:
-        if low == lowest:
-            return math.exp(lowest)
-        high, over, width = low, under, 2 * width
-    found = float(brentq(excess, low, high, xtol=2e-4))
-    grid = COARSE
-    if accountant == "pld" and (
-        target < 1 or steps > 2000
-    ):  # there the coarse grid's surplus counts: a Newton step on the fine one
-        grid = FINE
-        found += excess(found, interval=grid) * (high - low) / (under - over) + 1e-4
-    while excess(found, interval=grid) > 0:
-        found += 2e-4
-    return math.exp(found)
-
-
-def group_epsilon(event: Event, delta: float, records: int) -> float:
-    """ε for a person with ``records`` examples in one client: all are added or removed together.
-
-    A mixture of Gaussians with Binomial(k, q) sensitivity (PLD), which is exact for Poisson sampling and far below k·ε.
-    """
-    from dp_accounting.pld import privacy_loss_distribution as pld
-    from scipy.stats import binom
-
-    positive(records=records)
-    probability(delta=delta)
-    # As if all k records were in every batch that any of them is in. Sensitivity scales by k for every sampler.
-    at_most = epsilon(
-        [Event("full" if event.sampler == "poisson" else event.sampler, event.q, event.sigma / records, event.steps)],
-        delta,
-    )
-    if event.sampler != "poisson" or at_most in (0.0, math.inf):
-        return at_most
-    result = at_most
-    for _ in range(2):  # a rough bound first, which tells how fine a grid is affordable
-        interval = COARSE * _coarsening(max(2 * result, _loss_range(event.sigma, records)), COARSE)
-        base = pld.from_mixture_gaussian_mechanism(
-            event.sigma,
-            [float(k) for k in range(records + 1)],
-            [float(p) for p in binom.pmf(range(records + 1), records, event.q)],
-            value_discretization_interval=interval,
-        )
-        result = min(result, float(base.self_compose(event.steps).get_epsilon_for_delta(delta)))
-    return max(0.0, result)
-
-
-def person_epsilon(per_client: Sequence[Sequence[Event]], delta: float, accountant: Accountant = "pld") -> float:
-    """ε for a person with one record in each of several clients: their events add up; the maximum over clients would be
-    too small.
-    """
-    return epsilon([event for events in per_client for event in events], delta, accountant)
 
 
 @dataclass(frozen=True)
@@ -226,12 +124,7 @@ class _Work:
 def _merge(events: Sequence[Event], relation: Relation) -> _Work:
     """Equal mechanisms with their steps added; those that release nothing left out."""
     poisson: dict[tuple[float, float], int] = {}
-    squared = {
-        "poisson": 1.0,
-        "full": 1.0,
-        "fixed_wor": 4.0,
-        "shuffle": 5.0,
-    }  # sensitivities in units of C; see ``epsilon``
+    squared = {"poisson": 1.0, "full": 1.0, "fixed_wor": 4.0, "shuffle": 5.0}  # (sensitivity / C)²; see ``epsilon``
     unamplified: list[float] = []
     for event in events:
         if event.steps == 0 or event.q == 0:
@@ -282,9 +175,8 @@ def _pld(work: _Work, delta: float, relation: Relation, interval: float) -> floa
     if not work.poisson:
         from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
-        return float(get_epsilon_gaussian(1 / work.mu, delta)) * (
-            1 + 1e-9
-        )  # exact (Balle and Wang, 2018) up to the root's tolerance
+        # Exact (Balle and Wang, 2018) up to the root's tolerance.
+        return float(get_epsilon_gaussian(1 / work.mu, delta)) * (1 + 1e-9)
     steps = sum(steps for _, _, steps in work.poisson)
     bound = _rdp(work, delta, relation, interval) if steps > MANY_STEPS else math.inf
     if steps > TOO_MANY_STEPS:
@@ -295,9 +187,8 @@ def _pld(work: _Work, delta: float, relation: Relation, interval: float) -> floa
         parts.append(_base_pld(1.0, 1 / work.mu, "add_remove", grid))
     composed = reduce(lambda left, right: left.compose(right), parts)
     result = min(bound, float(composed.get_epsilon_for_delta(delta)))
-    return (
-        result if math.isfinite(result) else _rdp(work, delta, relation, interval)
-    )  # δ below the tails that a PLD cuts
+    # Infinite: δ is below the tails that a PLD cuts.
+    return result if math.isfinite(result) else _rdp(work, delta, relation, interval)
 
 
 def _widest(work: _Work, relation: Relation) -> float:
@@ -329,9 +220,7 @@ def _rdp_curve(work: _Work, relation: Relation, orders: tuple[int, ...] | None =
     from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
-    logging.getLogger("absl").setLevel(
-        logging.ERROR
-    )  # it announces every low order that it drops, which is its normal course
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it announces every low order that it drops, as it always does
     accountant = RdpAccountant(orders, NeighboringRelation.ADD_OR_REMOVE_ONE)
     for q, sigma, steps in work.poisson:
         accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(_relative(sigma, relation))), steps)

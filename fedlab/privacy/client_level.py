@@ -16,9 +16,10 @@ from fedlab._validate import positive, probability
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.lora.state import State
-from fedlab.privacy.accounting import Event, Sampler, calibrate_sigma
+from fedlab.privacy.accounting import Event, Sampler
+from fedlab.privacy.calibration import calibrate_sigma
 from fedlab.privacy.clipping import clip_factors, joint_norms
-from fedlab.privacy.ledger.guard import plan_terms
+from fedlab.privacy.ledger.terms import plan_terms
 from fedlab.privacy.noise import GaussianNoise
 from fedlab.privacy.plan import delta_of
 
@@ -86,25 +87,28 @@ class ClientPlan:
         }
 
 
+def client_sampler(config: RunConfig) -> Sampler:
+    """How the server draws the clients of a round, as the account has it."""
+    if config.run.fraction == 1:
+        return "full"
+    return "poisson" if config.run.sampling == "poisson" else "fixed_wor"
+
+
 def make_client_plan(config: RunConfig) -> ClientPlan:
     """The server's plan; σ is given, or calibrated so that all rounds together, of all tasks in a stream, spend at most
     ε.
 
     Raises ConfigError for weights that differ between clients, PrivacyError for a δ that promises nothing.
     """
-    privacy, n = config.privacy, config.data.clients
+    privacy, n = config.privacy, config.population
     assert privacy.clip is not None
     if config.strategy.weights != "uniform":
         raise ConfigError(
             f'strategy.weights = "{config.strategy.weights}" with privacy.unit = "client": a large client would move'
             ' the mean by more than the clip accounts for; set strategy.weights = "uniform"'
         )
-    if config.run.fraction == 1:
-        sampler, q = "full", 1.0
-    elif config.run.sampling == "poisson":
-        sampler, q = "poisson", config.run.fraction
-    else:
-        sampler, q = "fixed_wor", config.clients_per_round / n
+    sampler = client_sampler(config)
+    q = {"full": 1.0, "poisson": config.run.fraction}.get(sampler, config.clients_per_round / n)
     delta, rounds, sigma = delta_of(privacy, n), config.run.rounds, privacy.sigma
     whole = sum(config.task_rounds) if config.tasks else rounds
     if sigma is None:
@@ -113,4 +117,4 @@ def make_client_plan(config: RunConfig) -> ClientPlan:
         sigma = (2 if sampler == "fixed_wor" else 1) * calibrate_sigma(
             q if sampler == "poisson" else 1.0, whole, privacy.epsilon, delta
         )
-    return ClientPlan(n, sampler, q, sigma, privacy.clip, delta, rounds, privacy.noise)  # type: ignore[arg-type]
+    return ClientPlan(n, sampler, q, sigma, privacy.clip, delta, rounds, privacy.noise)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedlab.config.tasks import Gram
 from fedlab.continual.sketch import privatise
 from fedlab.privacy.accounting import Event
-from fedlab.privacy.ledger.guard import plan_terms
+from fedlab.privacy.ledger.terms import plan_terms
 from fedlab.privacy.noise import SecureNoise, SeededNoise
 
 # A run that is cut off at a task's end asks again when it is resumed: with secure noise a release, and a charge, of its

@@ -22,9 +22,10 @@ from fedlab._validate import positive
 from fedlab.config import RunConfig
 from fedlab.config.sections import PrivacySection, TrainSection
 from fedlab.errors import ConfigError, PrivacyError
-from fedlab.privacy.accounting import Event, calibrate_sigma, epsilon
+from fedlab.privacy.accounting import Event, epsilon
+from fedlab.privacy.calibration import calibrate_sigma
 from fedlab.privacy.gram_plan import gram_event
-from fedlab.privacy.ledger.guard import plan_terms
+from fedlab.privacy.ledger.terms import plan_terms
 from fedlab.privacy.noise import GaussianNoise, SecureNoise, SecureStream, SeededNoise
 from fedlab.privacy.sampling import Uniform, poisson_batch
 

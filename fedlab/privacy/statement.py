@@ -17,7 +17,8 @@ from fedlab.files import write
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.ledger import SERVER, Entry, charged, event_of, events, parse_lines
 from fedlab.privacy.ledger.spending import exact, merged
-from fedlab.privacy.rounding import rounded_up
+from fedlab.privacy.promise import NOTHING, SAMPLING, SEEDED, promise, rounded_up
+from fedlab.privacy.release import sentences
 
 EMPIRICAL = "empirical.json"  # written by ``fedlab audit --empirical`` into a run directory
 
@@ -37,10 +38,7 @@ def statement(path: Path, clients: Mapping[str, Mapping[str, Any]]) -> str:
     config = RunConfig.load(path / "run.toml")
     run = json.loads((path / "environment.json").read_text(encoding="utf-8"))["run_id"]
     if not config.private:
-        return (
-            f'# {config.run.name}: no privacy guarantee\n\nThis run was made without differential privacy (`privacy.unit = "none"`). '
-            "Its adapter and every message of its clients may reveal what they were trained on. Nothing is promised.\n"
-        )
+        return f"# {config.run.name}: no privacy guarantee\n\n{NOTHING}\n"
     ledgers = {
         file.stem: parse_lines(file.read_text(encoding="utf-8")) for file in sorted((path / "ledger").glob("*.jsonl"))
     }
@@ -49,16 +47,14 @@ def statement(path: Path, clients: Mapping[str, Mapping[str, Any]]) -> str:
         _row(client, own if own is not None else ledgers.get(client, []), run, entry.get("unseen", ()))
         for client, entry in clients.items()
     ]
-    largest = max((row["epsilon"] for row in rows), default=0.0)
-    parts = [f"# {config.run.name}: what this run promises\n", _promise(config, largest, rows)]
+    largest, deltas = max((row["epsilon"] for row in rows), default=0.0), {row["delta"] for row in rows if row["plan"]}
+    promised = promise(config, largest, deltas.pop() if len(deltas) == 1 else None)
+    parts = [f"# {config.run.name}: what this run promises\n", f"{promised}\n"]
     if config.privacy.noise == "seeded":
-        parts.append(
-            "**The noise was seeded so that the simulation can be repeated. Whoever knows the seed can subtract it: this run is an experiment, "
-            'not a protection. For real data set `privacy.noise = "secure"`.**\n'
-        )
+        parts.append(f"**{SEEDED}**\n")
     parts += [
         _table(rows),
-        _mechanism(rows, own is not None),
+        _mechanism(rows, config.privacy.unit),
         _empirical(path),
         _uncovered(config),
         _history(rows),
@@ -85,23 +81,6 @@ def _row(client: str, entries: Sequence[Entry], run: str, unseen: Sequence[Mappi
         "unseen": len(unseen),
         "refusals": [e for e in entries if e["type"] == "REFUSE" and e["run"] == run],
     }
-
-
-def _promise(config: RunConfig, largest: float, rows: Sequence[Mapping[str, Any]]) -> str:
-    deltas = sorted({row["delta"] for row in rows if row["plan"]})
-    at = f"δ = {deltas[0]:.3g}" if len(deltas) == 1 else "each client's δ below"
-    if config.privacy.unit == "client":
-        return (
-            f"The models that this run sent out, its final adapter included, are ({rounded_up(largest)}, δ)-differentially private at {at} for **one "
-            "client with all its records**: whether any one client took part changes what anybody sees of them by no more than that (neighbours "
-            "differ by adding or removing one client). The server is trusted: it sees each client's update as it is, and adds the noise.\n"
-        )
-    return (
-        f"Every update that a client sent, and everything computed from them, is (ε, δ)-differentially private for **one record of one client**: "
-        f"the largest ε over the clients is **{rounded_up(largest)}** at {at} (neighbours differ by adding or removing one record, or by zeroing it out). "
-        "The adversary sees every client's every update: the server, the other clients and the public are not trusted. A person with records at "
-        "several clients, or with several at one, is protected less: their ε adds up.\n"
-    )
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -137,18 +116,13 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _mechanism(rows: Sequence[Mapping[str, Any]], at_server: bool) -> str:
+def _mechanism(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
     plan = next((row["plan"] for row in rows if row["plan"]), None)
     if plan is None:
         return ""
     event, code = event_of(plan["event"]), plan["code"]
-    who = "the server, over clients" if at_server else "each client, over its records"
-    sampler = {
-        "poisson": "Poisson: each is drawn independently; ε counts on that, and the column without amplification does not",
-        "full": "all of them in every step: no amplification",
-        "fixed_wor": "a fixed number in every step: no amplification, and twice the sensitivity",
-        "shuffle": "shuffled passes: no amplification",
-    }[event.sampler]
+    who = "the server, over clients" if unit == "client" else "each client, over its records"
+    sampler = SAMPLING.get((unit, event.sampler), ("", f"{event.sampler}: no amplification"))[1]
     sigmas = sorted({round(event_of(row["plan"]["event"]).sigma, 4) for row in rows if row["plan"]})
     noise = (
         "AES-256-CTR keyed by the operating system, float64"
@@ -182,25 +156,23 @@ def _empirical(path: Path) -> str:
     setting = found["configuration"]
     return (
         f"**Empirical audit** of the trainer with gradient canaries (white box, q = {setting['q']:g}, σ = {setting['sigma']:g}, {setting['steps']} step(s); claimed "
-        f"for that setting: ε = {found['claimed']:.3f} at δ = {found['delta']:g}): {bounds}. {verdict}. A lower bound is evidence against bugs, not an estimate "
+        f"for that setting: ε = {rounded_up(found['claimed'], 3)} at δ = {found['delta']:g}): {bounds}. {verdict}. A lower bound is evidence against bugs, not an estimate "
         "of ε.\n"
     )
 
 
 def _uncovered(config: RunConfig) -> str:
+    """What no noise protects: the public releases of the run, and what is known without any message."""
     items = [
-        "the numbers of records of the clients (they are the weights), who took part in which round, and how long it took",
+        *sentences(config),
         "the set of labels, how the text was preprocessed, and what the base model had seen before",
-        "accuracy measured on held-out records, which were never trained on",
+        "scores measured on held-out records, which were never trained on",
         "the choice of settings: earlier runs on the same data count only if they are in the same ledgers",
     ]
     if config.lora.public is not None:
+        public = config.lora.public
         items.append(
-            f"the texts of `{config.lora.public}` (`lora.public`): what is trained depends on what the model makes of them"
-        )
-    if config.privacy.share_metrics:
-        items.insert(
-            0, "**training loss, clip fraction and local accuracy, which `privacy.share_metrics` sent without noise**"
+            f"the texts of `{public}` (`lora.public`): what is trained depends on what the model makes of them"
         )
     return "**Not protected**:\n" + "\n".join(f"- {item};" for item in items).rstrip(";") + ".\n"
 

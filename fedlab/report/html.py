@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment
 
 from fedlab.errors import ConfigError
+from fedlab.privacy import promise
 from fedlab.run.directory import RunDirectory
 
 TEMPLATE = """<!doctype html>
@@ -25,11 +26,11 @@ th { border-bottom: 1px solid #999 } .figures { display: flex; flex-wrap: wrap; 
 <h1>{{ name }}: {{ config.strategy.name }} on {{ config.data.source }}</h1>
 <p>Status <b>{{ result.status }}</b>{% if result.reason %} – {{ result.reason }}{% endif %}</p>
 <div class="facts">{% for label, value in facts %}<div>{{ label }}<b>{{ value }}</b></div>{% endfor %}</div>
-<h2>Privacy</h2><p>{{ privacy }}</p>
+<h2>Privacy</h2>{% for text in privacy %}<p>{{ text }}</p>{% endfor %}
 <h2>Curves</h2><div class="figures">{% for figure in figures %}{{ figure | safe }}{% endfor %}</div>
 <h2>Clients</h2><table><tr><th>client</th><th>examples</th><th>rounds</th><th>{{ result.primary }}</th><th>ε</th><th>δ</th></tr>
 {% for id, c in result.clients.items() %}<tr><td>{{ id }}</td><td>{{ c.examples }}</td><td>{{ c.participations }}</td><td>{{ number(c.score) }}</td>
-<td>{{ number(c.epsilon) }}</td><td>{{ "%.2g" | format(c.delta) if c.delta else "–" }}</td></tr>{% endfor %}</table>
+<td>{{ epsilon(c.epsilon, 4) }}</td><td>{{ "%.2g" | format(c.delta) if c.delta else "–" }}</td></tr>{% endfor %}</table>
 {% if notable %}<h2>Notable events</h2><ul>{% for event in notable %}<li class="warn">round {{ event.round }}: {{ event.message }}</li>{% endfor %}</ul>{% endif %}
 <h2>Configuration</h2><pre>{{ toml }}</pre><h2>Environment</h2><pre>{{ environment }}</pre>
 </body></html>
@@ -73,7 +74,8 @@ def render_report(path: Path, result: dict[str, Any]) -> str:
             config=config,
             result=result,
             facts=_facts(result),
-            privacy=_privacy(result, config.privacy.unit),
+            privacy=promise.report(config, result["epsilon"], _one_delta(result)),
+            epsilon=promise.shown_epsilon,
             figures=figures,
             notable=[line for line in lines if line["phase"] == "event"],
             number=_number,
@@ -91,27 +93,20 @@ def _number(value: Any) -> str:
     return "–" if value is None else value if isinstance(value, str) else f"{value:.4f}"
 
 
+def _one_delta(result: dict[str, Any]) -> float | None:
+    """The clients' δ; None if they have different ones."""
+    found = {c["delta"] for c in result["clients"].values() if c.get("delta") is not None}
+    return found.pop() if len(found) == 1 else None
+
+
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     spread = result["client_scores"]
     return [
         *((name, _number(value)) for name, value in (result["scores"] or {}).items()),
-        ("ε (maximum)", _number(result["epsilon"])),
+        ("ε (maximum)", promise.shown_epsilon(result["epsilon"], 4)),
         ("worst client", _number(spread["worst"])),
         ("rounds", str(result["rounds"])),
         ("MB up / down", f"{result['bytes_up'] / 1e6:.2f} / {result['bytes_down'] / 1e6:.2f}"),
         ("seconds", f"{result['seconds']:.0f}"),
         ("overhead per round", f"{result['overhead_seconds_per_round']} s"),
     ]
-
-
-def _privacy(result: dict[str, Any], unit: str) -> str:
-    if unit == "none":
-        return "no DP: this run gives no privacy guarantee."
-    text = (
-        f"Each client's records are protected at the level of one example (add or remove one) against everyone who sees every update: "
-        f"at most ε = {result['epsilon']:.3f} over clients, each at its own δ (table below). Accountant: {result['accountant']}. "
-        "Client sizes and participation are public."
-    )
-    if result["noise"] == "seeded":
-        text += " The noise was seeded, so that the simulation can be repeated: whoever knows the seed can subtract it. Not for real data."
-    return text

@@ -1,7 +1,9 @@
 """``RUN_DIR``: the files of a run, each written whole or not at all.
 
 See ``docs/run-directory.md`` for every file. ``result.json`` is written last; a directory without one belongs to a run
-that is still going or was killed, and ``fedlab resume`` continues it from its last checkpoint.
+that is still going or was killed, and ``fedlab resume`` continues it from its last checkpoint. ``environment.json``
+says in which format the files are; another one is refused in one line. ``fedlab audit`` reads directories by itself, of
+any format.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.files import write
 
+FORMAT = 3  # of the files of a run; raise when a run of before could not be resumed
+FINISHED = ("completed", "budget-exhausted")  # the states of a run that ended by itself
 PACKAGES = (
     "flwr",
     "ray",
@@ -41,7 +45,11 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths and writers of one run directory."""
+    """The directory of one run.
+
+    Args:
+        path: absolute, of a directory that has ``run.toml`` and ``environment.json``; use ``create`` or ``open``.
+    """
 
     path: Path
 
@@ -59,21 +67,37 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"--out {str(path)!r} cannot be created: {error.strerror}") from None
         directory = cls(path)
-        directory.write_text("run.toml", config.to_toml())
-        directory.write_json("environment.json", {"run_id": uuid4().hex, **environment()})
+        directory.write_json("environment.json", {"format": FORMAT, "run_id": uuid4().hex, **environment()})
+        directory.write_text("run.toml", config.to_toml())  # last: what has one is a run directory
         return directory
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
-        """An existing run directory, or ConfigError."""
+        """An existing run directory. Raises ConfigError if it is none, or was written in another format."""
         if not (path / "run.toml").is_file():
             raise ConfigError(f"{str(path)!r} is no run directory: it has no run.toml")
-        return cls(path.absolute())
+        directory = cls(path.absolute())
+        if (found := directory.format) != FORMAT:
+            age = "an earlier" if found < FORMAT else "a later"
+            raise ConfigError(
+                f"{str(path)!r} was written by {age} version of fedlab (format {found}, this one has {FORMAT}) and"
+                " cannot be resumed or reported on with this one; fedlab audit reads it"
+            )
+        return directory
 
     @property
     def config(self) -> RunConfig:
         """The resolved configuration the run was started with."""
         return RunConfig.load(self.path / "run.toml")
+
+    @property
+    def format(self) -> int:
+        """Format of the files in it; 1 if nothing says, as before there were numbers."""
+        try:
+            found = json.loads((self.path / "environment.json").read_text(encoding="utf-8")).get("format", 1)
+        except (OSError, ValueError, AttributeError):
+            return 1
+        return found if isinstance(found, int) else 1
 
     @property
     def run_id(self) -> str:
@@ -85,6 +109,12 @@ class RunDirectory:
         """``result.json``, or None while there is none."""
         file = self.path / "result.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """``result.json`` of a run that ended by itself, to which nothing can be added; None for any other."""
+        result = self.result
+        return result if result is not None and result["status"] in FINISHED else None
 
     def write_text(self, name: str, text: str, mode: int | None = None) -> None:
         """Replace a file atomically: readers see the old one or the new one, also after a crash.

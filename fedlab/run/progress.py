@@ -20,6 +20,8 @@ from rich.table import Table
 
 from fedlab.config import RunConfig
 from fedlab.evaluate import score_names
+from fedlab.privacy import promise
+from fedlab.privacy.promise import shown_epsilon
 
 SHOWN_ROUNDS = 12
 
@@ -87,7 +89,7 @@ class PlainProgress(Progress):
         print(shown.replace("round ", f"round {'' if line.number > 9 else ' '}", 1), flush=True)
 
     def finished(self, result: dict[str, Any]) -> None:
-        print(closing(result, self._path), flush=True)
+        print(closing(self._config, result, self._path), flush=True)
 
 
 class LiveProgress(Progress):
@@ -95,7 +97,6 @@ class LiveProgress(Progress):
 
     def __init__(self, config: RunConfig, path: Path) -> None:
         self._config, self._path, self._console = config, path, Console()
-        self._config = config
         self._lines: list[RoundLine] = []
         self._bar = Bar(
             TextColumn("{task.description}"),
@@ -141,7 +142,7 @@ class LiveProgress(Progress):
         self.note(result["status"])
         self._live.update(self._render())
         self._live.stop()
-        self._console.print(closing(result, self._path), highlight=False)
+        self._console.print(closing(self._config, result, self._path), highlight=False)
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)
@@ -159,7 +160,7 @@ def _cells(line: RoundLine, scores: list[str]) -> dict[str, str]:
         "round": str(line.number),
         **{name: f"{line.scores[name]:.4f}" if line.scores else "" for name in scores},
         "worst client": "–" if line.worst_client is None else f"{line.worst_client:.4f}",
-        "ε (worst client)": line.epsilon if isinstance(line.epsilon, str) else f"{line.epsilon:.3f}",
+        "ε (worst client)": shown_epsilon(line.epsilon),
         "clients": str(line.clients),
         "seconds": f"{line.seconds:.1f}",
         "overhead": f"{line.overhead:.2f}",
@@ -168,25 +169,15 @@ def _cells(line: RoundLine, scores: list[str]) -> dict[str, str]:
 
 def headline(config: RunConfig, path: Path) -> str:
     """What is about to run, in two lines."""
-    privacy = config.privacy
-    if not config.private:
-        promise = "no DP"
-    elif privacy.epsilon is not None:
-        promise = f"ε = {privacy.epsilon:g} per client, example-level DP-SGD"
-    else:
-        promise = f"σ = {privacy.sigma:g}, example-level DP-SGD"
-    if config.private and privacy.noise == "seeded":
-        promise += " (seeded noise: reproducible, so not for real data)"
     return (
-        f"fedlab: {config.strategy.name} on {config.data.source}, {config.data.clients} clients, {config.run.rounds}"
-        f" rounds, {config.model.name}, LoRA rank {config.lora.rank}, {promise}\n{path}"
+        f"fedlab: {config.strategy.name} on {config.data.source}, {config.population} clients, {config.run.rounds}"
+        f" rounds, {config.model.name}, LoRA rank {config.lora.rank}, {promise.headline(config)}\n{path}"
     )
 
 
-def closing(result: dict[str, Any], path: Path) -> str:
+def closing(config: RunConfig, result: dict[str, Any], path: Path) -> str:
     """What came out, in a few lines."""
-    epsilon = result["epsilon"]
-    spent = epsilon if isinstance(epsilon, str) else f"ε = {epsilon:.3f} (maximum over clients)"
+    spent = promise.closing(config, result["epsilon"])
     spread = result["client_scores"]
     figures = ", ".join(f"{name} {shown(value)}" for name, value in spread.items())
     clients = "" if spread["mean"] is None else f"clients' {result['primary']}: {figures}\n"

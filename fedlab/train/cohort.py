@@ -102,7 +102,7 @@ def train_cohort(
     clients = sorted((LocalSteps(t, data, config, round_number) for t in trainings), key=lambda c: -c.count)
     model.load(clients[0].training.state)
     stack = _stack(clients, names, model.device)
-    own_rates = [rate_factor(config, c.training.client) for c in clients]
+    own_rates = [rate_factor(config, c.training.client, data.clients) for c in clients]
     factors = torch.tensor(own_rates, dtype=torch.float64, device=model.device)
     factor = learning_rate_factor(config.train, round_number, config.run.rounds)
     optimizer = StackedOptimizer(config.train, names, stack.values, factor, factors)

@@ -83,7 +83,8 @@ def train_client(
     names = trainable(trained)
     local = LocalSteps(LocalTraining(client, state, plan, rank), data, config, round_number)
     model.load(widen(local.own, state))
-    factor = learning_rate_factor(config.train, round_number, config.run.rounds) * rate_factor(config, client)
+    factor = learning_rate_factor(config.train, round_number, config.run.rounds)
+    factor *= rate_factor(config, client, data.clients)
     optimizer = make_optimizer(config.train, model.parameters, names, factor)
     inside = {n: v.to(model.device) for n, v in local.inside(names).items()} if rank is not None else {}
     start = {name: model.parameters[name].detach().clone() for name in names} if config.train.prox else {}

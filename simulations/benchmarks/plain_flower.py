@@ -144,9 +144,9 @@ def train(message: Message, context: Context) -> Message:
     with torch.no_grad():
         for name, value in message.content.array_records["arrays"].to_torch_state_dict().items():
             tensors[name].copy_(value)
-    seen, loss = fit(config, model, data, f"client-{context.node_config['partition-id']}")
+    seen, loss = fit(config, model, data, data.clients[int(context.node_config["partition-id"])])
     update = ArrayRecord({name: value.detach() for name, value in tensors.items()})
-    metrics = MetricRecord({"num-examples": len(data.train("client-0")), "seen": seen, "loss": loss})
+    metrics = MetricRecord({"num-examples": len(data.train(data.clients[0])), "seen": seen, "loss": loss})
     return Message(RecordDict({"arrays": update, "metrics": metrics}), reply_to=message)
 
 
@@ -181,7 +181,7 @@ def run(config: RunConfig, keep: bool) -> list[dict[str, float]]:
     os.environ |= {CONFIG: config.to_toml(), KEEP: "1" if keep else "0"}
     outcome: dict[str, Any] = {}
     server_app = ServerApp()
-    count = config.data.clients
+    count = config.population
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:

@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in range(1, args.seeds + 1):
         config = RunConfig.load(args.config or ROOT / "simulations" / "wordnet.toml", [*common, f"run.seed={seed}"])
         with torch_threads(config.run.threads):
-            setting = open_setting(config, max(1, round(args.hostile * config.data.clients)))
+            setting = open_setting(config, max(1, round(args.hostile * config.population)))
             with frozen_layers_once(setting.session.model):
                 for name in args.attacks:
                     for rule in args.rules:

@@ -17,11 +17,12 @@ from fedlab.errors import PrivacyError
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.client_level import ClientPlan, make_client_plan
 from fedlab.privacy.ledger.claims import privacy_claims
-from fedlab.privacy.ledger.guard import Guard, budget_terms, scope_of
+from fedlab.privacy.ledger.guard import Guard
 from fedlab.privacy.ledger.keys import keyed_hash
 from fedlab.privacy.ledger.ledger import SERVER, Entry, Ledger, charged, events
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.ledger.spending import PrivacySpent
+from fedlab.privacy.ledger.terms import budget_terms, scope_of
 from fedlab.run.directory import RunDirectory
 from fedlab.run.places import ledger_directory
 from strategies.server.federation import Federation

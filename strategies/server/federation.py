@@ -1,6 +1,6 @@
 """Who is there: nodes, the clients they host, what each client declared, and who takes part in a round.
 
-In a simulation every node can host every client, so a round's clients are dealt over the nodes; in a deployment a node
+In a simulation every node can host every client, so a round's clients are assigned to the nodes; in a deployment a node
 hosts the one client it names. Which node trains a client never changes its result.
 """
 
@@ -102,21 +102,21 @@ class Federation:
         bounds = [round(i * len(ordered) / count) for i in range(count + 1)] if count else [0]
         return [sorted(ordered[a:b], key=client_order) for a, b in pairwise(bounds)]
 
-    def deal(self, groups: list[list[str]]) -> dict[int, list[list[str]]]:
+    def assign(self, groups: list[list[str]]) -> dict[int, list[list[str]]]:
         """Deal groups to nodes, most work first to the node with the least."""
         load: Counter[int] = Counter()
-        dealt: dict[int, list[list[str]]] = {}
+        assigned: dict[int, list[list[str]]] = {}
         for group in sorted(groups, key=lambda g: (-sum(map(self._work, g)), client_order(g[0]))):
             node = self.hosts[group[0]] if group[0] in self.hosts else min(self.nodes, key=lambda n: (load[n], n))
             load[node] += sum(map(self._work, group))
-            dealt.setdefault(node, []).append(group)
-        return dealt
+            assigned.setdefault(node, []).append(group)
+        return assigned
 
     def cohorts(self, clients: list[str]) -> dict[int, list[str]]:
         """Deal clients one by one to nodes, each cohort in client order."""
-        dealt = self.deal([[client] for client in clients])
+        assigned = self.assign([[client] for client in clients])
         return {
-            node: sorted((c for group in groups for c in group), key=client_order) for node, groups in dealt.items()
+            node: sorted((c for group in groups for c in group), key=client_order) for node, groups in assigned.items()
         }
 
     def _work(self, client: str) -> int:

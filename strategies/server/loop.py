@@ -20,8 +20,8 @@ from fedlab.config.clients import initial_ranks
 from fedlab.data import corpus_and_shards
 from fedlab.errors import RunFailed
 from fedlab.lora.state import State, digest, nbytes, part_of
-from fedlab.privacy.ledger.claims import NO_DP
 from fedlab.privacy.ledger.ledger import Entry
+from fedlab.privacy.promise import NO_DP
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
 from fedlab.run.metrics import MetricsLog
@@ -205,7 +205,7 @@ class Rounds:
     def client_ranks(self) -> dict[str, int]:
         """client → rank of its adapter in the next round: the state's, or what clients.rank or the strategy says."""
         widest = max(len(value) for name, value in self.state.items() if part_of(name) == "lora_A")
-        given = initial_ranks(self.config) if self.config.clients.rank else {}
+        given = initial_ranks(self.config, list(self.federation.clients)) if self.config.clients.rank else {}
         everyone = dict.fromkeys(self.federation.clients, widest)
         return everyone | given | self.strategy.client_ranks(self.server_state)
 

@@ -76,7 +76,7 @@ class Messenger:
         travelling = self.strategy.travelling(state)
         arrays, trained = to_wire(travelling, wire), tuple(trained_names(self.strategy, state, number))
         requests = {}
-        for node, passes in self.federation.deal(self.federation.groups(list(drawn))).items():
+        for node, passes in self.federation.assign(self.federation.groups(list(drawn))).items():
             requests[node] = TrainRequest(
                 run=self.federation.run,
                 round=number,

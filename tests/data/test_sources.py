@@ -15,7 +15,7 @@ import pytest
 
 from fedlab.config.sections import DataSection, Partition
 from fedlab.data import docstrings, wordnet
-from fedlab.data.partition import deal
+from fedlab.data.partition import assign
 from fedlab.data.sources import check_source, load_corpus
 from fedlab.errors import ConfigError
 
@@ -76,7 +76,7 @@ def test_docstrings_are_many_balanced_and_do_not_name_their_label():
                 assert name not in text.lower(), text
             else:  # inside a word it need not be the name: array
                 assert name not in re.split(r"[^a-z]+", text.lower()), text
-    assert docstrings.load().texts == corpus.texts
+    assert docstrings.load(DataSection()).texts == corpus.texts
 
 
 def test_blocks_are_those_of_ast_walk_in_its_order():
@@ -117,7 +117,7 @@ def test_docstrings_are_read_and_never_imported(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("FEDLAB_CACHE", str(tmp_path))
     monkeypatch.setattr(docstrings, "PER_LIBRARY", 5)
     before = set(sys.modules)
-    docstrings.load()
+    docstrings.load(DataSection())
     assert not {name.partition(".")[0] for name in set(sys.modules) - before} & {"sqlalchemy", "sympy", "networkx"}
 
 
@@ -244,7 +244,7 @@ def test_local_files_are_read_without_the_network(
     data = DataSection(
         source="files", path=str(tmp_path / "d.jsonl"), text="a", label="y", clients=2, min_client_size=2
     )
-    deal(load_corpus(data, 0), data, 0)
+    assign(load_corpus(data, 0), data, 0)
     assert attempts == []
 
 
@@ -318,3 +318,28 @@ def test_one_label_is_not_a_task(tmp_path: Path):
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"a": "x", "y": "same"}) for _ in range(5)))
     with pytest.raises(ConfigError, match="at least 2"):
         load_corpus(DataSection(source="files", path=str(tmp_path / "d.jsonl"), text="a", label="y"), 0)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_owners_are_named_as_they_are_written(kind: str, tmp_path: Path):
+    comma = "," if kind == "csv" else "\t"
+    owners = ["01", "1", "1.0", "NA"]
+    rows = [comma.join([f"t{i}", "no" if i % 2 else "yes", owners[i % 4]]) for i in range(8)]
+    (tmp_path / f"d.{kind}").write_text("\n".join([comma.join(["a", "y", "who"]), *rows]))
+    data = _files(tmp_path / f"d.{kind}").model_copy(update={"partition": Partition(kind="natural", column="who")})
+    assert load_corpus(data, 0).natural == owners * 2
+
+
+def test_a_row_without_an_owner_is_refused(tmp_path: Path):
+    (tmp_path / "d.csv").write_text("a,y,who\nx,1,north\nz,2,\n")
+    data = _files(tmp_path / "d.csv").model_copy(update={"partition": Partition(kind="natural", column="who")})
+    with pytest.raises(ConfigError, match="1 of 2 rows have nothing in column 'who'"):
+        load_corpus(data, 0)
+
+
+def test_a_key_that_the_source_does_not_read_is_refused(tmp_path: Path):
+    (tmp_path / "d.csv").write_text("a,y\nx,1\nz,2\n")
+    with pytest.raises(ConfigError, match=r"data\.subset = 'sst2' is not read by data\.source = \"files\""):
+        check_source(_files(tmp_path / "d.csv").model_copy(update={"subset": "sst2"}))
+    with pytest.raises(ConfigError, match=r"data\.path = .* only by \"wordnet\" and \"files\" and \"hub\""):
+        check_source(DataSection(path=str(tmp_path)))

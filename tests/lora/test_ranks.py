@@ -1,4 +1,4 @@
-"""Truncation, padding and Frobenius products against dense float64 arithmetic in numpy."""
+"""Truncation, padding and Frobenius norms against dense float64 arithmetic in numpy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlab.lora.ranks import frobenius_inner, frobenius_norm, narrow, pad, truncate
+from fedlab.lora.ranks import frobenius_norm, narrow, pad, truncate
 
 SHAPES = [(30, 12, 4), (12, 30, 4), (16, 16, 3), (5, 7, 9), (7, 5, 9), (1, 8, 1), (8, 1, 3)]
 
@@ -136,22 +136,13 @@ def test_each_client_gets_the_best_at_its_own_rank(split: str):
     st.integers(1, 10),
     st.integers(1, 10),
     st.integers(0, 12),
-    st.integers(0, 12),
     st.integers(0, 10**6),
     st.sampled_from([1e-30, 1.0, 1e20]),
 )
-def test_frobenius_products_are_the_dense_ones(m: int, n: int, k: int, j: int, seed: int, scale: float):
-    first, second = pair(m, n, k, seed), pair(m, n, j, seed + 1)
-    scaled = [(scale * B, scale * A) for B, A in (first, second)]
-    X, Y = (B.numpy() @ A.numpy() for B, A in (first, second))
-    size = sum(float(b.norm() * a.norm()) for b, a in zip(first[0].mT, first[1], strict=True)) * max(
-        float(np.linalg.norm(Y)), 1e-300
-    )
-    assert abs(frobenius_inner(*scaled) / scale**2 / scale**2 - float((X * Y).sum())) <= 1e-12 * size * (j + 1)
-    assert frobenius_inner(*scaled) == pytest.approx(
-        frobenius_inner(*scaled[::-1]), rel=1e-9, abs=1e-12 * size * scale**4
-    )
-    assert frobenius_norm(*scaled[0]) / scale**2 == pytest.approx(float(np.linalg.norm(X)), rel=1e-11)
+def test_the_norm_is_the_dense_one(m: int, n: int, k: int, seed: int, scale: float):
+    B, A = pair(m, n, k, seed)
+    wanted = float(np.linalg.norm(B.numpy() @ A.numpy()))
+    assert frobenius_norm(scale * B, scale * A) / scale**2 == pytest.approx(wanted, rel=1e-11)
 
 
 def test_the_norm_of_what_cancels_is_zero_and_of_nearly_that_is_right():
@@ -168,19 +159,10 @@ def test_the_norm_of_what_cancels_is_zero_and_of_nearly_that_is_right():
 def test_norms_of_non_finite_products_are_refused_and_not_zero(bad: float):
     B, A = pair(4, 3, 2)
     B[1, 1] = bad
-    for call in (
-        lambda: frobenius_norm(B, A),
-        lambda: frobenius_inner((B, A), pair(4, 3, 1)),
-        lambda: frobenius_inner(pair(4, 3, 1), (B, A)),
-    ):
-        with pytest.raises(ValueError, match="NaN or infinite"):
-            call()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        frobenius_norm(B, A)
 
 
 def test_norms_of_factors_that_do_not_multiply_are_refused_and_not_broadcast():
-    with pytest.raises(ValueError, match="do not multiply"):
-        frobenius_inner((torch.ones(4, 3), torch.ones(1, 5)), pair(4, 5, 2))
-    with pytest.raises(ValueError, match="do not multiply"):
-        frobenius_inner(pair(4, 5, 2), pair(3, 5, 2))
     with pytest.raises(ValueError, match="do not multiply"):
         frobenius_norm(torch.ones(4, 3), torch.ones(1, 5))

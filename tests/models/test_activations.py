@@ -155,7 +155,7 @@ def test_few_tokens_are_completed(tiny_toml: str, sketched: bool, monkeypatch: p
     """
     if sketched:
         omega = torch.randn(32, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        monkeypatch.setattr(activations._Watch, "omega", lambda self, n: omega)
+        monkeypatch.setattr(activations._SecondMoments, "omega", lambda self, n: omega)
     model = fresh(RunConfig.parse(tiny_toml, ["lora.rank=8"]))
     X = collected(model, ["iron"])
     found, again = (principal_inputs(model, batches(model, ["iron"]), dict.fromkeys(X, 8), seed=4) for _ in range(2))

@@ -180,4 +180,4 @@ def test_a_run_with_the_prefix_gives_the_same_accuracy_on_any_number_of_nodes(ti
         run("two", "run.cache_hidden_states=true", "run.nodes=2"),
     )
     assert one["adapter_digest"] == two["adapter_digest"]
-    assert one["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+    assert one["scores"] == pytest.approx(plain["scores"], rel=1e-4)

@@ -15,7 +15,8 @@ from scipy.stats import norm
 
 from fedlab.errors import PrivacyError
 from fedlab.privacy import accounting
-from fedlab.privacy.accounting import COARSE, FINE, Event, calibrate_sigma, epsilon, group_epsilon, person_epsilon
+from fedlab.privacy.accounting import COARSE, FINE, Event, epsilon
+from fedlab.privacy.calibration import calibrate_sigma
 from fedlab.privacy.sampling import fixed_batches
 
 REFERENCE = json.loads((Path(__file__).parent / "reference_epsilon.json").read_text())
@@ -207,18 +208,6 @@ def test_monotone_in_steps_rate_and_noise(q: float, sigma: float, steps: int):
     assert epsilon([Event("poisson", q, sigma, steps + 10)], 1e-5, "rdp") >= base
     assert epsilon([Event("poisson", min(1.0, q * 1.2), sigma, steps)], 1e-5, "rdp") >= base
     assert epsilon([Event("poisson", q, sigma * 1.2, steps)], 1e-5, "rdp") <= base
-
-
-def test_a_person_with_several_records_in_one_client():
-    """Mixture-of-Gaussians values: far above ε for one record, not k·ε."""
-    for records, expected in ((1, 4.018), (2, 8.269)):
-        assert group_epsilon(FEDSVD, 1e-5, records) == pytest.approx(expected, rel=1e-3)
-
-
-def test_a_person_in_several_clients_adds_up():
-    clients = [[FEDSVD], [Event("poisson", 64 / 3000, 1.0, 300)], [Event("poisson", 64 / 300, 2.0, 200)]]
-    assert person_epsilon(clients[:2], 1e-5) == pytest.approx(4.5126, rel=1e-3)
-    assert person_epsilon(clients, 1e-5) == pytest.approx(9.1831, rel=1e-3)
 
 
 def test_unreachable_targets_and_bad_arguments():

@@ -22,7 +22,7 @@ def simulate(toml: str, out: Path, *overrides: str) -> fedlab.Run:
 
 def losses(run: fedlab.Run) -> list[float]:
     found = (json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in found if line["phase"] == "evaluate"]
+    return [line["scores"]["loss"] for line in found if line["phase"] == "evaluate"]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,8 @@ def test_fedsa_resumes_with_every_clients_own_part(
         (["clients.lr={'60%'=0.5, '50%'=2}"], "lr: the shares add up to 110"),
         (["clients.rank={'60%'=2, '50%'=1}"], "add up to 110"),
         (["clients.rank={'50%'=2, client-1=1}"], "not both"),
-        (["clients.rank={some=2}"], "neither a client"),
+        (["clients.rank={some=2}"], "some is none of the 3 clients"),
+        (["clients.rank={'many%'=2}"], "no share of the clients"),
         (["strategy.name=fedex", "clients.rank={client-1=2}"], "needs equal ranks"),
     ],
 )

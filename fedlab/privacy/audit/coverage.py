@@ -6,17 +6,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedlab.privacy.audit.claims import CARD, RESULT
 from fedlab.privacy.audit.directory import AuditedDirectory, Evidence
-from fedlab.privacy.audit.files import TEXT, Unreadable
+from fedlab.privacy.audit.files import TABLE, Unreadable
 from fedlab.privacy.audit.lines import Line
 from fedlab.privacy.audit.receipts import WHERE
 
 REPORT, EMPIRICAL = "report.html", "empirical.json"
+REWRITTEN = (CARD, REPORT)  # after the seal: by an empirical audit, and by ``fedlab report``
 SEALED = (RESULT, "run.toml", "environment.json", "metrics.jsonl", CARD)  # what no seal may leave out
 OPEN = {
     "log.txt": "the log",
@@ -64,20 +66,25 @@ def _unfinished(audit: AuditedDirectory, final: Line | None) -> None:
 
 
 def _compare(audit: AuditedDirectory, name: str, sealed: list[Any] | None, made: Mapping[str, str]) -> None:
-    """One file with the seal, or with what the sealed files make."""
-    if name in made:
-        text = audit.read(name, TEXT)
-        if text is None:
-            audit.find(name, "is missing, FINAL names it")
-        elif text != made[name].encode():
-            audit.find(name, "is not what this run's sealed files and ledgers make: it was edited, or another version wrote it")
-        return
-    if sealed is None:
-        return
+    """One file with the seal, and with what the sealed files make; what may be written anew, with that alone."""
     if name not in audit.files:
         audit.find(name, "is missing, FINAL names it")
-    elif audit.files.sizes[name] != sealed[0] or _sha256(audit, name) != sealed[1]:
-        audit.find(name, "was changed: its size or SHA-256 is not the one in FINAL")
+        return
+    right = sealed is None or (audit.files.sizes[name] == sealed[0] and _sha256(audit, name) == sealed[1])
+    if name not in made or name not in REWRITTEN:
+        if not right:
+            audit.find(name, "was changed: its size or SHA-256 is not the one in FINAL")
+    if name not in made or (text := audit.read(name, TABLE)) == made[name].encode():
+        return
+    if name == REPORT and right and sealed and text and _words(text.decode("utf-8", "replace")) == _words(made[name]):
+        audit.leave(f"{name}: its figures, drawn by other software than is here")
+        return
+    audit.find(name, "is not what this run's sealed files and ledgers make: it was edited, or another version wrote it")
+
+
+def _words(page: str) -> str:
+    """A page without its figures."""
+    return re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
 
 
 def _sha256(audit: AuditedDirectory, name: str) -> str:
@@ -89,13 +96,13 @@ def _sha256(audit: AuditedDirectory, name: str) -> str:
 
 def _made_again(audit: AuditedDirectory, evidence: Evidence, regenerate: Regenerate | None) -> Mapping[str, str]:
     """Texts of the files that follow from the others; none while those are not what they were."""
-    if regenerate is None:
-        audit.leave(f"{CARD}'s sentences and {REPORT} beyond their seal: only the table was compared")
-        return {}
-    if audit.findings:
-        return {}
+    made: Mapping[str, str] = {}
     try:
-        return regenerate(audit.root, evidence.result)
+        if regenerate is not None and not audit.findings:
+            made = regenerate(audit.root, evidence.result)
+        if not made:
+            audit.leave(f"{CARD}'s sentences and {REPORT} beyond their seal: only the table was compared")
+        return made
     except Exception as error:  # whatever a forged file makes the product's code do is a finding
         audit.find(RESULT, f"the statement cannot be made from these files ({type(error).__name__})")
         return {}

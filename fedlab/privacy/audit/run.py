@@ -11,7 +11,7 @@ import math
 import re
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -172,7 +172,7 @@ def load_keys(path: Path) -> dict[str, str]:
     return dict(value)
 
 
-def load_kept(paths: list[Path]) -> dict[str, bytes]:
+def load_kept(paths: Sequence[Path]) -> dict[str, bytes]:
     """Ledgers that clients kept. Raises ConfigError for one that cannot be read."""
     found = {}
     for path in paths:

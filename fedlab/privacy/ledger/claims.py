@@ -12,13 +12,7 @@ from fedlab.config import RunConfig
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.ledger import Entry, charged, event_fields, events
 from fedlab.privacy.ledger.spending import PrivacySpent, exact, summary
-
-NO_DP = "no DP"
-SAMPLING = {
-    "poisson": "Poisson sampling of clients",
-    "full": "every client in every round",
-    "fixed_wor": "fixed-size rounds, not amplified",
-}
+from fedlab.privacy.promise import NO_DP, accountant
 
 
 def privacy_claims(
@@ -55,14 +49,10 @@ def privacy_claims(
         if unseen.get(client):
             clients[client]["unseen"] = [event_fields(event) for event in unseen[client]]
     worst = summary(epsilons) if epsilons else {"max": 0.0, "median": 0.0}
-    sampling = "Poisson sampling within a client"
-    if config.privacy.unit == "client":
-        planned = [e for entries in ledgers.values() for e in entries if e["type"] == "PLAN" and e["run"] == run]
-        sampling = SAMPLING[planned[0]["event"]["sampler"]] if planned else "nothing planned"
     return {
         "epsilon": worst["max"],
         "epsilon_median": worst["median"],
-        "accountant": f"dp-accounting PLD, zero-out and add/remove one {config.privacy.unit}, {sampling}",
+        "accountant": accountant(config),
         "noise": config.privacy.noise,
         "clients": clients,
     }

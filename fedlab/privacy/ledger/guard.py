@@ -7,29 +7,14 @@ recorded.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from fedlab.errors import FedlabError, PrivacyError
 from fedlab.privacy.accounting import COARSE, FINE, Event, epsilon
-from fedlab.privacy.ledger.ledger import Entry, Ledger, authentic, charged, event_fields, event_of, events
-
-TERMS = (
-    "unit",
-    "relation",
-    "event",
-    "clip",
-    "normaliser",
-    "delta",
-    "n",
-    "participations",
-    "scope",
-    "budget",
-    "noise",
-    "content",
-)
+from fedlab.privacy.ledger.ledger import Entry, Ledger, authentic, charged, event_of, events
+from fedlab.privacy.ledger.terms import TERMS
 
 
 class Refusal(PrivacyError):
@@ -41,13 +26,6 @@ class Refusal(PrivacyError):
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(f"{kind}: {reason}")
         self.kind, self.reason = kind, reason
-
-
-def scope_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """SHA-256 of the trained tensors' names and shapes: what one clip covers."""
-    return hashlib.sha256(
-        "\n".join(f"{name}:{tuple(shape)}" for name, shape in sorted(shapes.items())).encode()
-    ).hexdigest()
 
 
 class Guard:
@@ -241,28 +219,6 @@ def affordable(spent: Iterable[Event], limit: float, delta: float) -> tuple[str 
             if (found := epsilon(work, delta, "pld", interval=interval)) <= limit:
                 return "pld", found
     return None, found
-
-
-def budget_terms(limit: float, delta: float) -> dict[str, str]:
-    """A budget as a plan holds it."""
-    return {"epsilon": float(limit).hex(), "delta": float(delta).hex()}
-
-
-def plan_terms(
-    event: Event, *, unit: str, clip: float, normaliser: float, delta: float, n: int, participations: int, noise: str
-) -> dict[str, Any]:
-    """The terms that a plan object knows; ``scope``, ``budget`` and ``content`` are the owner's to add."""
-    return {
-        "unit": unit,
-        "relation": "add_remove",
-        "event": event_fields(event),
-        "clip": float(clip).hex(),
-        "normaliser": float(normaliser).hex(),
-        "delta": float(delta).hex(),
-        "n": n,
-        "participations": participations,
-        "noise": noise,
-    }
 
 
 def public_reason(error: BaseException) -> str:

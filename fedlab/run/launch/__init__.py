@@ -20,7 +20,6 @@ from fedlab.errors import ConfigError, FedlabError, RunFailed
 from fedlab.run.directory import RunDirectory
 
 SERVER_APP, CLIENT_APP, STRATEGIES = "strategies.app:app", "clients.app:app", "strategies:STRATEGIES"
-FINISHED = ("completed", "budget-exhausted")
 
 # Set before flwr or ray is imported: no telemetry, no update check, no installing at run time.
 QUIET_ENVIRONMENT = {
@@ -60,14 +59,14 @@ def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = Fal
 
 
 def prepared(config: RunConfig) -> RunConfig:
-    """The configuration as it will run.
+    """The configuration as it will run: the number of clients and the base's type written down.
 
     Raises ConfigError for everything that can be known to be wrong before a process is started.
     """
     from fedlab.models.hardware import resolve_dtype
 
     _prepare_environment(config)
-    check(config)
+    config = check(config)
     resolved: RunConfig = load_reference(STRATEGIES)[config.strategy.name].resolved(config)
     return resolve_dtype(resolved)
 
@@ -83,39 +82,67 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
         from fedlab.run.launch.stream import resume_stream
 
         return resume_stream(path, quiet)
-    if (result := directory.result) is not None and result["status"] in FINISHED:
-        raise ConfigError(f"{str(path)!r} is {result['status']}; there is nothing to resume")
+    if directory.finished:
+        raise ConfigError(f"{str(path)!r} is {directory.finished['status']}; there is nothing to resume")
     check(directory.config)
     return _launch(directory, quiet)
 
 
-def check(config: RunConfig) -> None:
-    """Everything that can be known to be wrong before a process is started: names and files first, then keys, then the
-    data.
+def simulate_or_resume(path: Path, config: RunConfig, quiet: bool) -> Run:
+    """The run in this directory: what it came to if it is finished; else it is started, or resumed."""
+    if not (path / "run.toml").is_file():
+        return simulate(config, path, quiet)
+    result = RunDirectory.open(path).finished
+    return Run(path.absolute(), result) if result is not None else resume(path, quiet)
+
+
+def check(config: RunConfig) -> RunConfig:
+    """The configuration with its number of clients, after everything was looked at that can be known to be wrong before
+    a process is started: names and files first, then keys, then the data. Raises ConfigError.
     """
-    from fedlab.data import corpus_and_shards
     from fedlab.data.public import check_public
+    from fedlab.evaluate import evaluators_of
+    from fedlab.models.hub import check_model
+    from fedlab.privacy.client_level import make_client_plan
+
+    _check_sources(config)
+    check_public(config)
+    check_model(config.model)
+    if not config.population_known:
+        config = config.with_population(len(_clients(config)))
+    if config.privacy.unit == "client":
+        make_client_plan(config)
+    check_strategy(config)
+    evaluators_of(config)
+    _check_clients(config)
+    return config
+
+
+def _check_sources(config: RunConfig) -> None:
+    from fedlab.data.opening import section_of
     from fedlab.data.sources import check_source
 
-    if config.privacy.unit == "client":
-        from fedlab.privacy.client_level import make_client_plan
+    for data in [section_of(config.data, task) for task in config.tasks] or [config.data]:
+        check_source(data)
 
-        make_client_plan(config)
-    check_source(config.data)
-    check_public(config)
-    from fedlab.models.hub import check_model
 
-    check_model(config.model)
-    check_strategy(config)
-    from fedlab.evaluate import evaluators_of  # torch comes with it
+def _check_clients(config: RunConfig) -> None:
+    """Names and sizes of the clients, which only the partition knows."""
+    from fedlab.config.clients import check_names
+    from fedlab.privacy.plan import delta_of
 
-    evaluators_of(config)
-    _, shards = corpus_and_shards(config)
+    clients = _clients(config)
+    check_names(config, list(clients))
     if config.privacy.unit == "example":
-        from fedlab.privacy.plan import delta_of
+        for examples in clients.values():
+            delta_of(config.privacy, examples)
 
-        for positions in shards.train.values():
-            delta_of(config.privacy, len(positions))
+
+def _clients(config: RunConfig) -> dict[str, int]:
+    """Client id → its training examples."""
+    from fedlab.data import corpus_and_shards
+
+    return {client: len(positions) for client, positions in corpus_and_shards(config)[1].train.items()}
 
 
 def check_strategy(config: RunConfig) -> None:

@@ -1,11 +1,12 @@
-"""A stream of tasks: a chain of runs, each from what the one before left, on one Ray; and
-one result over all of them.
+"""A stream of tasks: a sequence of runs, each from what the one before left, on one Ray; and one result over all of
+them.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from fedlab.config import RunConfig
 from fedlab.continual.metrics import forward_transfer, summary
 from fedlab.errors import ConfigError, RunFailed
 from fedlab.evaluate import higher_is_better, primary_name
+from fedlab.privacy.promise import shown_epsilon
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch import FINISHED, Run, prepared, resume, simulate
+from fedlab.run.launch import Run, prepared, simulate_or_resume
 
 TASK = "task.json"
 WHERE = {"source", "path", "subset", "split"}  # keys of [data] that say which texts
@@ -35,8 +37,8 @@ def simulate_stream(config: RunConfig, out: str | Path | None = None, quiet: boo
 def resume_stream(path: str | Path, quiet: bool = False) -> Run:
     """Go on with a stream: finished tasks stay, the one that was cut off is resumed, the others follow."""
     directory = RunDirectory.open(Path(path))
-    if (result := directory.result) is not None and result["status"] in FINISHED:
-        raise ConfigError(f"{str(path)!r} is {result['status']}; there is nothing to resume")
+    if directory.finished:
+        raise ConfigError(f"{str(path)!r} is {directory.finished['status']}; there is nothing to resume")
     return _go_on(directory, quiet)
 
 
@@ -65,7 +67,7 @@ def with_ledger(config: RunConfig, out: str | Path | None) -> RunConfig:
 
 
 def stages(config: RunConfig, path: Path) -> list[tuple[Path, RunConfig]]:
-    """Directory and configuration of every link of the chain."""
+    """Directory and configuration of every task's run."""
     found: list[tuple[Path, RunConfig]] = []
     for number, task in enumerate(config.tasks):
         previous = str(found[-1][0]) if found else None
@@ -80,19 +82,20 @@ def _go_on(directory: RunDirectory, quiet: bool) -> Run:
     from fedlab.report.stream import write_stream_report
     from fedlab.run.launch.ray import keep_ray
 
-    config, links = directory.config, stages(directory.config, directory.path)
+    config, runs = directory.config, stages(directory.config, directory.path)
     status, done = "completed", list[Path]()
     with keep_ray():
-        for number, (path, stage) in enumerate(links, 1):
+        for number, (path, stage) in enumerate(runs, 1):
             if not quiet:
-                print(f"\n[{number}/{len(links)}] {path.name}", flush=True)
-            status = _one(path, stage, quiet).result["status"]
+                print(f"\n[{number}/{len(runs)}] {path.name}", flush=True)
+            status = simulate_or_resume(path, stage, quiet).result["status"]
             if not (path / TASK).is_file():
                 raise RunFailed(f"{path} ended without {TASK}; see {path / 'log.txt'}")
             done.append(path)
             if status == "budget-exhausted":  # whoever could not cover a round of this task covers none of the next
                 break
     result = collect(config, done)
+    _destroy_keys(config, directory.path)
     directory.write_json("result.json", {"status": status, **result})
     write_stream_report(directory.path)
     if not quiet:
@@ -102,11 +105,12 @@ def _go_on(directory: RunDirectory, quiet: bool) -> Run:
     return Run(directory.path, finished)
 
 
-def _one(path: Path, config: RunConfig, quiet: bool) -> Run:
-    if not (path / "run.toml").is_file():
-        return simulate(config, path, quiet)
-    result = RunDirectory.open(path).result
-    return Run(path, result) if result and result["status"] in FINISHED else resume(path, quiet)
+def _destroy_keys(config: RunConfig, path: Path) -> None:
+    """Keys that only this stream used go with its last task; those of ``privacy.ledger`` elsewhere go on."""
+    own = path / "ledger"
+    if config.private and config.privacy.ledger == str(own):
+        for keys in own.glob("*/keys"):
+            shutil.rmtree(keys, ignore_errors=True)
 
 
 def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
@@ -160,6 +164,5 @@ def render(result: dict[str, Any]) -> str:
     }
     shown |= {"forward_transfer": "forward transfer", "learning_score": "learning score"}
     lines += [f"{label}: {result[key]:.4f}" for key, label in shown.items() if key in result]
-    epsilon = result["epsilon"]
-    lines.append(f"ε over the whole stream: {epsilon if isinstance(epsilon, str) else f'{epsilon:.3f}'}")
+    lines.append(f"ε over the whole stream: {shown_epsilon(result['epsilon'])}")
     return "\n".join(lines)

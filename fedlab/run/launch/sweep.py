@@ -17,7 +17,7 @@ from rich.table import Table
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch import FINISHED, Run, prepared, resume, simulate
+from fedlab.run.launch import Run, prepared, simulate_or_resume
 
 
 def combinations(
@@ -82,7 +82,7 @@ def sweep(
             if not quiet:
                 print(f"\n[{number}/{len(ready)}] {name}", flush=True)
             try:
-                found[name] = _one(folder / name, config, quiet)
+                found[name] = simulate_or_resume(folder / name, config, quiet)
             except Interrupted:
                 raise Interrupted(f"interrupted in {name}; the same command with --out {folder} goes on") from None
             except FedlabError as error:
@@ -90,15 +90,10 @@ def sweep(
     return found
 
 
-def _one(path: Path, config: RunConfig, quiet: bool) -> Run:
-    if not (path / "run.toml").is_file():
-        return simulate(config, path, quiet)
-    result = RunDirectory.open(path).result
-    return Run(path.absolute(), result) if result and result["status"] in FINISHED else resume(path, quiet)
-
-
 def report(found: Mapping[str, Run | FedlabError]) -> int:
     """Print a line per run; returns the exit code, that of the gravest failure."""
+    from fedlab.privacy.promise import shown_epsilon  # here: torch comes with it
+
     table = Table(box=None, pad_edge=False)
     for column in ("run", "status", "score", "clients' mean", "ε", "seconds"):
         table.add_column(column, overflow="fold")
@@ -106,11 +101,10 @@ def report(found: Mapping[str, Run | FedlabError]) -> int:
         if isinstance(run, FedlabError):
             table.add_row(name, f"failed: {str(run).splitlines()[0]}", "", "", "", "")
             continue
-        result, epsilon = run.result, run.result["epsilon"]
+        result = run.result
         primary, mean = result["primary"], result["client_scores"]["mean"]
         own = (result["scores"] or {}).get(primary)
         numbers = ["–" if value is None else f"{primary} {value:.4f}" for value in (own, mean)]
-        shown = epsilon if isinstance(epsilon, str) else f"{epsilon:.3f}"
-        table.add_row(name, result["status"], *numbers, shown, f"{result['seconds']:.1f}")
+        table.add_row(name, result["status"], *numbers, shown_epsilon(result["epsilon"]), f"{result['seconds']:.1f}")
     Console().print(table, highlight=False)
     return max((run.exit_code for run in found.values() if isinstance(run, FedlabError)), default=0)

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from fedlab.errors import PrivacyError
-from fedlab.privacy.accounting import Event, calibrate_sigma, epsilon
-from fedlab.privacy.ledger.guard import Guard, Refusal, affordable, budget_terms, plan_terms, scope_of
+from fedlab.privacy.accounting import Event, epsilon
+from fedlab.privacy.calibration import calibrate_sigma
+from fedlab.privacy.ledger.guard import Guard, Refusal, affordable
 from fedlab.privacy.ledger.keys import load_or_create_key
 from fedlab.privacy.ledger.ledger import Ledger, charged, events
+from fedlab.privacy.ledger.terms import budget_terms, plan_terms, scope_of
 
 EVENT = Event("poisson", 0.05, 0.9, 4)
 DELTA = 1e-5

@@ -8,10 +8,11 @@ import pytest
 
 from fedlab.errors import PrivacyError
 from fedlab.privacy.accounting import Event
-from fedlab.privacy.ledger.guard import Guard, plan_terms
+from fedlab.privacy.ledger.guard import Guard
 from fedlab.privacy.ledger.keys import load_or_create_key
 from fedlab.privacy.ledger.ledger import Ledger, authentic, lines_after, parse_lines
 from fedlab.privacy.ledger.mirror import LedgerMirror
+from fedlab.privacy.ledger.terms import plan_terms
 
 EVENT = Event("poisson", 0.05, 0.9, 4)
 TERMS = plan_terms(

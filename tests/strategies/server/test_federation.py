@@ -1,4 +1,4 @@
-"""Who takes part: caps, balance, and a deal that depends on nothing but the clients."""
+"""Who takes part: caps, balance, and an assignment that depends on nothing but the clients."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_groups_are_even_and_do_not_depend_on_the_nodes(clients: int, cohort: in
     assert groups == federation(clients, 1.0, 1, f"run.cohort={cohort}", nodes=nodes + 3).groups(
         list(reversed(fed.clients))
     )
-    dealt = fed.deal(groups)
+    dealt = fed.assign(groups)
     assert sorted(map(tuple, (g for own in dealt.values() for g in own))) == sorted(map(tuple, groups))
     assert len(dealt) == min(nodes, len(groups))
 

@@ -1,0 +1,145 @@
+"""[data] and [clients]: the text, who holds what of it, and what differs between those who hold it."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fedlab.config.base import Section
+
+DEFAULT_CLIENTS = 6  # where neither data.clients nor the data say how many
+
+
+class Partition(Section):
+    """[data.partition]: how examples are assigned to clients (flwr-datasets partitioners)."""
+
+    kind: Literal["iid", "dirichlet", "natural", "shard", "pathological", "linear", "square", "exponential"] = Field(
+        default="iid",
+        description=(
+            "how examples are assigned to clients: evenly at random (iid), by label with Dirichlet shares, by a column"
+            " that names the client (natural), in shards sorted by label, a fixed number of classes each"
+            " (pathological), or at random in sizes that grow linearly, by squares, or exponentially"
+        ),
+    )
+    alpha: float | None = Field(
+        default=None, gt=0, description="dirichlet: concentration of each label's shares; smaller is more skewed"
+    )
+    column: str | None = Field(
+        default=None, description="natural: the column that names each example's client, as it is written there"
+    )
+    classes_per_client: int | None = Field(
+        default=None, gt=0, description="pathological: classes that one client has examples of"
+    )
+    shards_per_client: int | None = Field(
+        default=None, gt=0, description="shard: pieces of the corpus, sorted by label, that one client gets"
+    )
+
+    @model_validator(mode="after")
+    def _needed(self) -> Partition:
+        needed = {
+            "dirichlet": "alpha",
+            "natural": "column",
+            "pathological": "classes_per_client",
+            "shard": "shards_per_client",
+        }
+        for kind, key in needed.items():
+            given = getattr(self, key) is not None
+            if kind == self.kind and not given:
+                raise ValueError(f'kind = "{self.kind}" needs {key}')
+            if kind != self.kind and given:
+                raise ValueError(f'{key} belongs to kind = "{kind}", but kind = "{self.kind}"; remove one of them')
+        return self
+
+
+class DataSection(Section):
+    """[data]: the text, its labels, and who holds what."""
+
+    source: Literal["docstrings", "wordnet", "files", "hub"] = Field(
+        default="docstrings",
+        description=(
+            "where text and labels come from: docstrings of installed libraries, WordNet's glosses, local files"
+            " (csv, tsv, json, jsonl, parquet), or a data set of the Hugging Face hub"
+        ),
+    )
+    clients: int | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            f"number of clients; default: {DEFAULT_CLIENTS}, or under partition.kind = natural as many as the column"
+            " names"
+        ),
+    )
+    partition: Partition = Field(default=Partition(), description="how examples are assigned to clients")
+    min_client_size: int = Field(
+        default=10, gt=1, description="fewest training examples of a client; with fewer the run is refused"
+    )
+    max_length: int = Field(default=64, gt=1, description="tokens of a text; longer texts are cut")
+    test_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="share of each client's examples that is held out, never trained on"
+    )
+    limit: int | None = Field(
+        default=None, gt=0, description="use at most this many training examples, a seeded choice; default: all"
+    )
+    path: str | None = Field(
+        default=None,
+        description="files: a file or directory; wordnet: its directory; hub: the data set's id",
+    )
+    test_path: str | None = Field(
+        default=None,
+        description="files: a file or directory with the official test split; default: the clients' held-out examples",
+    )
+    subset: str | None = Field(
+        default=None,
+        description='hub: configuration, e.g. "sst2"; wordnet: "noun" (default), "verb", "adj", "adv" or "all"',
+    )
+    split: str = Field(default="train", description="hub: the split that is assigned to clients")
+    test_split: str | None = Field(
+        default=None, description='hub: the split that is the official test split; default: "validation", if there'
+    )
+    revision: str | None = Field(default=None, description="hub: commit, tag or branch of the data set")
+    text: str | tuple[str, ...] | None = Field(
+        default=None, description="files, hub: the text column, or two for sentence pairs; default: known for GLUE sets"
+    )
+    label: str | None = Field(default=None, description='files, hub: the label column; default for the hub: "label"')
+
+
+class ClientsSection(Section):
+    """[clients]: what differs between clients, by name ({"client-3" = 4}) or by share of the clients ({"50%" = 4})."""
+
+    rank: dict[str, int] = Field(
+        default={}, description="rank of a client's adapter, by client or share; 1 to lora.rank, which the others have"
+    )
+    lr: dict[str, float] = Field(
+        default={},
+        description="factor on train.lr and train.head_lr, by client or share; above 0; the others have 1",
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ClientsSection:
+        for name, own in (("rank", self.rank), ("lr", self.lr)):
+            shares = [key for key in own if key.endswith("%")]
+            for key in shares:
+                if not percent(key):
+                    raise ValueError(f'{name}: {key!r} is no share of the clients; write, for example, "50%"')
+            if shares and len(shares) < len(own):
+                raise ValueError(f"{name}: name clients or shares, not both: {', '.join(own)}")
+            if (total := sum(percent(key) for key in shares)) > 100:
+                raise ValueError(f"{name}: the shares add up to {total:g} %, more than all clients")
+        for key, rank in self.rank.items():
+            if rank < 1:
+                raise ValueError(f"rank: {key} must have a rank >= 1, got {rank}")
+        for key, factor in self.lr.items():
+            if not (factor > 0 and math.isfinite(factor)):
+                raise ValueError(f"lr: {key} must have a positive factor, got {factor}")
+        return self
+
+
+def percent(share: str) -> float:
+    """Number of a share: 50.0 of "50%"; 0 for what is none in (0, 100]."""
+    try:
+        value = float(share.removesuffix("%"))
+    except ValueError:
+        return 0.0
+    return value if 0 < value <= 100 else 0.0

@@ -1,0 +1,97 @@
+"""[privacy]: what one unit is protected to, and what one client may spend in all."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fedlab.config.base import Section
+
+
+class Budget(Section):
+    """[privacy.budget]: what one client may spend on its data, over all runs in its ledger."""
+
+    epsilon: float = Field(gt=0, description="most ε that all charges in one ledger may come to")
+    delta: float | None = Field(
+        default=None, gt=0, lt=1, description="probability δ at which that ε is computed; default: the plan's δ"
+    )
+
+
+class PrivacySection(Section):
+    """[privacy]: what one unit is protected to."""
+
+    unit: Literal["example", "client", "none"] = Field(
+        default="none",
+        description=(
+            "what is protected: one example of one client (clients add the noise), one client with all its records"
+            " (the server, trusted, adds it), or nothing"
+        ),
+    )
+    epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        description="ε that the whole run may spend: calibrates the noise for as many rounds as one client may join",
+    )
+    sigma: float | None = Field(
+        default=None, gt=0, description="noise multiplier: standard deviation of the noise / clip"
+    )
+    delta: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="probability δ of the guarantee; default: min(1e-5, 1/(10 n)) for a client of n examples",
+    )
+    clip: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "largest joint L2 norm: of one example's gradient (unit = example), of one client's update (client)"
+        ),
+    )
+    participations: int | None = Field(
+        default=None,
+        gt=0,
+        description="most rounds that one client joins; sampling enforces it; default: what balanced sampling needs",
+    )
+    noise: Literal["seeded", "secure"] = Field(
+        default="seeded",
+        description=(
+            "where noise and batches come from: run.seed, to the bit and for experiments only, or the operating"
+            " system, for real data"
+        ),
+    )
+    share_metrics: bool = Field(
+        default=False, description="send training loss, clip fraction and local scores, which no noise protects"
+    )
+    budget: Budget | None = Field(
+        default=None, description="what one client may spend on its data, over all runs in its ledger; default: no end"
+    )
+    ledger: str | None = Field(
+        default=None,
+        description="directory of ledgers that several runs on the same data share; default: this run's own",
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> PrivacySection:
+        if self.unit == "none":
+            self._refuse_without_noise()
+            return self
+        if (self.epsilon is None) == (self.sigma is None):
+            raise ValueError("give exactly one of epsilon and sigma")
+        if self.clip is None:
+            raise ValueError(
+                "clip is missing: the joint L2 norm to which a gradient (or a client's update) is clipped, e.g. clip"
+                " = 1.0"
+            )
+        if self.unit == "client" and self.participations is not None:
+            raise ValueError('participations has no meaning with unit = "client": every round charges every client')
+        return self
+
+    def _refuse_without_noise(self) -> None:
+        keys = ("epsilon", "sigma", "delta", "clip", "participations", "budget", "ledger")
+        if given := [key for key in keys if getattr(self, key) is not None]:
+            off = "remove them, for example with --set 'privacy={unit=\"none\"}'"
+            raise ValueError(
+                f'{", ".join(given)} given, but unit = "none" adds no noise; set unit = "example", or {off}'
+            )

@@ -1,0 +1,96 @@
+"""From a configuration to its data: the corpus, who holds what of it, and the tokens. Each is read once per process."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fedlab.config import RunConfig
+from fedlab.config.data import DEFAULT_CLIENTS, DataSection
+from fedlab.config.tasks import TaskSection
+from fedlab.data.cache import cached_arrays
+from fedlab.data.collate import tokenise
+from fedlab.data.corpus import Corpus
+from fedlab.data.federated import FederatedData
+from fedlab.data.partition import Shards, assign
+from fedlab.data.sources import load_corpus
+from fedlab.data.tasks import TaskData, check_same_clients, joined, label_space, shifted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fedlab.objectives.base import Objective
+
+FORMAT = 2  # raise when the meaning of cached shards changes
+
+
+def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, objective: Objective) -> FederatedData:
+    """The run's data, tokenised (from the cache on disk if another run did it before)."""
+    corpus, shards = corpus_and_shards(config)
+    tasks = task_data(config)[1] if config.tasks else None
+    return FederatedData(tokenise(corpus, tokenizer, config.data.max_length, objective), shards, tasks=tasks)
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """The run's objective over the labels of its corpus."""
+    from fedlab.objectives import objective_class  # here: torch comes with it
+
+    groups = task_data(config)[1].groups if config.tasks else None
+    names = corpus_and_shards(config)[0].label_names
+    return objective_class(config.objective.name)(names, () if groups is None else tuple(groups.tolist()))
+
+
+def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:
+    """Corpus and partition of a run, of a stream's task if it is one; needs no tokenizer."""
+    if not config.tasks:
+        return _corpus_and_shards(config.data.model_dump_json(), config.run.seed, config.objective.name)
+    corpus, tasks = task_data(config)
+    task = config.stage.task if config.stage else 0
+    return corpus, tasks.training(task, config.stream.replay, config.stream.joint, config.run.seed)
+
+
+def task_data(config: RunConfig) -> tuple[Corpus, TaskData]:
+    """The one corpus of a stream and who holds what of each task."""
+    tasks = tuple((task.name, task.labels, section_of(config.data, task).model_dump_json()) for task in config.tasks)
+    return _task_data(tasks, config.stream.heads == "shared", config.run.seed, config.objective.name)
+
+
+def section_of(data: DataSection, task: TaskSection) -> DataSection:
+    """[data] as one task of a stream has it."""
+    return DataSection.model_validate({**data.model_dump(), **task.data})
+
+
+@lru_cache(maxsize=1)
+def _task_data(
+    tasks: tuple[tuple[str, tuple[str, ...], str], ...], shared: bool, seed: int, objective: str
+) -> tuple[Corpus, TaskData]:
+    names = [name for name, _, _ in tasks]
+    sections = [DataSection.model_validate_json(text) for _, _, text in tasks]
+    parts = [
+        load_corpus(data, seed, labels, name, objective)
+        for (name, labels, _), data in zip(tasks, sections, strict=True)
+    ]
+    space = label_space(parts, names, shared)
+    corpus, offsets = joined(parts, space)
+    own = [_assigned(part, data, seed) for part, data in zip(parts, sections, strict=True)]
+    check_same_clients(names, own)
+    shards = tuple(shifted(one, by) for one, by in zip(own, offsets, strict=True))
+    return corpus, TaskData(shards, space.groups)
+
+
+@lru_cache(maxsize=1)
+def _corpus_and_shards(data_json: str, seed: int, objective: str) -> tuple[Corpus, Shards]:
+    data = DataSection.model_validate_json(data_json)
+    corpus = load_corpus(data, seed, objective=objective)
+    return corpus, _assigned(corpus, data, seed)
+
+
+def _assigned(corpus: Corpus, data: DataSection, seed: int) -> Shards:
+    """The partition, from the cache on disk if another process made it."""
+    settings = data.model_dump(mode="json", include={"clients", "partition", "min_client_size", "test_fraction"})
+    if data.partition.kind != "natural":
+        settings["clients"] = data.clients or DEFAULT_CLIENTS
+    content = hashlib.sha256(corpus.label_bytes + repr((corpus.natural, corpus.test)).encode()).hexdigest()
+    key = {"format": FORMAT, "content": content, "seed": seed, **settings}
+    return Shards.from_arrays(cached_arrays("shards", key, lambda: assign(corpus, data, seed).to_arrays()))

@@ -1,0 +1,144 @@
+"""What a run promises about privacy, in words: every sentence of it that anybody reads is made here.
+
+The headline and the closing line on the terminal, ``report.html``, ``PRIVACY.md`` and the ``accountant`` of
+``result.json`` all come from this file, which knows what is protected (``privacy.unit``), who adds the noise and who is
+trusted with what, how sampling enters the account, and where the noise comes from. What no noise protects has its
+sentences in ``fedlab.privacy.release``. ε is rounded up wherever it is shown, never down.
+"""
+
+from __future__ import annotations
+
+import math
+from decimal import ROUND_CEILING, Decimal
+
+from fedlab.config import RunConfig
+from fedlab.privacy.client_level import client_sampler
+from fedlab.privacy.release import sentences
+
+NO_DP = "no DP"  # wherever ε would stand
+SEEDED = (
+    "The noise was seeded so that the simulation can be repeated. Whoever knows the seed can subtract it: this run is"
+    ' an experiment, not a protection. For real data set `privacy.noise = "secure"`.'
+)
+NOTHING = (
+    'This run was made without differential privacy (`privacy.unit = "none"`). Its adapter and every message of its'
+    " clients may reveal what they were trained on. Nothing is promised."
+)
+LEVEL = {"example": "example-level DP-SGD", "client": "client-level DP, noise by a trusted server"}
+UNIT = {"example": "one record of one client", "client": "one client with all its records"}
+NEIGHBOURS = {
+    "example": (
+        "neighbours differ by zeroing out one record, that is replacing it by nothing, since the number of records is"
+        " public; or by adding or removing one, where that number is not looked at"
+    ),
+    "client": (
+        "neighbours differ by zeroing out one client, that is replacing its update by nothing, since the number of"
+        " clients is public; or by adding or removing one, where that number is not looked at"
+    ),
+}
+TRUST = {
+    "example": (
+        "The adversary sees every client's every update: the server, the other clients and the public are not trusted."
+    ),
+    "client": "The server is trusted: it sees each client's update as it is, and adds the noise.",
+}
+# (unit, sampler of the DP events) → in the accountant's line, and as a sentence of the statement
+SAMPLING = {
+    ("example", "poisson"): (
+        "Poisson sampling within a client",
+        "Poisson: each is drawn independently; ε counts on that, and the column without amplification does not",
+    ),
+    ("client", "poisson"): (
+        "Poisson sampling of clients",
+        "Poisson: each is drawn independently; ε counts on that, and on nobody but the server knowing who was drawn;"
+        " the column without amplification does not",
+    ),
+    ("client", "full"): ("every client in every round", "all of them in every step: no amplification"),
+    ("client", "fixed_wor"): (
+        "fixed-size rounds, not amplified",
+        "a fixed number in every step: no amplification, and twice the sensitivity",
+    ),
+}
+
+
+def rounded_up(value: float, digits: int = 4) -> str:
+    """Decimal form with so many digits that is never below the value."""
+    if math.isinf(value):
+        return str(value)
+    return str(Decimal(repr(value)).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_CEILING))
+
+
+def shown_epsilon(value: float | str | None, digits: int = 3) -> str:
+    """An ε of ``result.json`` or ``metrics.jsonl`` for people: rounded up, "no DP", or "–" where there is none."""
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else rounded_up(value, digits)
+
+
+def sampler_of(config: RunConfig) -> str:
+    """The sampler of a private run's DP events: of records within a client, or of clients by the server."""
+    return client_sampler(config) if config.privacy.unit == "client" else "poisson"
+
+
+def accountant(config: RunConfig) -> str:
+    """What computed ε, for which neighbours and which sampling: ``accountant`` of ``result.json``."""
+    if not config.private:
+        return NO_DP
+    unit = config.privacy.unit
+    return f"dp-accounting PLD, zero-out or add/remove one {unit}, {SAMPLING[unit, sampler_of(config)][0]}"
+
+
+def headline(config: RunConfig) -> str:
+    """What is asked for, for the line that a run begins with."""
+    privacy = config.privacy
+    if not config.private:
+        return NO_DP
+    asked = f"ε = {privacy.epsilon:g} per client" if privacy.epsilon is not None else f"σ = {privacy.sigma:g}"
+    seeded = " (seeded noise: reproducible, so not for real data)" if privacy.noise == "seeded" else ""
+    return f"{asked}, {LEVEL[privacy.unit]}{seeded}"
+
+
+def closing(config: RunConfig, epsilon: float | str) -> str:
+    """What was spent, for the lines that a run ends with."""
+    if not config.private:
+        return NO_DP
+    whom = "maximum over clients" if config.privacy.unit == "example" else UNIT["client"]
+    return f"ε = {shown_epsilon(epsilon)} ({whom})"
+
+
+def promise(config: RunConfig, epsilon: float | str, delta: float | None) -> str:
+    """The promise of a private run in one paragraph.
+
+    Args:
+        config: the run's configuration.
+        epsilon: largest ε over the clients.
+        delta: their δ; None if clients have different ones.
+    """
+    unit, shown = config.privacy.unit, shown_epsilon(epsilon, 4)
+    at = f"δ = {delta:.3g}" if delta is not None else "each client's δ below"
+    if unit == "client":
+        return (
+            f"The models that this run sent out, its final adapter included, are ({shown}, δ)-differentially private at"
+            f" {at} for **{UNIT[unit]}**: whether any one client took part changes what anybody sees of them by no more"
+            f" than that ({NEIGHBOURS[unit]}). {TRUST[unit]}"
+        )
+    return (
+        f"Every update that a client sent, and everything computed from them, is (ε, δ)-differentially private for"
+        f" **{UNIT[unit]}**: the largest ε over the clients is **{shown}** at {at} ({NEIGHBOURS[unit]}). {TRUST[unit]}"
+        " A person with records at several clients, or with several at one, is protected less: their ε adds up."
+    )
+
+
+def report(config: RunConfig, epsilon: float | str, delta: float | None) -> list[str]:
+    """The paragraphs on privacy of ``report.html``, without markup; arguments as for ``promise``."""
+    if not config.private:
+        return [f"{NO_DP}: no privacy guarantee. {plain(NOTHING)}"]
+    parts = [plain(promise(config, epsilon, delta)), f"Accountant: {accountant(config)}."]
+    if config.privacy.noise == "seeded":
+        parts.append(plain(SEEDED))
+    return [*parts, f"Not protected: {plain('; '.join(sentences(config)))}."]
+
+
+def plain(text: str) -> str:
+    """A sentence without the statement's markup."""
+    return text.replace("**", "").replace("`", "")

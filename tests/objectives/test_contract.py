@@ -1,0 +1,128 @@
+"""Every objective, one row each, through what the rest of fedlab relies on: losses that belong to one example each,
+labels that can be measured without data, a head that is what it says, evaluators that give the primary score.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedlab.config import RunConfig
+from fedlab.data.collate import probe_batch
+from fedlab.errors import ConfigError
+from fedlab.evaluate import EVALUATORS, evaluate, evaluators_of, spread
+from fedlab.models.adapters import initial_state
+from fedlab.objectives import OBJECTIVES
+from fedlab.session import Session, open_session
+from fedlab.train.cohort import train_cohort
+from fedlab.train.local import LocalTraining, Trained
+from fedlab.train.trainer import train_client
+
+WORDS = ["apple", "pear", "iron", "rust", "wave", "tide", "the", "old"]
+# name → the label of a text of so many words, as a file would have it
+ROWS: dict[str, Callable[[int], str]] = {
+    "classification": lambda words: ("short", "middling", "long")[words % 3],
+}
+
+
+def session_of(name: str, tiny_toml: str, tiny_data: Path, tmp_path: Path, *overrides: str) -> Session:
+    rng, lines = np.random.default_rng(2), []
+    for _ in range(90):
+        words = int(rng.integers(2, 12))
+        lines.append(json.dumps({"text": " ".join(rng.choice(WORDS, words)), "topic": ROWS[name](words)}))
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(lines))
+    toml = tiny_toml.replace(str(tiny_data), str(path))
+    return open_session(RunConfig.parse(toml, [f"objective.name={name}", *overrides]).to_toml())
+
+
+def moved(session: Session) -> dict[str, torch.Tensor]:
+    """A state whose adapter and head are not at zero."""
+    g = torch.Generator().manual_seed(0)
+    start = initial_state(session.model, session.config.lora, 0)
+    return {name: value + 0.2 * torch.randn(value.shape, generator=g) for name, value in start.items()}
+
+
+def test_every_objective_has_a_row_here_and_a_line_in_the_docs():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    assert ROWS.keys() == OBJECTIVES.keys()
+    for name in (*OBJECTIVES, *EVALUATORS):
+        assert f"| `{name}` |" in text, f"docs/objectives.md says nothing of {name}"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_examples_loss_is_its_own(name: str, tiny_toml: str, tiny_data: Path, tmp_path: Path):
+    session = session_of(name, tiny_toml, tiny_data, tmp_path)
+    model, data = session.model, session.data
+    model.load(moved(session))
+    some = data.train("client-0")[:6]
+    batch = data.batch(some, model.tokenizer.pad_token_id)
+    with torch.no_grad():
+        losses = model.objective.per_example_loss(model, batch)
+        alone = [
+            model.objective.per_example_loss(model, data.batch(some[i : i + 1], model.tokenizer.pad_token_id))
+            for i in range(len(some))
+        ]
+    assert losses.shape == (len(some),)
+    assert torch.allclose(losses, torch.cat(alone), atol=1e-5), "padded among others it is what it is alone"
+    assert model.objective.predict(model, batch).shape[0] == len(some)
+    assert len(set(np.round(losses.tolist(), 6))) > 1
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_one_client_alone_and_in_a_shared_pass_release_the_same(
+    name: str, tiny_toml: str, tiny_data: Path, tmp_path: Path
+):
+    session = session_of(name, tiny_toml, tiny_data, tmp_path)
+    state = moved(session)
+    names = [n for n in state if n.endswith("lora_B") or n.startswith("head.")]
+    trainings = [LocalTraining(client, state, session.plan(client)) for client in session.data.clients]
+    found = train_cohort(session.model, session.data, trainings, names, session.config, 1)
+    for t in trainings:
+        alone = train_client(session.model, session.data, t.client, t.state, names, session.config, 1, t.plan)
+        together = found[t.client]
+        assert isinstance(together, Trained)
+        for n in names:
+            assert torch.allclose(together.update[n], alone.update[n], atol=1e-5 * float(alone.update[n].abs().max()))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_it_says_of_itself_holds(name: str, tiny_toml: str, tiny_data: Path, tmp_path: Path):
+    session = session_of(name, tiny_toml, tiny_data, tmp_path)
+    model, objective, config = session.model, session.model.objective, session.config
+    head = [name for name in model.parameters if name.startswith("head.")]
+    assert bool(head) == (objective.head_width is not None)
+    probe = probe_batch(model.tokenizer, objective, 2, 9)
+    assert probe["input_ids"].shape == (2, 9)
+    assert objective.per_example_loss(model, probe).isfinite().all()
+    evaluators = evaluators_of(config)
+    assert objective.primary in {score for evaluator in evaluators.values() for score in evaluator.scores}
+    found = evaluate(model, session.data, session.data.test, config)
+    assert list(found) == [score for evaluator in evaluators.values() for score in evaluator.scores]
+    assert all(math.isfinite(value) for value in found.values())
+    none = evaluate(model, session.data, session.data.test[:0], config)
+    assert none.keys() == found.keys()
+    assert all(math.isnan(value) for value in none.values())
+
+
+def test_unknown_names_are_refused_by_name(tiny_toml: str):
+    import fedlab
+
+    for overrides, expected in (
+        (["objective.name=classifcation"], 'objective.name = "classifcation" is unknown; known: classification'),
+        (["evaluate.evaluators=['perplexity']"], '"perplexity" cannot judge objective.name = "classification"'),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            fedlab.simulate(RunConfig.parse(tiny_toml, overrides), quiet=True)
+
+
+def test_the_worst_client_is_the_one_of_the_worst_score():
+    assert spread([0.2, 0.6, math.nan], higher=True) == pytest.approx({"mean": 0.4, "worst": 0.2, "std": 0.2})
+    assert spread([0.2, 0.6], higher=False)["worst"] == 0.6
+    assert spread([math.nan], higher=True) == {"mean": None, "worst": None, "std": None}
