@@ -171,6 +171,32 @@ def strategies(
 
 
 @app.command()
+def explain(
+    key: Annotated[
+        str, typer.Argument(help="a key, such as train.lr, or a section; default: all", metavar="[KEY]")
+    ] = "",
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of configuration files")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """What a key of the configuration means, what may stand there, and its default."""
+
+    def run() -> None:
+        import json
+
+        from fedlab.config import RunConfig, load
+        from fedlab.config import explain as explanation
+        from fedlab.run.launch import STRATEGIES, load_reference
+
+        if schema:
+            print(json.dumps(load.schema(RunConfig), indent=2))
+            return
+        own = load_reference(STRATEGIES) if not key or key.startswith("strategy") else {}
+        print(explanation.explain(RunConfig, key, {name: strategy.Options for name, strategy in own.items()}))
+
+    _guarded(run, debug)
+
+
+@app.command()
 def doctor() -> None:
     """What is installed, what is missing, what this machine can run.
 

@@ -32,7 +32,7 @@ from strategies.options import MeanOptions, NoOptions
 class Refresh(NoOptions):
     """``strategy.refresh``: a row space that moves."""
 
-    every: int = Field(gt=0, description="rounds")
+    every: int = Field(gt=0, description="rounds between two refreshes")
     keep: int = Field(
         default=0, ge=0, description="directions with the largest singular values that stay in the adapter"
     )

@@ -33,12 +33,16 @@ logger = logging.getLogger("fedlab")
 class FlexLoraOptions(NoOptions):
     """Own keys of ``[strategy]`` with ``name = "flexlora"``."""
 
-    split: Literal["sqrt", "left"] = "sqrt"
+    split: Literal["sqrt", "left"] = Field(
+        default="sqrt", description="singular values go to both factors as roots (sqrt), or to B alone (left)"
+    )
     mean: Literal["weighted", "robust"] = Field(
         default="weighted",
         description='of the products; "robust": the one low-rank matrix that most agree on, and the heads\' median',
     )
-    fisher: Literal["none", "updates"] = "none"
+    fisher: Literal["none", "updates"] = Field(
+        default="none", description="rows that matter more when the product is cut back: none, or those that moved"
+    )
 
 
 class FlexLora(Strategy):

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from fedlab.config import RunConfig
 from fedlab.lora.exact import mean_of_products
@@ -27,8 +28,10 @@ from strategies.options import FoldingOptions
 class FLoraOptions(FoldingOptions):
     """Own keys of ``[strategy]`` with ``name = "flora"``."""
 
-    train: Literal["both", "B"] = "both"
-    redraw: Literal["orthonormal", "kaiming"] = "orthonormal"
+    train: Literal["both", "B"] = Field(default="both", description="factors that clients train: both, or B alone")
+    redraw: Literal["orthonormal", "kaiming"] = Field(
+        default="orthonormal", description="how A is drawn anew in every round, as for lora.init_a"
+    )
 
 
 class FLora(Strategy):

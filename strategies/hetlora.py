@@ -30,11 +30,11 @@ PRUNED = "rank/"  # before a client's name in the server's state
 class HetLoraOptions(NoOptions):
     """Own keys of ``[strategy]`` with ``name = "hetlora"``."""
 
-    norm_weights: bool = True
+    norm_weights: bool = Field(default=True, description="weigh clients by ‖B·A‖_F of what they send")
     prune: float | None = Field(
         default=None, gt=0, lt=1, description="γ: share of its rank that a client keeps when it is pruned"
     )
-    min_rank: int = Field(default=1, gt=0)
+    min_rank: int = Field(default=1, gt=0, description="rank below which no client is pruned")
 
 
 class HetLora(Strategy):

@@ -33,7 +33,7 @@ class Robust(NoOptions):
 
     rule: Literal[
         "coordinate_median", "trimmed_mean", "krum", "multi_krum", "bulyan", "geometric_median", "norm_bounded_mean"
-    ]
+    ] = Field(description="what takes the place of the clients' weighted mean")
     trim: float | None = Field(
         default=None, ge=0, lt=0.5, description="trimmed_mean: share of the clients dropped at each end"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
 import pydantic
@@ -49,16 +49,16 @@ def explain(
     Raises:
         ConfigError: there is no such key; it names the nearest.
     """
-    found = list(keys(model))
+    owners: dict[Key, list[str]] = {}
     for strategy, own in (options or {}).items():
-        found += [
-            Key(one.name, f"{one.meaning} (strategy {strategy})", one.range, one.default)
-            for one in keys(own, "strategy.")
-        ]
+        for one in keys(own, "strategy."):
+            owners.setdefault(one, []).append(strategy)
+    theirs = [replace(one, meaning=f"{one.meaning} (of {', '.join(names)})") for one, names in owners.items()]
+    found = [*keys(model), *theirs]
     chosen = [one for one in found if one.name == key or one.name.startswith(f"{key}.") or not key]
     if not chosen:
         raise ConfigError(unknown_key(key, key, sorted({one.name for one in found})))
-    return "\n\n".join(dict.fromkeys(map(str, chosen)))
+    return "\n\n".join(map(str, chosen))
 
 
 def section_of(annotation: Any) -> type[pydantic.BaseModel] | None:

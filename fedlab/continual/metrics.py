@@ -21,7 +21,7 @@ def average_score(R: Matrix) -> float:
 
 
 def average_incremental_score(R: Matrix) -> float:
-    """Mean over t of the average accuracy on the tasks seen until t."""
+    """Mean over t of the average score on the tasks seen until t."""
     R = _square(R)
     return float(np.mean([R[t, : t + 1].mean() for t in range(len(R))]))
 

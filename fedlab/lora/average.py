@@ -34,7 +34,11 @@ def weighted_mean(updates: Mapping[str, State], weights: Mapping[str, float]) ->
         updates: client → {name: tensor}; all clients hold the same names and shapes.
         weights: client → weight ≥ 0, finite, not all zero.
 
-    Raises ValueError if there is no client, names differ, an entry is NaN or infinite, or the weights are unusable.
+    Returns:
+        name → mean, computed in float64, in the dtype that came in.
+
+    Raises:
+        ValueError: no client, names or shapes that differ, an entry that is NaN or infinite, or unusable weights.
     """
     clients = sorted(updates, key=client_order)
     if not clients:

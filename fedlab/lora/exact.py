@@ -1,9 +1,8 @@
 """Exact sums of low-rank products, as factors. Thin QR and small SVDs only: the m×n matrix is never formed.
 
 A product is a pair (B [m, k], A [k, n]). Everything is computed in float64. FedEx-LoRA (arXiv 2410.09432) and FLoRA
-(arXiv 2409.05976) are
-``residual_of_mean`` and ``mean_of_products``; their published codes differ from these identities in orientation or
-scale.
+(arXiv 2409.05976) are ``residual_of_mean`` and ``mean_of_products``; their published codes differ from these identities
+in orientation or scale.
 """
 
 from __future__ import annotations
@@ -82,18 +81,20 @@ def add_low_rank(first: Pair, second: Pair, rank: int | None = None) -> Pair:
 
 
 def compress(B: Tensor, A: Tensor, rank: int | None = None, tolerance: float = 0.0) -> tuple[Tensor, Tensor, float]:
-    """(B2, A2, dropped): the best approximation (Eckart–Young) of B·A, singular values in B2, orthonormal rows in A2,
-    float64.
+    """The best approximation (Eckart–Young) of B·A at its numerical rank or below.
 
     Args:
-        B: [m, k]. A: [k, n]; k may be 0, or exceed m and n.
+        B: [m, k].
+        A: [k, n]; k may be 0, or exceed m and n.
         rank: at most this; default: the numerical rank.
         tolerance: relative Frobenius error that may be cut as well, in [0, 1).
 
     Returns:
-        Factors, and the Frobenius norm of what was cut (0 if only rounding was).
+        B2 with the singular values, A2 with orthonormal rows, both float64; and the Frobenius norm of what was cut (0
+        if only rounding was).
 
-    Raises ValueError for shapes that do not multiply, rank < 0, a tolerance out of range, or non-finite entries.
+    Raises:
+        ValueError: shapes that do not multiply, rank < 0, a tolerance out of range, or entries that are not finite.
     """
     U, S, Vt, dropped = decompose(B, A, rank, tolerance)
     return U * S, Vt, dropped

@@ -22,21 +22,24 @@ from fedlab.seeds import client_order
 def truncate_weighted(
     B: Tensor, A: Tensor, rank: int, row_weights: Tensor, split: str = "sqrt"
 ) -> tuple[Tensor, Tensor]:
-    """The X = B2·A2 of a rank that minimises ‖diag(√w)·(B·A − X)‖_F; float64, [m, rank] and [rank, n], split as
-    ``truncate`` does.
+    """The X = B2·A2 of a rank that minimises ‖diag(√w)·(B·A − X)‖_F.
+
+    Rows with w = 0 do not choose directions; they are projected onto those that the others chose. If the weighted rows
+    need fewer than ``rank`` directions, the rest go to what is left of B·A, unweighted: together the limit of w + ε for
+    ε → 0. So if all weights are equal or all are zero the result is that of ``truncate``, bit for bit.
 
     Args:
-        B: [m, k]. A: [k, n].
+        B: [m, k].
+        A: [k, n].
         rank: in [1, min(m, n)].
         row_weights: w [m], finite and ≥ 0; only their ratios count.
         split: of the singular values of X itself, as in ``truncate``.
 
-    Rows with w = 0 do not choose directions; they are projected onto those that the others chose. If the weighted rows
-    need fewer than
-    ``rank`` directions, the rest go to what is left of B·A, unweighted: together the limit of w + ε for ε → 0. So if
-    all weights are equal or all are zero the result is that of ``truncate``, bit for bit.
+    Returns:
+        B2 [m, rank] and A2 [rank, n], float64.
 
-    Raises ValueError for weights of another shape, negative or not finite, and for whatever ``truncate`` refuses.
+    Raises:
+        ValueError: weights of another shape, negative or not finite, and whatever ``truncate`` refuses.
     """
     check_products([(B, A)], [1.0])
     if row_weights.shape != B.shape[:1]:

@@ -27,8 +27,8 @@ class ServerOptimizer(pydantic.BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    optimizer: Literal["momentum", "adam", "yogi"]
-    lr: float = Field(default=1.0, gt=0)
+    optimizer: Literal["momentum", "adam", "yogi"] = Field(description="what the mean change is fed to, as a gradient")
+    lr: float = Field(default=1.0, gt=0, description="learning rate of the server's optimiser")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="of the first moment")
     beta2: float = Field(default=0.99, ge=0, lt=1, description="of the second moment; adam and yogi")
     tau: float = Field(
@@ -45,10 +45,21 @@ class Moments:
 
 
 def server_step(options: ServerOptimizer, mean: Mapping[str, Tensor], before: Moments) -> tuple[State, Moments]:
-    """(change, moments) of one round; only the tensors of ``mean`` move, the moments of others stay as they are.
+    """The server's step of one round.
 
     momentum: m ← β₁m + Δ, change η·m. adam: m ← β₁m + (1−β₁)Δ, v ← β₂v + (1−β₂)Δ², change η·m/(√v + τ), without bias
-    correction, as published. yogi: v ← v − (1−β₂)Δ²·sign(v − Δ²). Raises ValueError for a mean that is not finite.
+    correction, as published. yogi: v ← v − (1−β₂)Δ²·sign(v − Δ²).
+
+    Args:
+        options: which optimiser, η, β₁, β₂ and τ.
+        mean: name → the clients' mean change Δ.
+        before: the moments so far.
+
+    Returns:
+        name → change, in the dtypes of ``mean``; and the moments after it. Moments of tensors that ``mean`` lacks stay.
+
+    Raises:
+        ValueError: the mean is not finite.
     """
     first, second, change = dict(before.first), dict(before.second), {}
     for name, value in mean.items():

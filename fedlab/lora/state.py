@@ -90,9 +90,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors to a safetensors file whole or not at all, and on the disk when this returns; its directory must be
-    there.
-    """
+    """Write tensors to a safetensors file, whole or not at all (``fedlab.files``); its folder must be there."""
     with replacing(path) as temporary:
         save_file({name: value.contiguous() for name, value in state.items()}, str(temporary))
 

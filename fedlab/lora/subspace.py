@@ -9,12 +9,21 @@ from torch import Tensor
 
 
 def open_rows(kept: Tensor, candidates: Tensor, count: int) -> Tensor:
-    """``count`` orthonormal rows [count, n], orthogonal to the orthonormal rows ``kept`` [k, n], from the span of
-    ``candidates`` [c, n].
+    """Orthonormal rows from the span of candidates, orthogonal to the rows that are kept.
 
     Candidates are taken in their order (Gram–Schmidt, twice, in float64); one that adds nothing new (less than 1e-6 of
-    its length) is skipped. Raises ValueError if the candidates run out or have another length, if count < 0 or count +
-    k > n, or for non-finite input.
+    its length) is skipped.
+
+    Args:
+        kept: [k, n], orthonormal rows; k may be 0.
+        candidates: [c, n].
+        count: new rows, 0 ≤ count ≤ n − k.
+
+    Returns:
+        [count, n], float64 if ``kept`` is, else float32.
+
+    Raises:
+        ValueError: the candidates run out or have another length, ``count`` is out of range, or input is not finite.
     """
     n = kept.shape[-1]
     if count < 0:
@@ -30,9 +39,8 @@ def open_rows(kept: Tensor, candidates: Tensor, count: int) -> Tensor:
     for row in candidates.double():
         if len(basis) == len(kept) + count:
             break
-        row = row / row.abs().max().clamp_min(
-            torch.finfo(row.dtype).tiny
-        )  # squares of very small or large entries are no numbers
+        # Squares of very small or large entries are no numbers.
+        row = row / row.abs().max().clamp_min(torch.finfo(row.dtype).tiny)
         length = float(row.norm())
         for _ in range(2):
             row = row - (basis @ row) @ basis

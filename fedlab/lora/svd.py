@@ -21,8 +21,7 @@ def refactorize(B: Tensor, A: Tensor, rank: int | None = None) -> tuple[Tensor, 
         B: [..., m, r], any floating dtype; leading dimensions are a batch.
         A: [..., r, n].
         rank: rank of the result; default r. Smaller truncates to the best approximation of that rank (Eckart–Young),
-        larger pads
-            B2 with zero columns and A2 with further orthonormal rows.
+            larger pads B2 with zero columns and A2 with further orthonormal rows.
 
     Returns:
         B2 [..., m, rank], whose columns are orthogonal with norms = singular values in descending order, and A2 [...,

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -41,4 +41,5 @@ def _attention(
     output, _ = sdpa_attention_forward(
         module, query.float(), key.float(), value.float(), attention_mask, *args, **options
     )
-    return cast(Tensor, output).to(query.dtype), None
+    attended: Tensor = output
+    return attended.to(query.dtype), None

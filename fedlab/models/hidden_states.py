@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def cache_hidden_states(model: LoadedModel, data: FederatedData) -> FederatedDat
             with _alone(path, wait) as mine:
                 if mine and _open(path, shape) is None:
                     _store(path, _compute(model, tokens, blocks[lowest - 1], texts))
-    parts = [cast(np.ndarray, _open(path, shape)) for path, shape in zip(paths, shapes, strict=True)]
+    parts = [part for path, shape in zip(paths, shapes, strict=True) if (part := _open(path, shape)) is not None]
     model.lower = (blocks[:lowest], extra)
     return replace(data, hidden_states=HiddenStates(dtype, starts, part_of, parts))
 
@@ -84,7 +84,8 @@ def _append(seen: list[Any], _: int, x: Tensor | None, output: Any) -> None:
 
 
 def _hidden(output: Any) -> Tensor:
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _try(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class LoadedModel:
             return
         if part_of(name) == "head":
             raise ValueError(f"{name} has shape {tuple(value.shape)}, want {tuple(parameter.shape)}")
-        owner = cast(nn.Linear, self.owners[name])
+        owner: Any = self.owners[name]
         owner.weight = nn.Parameter(value.to(parameter.device, parameter.dtype, copy=True), requires_grad=False)
         owner.out_features, owner.in_features = value.shape
         self.parameters[name] = owner.weight
@@ -103,7 +103,9 @@ class LoadedModel:
         self._folded = name
 
     def _weight(self, module: str) -> Tensor:
-        return cast(Tensor, cast(Any, self.layer(module)).base_layer.weight)
+        layer: Any = self.layer(module)
+        weight: Tensor = layer.base_layer.weight
+        return weight
 
     def transposed(self, module: str) -> bool:
         """GPT-2's Conv1D keeps its weight as [in, out]."""
@@ -111,7 +113,8 @@ class LoadedModel:
 
     def layer(self, module: str) -> nn.Module:
         """The peft layer of an adapted module."""
-        return cast(nn.Module, self.module.get_submodule(PEFT_PREFIX + module))
+        layer: nn.Module = self.module.get_submodule(PEFT_PREFIX + module)
+        return layer
 
     def state(self) -> State:
         """A copy of every adapter and head tensor on the CPU, float32 unless the model is float64."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,7 +31,6 @@ from fedlab.models.targets import check_adapted, target_modules
 from fedlab.objectives.base import Objective
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 
@@ -109,7 +108,8 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"model.name = {model.name!r}: its tokenizer has neither a padding nor an end-of-text token")
-    return cast("PreTrainedTokenizerBase", tokenizer)
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
 
 
 def device_of(name: str) -> torch.device:
@@ -138,7 +138,7 @@ def _build(model: ModelSection, lora: LoraSection, objective: Objective, dtype: 
 
 
 def adapt(
-    base: nn.Module,
+    base: Any,
     head: list[str],
     tokenizer: PreTrainedTokenizerBase,
     lora: LoraSection,
@@ -154,15 +154,15 @@ def adapt(
     from peft import LoraConfig, TaskType, get_peft_model
 
     sixteen_bits = next(base.parameters()).dtype == torch.bfloat16
-    cast(Any, base).config.pad_token_id = tokenizer.pad_token_id
-    cast(Any, base).config.use_cache = False  # keys and values are never read again: nothing is generated
+    base.config.pad_token_id = tokenizer.pad_token_id
+    base.config.use_cache = False  # keys and values are never read again: nothing is generated
     if sixteen_bits and device.type == "cpu":
         attend_in_float32(base)
     base.to(device)  # before the adapter is made: moving afterwards would detach what optimisers hold
     settings = LoraConfig(
         task_type=TaskType[objective.task_type],
         r=lora.rank,
-        lora_alpha=cast(int, lora.alpha),
+        lora_alpha=lora.alpha,
         target_modules=target_modules(base, lora, head),
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
@@ -171,7 +171,7 @@ def adapt(
     )
     with _quiet_seeded(0):
         try:
-            wrapped = get_peft_model(cast(Any, base), settings)
+            wrapped = get_peft_model(base, settings)
         except ValueError as error:
             if lora.layers_to_transform is not None:
                 layers = ", ".join(map(str, lora.layers_to_transform))
@@ -179,8 +179,8 @@ def adapt(
                     f"lora.layers_to_transform: no adapted module in layer {layers}; layers count from 0"
                 ) from None
             raise ConfigError(f"lora: peft found nothing to adapt ({str(error).splitlines()[0]})") from None
-    cast(Any, wrapped.peft_config["default"]).base_model_name_or_path = name
-    loaded = LoadedModel(cast("PeftModel", wrapped), tokenizer, device, objective)
+    wrapped.peft_config["default"].base_model_name_or_path = name
+    loaded = LoadedModel(wrapped, tokenizer, device, objective)
     check_adapted(loaded, base, lora)
     if sixteen_bits:
         _float32_head(loaded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -66,7 +66,8 @@ def check_adapted(loaded: LoadedModel, base: nn.Module, lora: LoraSection) -> No
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     for name in adapted:
-        weight = cast(Any, base.get_submodule(name)).base_layer.weight
+        adapted_layer: Any = base.get_submodule(name)
+        weight = adapted_layer.base_layer.weight
         if len(shared := owners[id(weight)]) > 1:
             raise ConfigError(
                 f"lora: {name} shares its weight with {len(shared) - 1} other module(s) (tied); adapt other modules"

@@ -68,10 +68,17 @@ class ClientPlan:
         )
 
     def mean(self, updates: Mapping[str, State], like: State, noise: GaussianNoise) -> State:
-        """(Σ clipped updates + N(0, (σC)²)) / (q·n) of every tensor of ``like``, float32 from float64; noise alone if
-        nobody is there.
+        """(Σ clipped updates + N(0, (σC)²)) / (q·n); noise alone if nobody is there.
 
         Formal guarantee: adding or removing one client moves the sum by at most C, whatever its update holds.
+
+        Args:
+            updates: client → update, with the names of ``like``; summed in the order of ids.
+            like: name → tensor of the shape that is released.
+            noise: the round's source; tensors draw in the order of their names.
+
+        Returns:
+            name → float32, computed in float64.
         """
         total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in like.items()}
         for _, update in sorted(updates.items()):

@@ -24,7 +24,18 @@ class GaussianNoise(Protocol):
     name: str
 
     def draw(self, shape: tuple[int, ...], std: float) -> Tensor:
-        """float64 tensor of the given shape; std >= 0, and std = 0 gives zeros."""
+        """Draw one tensor.
+
+        Args:
+            shape: of the tensor.
+            std: standard deviation ≥ 0; 0 gives zeros.
+
+        Returns:
+            float64, on the CPU.
+
+        Raises:
+            ValueError: std < 0.
+        """
 
 
 class SeededNoise:

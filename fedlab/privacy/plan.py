@@ -95,9 +95,14 @@ class DPPlan:
         return SeededNoise(rng) if self.noise == "seeded" else SecureNoise()
 
     def privatise(self, clipped_sum: Mapping[str, Tensor], noise: GaussianNoise) -> dict[str, Tensor]:
-        """(Σ clipped gradients + N(0, (σC)²)) / (q·n) for every tensor, in float64.
+        """(Σ clipped gradients + N(0, (σC)²)) / (q·n) for every tensor.
 
-        Tensors are noised in the order of their names.
+        Args:
+            clipped_sum: name → sum over the batch; together they move by at most C if one example is added or removed.
+            noise: the round's source; tensors draw in the order of their names.
+
+        Returns:
+            name → float64 tensor of the same shape, on the same device.
         """
         return {
             name: (
@@ -120,7 +125,8 @@ def default_delta(n: int) -> float:
 def delta_of(privacy: PrivacySection, n: int) -> float:
     """δ for a client of n examples (or n clients): the configured one, the budget's, or the default.
 
-    Raises PrivacyError for a δ that promises nothing (δ·n >= 1); warns above 0.1.
+    Raises:
+        PrivacyError: a δ that promises nothing (δ·n ≥ 1). Above 0.1 it warns.
     """
     budget = privacy.budget.delta if privacy.budget is not None else None
     delta = next((d for d in (privacy.delta, budget) if d is not None), default_delta(n))

@@ -24,6 +24,14 @@ NOTHING = (
     'This run was made without differential privacy (`privacy.unit = "none"`). Its adapter and every message of its'
     " clients may reveal what they were trained on. Nothing is promised."
 )
+PARTITION = (
+    "`partition.json` of this directory, which its owner alone can read: how many records of each label every client"
+    " has, and which ones"
+)
+BFLOAT16 = (
+    "what rounding adds: the base was computed in bfloat16, where one record's length can move the others' clipped"
+    " gradients (1.0004 C was seen where C is accounted for); ε is that of exact arithmetic"
+)
 LEVEL = {"example": "example-level DP-SGD", "client": "client-level DP, noise by a trusted server"}
 UNIT = {"example": "one record of one client", "client": "one client with all its records"}
 NEIGHBOURS = {
@@ -136,7 +144,15 @@ def report(config: RunConfig, epsilon: float | str, delta: float | None) -> list
     parts = [plain(promise(config, epsilon, delta)), f"Accountant: {accountant(config)}."]
     if config.privacy.noise == "seeded":
         parts.append(plain(SEEDED))
-    return [*parts, f"Not protected: {plain('; '.join(sentences(config)))}."]
+    return [*parts, f"Not protected: {plain('; '.join([*sentences(config), *limits(config)]))}."]
+
+
+def limits(config: RunConfig) -> list[str]:
+    """What nothing protects although no client sends it."""
+    found = [PARTITION]
+    if config.run.dtype == "bfloat16":
+        found.append(BFLOAT16)
+    return found
 
 
 def plain(text: str) -> str:

@@ -22,16 +22,32 @@ class Uniform(Protocol):
 
 
 def poisson_batch(n: int, q: float, rng: Uniform) -> np.ndarray:
-    """Sorted indices of a batch that holds each of n examples with probability q, independently. It may be empty."""
+    """A batch that holds each example with probability q, independently.
+
+    Args:
+        n: examples, > 0.
+        q: probability in [0, 1].
+        rng: source of n uniform numbers.
+
+    Returns:
+        Positions in ascending order, 0 to n − 1; possibly none.
+    """
     positive(n=n)
     probability(q=q)
     return np.flatnonzero(rng.random(n) < q)
 
 
 def fixed_batches(n: int, batch_size: int, steps: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Batches of exactly min(batch_size, n) distinct examples from reshuffled passes over the data.
+    """Batches of exactly min(batch_size, n) distinct examples from reshuffled passes over the data; without DP only.
 
-    For training without DP only.
+    Args:
+        n: examples, > 0.
+        batch_size: > 0.
+        steps: number of batches.
+        rng: shuffles every pass.
+
+    Returns:
+        Positions in ascending order, one array per step.
     """
     positive(n=n)
     positive(batch_size=batch_size)

@@ -17,7 +17,7 @@ from fedlab.files import write
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.ledger import SERVER, Entry, charged, event_of, events, parse_lines
 from fedlab.privacy.ledger.spending import exact, merged
-from fedlab.privacy.promise import NOTHING, SAMPLING, SEEDED, promise, rounded_up
+from fedlab.privacy.promise import NOTHING, SAMPLING, SEEDED, limits, promise, rounded_up
 from fedlab.privacy.release import sentences
 
 EMPIRICAL = "empirical.json"  # written by ``fedlab audit --empirical`` into a run directory
@@ -165,6 +165,7 @@ def _uncovered(config: RunConfig) -> str:
     """What no noise protects: the public releases of the run, and what is known without any message."""
     items = [
         *sentences(config),
+        *limits(config),
         "the set of labels, how the text was preprocessed, and what the base model had seen before",
         "scores measured on held-out records, which were never trained on",
         "the choice of settings: earlier runs on the same data count only if they are in the same ledgers",

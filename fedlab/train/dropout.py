@@ -11,7 +11,6 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import cast
 
 import numpy as np
 import torch
@@ -52,7 +51,8 @@ def row_keys(seed: int, step: int, examples: np.ndarray) -> np.ndarray:
         (27, 0x94D049BB133111EB),
     ):  # the finaliser of SplitMix64 (Steele et al., 2014)
         z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
-    return cast(np.ndarray, (z >> np.uint64(32)).astype(np.uint32).view(np.int32))
+    keys: np.ndarray = (z >> np.uint64(32)).astype(np.uint32).view(np.int32)
+    return keys
 
 
 def keep(keys: Tensor, module: str, length: int, width: int, rate: float) -> Tensor:

@@ -165,8 +165,9 @@ class AdaptedLayer:
         self.module, self.rows, self._tick, self.scale = module, rows, tick, model.scale[module]
         self.name_a, self.name_b = f"{module}.lora_A", f"{module}.lora_B"
         self.train_a, self.train_b = self.name_a in trained, self.name_b in trained
-        self.layer = cast(Any, model.layer(module))
-        self.base: Callable[[Tensor], Tensor] = self.layer.base_layer
+        layer: Any = model.layer(module)
+        self.layer = layer
+        self.base: Callable[[Tensor], Tensor] = layer.base_layer
         self._transposed, self._tensors = model.transposed(module), tensors
         self.basis = tensors.get(f"{module}.{BASIS}")
 
@@ -179,7 +180,8 @@ class AdaptedLayer:
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias [m]."""
-        return cast("Tensor | None", self.layer.base_layer.bias)
+        bias: Tensor | None = self.layer.base_layer.bias
+        return bias
 
     def merges(self, x: Tensor) -> bool:
         """Whether forming W + s·B·A is the cheaper way for the rows x [N, T, n].

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -55,6 +55,6 @@ class OpacusGradients:
                 raise RuntimeError(
                     f"no gradient reached {name}: the model does not use this layer; adapt other modules"
                 )
-            found[name] = cast(Tensor, parameter.grad_sample)
+            found[name] = parameter.grad_sample
             parameter.grad = parameter.grad_sample = None
         return found

@@ -25,14 +25,13 @@ timed and thrown
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import header, parser, write_json
 from torch import Tensor
 
 from fedlab.config import RunConfig
@@ -60,25 +59,23 @@ Way = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Print the three tables; return, and write to ``--json``, their numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--full", action="store_true", help="one dense SVD of each of the model's shapes as well")
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, default=32)
+    options.add_argument("--clients", type=int, default=50)
+    options.add_argument("--rank", type=int, default=16)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--full", action="store_true", help="one dense SVD of each of the model's shapes as well")
+    options.add_argument(
         "--small", action="store_true", help=f"every size divided by {SMALL}: shows that it runs, measures nothing"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args(arguments)
+    args = options.parse_args(arguments)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         found = measure(args)
     finally:
         torch.set_num_threads(threads)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, found)
     report(found)
     return found
 
@@ -226,7 +223,7 @@ def report(found: dict[str, Any]) -> None:
         f"{whole['modules']} modules, rank {settings['rank']}, {settings['clients']} clients, torch"
         f" {settings['torch']}, one thread\n"
     )
-    print("| FedSVD, whole set | processor s |\n|---|---|")
+    print(header("FedSVD, whole set", "processor s"))
     print(f"| aggregation | {whole['fedsvd']:.2f} |")
     print(f"| of which the weighted mean of B | {whole['mean']:.2f} |")
     print(f"| of which refactorize | {whole['refactorize']:.2f} |")
@@ -250,7 +247,7 @@ def report(found: dict[str, Any]) -> None:
         print(
             f"| {row['m']}×{row['n']} | {cells[0]} | {cells[1]} | {ratios[0]} | {cells[2]} | {ratios[1]} | {errors} |"
         )
-    print("\n| aggregator, one module | processor s (min – max) |\n|---|---|")
+    print("\n" + header("aggregator, one module", "processor s (min – max)"))
     for title, times in found["aggregators"].items():
         print(f"| {title} | {times['median']:.4f} ({times['min']:.4f} – {times['max']:.4f}) |")
 

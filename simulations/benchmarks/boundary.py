@@ -10,17 +10,15 @@ protected basis by them and making its complement. Peak is the process's residen
 
 from __future__ import annotations
 
-import argparse
-import json
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import psutil
 import torch
+from common import header, line, parser, write_json
 
 from fedlab.config.sections import LoraSection
 from fedlab.continual.input_grams import input_grams, input_groups
@@ -35,23 +33,19 @@ from fedlab.objectives import Classification
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print a table and return its rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=200)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--energy", type=float, default=0.9)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(arguments)
+    options = parser(__doc__)
+    options.add_argument("--texts", type=int, default=200)
+    options.add_argument("--length", type=int, default=64)
+    options.add_argument("--energy", type=float, default=0.9)
+    options.add_argument("--small", action="store_true")
+    args = options.parse_args(arguments)
     model = roberta(args.small)
     weights = {module: model.pristine(module) for module in sorted(model.scale)}
     data = texts(8 if args.small else args.texts, args.length)
     groups = input_groups(model)
     rows: dict[str, Any] = {}
-    print(
-        f"{len(weights)} layers, {len(set(groups.values()))} distinct inputs\n| what | seconds | peak MB"
-        " |\n|---|---|---|",
-        flush=True,
-    )
+    print(f"{len(weights)} layers, {len(set(groups.values()))} distinct inputs")
+    print(header("what", "seconds", "peak MB"), flush=True)
 
     def osft(preserve: float) -> None:
         for weight in weights.values():
@@ -73,9 +67,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     show(rows)
     rows[f"protected basis (energy {args.energy:g}) and complement"] = cost(lambda: grow(grams))
     show(rows)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(rows, indent=2))
+    write_json(args.json, rows)
     return rows
 
 
@@ -131,7 +123,7 @@ def cost(action: Callable[[], object]) -> dict[str, float]:
 def show(rows: dict[str, Any]) -> None:
     """The newest row."""
     name, figures = list(rows.items())[-1]
-    print(f"| {name} | {figures['seconds']:.2f} | {figures['megabytes']:.0f} |", flush=True)
+    print(line(name, f"{figures['seconds']:.2f}", f"{figures['megabytes']:.0f}"), flush=True)
 
 
 if __name__ == "__main__":

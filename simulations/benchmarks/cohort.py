@@ -18,15 +18,12 @@ spread and ratios.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from common import half_range, header, interleaved, line, parser, write_json
 
 from fedlab.config import RunConfig
 from fedlab.lora.state import State
@@ -36,30 +33,23 @@ from fedlab.train.cohort import train_cohort
 from fedlab.train.local import LocalTraining
 from fedlab.train.trainer import train_client
 
-ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("alone", "together", "bare")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Measure and print; returns batch size → medians and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "simulations" / "quickstart.toml")
-    parser.add_argument("--clients", type=int, default=12)
-    parser.add_argument("--cohort", type=int, help="clients per pass (default: all)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 32])
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="3 clients, one repeat")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(arguments)
+    options = parser(__doc__, "quickstart.toml")
+    options.add_argument("--clients", type=int, default=12)
+    options.add_argument("--cohort", type=int, help="clients per pass (default: all)")
+    options.add_argument("--batches", type=int, nargs="+", default=[4, 32])
+    options.add_argument("--steps", type=int, default=2)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--small", action="store_true", help="3 clients, one repeat")
+    args = options.parse_args(arguments)
     if args.small:
         args.clients, args.batches, args.steps, args.repeats = 3, [4], 1, 1
     results: dict[str, dict[str, float]] = {}
-    print(
-        "| batch | alone s | together s | bare s | alone / together | together / bare |\n|---|---|---|---|---|---|",
-        flush=True,
-    )
+    print(header("batch", "alone s", "together s", "bare s", "alone / together", "together / bare"), flush=True)
     for batch in args.batches:
         run = [
             f"data.clients={args.clients}",
@@ -71,23 +61,15 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         with torch_threads(1):
             seconds = measure(session, args.cohort or args.clients, args.repeats)
         median = {way: statistics.median(seconds[way]) for way in WAYS}
-        spread = {way: (max(seconds[way]) - min(seconds[way])) / 2 for way in WAYS}
+        spread = {way: half_range(seconds[way]) for way in WAYS}
         ratios = {
             "alone / together": median["alone"] / median["together"],
             "together / bare": median["together"] / median["bare"],
         }
         results[str(batch)] = {**median, **{f"{way} spread": spread[way] for way in WAYS}, **ratios}
-        cells = [f"{median[way]:.2f} ± {spread[way]:.2f}" for way in WAYS] + [
-            f"{ratio:.2f}" for ratio in ratios.values()
-        ]
-        print(f"| {batch} | " + " | ".join(cells) + " |", flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps(
-                {"arguments": vars(args) | {"config": str(args.config), "json": None}, "results": results}, indent=2
-            )
-        )
+        times = (f"{median[way]:.2f} ± {spread[way]:.2f}" for way in WAYS)
+        print(line(batch, *times, *(f"{ratio:.2f}" for ratio in ratios.values())), flush=True)
+    write_json(args.json, {"arguments": vars(args) | {"json": None}, "results": results})
     return results
 
 
@@ -104,14 +86,7 @@ def measure(session: Session, cohort: int, repeats: int) -> dict[str, list[float
         ],
         "bare": lambda: bare(session, state, names, data.clients),
     }
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for repeat in range(repeats + 1):
-        for way in WAYS:
-            started = time.process_time()
-            ways[way]()
-            if repeat:
-                seconds[way].append(time.process_time() - started)
-    return seconds
+    return interleaved(ways, repeats)
 
 
 def bare(session: Session, state: State, names: list[str], clients: list[str]) -> None:

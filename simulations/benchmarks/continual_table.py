@@ -20,10 +20,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from common import header, line, mean_and_deviation, parser, write_json
+
 import fedlab
 from fedlab.config import RunConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 # Under DP few long steps on large batches: every step is noise, and AdamW would scale it up to a step of full length.
 DP = [
     'privacy={unit="example", epsilon=8.0, clip=1.0}',
@@ -53,22 +54,20 @@ COLUMNS = ("average_score", "backward_transfer", "forgetting", "learning_score")
 
 def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     """Run, print the table, and return method → its results, one per seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "simulations" / "continual-wordnet.toml")
-    parser.add_argument(
+    options = parser(__doc__, "continual-wordnet.toml")
+    options.add_argument(
         "--methods", nargs="+", default=list(METHODS), help="names of rows, or the first words of several"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument(
+    options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    options.add_argument(
         "--rates", type=float, nargs="*", default=[0.002, 0.006, 0.02], help="of rank-8 factors; one: no tuning"
     )
-    parser.add_argument("--tuning-seed", type=int, default=100)
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--json", type=Path, help="finished runs are kept there and not run again")
-    args = parser.parse_args(arguments)
+    options.add_argument("--tuning-seed", type=int, default=100)
+    args = options.parse_args(arguments)
     kept: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
     found: dict[str, list[dict[str, Any]]] = {}
-    print("| method | lr | AA % | BWT | F | LA % | leak | MB up | MB down | ε | s |\n" + "|---" * 11 + "|", flush=True)
+    columns = ("method", "lr", "AA %", "BWT", "F", "LA %", "leak", "MB up", "MB down", "ε", "s")
+    print(header(*columns), flush=True)
     for method in METHODS:
         if method not in args.methods and not any(
             method.startswith((f"{name} ", f"{name},")) for name in set(args.methods) - METHODS.keys()
@@ -104,9 +103,7 @@ def _one(
         with tempfile.TemporaryDirectory() as folder:
             config = config.model_copy(update={"tasks": config.tasks[:tasks]})
             kept[name] = dict(fedlab.simulate(config, Path(folder) / "run", quiet=True).result)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(kept))
+        write_json(args.json, kept)  # a finished run is not run again
     return dict(kept[name])
 
 
@@ -115,15 +112,14 @@ def row(method: str, rate: float | None, results: list[dict[str, Any]]) -> str:
     cells = [method, "–" if rate is None else f"{rate:g}"]
     for column in COLUMNS:
         values = [100 * r[column] for r in results if r.get(column) is not None]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.fmean(values):.2f}{spread}" if values else "–")
+        cells.append(mean_and_deviation(values))
     leaks = [r["leak"] for r in results if r["leak"] is not None]
     cells.append(f"{max(leaks):.0e}" if leaks else "–")
     cells += [f"{statistics.fmean(r[key] for r in results) / 1e6:.1f}" for key in ("bytes_up", "bytes_down")]
     epsilons = [r["epsilon"] for r in results]
     cells.append(f"{max(epsilons):.2f}" if all(isinstance(e, float) for e in epsilons) else "no DP")
     cells.append(f"{statistics.fmean(r['seconds'] for r in results):.0f}")
-    return "| " + " | ".join(cells) + " |"
+    return line(*cells)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,17 @@ seconds leave out evaluation, and the first round, which loads models (and fills
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from common import half_range, header, line, mean_and_deviation, metrics, parser, write_json
+
 import fedlab
 from fedlab.config import RunConfig
 from fedlab.models.hardware import bfloat16_gain
 
-ROOT = Path(__file__).resolve().parents[2]
 WAYS = {
     "sequential": ["run.cohort=1"],
     "cohort": [],
@@ -35,14 +34,11 @@ Way = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> dict[str, Way]:
     """Run, print two tables, and return way → figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "simulations" / "wordnet.toml")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(arguments)
+    options = parser(__doc__, "wordnet.toml")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    options.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    args = options.parse_args(arguments)
     print(f"bfloat16 products run at {bfloat16_gain('cpu'):.2f} of the speed of float32 here", flush=True)
     runs: dict[str, list[Way]] = {way: [] for way in args.ways}
     for seed in args.seeds:
@@ -58,9 +54,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Way]:
             print(f"seed {seed}, {way}: {runs[way][-1]['seconds']} s, accuracy {runs[way][-1]['accuracy']}", flush=True)
     found = {way: summary(results) for way, results in runs.items()}
     print(tables(found))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"rounds": args.rounds, "seeds": args.seeds, "ways": found}, indent=2))
+    write_json(args.json, {"rounds": args.rounds, "seeds": args.seeds, "ways": found})
     return found
 
 
@@ -70,15 +64,14 @@ def one(config: RunConfig) -> Way:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = fedlab.simulate(config, Path(folder) / "run", quiet=True).path
-        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    train = [line for line in lines if line["phase"] == "train"][1:]
+        train, evaluations = metrics(path, "train")[1:], metrics(path, "evaluate")
     assert config.train.steps is not None
     examples = config.clients_per_round * config.train.steps * config.train.batch_size
     return {
         "seconds": [round(line["seconds"] - line["evaluate_seconds"], 3) for line in train],
         "overhead": [line["overhead_seconds"] / line["seconds"] for line in train],
         "examples": [examples / line["train_seconds"] for line in train],
-        "accuracy": [round(line["scores"]["accuracy"], 4) for line in lines if line["phase"] == "evaluate"],
+        "accuracy": [round(line["scores"]["accuracy"], 4) for line in evaluations],
     }
 
 
@@ -89,7 +82,7 @@ def summary(results: list[Way]) -> Way:
     )
     return {
         "seconds": statistics.median(seconds),
-        "spread": (max(seconds) - min(seconds)) / 2,
+        "spread": half_range(seconds),
         "overhead": statistics.median(overhead),
         "examples": statistics.median(examples),
         "curves": [r["accuracy"] for r in results],
@@ -101,22 +94,19 @@ def tables(found: dict[str, Way]) -> str:
     deviation) by round.
     """
     base = found.get("cohort", next(iter(found.values())))["seconds"]
-    lines = ["\n| way | s per round | examples/s | faster than cohort | overhead % |", "|---|---|---|---|---|"]
+    lines = ["\n" + header("way", "s per round", "examples/s", "faster than cohort", "overhead %")]
     for way, row in found.items():
         cells = [
             f"{row['seconds']:.2f} ± {row['spread']:.2f}",
             f"{row['examples']:.0f}",
             f"{base / row['seconds']:.2f}",
         ]
-        lines.append(f"| {way} | " + " | ".join([*cells, f"{100 * row['overhead']:.1f}"]) + " |")
+        lines.append(line(way, *cells, f"{100 * row['overhead']:.1f}"))
     rounds = len(next(iter(found.values()))["curves"][0])
-    lines += ["\n| accuracy % after round | " + " | ".join(map(str, range(rounds))) + " |", "|---" * (rounds + 1) + "|"]
+    lines.append("\n" + header("accuracy % after round", *map(str, range(rounds))))
     for way, row in found.items():
-        cells = []
-        for values in zip(*row["curves"], strict=True):
-            spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{100 * statistics.fmean(values):.2f}{spread}")
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+        curves = zip(*row["curves"], strict=True)
+        lines.append(line(way, *(mean_and_deviation([100 * value for value in values]) for values in curves)))
     return "\n".join(lines)
 
 

@@ -11,14 +11,11 @@ compared.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from common import half_range, interleaved, parser, write_json
 
 from fedlab.config import RunConfig
 from fedlab.models.adapters import initial_state
@@ -36,12 +33,11 @@ CONFIG = '[run]\nrounds=1\n[lora]\nrank=8\nalpha=8\ntarget_modules="all-linear"\
 
 def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     """Measure, print, and return way → seconds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(arguments)
+    options = parser(__doc__)
+    options.add_argument("--repeats", type=int, default=7)
+    options.add_argument("--batch", type=int, default=16)
+    options.add_argument("--length", type=int, default=64)
+    args = options.parse_args(arguments)
     torch.set_num_threads(1)
     config, objective = RunConfig.parse(CONFIG), Classification(tuple("0123456789"))
     model, half = (
@@ -86,20 +82,12 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     if (gain := bfloat16_gain("cpu")) > 1:
         print(f"bfloat16 products run at {gain:.2f} of the speed of float32 here")
         ways |= {"non-private, bfloat16": lambda: plain(half), "fused, bfloat16": lambda: fused(half)}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for repeat in range(args.repeats + 1):
-        for way, step in ways.items():
-            started = time.process_time()
-            step()
-            if repeat:  # the first time warms up
-                seconds[way].append(time.process_time() - started)
+    seconds = interleaved(ways, args.repeats)
     base = statistics.median(seconds["non-private"])
     for way, times in seconds.items():
         median = statistics.median(times)
-        print(f"{way:21s} {median:.3f} ± {(max(times) - min(times)) / 2:.3f} s  {median / base:.2f}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"batch": args.batch, "length": args.length, "seconds": seconds}, indent=2))
+        print(f"{way:21s} {median:.3f} ± {half_range(times):.3f} s  {median / base:.2f}")
+    write_json(args.json, {"batch": args.batch, "length": args.length, "seconds": seconds})
     return seconds
 
 

@@ -26,12 +26,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import torch
+from common import Ways, header, interleaved, line, parser, write_json
 
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
@@ -91,15 +91,14 @@ MODELS: dict[str, Callable[[bool], tuple[torch.nn.Module, list[str], list[str]]]
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print a table per model, and return model → batch → figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128])
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="tiny models and batches")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(arguments)
+    options = parser(__doc__)
+    options.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    options.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128])
+    options.add_argument("--length", type=int, default=128)
+    options.add_argument("--clients", type=int, default=8)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--small", action="store_true", help="tiny models and batches")
+    args = options.parse_args(arguments)
     if args.small:
         args.batches, args.length, args.clients, args.repeats = [4], 16, 2, 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,27 +109,32 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {"device": where, "dtype": str(dtype), "matrix_rate": rate, "models": {}}
     for name in args.models:
         results["models"][name] = measure(name, args, device, dtype, rate)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(results, indent=2))
+        write_json(args.json, results)
     return results
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Floating-point operations per second of a square product, the best of five."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(6))
+    (seconds,) = timed({"product": lambda: a @ b}, 5, device)[0].values()
+    return 2 * size**3 / min(seconds)
 
 
-def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Wall seconds, to the end of what the GPU was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def timed(ways: Ways, repeats: int, device: torch.device) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Wall seconds of every way, to the end of what the GPU was given, and its peak memory there in bytes."""
+    peak = dict.fromkeys(ways, 0)
+
+    def before(way: str) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+
+    def after(way: str) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            peak[way] = max(peak[way], torch.cuda.max_memory_allocated())
+
+    return interleaved(ways, repeats, time.perf_counter, before, after), peak
 
 
 def measure(
@@ -149,26 +153,18 @@ def measure(
         f"\n{name}: {sum(p.numel() for p in model.module.parameters()) / 1e6:.0f} M parameters, texts of {args.length}"
         " tokens"
     )
-    print(
-        "| rows | "
-        + " | ".join(f"{way} ex/s" for way in WAYS)
-        + " | DP overhead | share of matrix rate | GB |\n"
-        + "|---" * 8
-        + "|"
-    )
+    print(header("rows", *(f"{way} ex/s" for way in WAYS), "DP overhead", "share of matrix rate", "GB"))
     found: dict[str, Any] = {}
     for batch in args.batches:
         try:
             found[str(batch)] = figures = one_batch(model, settings, state, batch, args)
         except torch.cuda.OutOfMemoryError:
-            print(f"| {batch} | out of memory |", flush=True)
+            print(line(batch, "out of memory"), flush=True)
             torch.cuda.empty_cache()
             break
         figures["share"] = figures["cohort"] * operations / rate
-        cells = [f"{figures[way]:.1f}" for way in WAYS] + [
-            f"{figures[key]:.2f}" for key in ("overhead", "share", "gigabytes")
-        ]
-        print(f"| {batch} | " + " | ".join(cells) + " |", flush=True)
+        rates = (f"{figures[way]:.1f}" for way in WAYS)
+        print(line(batch, *rates, *(f"{figures[key]:.2f}" for key in ("overhead", "share", "gigabytes"))), flush=True)
     return found
 
 
@@ -202,19 +198,9 @@ def one_batch(
         ),
         "hooks": lambda: train_client(model, data, client, state, names, config, 1, plan(batch)),
     }
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    peak = 0
-    for repeat in range(args.repeats + 1):
-        for way in WAYS:
-            if model.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            taken = timed(ways[way], model.device)
-            if repeat:
-                seconds[way].append(taken)
-            if way == "cohort" and model.device.type == "cuda":
-                peak = max(peak, torch.cuda.max_memory_allocated())
+    seconds, peak = timed({way: ways[way] for way in WAYS}, args.repeats, model.device)
     rates = {way: STEPS * batch / statistics.median(values) for way, values in seconds.items()}
-    return {**rates, "overhead": rates["bare"] / rates["cohort"], "gigabytes": peak / 1e9}
+    return {**rates, "overhead": rates["bare"] / rates["cohort"], "gigabytes": peak["cohort"] / 1e9}
 
 
 def texts(clients: int, rows: int, length: int) -> tuple[list[str], FederatedData]:

@@ -5,23 +5,23 @@ python simulations/benchmarks/noise.py
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from common import header, interleaved, line, parser, write_json
 
 from fedlab.privacy.noise import SecureNoise, SeededNoise
 
 
-def main() -> None:
-    """Print million samples per second (median over repeats) and the ratio to seeded noise."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--samples", type=int, default=2_000_000, help="per draw")
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Print and return million samples per second (median over repeats) and the ratio to seeded noise."""
+    options = parser(__doc__)
+    options.add_argument("--samples", type=int, default=2_000_000, help="per draw")
+    options.add_argument("--repeats", type=int, default=7)
+    args = options.parse_args(arguments)
     torch.set_num_threads(1)
     secure, seeded, shape = SecureNoise(), SeededNoise(np.random.Generator(np.random.Philox(0))), (args.samples,)
     ways: dict[str, Callable[[], object]] = {
@@ -29,19 +29,14 @@ def main() -> None:
         "seeded (numpy Philox, float64)": lambda: seeded.draw(shape, 1.0),
         "torch.randn (float32, tails cut at 5.77 σ on the CPU)": lambda: torch.randn(shape),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(args.repeats + 1):
-        for name, draw in ways.items():
-            started = time.perf_counter()
-            draw()
-            seconds[name].append(time.perf_counter() - started)
-    rates = {
-        name: args.samples / statistics.median(times[1:]) / 1e6 for name, times in seconds.items()
-    }  # the first warms up
+    seconds = interleaved(ways, args.repeats, time.perf_counter)
+    rates = {name: args.samples / statistics.median(times) / 1e6 for name, times in seconds.items()}
     base = rates["seeded (numpy Philox, float64)"]
-    print("| source | M samples/s | of seeded |\n|---|---|---|")
+    print(header("source", "M samples/s", "of seeded"))
     for name, rate in rates.items():
-        print(f"| {name} | {rate:.1f} | {rate / base:.2f} |")
+        print(line(name, f"{rate:.1f}", f"{rate / base:.2f}"))
+    write_json(args.json, {"samples": args.samples, "million_per_second": rates})
+    return rates
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from common import ROOT
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[2]
 AXES = ("clients", "rank", "modules", "length")
 
 

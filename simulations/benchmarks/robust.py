@@ -3,7 +3,7 @@
 
     python simulations/benchmarks/robust.py --seeds 2         # the first table of docs/benchmarks.md, "Hostile clients"
     python simulations/benchmarks/robust.py --partition 0.5   # the second: Dirichlet(0.5)
-    python simulations/benchmarks/robust.py --rules mean krum --attacks none sign_flip --json
+    python simulations/benchmarks/robust.py --rules mean krum --attacks none sign_flip --json FILE
 
 Clients train B and the head (FFA-LoRA), without DP, in this one process; the rule is applied to the updates, all of one
 weight. Three of ten clients are hostile in every round. They work from their own honest updates and know neither the
@@ -17,18 +17,15 @@ it; below the first adapted layer a BERT encoder gives the same for the same tex
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import PRESETS, header, line, mean_and_deviation, parser, write_json
 from torch import Tensor, nn
 
 from fedlab.config import RunConfig
@@ -46,7 +43,6 @@ from fedlab.seeds import client_order, random_stream, stream_seed
 from fedlab.session import Session, open_session, torch_threads
 from fedlab.train.trainer import train_client
 
-ROOT = Path(__file__).resolve().parents[2]
 # WordNet's nouns, small enough for a table in a few minutes: 10 clients, 4 rounds of 2 steps of 24 glosses, MiniLM's
 # last layer.
 WORDNET = [
@@ -219,23 +215,17 @@ def run(setting: Setting, rule: str, name: str) -> dict[str, Any]:
     return {"rule": rule, "attack": name, "accuracy": accuracy, "excluded": excluded, "ended": ended}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", type=Path, help="a preset, taken as it is but for privacy (default: WordNet, made small)"
-    )
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rules", nargs="+", default=list(ALL_RULES), choices=ALL_RULES)
-    parser.add_argument("--attacks", nargs="+", default=list(ALL_ATTACKS), choices=ALL_ATTACKS)
-    parser.add_argument("--partition", default="iid", help='"iid", or the α of a Dirichlet partition')
-    parser.add_argument("--hostile", type=float, default=0.3, help="share of the clients")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON, one object per cell and seed, instead of the table"
-    )
-    args = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Run, print the table, and return one object per cell and seed."""
+    options = parser(__doc__, "")  # its default is WordNet, made small; a preset is taken as it is but for privacy
+    options.add_argument("--rules", nargs="+", default=list(ALL_RULES), choices=ALL_RULES)
+    options.add_argument("--attacks", nargs="+", default=list(ALL_ATTACKS), choices=ALL_ATTACKS)
+    options.add_argument("--partition", default="iid", help='"iid", or the α of a Dirichlet partition')
+    options.add_argument("--hostile", type=float, default=0.3, help="share of the clients")
+    options.add_argument("--seeds", type=int, default=1)
+    args = options.parse_args(argv)
     partition = "{kind='iid'}" if args.partition == "iid" else f"{{kind='dirichlet', alpha={float(args.partition)}}}"
-    common = [
+    settings = [
         f"data.partition={partition}",
         "privacy={unit='none'}",
         *([] if args.config else WORDNET),
@@ -243,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     cells: list[dict[str, Any]] = []
     for seed in range(1, args.seeds + 1):
-        config = RunConfig.load(args.config or ROOT / "simulations" / "wordnet.toml", [*common, f"run.seed={seed}"])
+        config = RunConfig.load(args.config or PRESETS / "wordnet.toml", [*settings, f"run.seed={seed}"])
         with torch_threads(config.run.threads):
             setting = open_setting(config, max(1, round(args.hostile * config.population)))
             with frozen_layers_once(setting.session.model):
@@ -251,25 +241,23 @@ def main(argv: Sequence[str] | None = None) -> None:
                     for rule in args.rules:
                         cells.append({"partition": args.partition, "seed": seed, **run(setting, rule, name)})
                         print(cells[-1], file=sys.stderr, flush=True)
-    if args.json:
-        print(json.dumps(cells, indent=2))
-    else:
-        print_table(cells, args.rules, args.attacks)
+    write_json(args.json, cells)
+    print_table(cells, args.rules, args.attacks)
+    return cells
 
 
 def print_table(cells: list[dict[str, Any]], rules: Sequence[str], attacks: Sequence[str]) -> None:
     """Rule × attack: mean accuracy over seeds in %, ± standard deviation where there are several; † where a run ended
     early.
     """
-    print("| rule | " + " | ".join(attacks) + " |\n|---|" + "---|" * len(attacks))
+    print(header("rule", *attacks))
     for rule in rules:
         row = []
         for name in attacks:
             own = [cell for cell in cells if (cell["rule"], cell["attack"]) == (rule, name)]
             values = [100 * cell["accuracy"] for cell in own]
-            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            row.append(f"{statistics.fmean(values):.1f}{deviation}{' †' if any(cell['ended'] for cell in own) else ''}")
-        print(f"| {rule} | " + " | ".join(row) + " |")
+            row.append(mean_and_deviation(values, 1) + (" †" if any(cell["ended"] for cell in own) else ""))
+        print(line(rule, *row))
 
 
 if __name__ == "__main__":

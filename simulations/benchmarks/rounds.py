@@ -34,7 +34,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT, half_range, header, line, metrics, parser, write_json
+
 WAYS = ("sequential", "cohort", "cohort auto", "flower kept", "flower", "bare")
 RATIOS = tuple((slow, fast) for fast in ("cohort", "cohort auto") for slow in ("sequential", "flower kept", "flower"))
 RATIOS += (("cohort", "bare"), ("cohort auto", "bare"))
@@ -49,21 +50,18 @@ QUIET = {
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print a table and return batch size → way → figures, and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "simulations" / "quickstart.toml")
-    parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 32])
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2, help="that are timed, after one that is not")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--small", action="store_true", help="4 clients, one repeat of one round")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a way: run it here and print its rounds as JSON
-    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # of the bare loop: which process this is
-    args = parser.parse_args(arguments)
+    options = parser(__doc__, "quickstart.toml")
+    options.add_argument("--clients", type=int, default=50)
+    options.add_argument("--nodes", type=int, default=2)
+    options.add_argument("--batches", type=int, nargs="+", default=[4, 32])
+    options.add_argument("--steps", type=int, default=2)
+    options.add_argument("--rounds", type=int, default=2, help="that are timed, after one that is not")
+    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    options.add_argument("--small", action="store_true", help="4 clients, one repeat of one round")
+    options.add_argument("--one", help=argparse.SUPPRESS)  # a way: run it here and print its rounds as JSON
+    options.add_argument("--share", type=int, help=argparse.SUPPRESS)  # of the bare loop: which process this is
+    args = options.parse_args(arguments)
     if args.small:
         args.clients, args.batches, args.steps, args.rounds, args.repeats = 4, args.batches[:1], 1, 1, 1
     if args.one:
@@ -77,12 +75,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 rounds[way] += in_its_own_process(args, way, batch)
         results[str(batch)] = summary(rounds)
         print(table(batch, args, results[str(batch)]), flush=True)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-            args.json.write_text(
-                json.dumps({"arguments": settings, "cores": os.cpu_count(), "results": results}, indent=2)
-            )
+        write_json(args.json, {"arguments": vars(args), "cores": os.cpu_count(), "results": results})
     return results
 
 
@@ -142,8 +135,7 @@ def one(args: argparse.Namespace) -> list[dict[str, float]]:
 
     with tempfile.TemporaryDirectory() as folder:
         found = fedlab.simulate(config, Path(folder) / "run", quiet=True)
-        lines = [json.loads(line) for line in (found.path / "metrics.jsonl").read_text().splitlines()]
-    rounds = [line for line in lines if line["phase"] == "train"][1:]
+        rounds = metrics(found.path, "train")[1:]
     expected = float(args.steps * args.batches[0] * args.clients)  # what was drawn stays with the clients
     return [{"seconds": line["seconds"] - line["evaluate_seconds"], "examples": expected} for line in rounds]
 
@@ -190,7 +182,7 @@ def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     ways = {
         way: {
             "median": medians[way],
-            "spread": (max(v) - min(v)) / 2,
+            "spread": half_range(v),
             "rounds": v,
             "examples": rounds[way][0]["examples"],
         }
@@ -205,12 +197,10 @@ def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 def table(batch: int, args: argparse.Namespace, result: dict[str, Any]) -> str:
     """Markdown of one batch size."""
     lines = [f"\nbatch {batch}, {args.clients} clients per round, {args.steps} steps, {args.nodes} processes\n"]
-    lines += ["| way | seconds per round | examples per second |", "|---|---|---|"]
+    lines.append(header("way", "seconds per round", "examples per second"))
     for way, figures in result["ways"].items():
-        lines.append(
-            f"| {way} | {figures['median']:.2f} ± {figures['spread']:.2f} |"
-            f" {figures['examples'] / figures['median']:.0f} |"
-        )
+        seconds = f"{figures['median']:.2f} ± {figures['spread']:.2f}"
+        lines.append(line(way, seconds, f"{figures['examples'] / figures['median']:.0f}"))
     return "\n".join([*lines, "", ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["ratios"].items())])
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from common import header, line, metrics, parser, write_json
 
 import fedlab
 from fedlab.config import RunConfig
@@ -39,29 +40,34 @@ AXES: dict[str, tuple[str, list[Any]]] = {
     "length": ("data.max_length", [8, 16, 32]),
 }
 
+COLUMNS = {  # of the table → of a row
+    "set-up s": "setup",
+    "round s": "round",
+    "training s": "training",
+    "evaluation s": "evaluation",
+    "overhead per client ms": "overhead_ms",
+    "peak GB": "gigabytes",
+    "audit s": "audit",
+}
+
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure, print a table and return its rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=10_000)
-    parser.add_argument("--fraction", type=float, default=0.1)
-    parser.add_argument("--examples", type=int, default=20, help="per client")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vary", choices=list(AXES))
-    parser.add_argument("--privacy", nargs="+", default=["DP", "no DP"], choices=["DP", "no DP"])
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--small", action="store_true", help="40 clients, 10 per round, in this process")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(arguments)
+    options = parser(__doc__)
+    options.add_argument("--clients", type=int, default=10_000)
+    options.add_argument("--fraction", type=float, default=0.1)
+    options.add_argument("--examples", type=int, default=20, help="per client")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--vary", choices=list(AXES))
+    options.add_argument("--privacy", nargs="+", default=["DP", "no DP"], choices=["DP", "no DP"])
+    options.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    options.add_argument("--small", action="store_true", help="40 clients, 10 per round, in this process")
+    args = options.parse_args(arguments)
     if args.small:
         args.clients, args.fraction, args.rounds = 40, 0.25, 2
         args.overrides = ["run.backend=local", "run.nodes=1", *args.overrides]
     rows: list[dict[str, Any]] = []
-    print(
-        "| privacy | setting | set-up s | round s | training s | evaluation s | overhead per client ms | peak GB |"
-        " audit s |\n" + "|---" * 9 + "|",
-        flush=True,
-    )
+    print(header("privacy", "setting", *COLUMNS), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         toml = make(Path(folder), args)
         key, values = AXES[args.vary] if args.vary else ("run.rounds", [args.rounds])
@@ -73,14 +79,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 rows.append(
                     {"privacy": privacy, "setting": setting, **measure(config, Path(folder) / f"run-{len(rows)}")}
                 )
-                shown = [
-                    f"{rows[-1][k]:.2f}"
-                    for k in ("setup", "round", "training", "evaluation", "overhead_ms", "gigabytes", "audit")
-                ]
-                print(f"| {privacy} | {setting} | " + " | ".join(shown) + " |", flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"clients": args.clients, "fraction": args.fraction, "rows": rows}, indent=2))
+                print(line(privacy, setting, *(f"{rows[-1][k]:.2f}" for k in COLUMNS.values())), flush=True)
+    write_json(args.json, {"clients": args.clients, "fraction": args.fraction, "rows": rows})
     return rows
 
 
@@ -159,8 +159,7 @@ def measure(config: RunConfig, out: Path) -> dict[str, float]:
     run = fedlab.simulate(config, out, quiet=True)
     memory.done.set()
     memory.join()
-    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    rounds = [line for line in lines if line["phase"] == "train"]
+    rounds = metrics(run.path, "train")
     first = rounds[0]["time"] - rounds[0]["seconds"]
     later = rounds[1:] or rounds
     found = {

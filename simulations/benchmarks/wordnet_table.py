@@ -11,15 +11,16 @@ that were cut off are resumed.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 from typing import Any
 
+from common import header, line, mean_and_deviation, parser, write_json
+
 import fedlab
 from fedlab.run.directory import RunDirectory
 
-ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = ("accuracy %", "macro-F1 %", "clients %", "worst client %", "ε", "MB up", "server s")
 # Kaiming rows have norm 1/√3, so its adapter steps are made three times longer, the head's are not: the same grid of
 # effective steps.
 ADAPTER_STEP = {"ffa (kaiming)": 3.0}
@@ -61,33 +62,29 @@ def run(config: Path, overrides: list[str], out: Path) -> dict[str, Any]:
     return fedlab.simulate(fedlab.RunConfig.load(config, overrides), out, quiet=True).result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "simulations" / "wordnet.toml")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--tuning-rounds", type=int, help="rounds of a tuning run (default: as many as the others)")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.5, 4.5])
-    parser.add_argument(
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Run, print the table, and return the results of every row."""
+    options = parser(__doc__, "wordnet.toml")
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--rounds", type=int)
+    options.add_argument("--tuning-rounds", type=int, help="rounds of a tuning run (default: as many as the others)")
+    options.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.5, 4.5])
+    options.add_argument(
         "--head-rate", type=float, help="learning rate of the head in every run (default: the adapter's)"
     )
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--privacy", nargs="+", default=list(PRIVACY), choices=list(PRIVACY))
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--out", type=Path, default=Path("runs") / "benchmark-strategies")
-    args = parser.parse_args()
-    common = [*args.overrides, *([f"run.rounds={args.rounds}"] if args.rounds else [])]
+    options.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    options.add_argument("--privacy", nargs="+", default=list(PRIVACY), choices=list(PRIVACY))
+    options.add_argument("--out", type=Path, default=Path("runs") / "benchmark-strategies")
+    args = options.parse_args(arguments)
+    settings = [*args.overrides, *([f"run.rounds={args.rounds}"] if args.rounds else [])]
 
-    print(
-        "| method | privacy | lr (of "
-        + ", ".join(f"{r:g}" for r in args.rates)
-        + ") | accuracy % | macro-F1 % | clients % | worst client % | ε | MB up | server s |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    tried = ", ".join(f"{rate:g}" for rate in args.rates)
+    print(header("method", "privacy", f"lr (of {tried})", *COLUMNS), flush=True)
+    rows: list[dict[str, Any]] = []
     tuning = [f"run.rounds={args.tuning_rounds}"] if args.tuning_rounds else []
     for privacy in args.privacy:
         for method in args.methods:
-            overrides = [*common, *METHODS[method], *PRIVACY[privacy]]
+            overrides = [*settings, *METHODS[method], *PRIVACY[privacy]]
             folder = args.out / f"{method}-{privacy}".replace("ε", "eps")
             folder = folder.with_name(
                 "".join(c if c.isalnum() or c in "-." else "" for c in folder.name.replace("(", "-"))
@@ -103,7 +100,10 @@ def main() -> None:
             tuned = {rate: result(rate, TUNING_SEED, f"tune-{rate:g}", *tuning) for rate in args.rates}
             rate = max(tuned, key=lambda r: score(tuned[r]))
             results = [result(rate, seed, f"seed-{seed}-lr-{rate:g}") for seed in range(1, args.seeds + 1)]
+            rows.append({"method": method, "privacy": privacy, "rate": rate, "results": results})
+            write_json(args.json, rows)
             print(row(method, privacy, rate, results), flush=True)
+    return rows
 
 
 def score(result: dict[str, Any]) -> float:
@@ -115,8 +115,7 @@ def row(method: str, privacy: str, rate: float, results: list[dict[str, Any]]) -
     """One line of the table: mean ± standard deviation over seeds."""
 
     def spread(values: list[float]) -> str:
-        deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{100 * statistics.fmean(values):.2f}{deviation}" if values else "–"
+        return mean_and_deviation([100 * value for value in values])
 
     def column(key: str) -> list[float]:
         return [float(str(r[key])) for r in results if r[key] is not None]
@@ -127,11 +126,10 @@ def row(method: str, privacy: str, rate: float, results: list[dict[str, Any]]) -
     mean, worst = ([float(r["client_scores"][key]) for r in results] for key in ("mean", "worst"))
     epsilon = results[0]["epsilon"]
     shown = epsilon if isinstance(epsilon, str) else f"{max(column('epsilon')):.2f}"
-    return (
-        f"| {method} | {privacy} | {rate:g} | {spread(scored('accuracy'))} | {spread(scored('macro_f1'))} |"
-        f" {spread(mean)} | {spread(worst)} | {shown} | {statistics.fmean(column('bytes_up')) / 1e6:.1f} |"
-        f" {statistics.fmean(column('overhead_seconds_per_round')):.2f} |"
-    )
+    scores = (spread(values) for values in (scored("accuracy"), scored("macro_f1"), mean, worst))
+    megabytes = f"{statistics.fmean(column('bytes_up')) / 1e6:.1f}"
+    seconds = f"{statistics.fmean(column('overhead_seconds_per_round')):.2f}"
+    return line(method, privacy, f"{rate:g}", *scores, shown, megabytes, seconds)
 
 
 if __name__ == "__main__":

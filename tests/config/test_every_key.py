@@ -21,6 +21,7 @@ from fedlab.errors import ConfigError, RunFailed
 from fedlab.privacy.plan import plan_of
 from fedlab.run.launch import check
 from fedlab.run.launch.local import LocalGrid
+from strategies import STRATEGIES
 
 spec = importlib.util.spec_from_file_location("observers", Path(__file__).with_name("observers.py"))
 assert spec is not None
@@ -175,7 +176,7 @@ ROWS = {
     "privacy.participations": Row("2", look.plan),
     "privacy.noise": Row("secure", look.plan),
     "privacy.share_metrics": Row("true", look.lines, ("run.rounds=1",)),
-    "privacy.budget.epsilon": Row("20.0", look.result, ("privacy.budget={{epsilon=5.0}}", "run.rounds=2")),
+    "privacy.budget.epsilon": Row("20.0", look.result, ("privacy.budget={{epsilon=3.2}}", "run.rounds=2")),
     "privacy.budget.delta": Row("1e-7", budgeted, ("privacy.budget={{epsilon=5.0}}",)),
     "privacy.ledger": Row("'{path}/ledgers'", look.files, ("run.rounds=1",)),
     "evaluate.evaluators": Row("['clasification']", refused("clasification")),
@@ -200,7 +201,7 @@ def test_every_key_has_a_row():
 
 
 def test_every_key_says_what_it_means():
-    found = list(keys(RunConfig))
+    found = [*keys(RunConfig), *(key for one in STRATEGIES.values() for key in keys(one.Options, "strategy."))]
     assert not [key.name for key in found if len(key.meaning.split()) < 2]
     assert not [key.name for key in found if not key.range or not key.default]
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from fedlab.data.cache import cached_arrays
-from fedlab.data.collate import tokenise
-from fedlab.data.corpus import Corpus
+from fedlab.data.collate import Tokens, by_length, tokenise
+from fedlab.data.corpus import Corpus, written
 from fedlab.errors import ConfigError
 from fedlab.objectives import Classification
 
@@ -61,6 +64,62 @@ def test_the_cache_is_used_mapped_and_keyed_by_what_matters(tokenizer, monkeypat
     assert np.array_equal(tokenise(CORPUS, tokenizer, 8, OBJECTIVE).ids, first.ids)
     with pytest.raises(pytest.fail.Exception, match="tokenised again"):
         tokenise(CORPUS, tokenizer, 7, OBJECTIVE)
+
+
+SEQUENCES = Tokens(
+    np.array([2, 9, 3, 2, 9, 8, 7, 3], dtype=np.int32),
+    np.array([0, 3, 8]),
+    np.array([5, 6, 7], dtype=np.int32),
+    None,
+    np.array([0, 1, 3]),
+)
+
+
+def test_sequences_of_labels_are_padded_where_there_is_no_loss():
+    batch = SEQUENCES.batch(np.array([1, 0]), pad_id=0)
+    assert batch["labels"].tolist() == [[6, 7], [5, -100]]
+    assert batch["input_ids"].tolist() == [[2, 9, 8, 7, 3], [2, 9, 3, 0, 0]]
+    assert SEQUENCES.label_bytes(np.array([0, 1])) != SEQUENCES.label_bytes(np.array([1, 0]))
+
+
+def test_examples_that_are_taken_are_cut_with_their_labels():
+    taken = SEQUENCES.take(np.array([1, 0, 1]), np.array([2, 9, 1]))
+    batch = taken.batch(np.arange(3), pad_id=0)
+    assert batch["attention_mask"].sum(1).tolist() == [2, 3, 1]
+    assert batch["input_ids"].tolist() == [[2, 9, 0], [2, 9, 3], [2, 0, 0]]
+    assert batch["labels"].tolist() == [[6, 7], [5, -100], [6, -100]]
+
+
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 9))
+def test_pieces_by_length_hold_everybody_once_short_ones_first(lengths: list[int], size: int):
+    pieces = list(by_length(np.array(lengths, dtype=np.int64), size))
+    joined = [int(i) for piece in pieces for i in piece]
+    assert sorted(joined) == list(range(len(lengths)))
+    assert [lengths[i] for i in joined] == sorted(lengths)
+    assert all(len(piece) == size for piece in pieces[:-1])
+
+
+class CopiesLabels(Classification):
+    """Labels are token sequences, as a language model has them: here the text's own words."""
+
+    encoding = "copies"
+
+    def encode(self, texts, pairs, labels, tokenizer, max_length):
+        encoded = super().encode(texts, pairs, labels, tokenizer, max_length)
+        rows = tokenizer([str(label) for label in labels], add_special_tokens=False)["input_ids"]
+        return encoded | {"labels": rows}
+
+
+def test_an_objective_may_make_token_sequences_of_labels_which_are_part_of_the_cached_entry(tokenizer):
+    corpus = replace(CORPUS, labels=written(["pear", "iron ore", "salt", "plum"]))
+    other = replace(corpus, labels=written(["pear", "iron", "salt", "plum"]))
+    first, second = (
+        tokenise(c, tokenizer, 8, CopiesLabels()).batch(np.arange(2), 0)["labels"] for c in (corpus, other)
+    )
+    assert first.shape == (2, 2)
+    assert first[0, 1] == -100
+    assert second.shape == (2, 1)
+    assert torch.equal(first[:, 0], second[:, 0])
 
 
 def _read_entry(seed: int) -> int:

@@ -16,6 +16,21 @@ from typing import Any
 
 from lighter import make_lighter
 
+RENAMED = {"run.cache_prefix": "run.cache_hidden_states"}  # keys by their names of before → of now
+
+
+def parsed(text: str, settings: list[str]) -> Any:
+    """The configuration; where this checkout knows a key by its newer name, by that."""
+    import fedlab
+
+    try:
+        return fedlab.RunConfig.parse(text, settings)
+    except fedlab.ConfigError as error:
+        old = next((key for key in RENAMED if key in str(error)), None)
+        if old is None:
+            raise
+        return fedlab.RunConfig.parse(text, [setting.replace(old, RENAMED[old]) for setting in settings])
+
 
 def main(tree: Path) -> None:
     """Answer requests until stdin ends. What libraries print goes to stderr."""
@@ -48,7 +63,7 @@ def perform(request: dict[str, Any]) -> None:
     if request["do"] == "resume":
         fedlab.resume(out, quiet=True)
     else:
-        config = fedlab.RunConfig.parse(request["toml"], request["settings"])
+        config = parsed(request["toml"], request["settings"])
         fedlab.simulate(config, out, quiet=True)
 
 

@@ -111,7 +111,7 @@ def test_a_stream_of_it_has_one_head_and_signs_that_mean_the_same(number_toml: s
     ("settings", "reason"),
     [
         (["data.label=text"], "a label that is no number"),
-        (["data.partition={kind='dirichlet', alpha=0.5}"], "deals by label"),
+        (["data.partition={kind='dirichlet', alpha=0.5}"], "assigns by label"),
         (["evaluate.evaluators=['classification']"], '"classification" cannot judge objective.name = "toy-regression"'),
     ],
 )

@@ -44,6 +44,39 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path):
         assert figures["overhead"] == figures["bare"] / figures["cohort"]
 
 
+def test_the_noise_benchmark_measures_every_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "noise.json"
+    found = script("noise").main(["--samples", "1000", "--repeats", "2", "--json", str(out)])
+    assert json.loads(out.read_text())["million_per_second"] == found
+    assert len(found) == 3
+    assert all(rate > 0 for rate in found.values())
+    assert capsys.readouterr().out.startswith("| source | M samples/s | of seeded |\n|---|---|---|\n| secure (")
+
+
+def test_the_strategies_table_tunes_and_prints_a_row(
+    tiny_toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "tiny.toml").write_text(tiny_toml)
+    module = script("wordnet_table")
+    (method, *_), (privacy, *_) = module.METHODS, module.PRIVACY
+    arguments = ["--config", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "runs"), "--rounds", "1"]
+    arguments += ["--methods", method, "--privacy", privacy, "--rates", "0.1", "0.2", "--seeds", "2"]
+    (row,) = module.main([*arguments, "--json", str(tmp_path / "rows.json")])
+    assert (row["method"], row["privacy"], len(row["results"])) == (method, privacy, 2)
+    assert row["rate"] in (0.1, 0.2)
+    assert json.loads((tmp_path / "rows.json").read_text())[0]["method"] == method
+    assert f"| {method} | {privacy} | {row['rate']:g} | " in capsys.readouterr().out
+
+
+def test_ways_are_timed_in_turn_and_the_first_turn_is_not_counted():
+    seen: list[str] = []
+    clock = iter(range(100))
+    ways = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
+    found = script("common").interleaved(ways, 2, lambda: next(clock), before=lambda way: seen.append(f"before {way}"))
+    assert seen == ["before a", "a", "before b", "b"] * 3
+    assert found == {"a": [1, 1], "b": [1, 1]}
+
+
 def test_the_scale_benchmark_measures_rounds_memory_and_what_remains_per_client(tmp_path: Path):
     private, plain = script("scale").main(["--small", "--json", str(tmp_path / "scale.json")])
     for row in (private, plain):

@@ -31,24 +31,24 @@ def study() -> ModuleType:
     return module
 
 
-def accuracies(
-    study: ModuleType, toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *args: str
-) -> dict[tuple[str, str], dict]:
+def accuracies(study: ModuleType, toml: str, tmp_path: Path, *args: str) -> dict[tuple[str, str], dict]:
     (tmp_path / "tiny.toml").write_text(toml)
     sets = [part for override in TINY for part in ("--set", override)]
-    study.main(["--config", str(tmp_path / "tiny.toml"), *sets, *args, "--json"])
-    return {(cell["rule"], cell["attack"]): cell for cell in json.loads(capsys.readouterr().out)}
+    out = tmp_path / "cells.json"
+    cells = study.main(["--config", str(tmp_path / "tiny.toml"), *sets, *args, "--json", str(out)])
+    assert json.loads(out.read_text(encoding="utf-8")) == cells
+    return {(cell["rule"], cell["attack"]): cell for cell in cells}
 
 
 def test_robust_rules_stay_near_the_clean_result_and_the_mean_does_not(
-    study: ModuleType, learnable_toml: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: ModuleType, learnable_toml: str, tmp_path: Path
 ):
     """Three rounds, three of ten clients hostile.
 
     The median and Krum under sign flips; and the mean, once NaN updates are excluded.
     """
     rules = ["mean", "coordinate_median", "krum"]
-    cells = accuracies(study, learnable_toml, tmp_path, capsys, "--rules", *rules, "--attacks", "none", "sign_flip")
+    cells = accuracies(study, learnable_toml, tmp_path, "--rules", *rules, "--attacks", "none", "sign_flip")
     assert len(cells) == 6
     clean = cells["mean", "none"]["accuracy"]
     assert clean > 0.7, "three balanced classes: the study has something to lose"
@@ -57,7 +57,7 @@ def test_robust_rules_stay_near_the_clean_result_and_the_mean_does_not(
     assert abs(lost["coordinate_median"]) < lost["mean"] / 2
     assert abs(lost["krum"]) < lost["mean"] / 2
     assert all(cell["excluded"] == 0 for cell in cells.values())
-    ((_, nan),) = accuracies(study, learnable_toml, tmp_path, capsys, "--rules", "mean", "--attacks", "nan").items()
+    ((_, nan),) = accuracies(study, learnable_toml, tmp_path, "--rules", "mean", "--attacks", "nan").items()
     assert nan["excluded"] == 9, "three clients in three rounds"
     assert nan["accuracy"] > clean - 0.15
 

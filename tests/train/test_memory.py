@@ -62,6 +62,34 @@ def test_what_grows_with_what(tiny_toml: str):
     assert plain.clients == 4
 
 
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_models_that_read_the_end_of_a_text_can_be_measured(
+    family: str, tiny_toml: str, tiny_bert: Path, tokenizer_files: Path, tmp_path: Path
+):
+    """Their heads look for the end-of-text token, which every text has and a row of equal numbers has not."""
+    from transformers import AutoTokenizer, BartConfig, BartModel, T5Config, T5Model
+
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 2}
+    if family == "bart":
+        sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 32}
+        heads = {
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+        }
+        model = BartModel(BartConfig(vocab_size=64, **sizes, **heads, **special, bos_token_id=2))
+        targets = "['q_proj', 'v_proj']"
+    else:
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        model, targets = T5Model(T5Config(vocab_size=64, **sizes, **special)), "['q', 'v']"
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tokenizer_files).save_pretrained(tmp_path / "model")
+    found = plan_of(tiny_toml.replace(str(tiny_bert), str(tmp_path / "model")), f"lora.target_modules={targets}")
+    assert found.row > 0
+
+
 def test_as_many_clients_as_fit_and_an_error_where_none_does(tiny_toml: str):
     plain = plan_of(tiny_toml)
     needed = plain.total + 2 * plain.client

@@ -46,11 +46,11 @@ def check_coverage(audit: AuditedDirectory, evidence: Evidence, regenerate: Rege
             audit.find(name, f"is not among the files that FINAL names ({WHERE} line {final.number})")
     if not any(name.startswith("adapter/") for name in final["files"]):
         audit.find("adapter", f"is not among the files that FINAL names ({WHERE} line {final.number})")
+    for name in sorted(final["files"].keys() - set(REWRITTEN)):
+        _compare(audit, name, final["files"][name], {})
     made = _made_again(audit, evidence, regenerate)
-    for name in sorted(final["files"]):
-        _compare(audit, name, final["files"][name], made)
-    for name in made.keys() - final["files"].keys():
-        _compare(audit, name, None, made)
+    for name in sorted({*REWRITTEN, *made} & {*final["files"], *made}):
+        _compare(audit, name, final["files"].get(name), made)
     _name_uncovered(audit, evidence, final, made)
 
 

@@ -88,11 +88,12 @@ def audit_run(
         The verdict with everything that was found; never an exception for a damaged directory.
 
     Raises:
-        ConfigError: there is no ``run.toml``, so it is no run directory.
+        ConfigError: there is neither a ``run.toml`` nor what a run leaves beside it, so it is no run directory.
     """
     began, root = time.perf_counter(), Path(path)
     audit = AuditedDirectory(root)
-    if not {"run.toml"} & (audit.files.sizes.keys() | audit.files.folders | audit.files.odd.keys()):
+    there = audit.files.sizes.keys() | audit.files.folders | audit.files.odd.keys()
+    if not there & {"run.toml", RESULT, WHERE}:
         raise ConfigError(f"{str(path)!r} is no run directory: it has no run.toml")
     config = _config(audit)
     unit = _unit(audit, config)
@@ -186,8 +187,12 @@ def load_kept(paths: Sequence[Path]) -> dict[str, bytes]:
 def _config(audit: AuditedDirectory) -> Mapping[str, Any]:
     """``run.toml``; empty, with a finding, if it cannot be read."""
     data = audit.read("run.toml")
+    if data is None:
+        if "run.toml" not in audit.files.odd and "run.toml" not in audit.files.folders:
+            audit.find("run.toml", "is missing")
+        return {}
     try:
-        return tomllib.loads(data.decode("utf-8")) if data is not None else {}
+        return tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         audit.find("run.toml", f"cannot be read: {error}")
         return {}

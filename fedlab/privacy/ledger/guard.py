@@ -29,25 +29,35 @@ class Refusal(PrivacyError):
 
 
 class Guard:
-    """One owner's ledger in one run."""
+    """One owner's ledger in one run: nothing is spent without a line, and nothing beyond what was signed.
+
+    Args:
+        ledger: the owner's file for one data set.
+        run: the run's id, 32 hex digits.
+    """
 
     def __init__(self, ledger: Ledger, run: str) -> None:
         self.ledger, self.run = ledger, run
 
     def plan(self, terms: Mapping[str, Any], code: Mapping[str, str]) -> Refusal | None:
-        """Sign the plan of this run, or find the signed one. Returns the refusal if not even one round is affordable.
+        """Sign the plan of this run, or find the signed one.
 
-        ``terms`` has the keys ``TERMS``. Raises Refusal ("plan-mismatch") if this run's plan was signed with other
-        terms.
+        Args:
+            terms: what the plan says, with the keys ``TERMS``.
+            code: name → version of the code that will run.
+
+        Returns:
+            The refusal if not even one round is affordable, else None.
+
+        Raises:
+            Refusal: "plan-mismatch": this run's plan was signed with other terms.
         """
         with self.ledger.locked():
             if self._plan() is None:
                 self.ledger.append("PLAN", self.run, key=self.ledger.public, code=dict(code), **terms)
             plan = self._agreed(terms, 0)
-            if charged(
-                self.ledger.entries, self.run
-            ):  # resumed: what was afforded once may be repeated, the rest is refused in its round
-                return None
+            if charged(self.ledger.entries, self.run):
+                return None  # resumed: what was afforded once may be repeated, the rest is refused in its round
             try:
                 self._admit(plan, 0, None)
             except Refusal as refusal:
@@ -58,11 +68,22 @@ class Guard:
     def charge(
         self, terms: Mapping[str, Any], round_number: int, received: str
     ) -> Iterator[Callable[[int, str], None]]:
-        """Charge one round and hold the data set's lock while it is trained; yields ``commit(steps, digest of the
-        update)``.
+        """Charge one round and hold the data set's lock while it is trained.
 
-        Leaving without a commit, in whatever way, leaves the charge counted in full. Raises Refusal before anything is
-        charged.
+        Formal guarantee: the CHARGE line is on the disk before the block begins. Leaving without a commit, in whatever
+        way, leaves the charge counted in full.
+
+        Args:
+            terms: what is asked; it must be what was signed.
+            round_number: from 1.
+            received: digest of the state that the round starts from.
+
+        Yields:
+            ``commit(steps, out)``: the steps that were executed, and the digest of the update.
+
+        Raises:
+            Refusal: before anything is charged.
+            PrivacyError: a commit of other steps than were charged.
         """
         with self.ledger.locked():
             plan = self._agreed(terms, round_number)
@@ -95,7 +116,12 @@ class Guard:
                 raise
 
     def exhausted(self, terms: Mapping[str, Any], round_number: int) -> bool:
-        """Whether the budget cannot cover a further round; if so, the refusal is recorded before anybody has to ask."""
+        """Whether the budget cannot cover a further round; if so, the refusal is recorded before anybody has to ask.
+
+        Args:
+            terms: what was signed.
+            round_number: the next round's.
+        """
         if terms["budget"] is None:
             return False
         with self.ledger.locked():
@@ -106,9 +132,13 @@ class Guard:
         return False
 
     def release(self, receipt: Entry) -> None:
-        """Keep the server's countersignature of a commit.
+        """Keep the server's countersignature of a commit, once.
 
-        Raises PrivacyError for a receipt of something that was never committed.
+        Args:
+            receipt: the server's RECEIPT line.
+
+        Raises:
+            PrivacyError: nothing of the kind was committed here, or the signature is not by the key that it names.
         """
         with self.ledger.locked():
             wanted = receipt.get("number"), receipt.get("head")
@@ -201,21 +231,20 @@ class Guard:
 
 
 def affordable(spent: Iterable[Event], limit: float, delta: float) -> tuple[str | None, float]:
-    """Whether ε of all events is at most ``limit`` at ``delta``: the accountant that says so (or None), and the ε it
-    found.
+    """Whether ε of all events is at most ``limit`` at ``delta``.
 
     RDP is a valid filter also when later events were chosen after looking at earlier outputs (Feldman and Zrnic, arXiv
     2008.11193). PLD is tighter and needs a schedule that nobody adapts; many steps of one mechanism, stopped at a
     number that only the budget decides, are one.
+
+    Returns:
+        The accountant that says so (None if none does), and the ε that it found.
     """
     work = list(spent)
     if (found := epsilon(work, delta, "rdp")) <= limit:
         return "rdp", found
     if len({(e.sampler, e.q, e.sigma) for e in work}) == 1:
-        for interval in (
-            COARSE,
-            FINE,
-        ):  # both are upper bounds; the fine one is tighter by a little and ten times as slow
+        for interval in (COARSE, FINE):  # both are upper bounds; the fine one is a little tighter, ten times as slow
             if (found := epsilon(work, delta, "pld", interval=interval)) <= limit:
                 return "pld", found
     return None, found

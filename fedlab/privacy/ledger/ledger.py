@@ -111,8 +111,16 @@ def parse_lines(text: str) -> list[Entry]:
 
 
 def check_chain(entries: Iterable[Entry], owner: str, public: str, after: Entry | None = None) -> None:
-    """Raise PrivacyError at the first line that does not continue ``after`` (None: the beginning), or that ``public``
-    did not sign.
+    """Check that lines continue a chain and that their owner signed them.
+
+    Args:
+        entries: the lines, in order.
+        owner: whose they must be.
+        public: the owner's public key, 64 hex digits.
+        after: the line before them; None if they begin the file.
+
+    Raises:
+        PrivacyError: at the first line that does not; it names the line.
     """
     for entry in entries:
         seq, prev = (after["seq"] + 1, after["hash"]) if after else (0, GENESIS)
@@ -158,9 +166,17 @@ def lines_after(entries: Sequence[Entry], known: int) -> str:
 
 
 class Ledger:
-    """One owner's file for one data set.
+    """One owner's file for one data set. Appending needs the lock: ``with ledger.locked(): ledger.append(...)``.
 
-    Everything but ``entries`` needs the lock: ``with ledger.locked(): ledger.append(...)``.
+    Args:
+        path: the file; its folder must be there.
+        owner: the client's id, or ``SERVER``.
+        dataset: digest of the data set, 64 hex digits (``NO_DATASET`` for the server's).
+        key: signs every line.
+
+    Attributes:
+        entries: the verified lines.
+        public: the public key, 64 hex digits.
     """
 
     def __init__(self, path: Path, owner: str, dataset: str, key: Ed25519PrivateKey) -> None:
@@ -173,11 +189,16 @@ class Ledger:
 
     @contextmanager
     def locked(self, timeout: float = 10.0) -> Iterator[Ledger]:
-        """Hold the data set's only lock (the kernel frees it if the process dies) and read what others appended
-        meanwhile.
+        """Hold the data set's only lock and read what others appended meanwhile.
 
-        Raises PrivacyError if another process keeps it for ``timeout`` seconds, or if the file is not what was verified
-        before.
+        The kernel frees the lock if the process dies.
+
+        Args:
+            timeout: seconds to wait for it.
+
+        Raises:
+            PrivacyError: another process keeps the lock, the folder is not there, or the file is not what was verified
+                before.
         """
         if not self.path.parent.is_dir():
             raise PrivacyError(
@@ -198,9 +219,19 @@ class Ledger:
             os.close(descriptor)
 
     def append(self, kind: str, run: str, /, *, durable: bool = True, **fields: Any) -> Entry:
-        """Write one line; with ``durable`` it is on the disk when this returns.
+        """Write one line.
 
-        A line that cannot be written whole is not written.
+        Args:
+            kind: its type, a key of ``FIELDS``.
+            run: the run's id.
+            durable: whether it is on the disk when this returns.
+            fields: the type's own fields, all of them.
+
+        Returns:
+            The line, with hash and signature.
+
+        Raises:
+            PrivacyError: it could not be written whole; then nothing of it is.
         """
         return self.append_all([(kind, fields)], run, durable=durable)[0]
 

@@ -32,12 +32,16 @@ from fedlab.privacy.ledger.ledger import (
 
 
 class LedgerMirror:
-    """What the server of one run knows of its clients' ledgers. Nothing in it is believed unsigned."""
+    """What the server of one run knows of its clients' ledgers. Nothing in it is believed unsigned.
+
+    Args:
+        run_path: the run directory.
+        run: the run's id.
+        ledgers: where simulated clients' own files lie; of files that are not in the run's own ``ledger/``, verified
+            copies are kept there. The last line of every ledger is remembered beside originals that lie elsewhere.
+    """
 
     def __init__(self, run_path: Path, run: str, ledgers: Path) -> None:
-        """``ledgers`` is where simulated clients' own files lie. Of files that are not in the run's own ``ledger/``,
-        verified copies are kept there.
-        """
         self.run = run
         self._copies, self._ledgers = run_path / "ledger", ledgers
         shared = ledgers.absolute() != self._copies.absolute()
@@ -51,7 +55,13 @@ class LedgerMirror:
     def enrol(self, client: str, public: str, text: str) -> None:
         """Take a client's key and its whole ledger.
 
-        Raises PrivacyError if the chain is broken or older than what was receipted.
+        Args:
+            client: the client's id.
+            public: its public key, 64 hex digits.
+            text: the file.
+
+        Raises:
+            PrivacyError: the chain is broken, or older than what was receipted.
         """
         entries = parse_lines(text)
         check_chain(entries, client, public)
@@ -97,9 +107,20 @@ class LedgerMirror:
         return events(self.entries(client), run)
 
     def witness(self, client: str, round_number: int, declared: Event, received: str, update: str) -> Entry:
-        """The COMMIT line of this round's update.
+        """Find an update in its client's ledger.
 
-        Raises PrivacyError if the ledger does not show it charged and committed as it came.
+        Args:
+            client: who sent it.
+            round_number: of which round it is.
+            declared: the event that the client's plan says a round is.
+            received: digest of the state that was sent to the client.
+            update: digest of the update.
+
+        Returns:
+            Its COMMIT line.
+
+        Raises:
+            PrivacyError: the ledger does not show it charged and committed as it came.
         """
         charges = [
             e
@@ -160,8 +181,13 @@ class LedgerMirror:
     def final(
         self, files: Mapping[str, tuple[int, str]], state: str, status: str, more: Mapping[str, Entry]
     ) -> None:
-        """Seal the run: the last line of every ledger (``more``: of ledgers that are not clients'), the run's files
-        (path → size and SHA-256), the state.
+        """Seal the run in the last line of ``receipts.jsonl``.
+
+        Args:
+            files: path in the run directory → size and SHA-256.
+            state: digest of the final state.
+            status: how the run ended.
+            more: owner → last line of ledgers that are not clients'.
         """
         last = {client: entries[-1] for client, entries in self._clients.items() if entries} | dict(more)
         heads = {owner: [entry["seq"], entry["hash"]] for owner, entry in last.items()}

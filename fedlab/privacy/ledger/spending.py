@@ -15,7 +15,11 @@ from fedlab.privacy.accounting import COARSE, FINE, Event, epsilon
 
 
 class PrivacySpent:
-    """Events per client, equal ones merged."""
+    """What every client spent: its ledger's events and those that are assumed, equal ones merged.
+
+    Args:
+        deltas: client → the δ at which its ε is stated.
+    """
 
     def __init__(self, deltas: Mapping[str, float]) -> None:
         self.deltas = dict(deltas)
@@ -24,9 +28,10 @@ class PrivacySpent:
         self._unproven: dict[str, list[Event]] = {client: [] for client in deltas}
 
     def record(self, client: str, events: Iterable[Event]) -> None:
-        """What the client's ledger shows, all of it; nothing needs to be assumed any more.
+        """Take what the client's ledger shows, all of it; nothing needs to be assumed any more.
 
-        Raises KeyError for an unknown client.
+        Raises:
+            KeyError: the client is unknown.
         """
         if client not in self.deltas:
             raise KeyError(client)
@@ -59,9 +64,7 @@ class PrivacySpent:
         return {client: _epsilon(self.events(client), delta, grid) for client, delta in self.deltas.items()}
 
     def worst(self) -> float:
-        """ε of the client that spent most, quickly, for display between rounds:
-        the largest Σ T·q²/σ² picks the client.
-        """
+        """ε of the client that spent most, quickly, for display between rounds: the largest Σ T·q²/σ² picks it."""
 
         def cost(client: str) -> float:
             return sum(e.steps * (e.q / e.sigma) ** 2 if e.sigma else math.inf for e in self.events(client))

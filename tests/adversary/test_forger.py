@@ -1,0 +1,498 @@
+"""A forger with a finished private run: every file and every line of it, changed in every way that is a line of code.
+
+**Wrongly** passed is a copy whose audit says ``verified`` or ``consistent`` although something in it that the audit
+prints or does not name as not covered differs from the true run. Two things are right: a file that is named as not
+covered may differ, and without keys kept elsewhere a directory that was signed anew throughout may be ``consistent``,
+because the text says first that whoever can write it could have made it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedlab
+import fedlab.report.plots
+from fedlab.config import RunConfig
+from fedlab.privacy.audit.render import render
+from fedlab.privacy.audit.run import RunAudit, audit_run
+from fedlab.privacy.ledger.ledger import canonical, seal
+from fedlab.run.audit import audit_directory
+from fedlab.run.regenerate import regenerate
+from strategies.server.accounts import Accounts
+
+OPEN = {"log.txt"}  # what the seal cannot cover, and the audit names
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: where it lies, its files, its keys, and what would be needed to sign in its name."""
+
+    path: Path
+    files: Files
+    published: dict[str, str]
+    private: dict[str, Any]
+
+    def audit(self, keys: bool = True, kept: dict[str, bytes] | None = None) -> RunAudit:
+        return audit_run(self.path, self.published if keys else None, kept, regenerate)
+
+    def restore(self) -> None:
+        shutil.rmtree(self.path)
+        for name, data in self.files.items():
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.path / name).write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    from fedlab.privacy.ledger.keys import load_or_create_key
+
+    path, kept = tmp_path_factory.mktemp("forger") / "run", tmp_path_factory.mktemp("keys")
+    text = f"""
+[run]
+name = "forger"
+rounds = 2
+nodes = 1
+backend = "local"
+[model]
+name = "{tiny_bert}"
+[lora]
+rank = 2
+alpha = 4
+target_modules = ["query"]
+[data]
+source = "files"
+path = "{tiny_data}"
+text = "text"
+label = "topic"
+clients = 3
+max_length = 16
+[train]
+steps = 1
+batch_size = 8
+lr = 0.1
+[privacy]
+unit = "example"
+sigma = 1.0
+clip = 1.0
+"""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Accounts, "destroy_keys", lambda self: shutil.move(path / "ledger" / "keys", kept / "keys"))
+    for name in ("line_chart", "bar_chart"):  # the same figure once: half a second each
+        patch.setattr(fedlab.report.plots, name, _once(getattr(fedlab.report.plots, name)))
+    fedlab.simulate(RunConfig.parse(text), path, quiet=True)
+    private = {file.stem: load_or_create_key(file) for file in (kept / "keys").glob("*.pem")}
+    files = {f.relative_to(path).as_posix(): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+    start = json.loads(files["receipts.jsonl"].split(b"\n")[0])
+    yield Run(path, files, {"server": start["key"], **start["clients"]}, private)
+    patch.undo()
+
+
+def _once(function: Callable[..., str]) -> Callable[..., str]:
+    made: dict[str, str] = {}
+
+    def cached(*arguments: Any) -> str:
+        key = repr(arguments)
+        if key not in made:
+            made[key] = function(*arguments)
+        return made[key]
+
+    return cached
+
+
+# --- mutations: (what, how to write them over the true run)
+
+Mutation = tuple[str, Callable[[Path], None]]
+
+
+def written(name: str, data: bytes) -> Callable[[Path], None]:
+    return lambda root: (root / name).write_bytes(data) and None
+
+
+def digit(text: bytes) -> bytes | None:
+    """Another digit in place of the last one; None where there is none."""
+    at = max((m.start() for m in re.finditer(rb"[0-9]", text)), default=None)
+    return None if at is None else text[:at] + (b"1" if text[at : at + 1] != b"1" else b"2") + text[at + 1 :]
+
+
+def lines_of(files: Files, most: int) -> Iterator[Mutation]:
+    """Every line of every file of lines deleted, doubled, edited, moved, and all after it cut off."""
+    for name, data in files.items():
+        if name.endswith((".safetensors", ".html")) or name in OPEN:
+            continue
+        lines = data.split(b"\n")
+        spread = range(0, len(lines) - 1, max(1, len(lines) // most))
+        for at in spread:
+            rest = lines[:at], lines[at + 1 :]
+            ways = {"cut": lines[:at], "deleted": [*rest[0], *rest[1]], "twice": [*lines[: at + 1], *lines[at:]]}
+            ways["moved"] = [*rest[0], *rest[1][:1], lines[at], *rest[1][1:]]
+            if (other := digit(lines[at])) is not None:
+                ways["edited"] = [*rest[0], other, *rest[1]]
+            for way, changed in ways.items():
+                if (text := b"\n".join(changed)) != data:
+                    yield f"{name} line {at + 1} {way}", written(name, text)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from leaves(item, (*path, key))
+
+
+def values_of(files: Files) -> Iterator[Mutation]:
+    """Every value in every JSON object: removed, and another in its place; every name of the top there twice."""
+    for name in ("result.json", "environment.json", "partition.json", "checkpoints/latest.json"):
+        tree = json.loads(files[name])
+        found = list(leaves(tree))
+        for path in found[:: max(1, len(found) // 40)]:
+            for way in ("removed", "changed"):
+                other = json.loads(files[name])
+                inside = other
+                for key in path[:-1]:
+                    inside = inside[key]
+                before = inside[path[-1]]
+                if way == "removed":
+                    del inside[path[-1]]
+                else:
+                    inside[path[-1]] = before + 1 if isinstance(before, int | float) else f"{before}x"
+                yield f"{name} {path} {way}", written(name, json.dumps(other, indent=2).encode() + b"\n")
+        for key in list(tree)[:8]:
+            yield f"{name} {key} twice", written(name, b"{" + json.dumps(key).encode() + b": 0," + files[name].lstrip()[1:])
+
+
+def words_of(files: Files) -> Iterator[Mutation]:
+    """Prose: each number and some words of the statement and of the page."""
+    for name in ("PRIVACY.md", "report.html", "adapter/README.md"):
+        data = files[name]
+        places = list(re.finditer(rb"[0-9]+\.[0-9]+|seeded|not|server|example|every", data))
+        for match in places[:: max(1, len(places) // 25)]:
+            other = b"0.01" if match.group()[:1].isdigit() else b"never"
+            yield f"{name} at {match.start()}", written(name, data[: match.start()] + other + data[match.end() :])
+    card = files["PRIVACY.md"]
+    hidden = b"<!--\n" + card + b"\n-->\n| client-0 | 0.0100 | 1e-05 | 2 | 0 | 0 | - |\n"
+    yield "PRIVACY.md hidden in a comment", written("PRIVACY.md", hidden)
+    yield "PRIVACY.md entities", written("PRIVACY.md", card + b"&#124; client-0 &#124; 0.0100 &#124;\n")
+
+
+def files_of(files: Files, outside: Path) -> Iterator[Mutation]:
+    """Every file gone, empty, longer, another one, a link, a pipe, a directory, and vast."""
+    names = list(files)
+
+    def special(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+        def change(root: Path) -> None:
+            (root / name).unlink(missing_ok=True)
+            make(root / name)
+
+        return change
+
+    for at, name in enumerate(names):
+        copy = outside / name.replace("/", "_")
+        copy.write_bytes(files[name])
+        yield f"{name} a link", special(name, lambda p, copy=copy: p.symlink_to(copy))
+        yield f"{name} a pipe", special(name, lambda p: os.mkfifo(p))
+        yield f"{name} a directory", special(name, lambda p: p.mkdir())
+        if name in OPEN:
+            continue
+        yield f"{name} gone", special(name, lambda p: None)
+        yield f"{name} empty", written(name, b"")
+        yield f"{name} longer", written(name, files[name] + b"\n")
+        yield f"{name} another", written(name, files[names[at - 1]])
+        yield f"{name} vast", special(name, lambda p: (p.touch(), os.truncate(p, 2**35)))
+    for name in ("adapter/extra.bin", "adapter/more/extra.bin", "adapter.unsealed/x", "ledger/zz.jsonl"):
+        yield f"{name} added", added(name, b"x")
+    yield "a ledger of nobody", added("ledger/client-9.jsonl", files["ledger/client-0.jsonl"])
+    for name in ("adapter/linked", "linked", "ledger/linked.jsonl", "personal"):
+        yield f"{name} linked", special(name, lambda p: p.symlink_to(outside))
+    yield "a pipe among the ledgers", special("ledger/zz.jsonl", lambda p: os.mkfifo(p))
+    yield "the adapter elsewhere", lambda root: (
+        (root / "adapter").rename(outside / "adapter"), (root / "adapter").symlink_to(outside / "adapter"), None
+    )[-1]  # fmt: skip
+
+
+def added(name: str, data: bytes) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+
+    return change
+
+
+def together(files: Files) -> Iterator[Mutation]:
+    """Several files changed so that they fit: a client dropped, rounds cut, a run that claims to be unfinished."""
+    result = json.loads(files["result.json"])
+    ledgers = [name for name in files if name.startswith("ledger/")]
+
+    def claims(**more: Any) -> bytes:
+        return json.dumps(result | more, indent=2).encode() + b"\n"
+
+    for client in result["clients"]:
+        rest = {name: entry for name, entry in result["clients"].items() if name != client}
+        card = b"\n".join(line for line in files["PRIVACY.md"].split(b"\n") if client.encode() not in line)
+
+        def drop(root: Path, client: str = client, rest: Any = rest, card: bytes = card) -> None:
+            (root / "ledger" / f"{client}.jsonl").unlink()
+            (root / "result.json").write_bytes(claims(clients=rest))
+            (root / "PRIVACY.md").write_bytes(card)
+
+        yield f"{client} dropped", drop
+    counts = {name: files[name].count(b"\n") for name in [*ledgers, "receipts.jsonl"]}
+    for status in ("interrupted", "failed", "completed", "budget-exhausted", "", None):
+        for keep in range(max(counts.values())):
+
+            def cut(root: Path, status: Any = status, keep: int = keep) -> None:
+                for name in counts:
+                    lines = files[name].split(b"\n")[:keep]
+                    if lines:
+                        (root / name).write_bytes(b"\n".join(lines) + b"\n")
+                    else:
+                        (root / name).unlink()
+                (root / "result.json").write_bytes(claims(status=status, epsilon=0.0))
+
+            yield f"everything cut to {keep} lines, status {status}", cut
+
+
+def mutations(files: Files, outside: Path) -> list[Mutation]:
+    return [*lines_of(files, 40), *values_of(files), *words_of(files), *files_of(files, outside), *together(files)]
+
+
+def wrongly(audit: RunAudit) -> bool:
+    return audit.verdict in ("verified", "consistent")
+
+
+def test_the_true_run_is_verified(run: Run):
+    own = {name: run.files[f"ledger/{name}.jsonl"] for name in ("client-1",)}
+    assert run.audit(keys=False).verdict == "consistent"
+    assert "could have made all of it" in render(run.audit(keys=False)).splitlines()[0]
+    assert run.audit().verdict == "verified", run.audit().findings
+    assert run.audit(keys=False, kept=own).verdict == "verified", run.audit(keys=False, kept=own)
+    assert run.audit().not_covered == ("log.txt: the log",)
+    (run.path / "log.txt").write_text("something else")
+    assert run.audit().verdict == "verified"
+    (run.path / "extra.txt").write_text("x")
+    assert run.audit().not_covered == ("extra.txt: no part of the run", "log.txt: the log")
+    run.restore()
+
+
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_mutation_passes(run: Run, tmp_path: Path, step: int):
+    made = mutations(run.files, tmp_path)
+    assert len(made) >= 500
+    assert len({what for what, _ in made}) == len(made)
+    passed, unfinished = [], []
+    for what, change in made[::step]:
+        change(run.path)
+        audit = run.audit(keys=False)
+        if audit.verdict != "failed":  # keys only add findings
+            unfinished.append(what)
+            audit = run.audit()
+        if wrongly(audit) or (audit.verdict == "incomplete" and audit.epsilon_claimed is not None):
+            passed.append((what, audit.verdict))
+        run.restore()
+    print(f"{len(made)} mutations, incomplete: {unfinished}")
+    assert passed == []
+    assert run.audit().verdict == "verified"
+
+
+def test_nothing_incomplete_holds_a_foreign_adapter(run: Run):
+    (run.path / "result.json").unlink()
+    assert run.audit().verdict == "incomplete", "cut off between the seal and the result"
+    model = run.path / "adapter" / "adapter_model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1] + b"!")
+    assert run.audit().verdict == "failed"
+    run.restore()
+
+
+# --- with keys of the run: the server's operator, and whoever makes new ones
+
+
+def lines(data: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def sealed_again(entries: list[dict[str, Any]], key: Any) -> bytes:
+    """A chain written anew by the holder of a key."""
+    prev, out = "0" * 64, []
+    for seq, entry in enumerate(entries):
+        body = {k: v for k, v in entry.items() if k not in ("hash", "sig")} | {"seq": seq, "prev": prev}
+        out.append(seal(body, key))
+        prev = out[-1]["hash"]
+    return b"".join(canonical(entry) + b"\n" for entry in out)
+
+
+def operator(run: Run, root: Path, change: Callable[[list[dict[str, Any]], dict[str, Any]], None]) -> None:
+    """The server's operator rewrites receipts, result and seal with the server's own key.
+
+    ``change`` edits the receipts' lines before FINAL, and the result. Ledgers are what lies in ``root``.
+    """
+    import hashlib
+
+    entries, result = lines(run.files["receipts.jsonl"]), json.loads(run.files["result.json"])
+    final = entries.pop()
+    change(entries, result)
+    (root / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    for name, text in regenerate(root, result).items():
+        (root / name).write_text(text)
+    heads = {}
+    for file in sorted((root / "ledger").glob("*.jsonl")):
+        last = lines(file.read_bytes())[-1]
+        heads[file.stem] = [last["seq"], last["hash"]]
+    names = [name for name in final["files"] if (root / name).is_file()]
+    sizes = {name: [len(d := (root / name).read_bytes()), hashlib.sha256(d).hexdigest()] for name in names}
+    rounds = [entry for entry in entries if entry["type"] == "ROUND"]
+    final |= {"heads": heads, "files": sizes, "status": result["status"]}
+    final["state"] = rounds[-1]["out"] if rounds else final["state"]
+    (root / "receipts.jsonl").write_bytes(sealed_again([*entries, final], run.private["server"]))
+
+
+def first_round_only(run: Run) -> None:
+    """Every client's file cut to a prefix, whose signatures stay valid."""
+    for name in run.files:
+        if name.startswith("ledger/"):
+            kept = run.files[name].split(b"\n")[:4]  # PLAN CHARGE COMMIT RELEASE
+            (run.path / name).write_bytes(b"\n".join(kept) + b"\n")
+
+
+def without_the_second(entries: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    entries[:] = [entry for entry in entries if entry.get("round") != 2]
+    result["rounds"] = 1
+
+
+@pytest.mark.parametrize("status", ["completed", "budget-exhausted"])
+def test_an_operator_who_cuts_a_round_is_found_by_keys_and_by_any_kept_ledger(run: Run, status: str):
+    first_round_only(run)
+
+    def change(entries: list[dict[str, Any]], result: dict[str, Any]) -> None:
+        without_the_second(entries, result)
+        result["status"] = status
+
+    operator(run, run.path, change)
+    assert not wrongly(run.audit()), run.audit()
+    for client in ("client-0", "client-2"):
+        audit = run.audit(keys=False, kept={"kept": run.files[f"ledger/{client}.jsonl"]})
+        assert audit.verdict == "failed"
+        assert any("the end was cut off" in str(f) or "was cut off or written anew" in str(f) for f in audit.findings)
+    run.restore()
+
+
+def test_an_operator_who_cuts_one_clients_last_round_is_found(run: Run):
+    """Nobody else signs a client's participation; its own CLOSE is missing then."""
+    file = run.path / "ledger" / "client-1.jsonl"
+    file.write_bytes(b"\n".join(file.read_bytes().split(b"\n")[:4]) + b"\n")
+
+    def change(entries: list[dict[str, Any]], result: dict[str, Any]) -> None:
+        entries[:] = [e for e in entries if (e.get("round"), e.get("client")) != (2, "client-1")]
+        for entry in entries:
+            if entry["type"] == "ROUND" and entry["round"] == 2:
+                del entry["clients"]["client-1"]
+
+    operator(run, run.path, change)
+    audit = run.audit()
+    assert audit.verdict != "verified"
+    assert audit.findings or "client-1 did not sign that the run is over" in " ".join(audit.notes)
+    assert run.audit(keys=False, kept={"kept": run.files["ledger/client-1.jsonl"]}).verdict == "failed"
+    assert run.audit(keys=False, kept={"kept": run.files["ledger/client-0.jsonl"]}).verdict == "failed"
+    run.restore()
+
+
+def test_an_operator_who_swaps_the_adapter_is_found_without_any_key(run: Run):
+    model = run.path / "adapter" / "adapter_model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1] + b"!")
+    operator(run, run.path, lambda entries, result: None)
+    audit = run.audit(keys=False)
+    assert [f.message for f in audit.findings if f.where == "adapter/adapter_model.safetensors"]
+    run.restore()
+
+
+def test_an_operator_who_promises_other_terms_is_found_without_any_key(run: Run):
+    """run.toml is sealed anew with the edit; the clients' plans say otherwise."""
+    for old, new in (("clip = 1.0", "clip = 0.001"), ("sigma = 1.0", "sigma = 40.0"), ("batch_size = 8", "batch_size = 1"),
+        ("steps = 1", "steps = 2"), ('noise = "seeded"', 'noise = "secure"'), ("rounds = 2", "rounds = 1")):  # fmt: skip
+        text = run.files["run.toml"].decode()
+        assert old in text
+        edited = text.replace(old, new).encode()
+        (run.path / "run.toml").write_bytes(edited)
+
+        def change(entries: list[dict[str, Any]], result: dict[str, Any], edited: bytes = edited) -> None:
+            import hashlib
+
+            entries[0]["config"] = hashlib.sha256(edited).hexdigest()
+
+        operator(run, run.path, change)
+        audit = run.audit(keys=False)
+        assert audit.verdict == "failed", (new, audit)
+        run.restore()
+
+
+def test_new_keys_pass_as_consistent_at_most(run: Run):
+    """Everything signed anew: nothing in the directory can tell. Any key or ledger from elsewhere does."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from fedlab.privacy.ledger.keys import public_hex
+
+    keys = {name: Ed25519PrivateKey.generate() for name in run.published}
+    receipts = lines(run.files["receipts.jsonl"])
+    receipts[0] |= {"key": public_hex(keys["server"])}
+    receipts[0]["clients"] = {name: public_hex(keys[name]) for name in receipts[0]["clients"]}
+    for name in receipts[0]["clients"]:
+        entries = lines(run.files[f"ledger/{name}.jsonl"])[:1]
+        entries[0] |= {"key": public_hex(keys[name])}
+        (run.path / "ledger" / f"{name}.jsonl").write_bytes(sealed_again(entries, keys[name]))
+    audit = run.audit()
+    assert audit.verdict == "failed"
+    assert any("not the one that was published" in f.message for f in audit.findings)
+    kept = {"kept": run.files["ledger/client-0.jsonl"]}
+    assert run.audit(keys=False, kept=kept).verdict == "failed"
+    run.restore()
+
+
+@pytest.mark.parametrize("missing", ["server", "client-1"])
+def test_keys_cover_the_server_and_every_client(run: Run, missing: str):
+    keys = {name: key for name, key in run.published.items() if name != missing}
+    audit = audit_run(run.path, keys, None, regenerate)
+    assert audit.verdict == "failed"
+    assert any(f.where == missing and "no key was published" in f.message for f in audit.findings)
+    more = audit_run(run.path, {**run.published, "client-9": "0" * 64}, None, regenerate)
+    assert any("it was left out" in f.message for f in more.findings)
+
+
+def test_a_kept_ledger_of_before_the_end_is_said_not_to_reach_it(run: Run):
+    older = b"\n".join(run.files["ledger/client-0.jsonl"].split(b"\n")[:4]) + b"\n"
+    audit = run.audit(keys=False, kept={"kept": older})
+    assert audit.verdict == "consistent"
+    assert any("kept receipts reach round 1, not the last one" in note for note in audit.notes)
+    assert run.audit(keys=False, kept={"kept": b"nonsense"}).verdict == "failed"
+
+
+def test_the_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    keys, kept = tmp_path / "keys.json", tmp_path / "client-0.jsonl"
+    keys.write_text(json.dumps(run.published))
+    kept.write_bytes(run.files["ledger/client-0.jsonl"])
+    assert audit_directory(run.path, None, [], False) == 0
+    assert capsys.readouterr().out.startswith("CONSISTENT")
+    assert audit_directory(run.path, keys, [kept], True) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "verified"
+    (run.path / "result.json").unlink()
+    assert audit_directory(run.path, None, [], True) == 5
+    assert json.loads(capsys.readouterr().out)["verdict"] == "incomplete"
+    (run.path / "run.toml").unlink()
+    os.mkfifo(run.path / "run.toml")
+    assert audit_directory(run.path, None, [], False) == 3
+    assert capsys.readouterr().out.startswith("FAILED")
+    run.restore()
+    kept.write_bytes(b"\n".join(run.files["ledger/client-0.jsonl"].split(b"\n")[:4]) + b"\n")
+    assert audit_directory(run.path, None, [kept], False) == 5, "less than was asked for"
+
+
+def test_only_its_owner_reads_the_partition(run: Run):
+    fresh = run.path / "partition.json"
+    assert fresh.is_file()
+    assert "partition.json" in run.files["PRIVACY.md"].decode()

@@ -1,0 +1,79 @@
+"""``edition-1`` was written by the first edition. Ledgers are kept for years: the same history is these bytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from fedlab.privacy.accounting import Event
+from fedlab.privacy.audit.chain import read_chain
+from fedlab.privacy.audit.receipts import compare, read_receipts
+from fedlab.privacy.audit.rules import read_ledger
+from fedlab.privacy.audit.schema import CLIENT
+from fedlab.privacy.audit.schema import SERVER as SERVER_TYPES
+from fedlab.privacy.ledger import ledger as writer
+from fedlab.privacy.ledger.guard import Guard, Refusal
+from fedlab.privacy.ledger.keys import public_hex
+from fedlab.privacy.ledger.ledger import FIELDS, Ledger, check_chain, lines_after, parse_lines
+from fedlab.privacy.ledger.mirror import LedgerMirror
+from fedlab.privacy.ledger.terms import budget_terms, plan_terms, scope_of
+
+HERE = Path(__file__).parent
+OWNED, RECEIPTS = ((HERE / "edition-1" / name).read_bytes() for name in ("client-0.jsonl", "receipts.jsonl"))
+
+
+class Fixed(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 1, tzinfo=tz)
+
+
+def history() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ledger_history", HERE / "history.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ledger_history"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_same_history_is_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(writer, "datetime", Fixed)
+    parts = SimpleNamespace(
+        Event=Event, Ledger=Ledger, lines_after=lines_after, Guard=Guard, Refusal=Refusal, plan_terms=plan_terms,
+        budget_terms=budget_terms, scope_of=scope_of, LedgerMirror=LedgerMirror,
+    )  # fmt: skip
+    owned, receipts = history().write_history(tmp_path, parts)
+    assert owned.splitlines() == OWNED.splitlines()
+    assert receipts.splitlines() == RECEIPTS.splitlines()
+
+
+def test_every_kind_of_line_is_in_the_history():
+    kinds = {entry["type"] for entry in parse_lines((OWNED + RECEIPTS).decode())}
+    assert kinds == FIELDS.keys()
+
+
+def test_ledgers_of_the_first_edition_are_read_and_continued(tmp_path: Path):
+    made = history()
+    entries = parse_lines(OWNED.decode())
+    check_chain(entries, "client-0", public_hex(made.key(1)))
+    (tmp_path / "client-0.jsonl").write_bytes(OWNED)
+    ledger = Ledger(tmp_path / "client-0.jsonl", "client-0", "d" * 64, made.key(1))
+    with ledger.locked():
+        ledger.append("REFUSE", "b" * 32, round=0, kind="plan-mismatch", reason="another run")
+    assert len(ledger.entries) == len(entries) + 1
+    assert ledger.path.read_bytes().startswith(OWNED)
+
+
+def test_the_auditor_finds_nothing_in_ledgers_of_the_first_edition():
+    ledger = read_ledger(read_chain(OWNED, "client-0", "client-0", CLIENT, "PLAN"))
+    receipts = read_receipts(read_chain(RECEIPTS, "receipts.jsonl", "server", SERVER_TYPES, "START"))
+    assert ledger.findings == receipts.findings == ()
+    assert list(compare(receipts, {"client-0": ledger})) == []
+    assert ledger.events() == [Event("poisson", 0.05, 0.9, 4)] * 3
