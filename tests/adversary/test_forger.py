@@ -41,6 +41,7 @@ class Run:
     files: Files
     published: dict[str, str]
     private: dict[str, Any]
+    modes: dict[str, int]
 
     def audit(self, keys: bool = True, kept: dict[str, bytes] | None = None) -> RunAudit:
         return audit_run(self.path, self.published if keys else None, kept, regenerate)
@@ -93,7 +94,8 @@ clip = 1.0
     private = {file.stem: load_or_create_key(file) for file in (kept / "keys").glob("*.pem")}
     files = {f.relative_to(path).as_posix(): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
     start = json.loads(files["receipts.jsonl"].split(b"\n")[0])
-    yield Run(path, files, {"server": start["key"], **start["clients"]}, private)
+    modes = {name: (path / name).stat().st_mode & 0o777 for name in files}
+    yield Run(path, files, {"server": start["key"], **start["clients"]}, private, modes)
     patch.undo()
 
 
@@ -199,9 +201,9 @@ def files_of(files: Files, outside: Path) -> Iterator[Mutation]:
         copy.write_bytes(files[name])
         yield f"{name} a link", special(name, lambda p, copy=copy: p.symlink_to(copy))
         yield f"{name} a pipe", special(name, lambda p: os.mkfifo(p))
-        yield f"{name} a directory", special(name, lambda p: p.mkdir())
         if name in OPEN:
             continue
+        yield f"{name} a directory", special(name, lambda p: p.mkdir())
         yield f"{name} gone", special(name, lambda p: None)
         yield f"{name} empty", written(name, b"")
         yield f"{name} longer", written(name, files[name] + b"\n")
@@ -492,7 +494,7 @@ def test_the_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert audit_directory(run.path, None, [kept], False) == 5, "less than was asked for"
 
 
-def test_only_its_owner_reads_the_partition(run: Run):
-    fresh = run.path / "partition.json"
-    assert fresh.is_file()
-    assert "partition.json" in run.files["PRIVACY.md"].decode()
+def test_only_its_owner_reads_the_partition_and_the_statement_names_it(run: Run):
+    assert run.modes["partition.json"] == 0o600
+    assert "`partition.json` of this directory, which its owner alone can read" in run.files["PRIVACY.md"].decode()
+    assert "partition.json of this directory" in run.files["report.html"].decode()

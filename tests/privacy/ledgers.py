@@ -12,6 +12,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+FRAME = ("v", "seq", "prev", "type", "time", "run", "owner", "dataset", "hash", "sig")
 RUN, DATA, ZEROS = "ab" * 16, "d1" * 32, "0" * 64
 SCOPE = "5c" * 32
 
@@ -144,13 +145,13 @@ def write_run(
     dict[str, Any]] | None = None,
     unit: str = "example", **plan: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A whole intact run directory. Everybody takes part in every round but the last client, who has done nothing yet.
+    """A whole intact run directory. Everybody takes part in every round but the last client, who signed its plan only.
 
     ``epsilon``: what result.json claims per client. Every client has q·n = 20, so its size follows from its event.
     Returns {"server": Server, "files": {owner: File}}.
     """
     names = [f"client-{i}" for i in range(clients)]
-    owners = names[:-1] if unit == "example" else ["server"]
+    owners = names if unit == "example" else ["server"]
     toml = configuration(unit, clients, rounds, events or {}, plan)
     server, files = Server(names, unit, sha(toml)), {name: File(name) for name in owners}
     for name, file in files.items():
@@ -160,7 +161,7 @@ def write_run(
         file.plan(happens, unit=unit, **{**terms, **plan})
     after = state_digest(STATE)
     for r in range(1, rounds + 1):
-        commits = {name: file.commit(file.charge(r)) for name, file in files.items()}
+        commits = {name: file.commit(file.charge(r)) for name, file in files.items() if name != names[-1]}
         updates = {name: commits[name]["out"] if unit == "example" else None for name in names[:-1]}
         server.round(r, updates, after if r == rounds else "")
         for name, commit in commits.items() if unit == "example" else ():
@@ -177,7 +178,7 @@ def write_run(
     (root / "environment.json").write_text(json.dumps({"run_id": RUN}))
     (root / "metrics.jsonl").write_text("{}\n")
     claims = {
-        name: {"epsilon": (epsilon or {}).get(name, 0.0), "delta": 1e-5, "participations": rounds} for name in names
+        name: {"epsilon": (epsilon or {}).get(name, 0.0), "delta": float.fromhex(plan.get("delta", 1e-5.hex())), "participations": rounds} for name in names
     }
     claims[names[-1]]["participations"] = 0 if unit == "example" else rounds
     write_claims(root, claims)
@@ -188,7 +189,7 @@ def write_run(
 def configuration(unit: str, clients: int, rounds: int, events: dict[str, Any], plan: dict[str, Any]) -> str:
     """A run.toml that makes the plans that ``write_run`` signs."""
     one = next(iter(events.values()), event())
-    privacy = {"unit": unit, "noise": plan.get("noise", "secure"), "clip": 1.0, "delta": 1e-5}
+    privacy = {"unit": unit, "noise": plan.get("noise", "secure"), "clip": 1.0, "delta": float.fromhex(plan.get("delta", 1e-5.hex()))}
     privacy |= {"epsilon": 1e6} if events else {"sigma": 1.0}  # with events of their own every client has its σ
     if plan.get("budget"):
         privacy["budget"] = {"epsilon": float.fromhex(plan["budget"]["epsilon"])}

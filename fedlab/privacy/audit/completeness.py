@@ -57,7 +57,7 @@ def _check_ledger(audit: AuditedDirectory, name: str, ledger: Ledger, run: str, 
 def _check_config(audit: AuditedDirectory, evidence: Evidence) -> None:
     """``run.toml`` is the one that START names, from the run's first moment on."""
     start, text = (evidence.receipts.start if evidence.receipts else None), audit.read("run.toml")
-    if start is not None and text is not None and hashlib.sha256(text).hexdigest() != start["config"]:
+    if start is not None and text is not None and hashlib.sha256(text).hexdigest() != start.body.get("config"):
         audit.find("run.toml", f"is not the configuration that START names ({WHERE} line {start.number})")
 
 

@@ -105,11 +105,15 @@ def audit_run(
     check_terms(audit, evidence)
     if evidence.receipts:
         audit.findings += compare(evidence.receipts, evidence.ledgers)
+    if evidence.receipts and not evidence.receipts.current:
+        audit.find(WHERE, "was written by the first edition, which sealed neither settings nor states; nothing is vouched for")
+    elif evidence.receipts:
         audit.findings += check_rounds(evidence.receipts, evidence.ledgers, evidence.finished)
     held = check_kept(audit, evidence, kept) if kept is not None else None
     per_client, delta = check_numbers(audit, evidence)
-    check_coverage(audit, evidence, regenerate)
-    check_adapter(audit, evidence)
+    if evidence.receipts is None or evidence.receipts.current:
+        check_coverage(audit, evidence, regenerate)
+        check_adapter(audit, evidence)
     verdict = _verdict(audit, evidence, keys, held)
     return _summary(audit, evidence, verdict, per_client, delta, time.perf_counter() - began)
 

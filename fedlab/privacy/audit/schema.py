@@ -12,6 +12,8 @@ from typing import Any
 
 Check = Callable[[Any], str | None]
 ZEROS = "0" * 64
+# keys that lines of the first edition lack, by type
+SINCE_2: Mapping[str, frozenset[str]] = {"START": frozenset({"config"}), "ROUND": frozenset({"before"})}
 MOST = 2**53  # integers stay below: every JSON reader keeps them exactly
 
 
@@ -117,22 +119,36 @@ def _each(key: Check, item: Check) -> Check:
     return check
 
 
+def _list(item: Check) -> Check:
+    def check(value: Any) -> str | None:
+        if not isinstance(value, list):
+            return f"must be a list, got {_shown(value)}"
+        return next((text for v in value if (text := item(v))), None)
+
+    return check
+
+
+def _either(now: Check, before: Check) -> Check:
+    """As lines are written now, or as the first edition wrote them."""
+    return lambda value: now(value) if now(value) is None or before(value) is not None else None
+
+
 def _head(value: Any) -> str | None:
     good = isinstance(value, list) and len(value) == 2 and not _integer(0)(value[0]) and not _hex(64)(value[1])
     return None if good else f"must be [seq, hash], got {_shown(value)}"
 
 
-def _record(keys: Mapping[str, Check]) -> Check:
-    """An object with exactly these keys."""
+def _record(keys: Mapping[str, Check], later: frozenset[str] = frozenset()) -> Check:
+    """An object with exactly these keys; those of ``later`` may be missing."""
 
     def check(value: Any) -> str | None:
         if not isinstance(value, dict):
             return f"must be an object, got {_shown(value)}"
-        if missing := sorted(keys.keys() - value.keys()):
+        if missing := sorted(keys.keys() - value.keys() - later):
             return f"lacks the key {missing[0]!r}"
         if extra := sorted(value.keys() - keys.keys()):
             return f"has the unknown key {_shown(extra[0])}"
-        return next((f"{key}: {text}" for key in keys if (text := keys[key](value[key]))), None)
+        return next((f"{key}: {text}" for key in keys if key in value and (text := keys[key](value[key]))), None)
 
     return check
 
@@ -168,9 +184,10 @@ SERVER: Mapping[str, Mapping[str, Check]] = {
     "START": {"key": _KEY, "unit": _one_of("example", "client"), "clients": _each(_name, _KEY), "config": _HASH},
     "RECEIPT": {"key": _KEY, "round": _COUNT, "client": _name, "number": _integer(0), "head": _HASH, "out": _DIGEST},
     "ROUND": {
-        "round": _COUNT, "before": _DIGEST, "in": _DIGEST, "out": _DIGEST, "clients": _each(_name, _or_null(_DIGEST)),
+        "round": _COUNT, "before": _DIGEST, "in": _DIGEST, "out": _DIGEST,
+        "clients": _either(_each(_name, _or_null(_DIGEST)), _list(_name)),
     },
-    "FINAL": {"heads": _each(_name, _head), "files": _each(_path, _sealed), "state": _DIGEST, "status": _name},
+    "FINAL": {"heads": _each(_name, _head), "files": _either(_each(_path, _sealed), _each(_path, _HASH)), "state": _DIGEST, "status": _name},
 }
 
 
@@ -179,7 +196,7 @@ def problem(line: Mapping[str, Any], types: Mapping[str, Mapping[str, Check]]) -
     kind = line.get("type")
     if not isinstance(kind, str) or kind not in types:
         return f"unknown type {_shown(kind)}" if "type" in line else "lacks the key 'type'"
-    text = _record({**COMMON, **types[kind]})(dict(line))
+    text = _record({**COMMON, **types[kind]}, SINCE_2.get(kind, frozenset()))(dict(line))
     return None if text is None else f"{kind} {text}"
 
 

@@ -46,6 +46,8 @@ FIELDS: dict[str, set[str]] = {
     "ROUND": {"round", "before", "in", "out", "clients"},
     "FINAL": {"heads", "files", "state", "status"},
 }
+# keys that lines of the first edition lack: such ledgers are read and continued
+SINCE_2: dict[str, set[str]] = {"START": {"config"}, "ROUND": {"before"}}
 
 
 def canonical(value: Mapping[str, Any]) -> bytes:
@@ -126,7 +128,7 @@ def check_chain(entries: Iterable[Entry], owner: str, public: str, after: Entry 
         seq, prev = (after["seq"] + 1, after["hash"]) if after else (0, GENESIS)
         kind = entry.get("type")
         where = f"ledger of {owner}, line {seq + 1}"
-        if kind not in FIELDS or set(entry) != COMMON | FIELDS[kind] or entry["v"] != VERSION:
+        if kind not in FIELDS or not _complete(kind, entry) or entry["v"] != VERSION:
             raise PrivacyError(f"{where}: unknown kind of line ({kind!r})")
         if entry["seq"] != seq or entry["prev"] != prev:
             raise PrivacyError(f"{where} does not follow the line before it: lines were removed, repeated or reordered")
@@ -135,6 +137,12 @@ def check_chain(entries: Iterable[Entry], owner: str, public: str, after: Entry 
         if not authentic(entry, public):
             raise PrivacyError(f"{where} was edited, or signed by another key")
         after = entry
+
+
+def _complete(kind: str, entry: Entry) -> bool:
+    """Whether a line has the keys of its type, or of its type in the first edition."""
+    keys = COMMON | FIELDS[kind]
+    return keys - SINCE_2.get(kind, set()) <= set(entry) <= keys
 
 
 def charged(entries: Iterable[Entry], run: str | None = None) -> list[Entry]:

@@ -37,7 +37,7 @@ def guard(tmp_path: Path) -> Guard:
 def mirror(tmp_path: Path, guard: Guard, name: str = "run") -> LedgerMirror:
     made = LedgerMirror(tmp_path / name, "r1", tmp_path / "client")
     made.enrol("c", guard.ledger.public, guard.ledger.path.read_text())
-    made.start("example")
+    made.start("example", "0" * 64)
     return made
 
 
