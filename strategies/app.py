@@ -74,9 +74,7 @@ def _directory(context: Context) -> RunDirectory:
     return RunDirectory.create(prepared(RunConfig.load(preset)), None)
 
 
-def _finish(
-    directory: RunDirectory, rounds: Rounds, events: MetricsLog, status: str, started: float
-) -> dict[str, Any]:
+def _finish(directory: RunDirectory, rounds: Rounds, events: MetricsLog, status: str, started: float) -> dict[str, Any]:
     """Save, claim, seal, and only then show: whatever is cut off in between, nothing lies there without its seal."""
     from fedlab.report.html import render_report
 

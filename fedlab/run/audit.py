@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlab.config import RunConfig
-from fedlab.errors import ConfigError
 from fedlab.run.directory import RunDirectory, jsonable
-
 
 FAILED, LESS = 3, 5  # exit codes: something is wrong; less can be said than was asked
 
@@ -23,7 +21,7 @@ def audit_directory(path: Path, keys: Path | None, kept: Sequence[Path], as_json
         ``consistent``, or no DP), 5 where it is less, 3 where something is wrong.
     """
     from fedlab.privacy.audit.render import render
-    from fedlab.privacy.audit.run import audit_run, load_keys, load_kept
+    from fedlab.privacy.audit.run import audit_run, load_kept, load_keys
     from fedlab.run.regenerate import regenerate
 
     published = load_keys(keys) if keys else None

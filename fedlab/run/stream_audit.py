@@ -51,7 +51,11 @@ def audit_stream(
     """Check a stream's directory; never an exception for a damaged one. Arguments as for ``audit_run``."""
     audit = AuditedDirectory(path)
     config, text = _config(audit)
-    there = sorted(name.removesuffix("/run.toml") for name in audit.files.sizes if name.count("/") == 1 and name.endswith("/run.toml"))
+    there = sorted(
+        name.removesuffix("/run.toml")
+        for name in audit.files.sizes
+        if name.count("/") == 1 and name.endswith("/run.toml")
+    )
     tasks = {name: audit_run(path / name, keys, kept, regenerate) for name in there}
     result = read_result(audit)
     finished = result.get("status") in FINISHED

@@ -127,9 +127,7 @@ class Messenger:
                 outcome.scores[client] = scores.numbers[primary]
         return outcome
 
-    def receipts(
-        self, receipts: Mapping[str, Entry], clients: Sequence[str], closing: bool = False
-    ) -> dict[str, str]:
+    def receipts(self, receipts: Mapping[str, Entry], clients: Sequence[str], closing: bool = False) -> dict[str, str]:
         """Let clients keep receipts, and take their ledgers' new lines; client → what is wrong with its ledger.
 
         ``closing``: the run is over, which each is to say in its ledger.

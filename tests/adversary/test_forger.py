@@ -168,7 +168,10 @@ def values_of(files: Files) -> Iterator[Mutation]:
                     inside[path[-1]] = before + 1 if isinstance(before, int | float) else f"{before}x"
                 yield f"{name} {path} {way}", written(name, json.dumps(other, indent=2).encode() + b"\n")
         for key in list(tree)[:8]:
-            yield f"{name} {key} twice", written(name, b"{" + json.dumps(key).encode() + b": 0," + files[name].lstrip()[1:])
+            yield (
+                f"{name} {key} twice",
+                written(name, b"{" + json.dumps(key).encode() + b": 0," + files[name].lstrip()[1:]),
+            )
 
 
 def words_of(files: Files) -> Iterator[Mutation]:
@@ -416,8 +419,15 @@ def test_an_operator_who_swaps_the_adapter_is_found_without_any_key(run: Run):
 
 def test_an_operator_who_promises_other_terms_is_found_without_any_key(run: Run):
     """run.toml is sealed anew with the edit; the clients' plans say otherwise."""
-    for old, new in (("clip = 1.0", "clip = 0.001"), ("sigma = 1.0", "sigma = 40.0"), ("batch_size = 8", "batch_size = 1"),
-        ("steps = 1", "steps = 2"), ('noise = "seeded"', 'noise = "secure"'), ("rounds = 2", "rounds = 1")):  # fmt: skip
+    edits = {
+        "clip = 1.0": "clip = 0.001",
+        "sigma = 1.0": "sigma = 40.0",
+        "batch_size = 8": "batch_size = 1",
+        "steps = 1": "steps = 2",
+        'noise = "seeded"': 'noise = "secure"',
+        "rounds = 2": "rounds = 1",
+    }
+    for old, new in edits.items():
         text = run.files["run.toml"].decode()
         assert old in text
         edited = text.replace(old, new).encode()

@@ -126,7 +126,11 @@ class Server(File):
         return self.add("RECEIPT", **{**fields, "out": commit["out"], **more})
 
     def round(self, round_: int, clients: dict[str, str | None], after: str = "", **more: Any) -> dict[str, Any]:
-        states = {"before": sha(f"whole {round_}"), "in": sha(f"state {round_}"), "out": after or sha(f"whole {round_ + 1}")}
+        states = {
+            "before": sha(f"whole {round_}"),
+            "in": sha(f"state {round_}"),
+            "out": after or sha(f"whole {round_ + 1}"),
+        }
         return self.add("ROUND", **{"round": round_, **states, "clients": clients, **more})
 
 
@@ -171,14 +175,21 @@ def write_run(
     for name in ("ledger", "adapter", "checkpoints"):
         (root / name).mkdir(parents=True)
     (root / "adapter" / "adapter_config.json").write_text("{}")
-    adapter = {f"base_model.model.{name.removeprefix('head.')}{'.weight' * ('lora' in name)}": v for name, v in STATE.items()}
+    adapter = {
+        f"base_model.model.{name.removeprefix('head.')}{'.weight' * ('lora' in name)}": v for name, v in STATE.items()
+    }
     (root / "adapter" / "adapter_model.safetensors").write_bytes(tensors(adapter))
     (root / "checkpoints" / f"round-{rounds}.safetensors").write_bytes(tensors(STATE))
     (root / "run.toml").write_text(toml)
     (root / "environment.json").write_text(json.dumps({"run_id": RUN}))
     (root / "metrics.jsonl").write_text("{}\n")
     claims = {
-        name: {"epsilon": (epsilon or {}).get(name, 0.0), "delta": float.fromhex(plan.get("delta", 1e-5.hex())), "participations": rounds} for name in names
+        name: {
+            "epsilon": (epsilon or {}).get(name, 0.0),
+            "delta": float.fromhex(plan.get("delta", (1e-5).hex())),
+            "participations": rounds,
+        }
+        for name in names
     }
     claims[names[-1]]["participations"] = 0 if unit == "example" else rounds
     write_claims(root, claims)
@@ -189,7 +200,12 @@ def write_run(
 def configuration(unit: str, clients: int, rounds: int, events: dict[str, Any], plan: dict[str, Any]) -> str:
     """A run.toml that makes the plans that ``write_run`` signs."""
     one = next(iter(events.values()), event())
-    privacy = {"unit": unit, "noise": plan.get("noise", "secure"), "clip": 1.0, "delta": float.fromhex(plan.get("delta", 1e-5.hex()))}
+    privacy = {
+        "unit": unit,
+        "noise": plan.get("noise", "secure"),
+        "clip": 1.0,
+        "delta": float.fromhex(plan.get("delta", (1e-5).hex())),
+    }
     privacy |= {"epsilon": 1e6} if events else {"sigma": 1.0}  # with events of their own every client has its σ
     if plan.get("budget"):
         privacy["budget"] = {"epsilon": float.fromhex(plan["budget"]["epsilon"])}
@@ -199,7 +215,10 @@ def configuration(unit: str, clients: int, rounds: int, events: dict[str, Any], 
     lines = []
     for section, keys in tree.items():
         lines.append(f"[{section}]")
-        lines += [f"{k} = {'{epsilon = ' + str(v['epsilon']) + '}' if isinstance(v, dict) else json.dumps(v)}" for k, v in keys.items()]
+        lines += [
+            f"{k} = {'{epsilon = ' + str(v['epsilon']) + '}' if isinstance(v, dict) else json.dumps(v)}"
+            for k, v in keys.items()
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import sys
@@ -60,11 +61,8 @@ def whole(config: RunConfig, path: Path) -> int:
 
 def cut_off(config: RunConfig, path: Path, at: int) -> str:
     """Interrupt a run at a moment; where that was. Empty if it was before there was a run."""
-    with Moment(at) as moment:
-        try:
-            fedlab.simulate(config, path, quiet=True)
-        except (KeyboardInterrupt, Interrupted):
-            pass
+    with Moment(at) as moment, contextlib.suppress(KeyboardInterrupt, Interrupted):
+        fedlab.simulate(config, path, quiet=True)
     return moment.where if (path / "run.toml").is_file() else ""
 
 

@@ -39,7 +39,11 @@ def load_json(text: str) -> Any:
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
-        if twice := next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None:
+        if (
+            twice := next((name for name in names if names.count(name) > 1), None)
+            if len(set(names)) < len(names)
+            else None
+        ):
             raise ValueError(f"the key {twice[:40]!a} is there twice")
         return dict(pairs)
 

@@ -107,7 +107,9 @@ def _check_client(
     if claim is not None and claiming and evidence.unit == "example":
         charged = ledger.charges_of(evidence.run) if ledger else 0
         if claim.participations != charged:
-            audit.find(name, f"{RESULT} says that it took part {claim.participations} times, its ledger shows {charged}")
+            audit.find(
+                name, f"{RESULT} says that it took part {claim.participations} times, its ledger shows {charged}"
+            )
     if "pld" in found.replaced or "prv" in found.replaced:
         who = " and ".join(accountant.upper() for accountant in found.replaced)
         audit.note(f"{name}: {who} cannot resolve what was charged; the RDP number stands in its place")

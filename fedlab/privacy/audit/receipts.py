@@ -36,7 +36,10 @@ class Receipts:
     def current(self) -> bool:
         """Whether it binds what the audit needs bound; the first edition's lines had neither states nor sizes."""
         for line in self.chain.lines:
-            whole = {"START": "config" in line.body, "ROUND": "before" in line.body and isinstance(line["clients"], dict)}
+            whole = {
+                "START": "config" in line.body,
+                "ROUND": "before" in line.body and isinstance(line["clients"], dict),
+            }
             if line.kind == "FINAL":
                 whole["FINAL"] = all(isinstance(sealed, list) for sealed in line["files"].values())
             if not whole.get(line.kind, True):
@@ -70,7 +73,9 @@ def read_receipts(chain: Chain) -> Receipts:
             report(line, f"{line.kind} is of another run than the START in line {start.number}")
         if line.kind in ("START", "RECEIPT") and line["key"] != chain.key:
             report(line, f"{line.kind} names another key than the one that the file is signed with")
-        if line.kind == "START" and (changed := [key for key in ("unit", "clients", "config") if line.body.get(key) != start.body.get(key)]):
+        if line.kind == "START" and (
+            changed := [key for key in ("unit", "clients", "config") if line.body.get(key) != start.body.get(key)]
+        ):
             report(line, f"START has other {changed[0]} than line {start.number}")
         if line.kind == "RECEIPT":
             if line["client"] not in start["clients"] and (start["unit"] == "example" or line["client"] != "server"):

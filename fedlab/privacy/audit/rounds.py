@@ -60,7 +60,9 @@ def _states(receipts: Receipts, lines: Sequence[Line]) -> Iterator[Finding]:
         if line.kind == "START":
             restarted = True
         elif line.kind == "FINAL" and last is not None and line["state"] != last["out"]:
-            yield Finding(WHERE, line.number, f"FINAL has another state than ROUND {last['round']} left (line {last.number})")
+            yield Finding(
+                WHERE, line.number, f"FINAL has another state than ROUND {last['round']} left (line {last.number})"
+            )
         if line.kind != "ROUND":
             continue
         number = line["round"]

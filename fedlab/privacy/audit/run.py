@@ -106,7 +106,9 @@ def audit_run(
     if evidence.receipts:
         audit.findings += compare(evidence.receipts, evidence.ledgers)
     if evidence.receipts and not evidence.receipts.current:
-        audit.find(WHERE, "was written by the first edition, which sealed neither settings nor states; nothing is vouched for")
+        audit.find(
+            WHERE, "was written by the first edition, which sealed neither settings nor states; nothing is vouched for"
+        )
     elif evidence.receipts:
         audit.findings += check_rounds(evidence.receipts, evidence.ledgers, evidence.finished)
     held = check_kept(audit, evidence, kept) if kept is not None else None
@@ -118,9 +120,7 @@ def audit_run(
     return _summary(audit, evidence, verdict, per_client, delta, time.perf_counter() - began)
 
 
-def _verdict(
-    audit: AuditedDirectory, evidence: Evidence, keys: Mapping[str, str] | None, held: Kept | None
-) -> Verdict:
+def _verdict(audit: AuditedDirectory, evidence: Evidence, keys: Mapping[str, str] | None, held: Kept | None) -> Verdict:
     """What may be said of a directory, and why it is not more."""
     if any(plan["noise"] == "seeded" for ledger in evidence.ledgers.values() for plan in ledger.plans):
         audit.note("noise was seeded: reproducible, hence no protection against anyone who knows or guesses the seed")
@@ -134,7 +134,9 @@ def _verdict(
         audit.note("keys are those that the run itself names; --keys or --kept hold them against what lies elsewhere")
         return "consistent"
     if open_ends := unclosed(evidence):
-        audit.note(f"{', '.join(open_ends)} did not sign that the run is over, so nothing shows where their ledgers end")
+        audit.note(
+            f"{', '.join(open_ends)} did not sign that the run is over, so nothing shows where their ledgers end"
+        )
         return "consistent"
     if keys is None and held is not None and not held.whole:
         audit.note(f"kept receipts reach round {held.round}, not the last one: what came later is not held by them")

@@ -184,10 +184,18 @@ SERVER: Mapping[str, Mapping[str, Check]] = {
     "START": {"key": _KEY, "unit": _one_of("example", "client"), "clients": _each(_name, _KEY), "config": _HASH},
     "RECEIPT": {"key": _KEY, "round": _COUNT, "client": _name, "number": _integer(0), "head": _HASH, "out": _DIGEST},
     "ROUND": {
-        "round": _COUNT, "before": _DIGEST, "in": _DIGEST, "out": _DIGEST,
+        "round": _COUNT,
+        "before": _DIGEST,
+        "in": _DIGEST,
+        "out": _DIGEST,
         "clients": _either(_each(_name, _or_null(_DIGEST)), _list(_name)),
     },
-    "FINAL": {"heads": _each(_name, _head), "files": _either(_each(_path, _sealed), _each(_path, _HASH)), "state": _DIGEST, "status": _name},
+    "FINAL": {
+        "heads": _each(_name, _head),
+        "files": _either(_each(_path, _sealed), _each(_path, _HASH)),
+        "state": _DIGEST,
+        "status": _name,
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""Whether the adapter is the last round's state: its tensors against the sealed checkpoint, whose digest the round names.
+"""Whether the adapter is the last round's state: its tensors against the sealed checkpoint, whose digest a ROUND names.
 
 A state holds ``<module>.lora_A`` [r, n], ``<module>.lora_B`` [m, r] and ``head.<name>``; perhaps ``residual_A`` [k, n]
 and ``residual_B`` [m, k], which the adapter has as further directions, and ``basis_U`` [p, m], in whose coordinates
@@ -53,7 +53,9 @@ def _without(audit: AuditedDirectory, evidence: Evidence, final: Line) -> None:
     """A run that made no round has no checkpoint, and its adapter is the one that it began with."""
     rounds = [line for line in evidence.receipts.chain.of("ROUND") if line.sound] if evidence.receipts else []
     if rounds:
-        audit.find(CHECKPOINT + "….safetensors", f"is not among the files that FINAL names ({WHERE} line {final.number})")
+        audit.find(
+            CHECKPOINT + "….safetensors", f"is not among the files that FINAL names ({WHERE} line {final.number})"
+        )
     else:
         audit.leave(f"{MODEL}: no round was made, so it is what the run began with")
 

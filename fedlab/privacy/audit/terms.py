@@ -31,7 +31,9 @@ def check_terms(audit: AuditedDirectory, evidence: Evidence) -> None:
         try:
             for key, signed, wanted in expected(evidence.config, plan):
                 if signed != wanted:
-                    audit.find(name, f"PLAN has {key} {_shown(signed)}, run.toml makes it {_shown(wanted)}", plan.number)
+                    audit.find(
+                        name, f"PLAN has {key} {_shown(signed)}, run.toml makes it {_shown(wanted)}", plan.number
+                    )
             _check_target(audit, name, plan, evidence.config)
         except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
             audit.find("run.toml", "lacks settings that a private run has, so no PLAN can be compared with it")

@@ -178,9 +178,7 @@ class LedgerMirror:
         self._remember(commits)
         return dict(zip(commits, written[1:], strict=True))
 
-    def final(
-        self, files: Mapping[str, tuple[int, str]], state: str, status: str, more: Mapping[str, Entry]
-    ) -> None:
+    def final(self, files: Mapping[str, tuple[int, str]], state: str, status: str, more: Mapping[str, Entry]) -> None:
         """Seal the run in the last line of ``receipts.jsonl``.
 
         Args:

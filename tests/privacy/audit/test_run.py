@@ -260,7 +260,10 @@ def test_a_round_without_its_commits(root: Path):
     [
         ({"before": "ee" * 32}, "does not begin with the state that was left"),
         ({"out": "ee" * 32}, "FINAL has another state than ROUND 2 left"),
-        ({"clients": {"client-0": "ee" * 32, "client-1": None}}, "used an update of 'client-0', who committed another one"),
+        (
+            {"clients": {"client-0": "ee" * 32, "client-1": None}},
+            "used an update of 'client-0', who committed another one",
+        ),
         ({"round": 3}, "ROUND 3 follows no ROUND 2"),
         ({"round": 1}, "a second ROUND 1, though nothing was resumed"),
     ],
@@ -319,7 +322,9 @@ def test_result_json(root: Path, change: Callable[[Any], None], text: str):
     assert any(text in line for line in found(root)), found(root)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"epsilon": NaN}', b"[" * 100_000, b'{"a": 1, "a": 1}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff", b'{"epsilon": NaN}', b"[" * 100_000, b'{"a": 1, "a": 1}']
+)
 def test_result_json_unreadable(root: Path, content: bytes):
     (root / "result.json").write_bytes(content)
     assert any(line.startswith("result.json: ") for line in found(root))
@@ -493,7 +498,7 @@ def test_a_directory_in_place_of_a_file_does_not_raise(root: Path):
         ({"event": ledgers.event(0.5, 1.0)}, "PLAN has q 0.5, run.toml makes it 0.02"),
         ({"event": ledgers.event(sampler="full")}, "PLAN has sampler 'full', run.toml makes it 'poisson'"),
         ({"normaliser": (1.0).hex()}, "PLAN has normaliser 1, run.toml makes it 20"),
-        ({"delta": 1e-4.hex()}, "PLAN has δ 0.0001, run.toml makes it 1e-05"),
+        ({"delta": (1e-4).hex()}, "PLAN has δ 0.0001, run.toml makes it 1e-05"),
         ({"participations": 9}, "PLAN has participations 9, run.toml makes it 2"),
         ({"noise": "seeded"}, "PLAN has noise 'seeded', run.toml makes it 'secure'"),
     ],
@@ -511,7 +516,9 @@ def test_every_plan_is_the_configurations(tmp_path: Path, change: dict[str, Any]
 
 def test_a_run_of_the_first_edition_is_not_vouched_for(root: Path):
     def older(made: dict[str, Any]) -> None:
-        made["server"].lines[0] = ledgers.seal({k: v for k, v in made["server"].lines[0].items() if k != "config"}, "server")
+        made["server"].lines[0] = ledgers.seal(
+            {k: v for k, v in made["server"].lines[0].items() if k != "config"}, "server"
+        )
 
     rebuilt(root, older)
     assert any("was written by the first edition" in line for line in found(root))
