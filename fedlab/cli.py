@@ -1,6 +1,6 @@
 """The ``fedlab`` command: thin over the library.
 
-Exit codes: 0 done, 2 wrong usage, 3 privacy, 4 run failed, 130 interrupted.
+Exit codes: 0 done, 2 wrong usage, 3 privacy, 4 run failed, 5 audit: less can be said than was asked, 130 interrupted.
 """
 
 from __future__ import annotations

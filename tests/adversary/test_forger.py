@@ -508,3 +508,17 @@ def test_only_its_owner_reads_the_partition_and_the_statement_names_it(run: Run)
     assert run.modes["partition.json"] == 0o600
     assert "`partition.json` of this directory, which its owner alone can read" in run.files["PRIVACY.md"].decode()
     assert "partition.json of this directory" in run.files["report.html"].decode()
+
+
+def test_what_an_audit_of_signed_events_cannot_know(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A trainer that draws no noise signs the same lines: the audit says that it cannot tell."""
+    from fedlab.privacy import plan
+    from fedlab.run.directory import RunDirectory
+
+    config = RunDirectory.open(run.path).config
+    monkeypatch.setattr(plan.DPPlan, "privatise", lambda self, total, noise: {n: v.double() for n, v in total.items()})
+    made = fedlab.simulate(config, tmp_path / "silent", quiet=True)
+    audit = audit_run(made.path, None, None, regenerate)
+    assert audit.verdict == "consistent"
+    assert audit.epsilon_pld == run.audit().epsilon_pld
+    assert any("that the noise was drawn as signed no ledger can show" in note for note in audit.notes)

@@ -114,3 +114,13 @@ def test_the_files_of_a_run_say_it_too(unit: str, settings: list[str], tiny_toml
     if unit == "example":
         assert len({c["epsilon"] for c in run.result["clients"].values()}) > 1, "clients differ"
     assert run.result["epsilon"] == max(c["epsilon"] for c in run.result["clients"].values())
+
+
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_what_no_message_shows_is_named_too(unit: str):
+    said = everything(config(unit))
+    assert "partition.json of this directory, which its owner alone can read" in said
+    assert "zeroing out one" in said
+    assert "is public; or by adding or removing one" in said
+    assert "1.0004 C" not in said
+    assert "1.0004 C was seen where C is accounted for" in everything(config(unit, "run.dtype=bfloat16"))
