@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from fedlab.config import RunConfig
@@ -177,8 +177,9 @@ class Accounts:
             return privacy_claims(self.config, run, dict.fromkeys(deltas, own), deltas, {})
         if self._mirror is not None and not self._federation.hosts:
             for client in deltas:
-                self._mirror.catch_up(client)
-                self.spent.record(client, self._mirror.events(client))
+                with suppress(PrivacyError):  # of a ledger that is not what it was, what was assumed stays
+                    self._mirror.catch_up(client)
+                    self.spent.record(client, self._mirror.events(client))
         ledgers = {client: self._mirror.entries(client) for client in deltas} if self._mirror else {}
         return privacy_claims(self.config, run, ledgers, deltas, {c: self.spent.assumed(c) for c in deltas})
 

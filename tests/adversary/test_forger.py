@@ -522,3 +522,18 @@ def test_what_an_audit_of_signed_events_cannot_know(run: Run, tmp_path: Path, mo
     assert audit.verdict == "consistent"
     assert audit.epsilon_pld == run.audit().epsilon_pld
     assert any("that the noise was drawn as signed no ledger can show" in note for note in audit.notes)
+
+
+def test_an_empirical_audit_beside_the_run_is_named_as_not_covered(run: Run):
+    from fedlab.privacy.statement import EMPIRICAL, write_statement
+
+    bound = {"name": "steinke", "epsilon": 1.0, "confidence": 0.95, "canaries": 9}
+    setting = {"q": 1.0, "sigma": 1.0, "steps": 1}
+    found = {"bounds": [bound], "findings": [], "configuration": setting, "claimed": 4.4, "delta": 1e-5}
+    (run.path / EMPIRICAL).write_text(json.dumps(found))
+    assert run.audit().verdict == "failed", "the statement does not quote it"
+    write_statement(run.path, json.loads(run.files["result.json"])["clients"])
+    audit = run.audit()
+    assert audit.verdict == "verified", audit.findings
+    assert any(text.startswith("empirical.json: ") for text in audit.not_covered)
+    run.restore()

@@ -22,7 +22,7 @@ from fedlab.privacy.audit.receipts import WHERE
 MODEL, PREFIX = "adapter/adapter_model.safetensors", "base_model.model."
 CHECKPOINT, SERVER = "checkpoints/round-", "server/"
 MOST_HEADER = 2**24
-TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "|u1"}
+TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "|u1", "BF16": "<u2"}
 Tensors = Mapping[str, np.ndarray]
 
 
@@ -77,10 +77,16 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             continue
         try:
             begin, end = entry["data_offsets"]
-            found[name] = data[begin:end].view(TYPES[entry["dtype"]]).reshape(entry["shape"])
+            value = data[begin:end].view(TYPES[entry["dtype"]]).reshape(entry["shape"])
+            found[name] = widened(value) if entry["dtype"] == "BF16" else value
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"its tensor {name[:60]!a} cannot be read") from None
     return found
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    """bfloat16, which numpy lacks, as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def state_digest(state: Tensors) -> str:

@@ -6,6 +6,7 @@ client's size) is taken from the PLAN.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,14 +22,18 @@ Tree = Mapping[str, Any]
 
 def check_terms(audit: AuditedDirectory, evidence: Evidence) -> None:
     """Hold every PLAN of this run against ``run.toml``."""
-    if not evidence.config:
+    text = audit.read("run.toml")
+    if not evidence.config or text is None:
         return
+    whole = hashlib.sha256(text).hexdigest()
     expected = _of_client if evidence.unit == "example" else _of_server
     for name, ledger in evidence.ledgers.items():
         plan = ledger.plan(evidence.run)
         if plan is None or not plan.sound or plan["unit"] != evidence.unit:
             continue
         try:
+            if plan.body.get("configuration", whole) != whole:  # which the first edition does not sign
+                audit.find(name, "PLAN was signed for another run.toml", plan.number)
             for key, signed, wanted in expected(evidence.config, plan):
                 if signed != wanted:
                     audit.find(
