@@ -15,6 +15,7 @@ from typing import Protocol
 from fedlab.config import RunConfig
 from fedlab.config.sections import Budget
 from fedlab.errors import FedlabError, PrivacyError
+from fedlab.identifiers import checked_identifier
 from fedlab.lora.state import State
 from fedlab.run.personal import load_personal, save_personal
 from fedlab.run.places import Places, simulated_places
@@ -115,6 +116,9 @@ def owners_of(node: Mapping[str, object], config: RunConfig, run: str, simulatio
         config: the run's.
         run: its id.
         simulation: the run directory of a simulation; a node with an owner of its own does not look at it.
+
+    Raises:
+        ConfigError: the node's client or the run is named as no file may be.
     """
     if "client" not in node:
         return SimulatedOwners(config, simulated_places(config, Path(simulation)))
@@ -122,8 +126,8 @@ def owners_of(node: Mapping[str, object], config: RunConfig, run: str, simulatio
     def place(key: str) -> Path:
         return Path(str(node.get(key, Path.home() / HOME / key)))
 
-    places = Places(place("ledger"), place("personal") / run, place("bases"))
-    return SingleOwner(Owner(str(node["client"]), places, _budget(node)))
+    places = Places(place("ledger"), place("personal") / checked_identifier(run, "run"), place("bases"))
+    return SingleOwner(Owner(checked_identifier(str(node["client"]), "client"), places, _budget(node)))
 
 
 def _budget(node: Mapping[str, object]) -> Budget | None:

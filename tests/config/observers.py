@@ -137,46 +137,52 @@ def directory(config: RunConfig, path: Path) -> Any:
     return RunDirectory.create(config, None).path.name[:-16]
 
 
-@lru_cache(maxsize=2)
-def _run(toml: str, path: Path) -> tuple[fedlab.Run, list[tuple[int, int, bool]]]:
-    calls: list[tuple[int, int, bool]] = []
+_runs: dict[str, tuple[fedlab.Run, list[tuple[int, int, bool]]]] = {}  # of this process, by configuration
 
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(module, nn.LayerNorm):
-            calls.append((torch.get_num_threads(), len(output), torch.is_grad_enabled()))
 
-    handle = nn.modules.module.register_module_forward_hook(note)
-    try:
-        return fedlab.simulate(RunConfig.parse(toml), path / "run", quiet=True), calls
-    finally:
-        handle.remove()
+def _run(config: RunConfig, path: Path) -> tuple[fedlab.Run, list[tuple[int, int, bool]]]:
+    """A run of the configuration, made once, and every pass through a normalisation layer in it."""
+    toml = config.to_toml()
+    if toml not in _runs:
+        calls: list[tuple[int, int, bool]] = []
+
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(module, nn.LayerNorm):
+                calls.append((torch.get_num_threads(), len(output), torch.is_grad_enabled()))
+
+        handle = nn.modules.module.register_module_forward_hook(note)
+        try:
+            _runs[toml] = fedlab.simulate(config, path / "run", quiet=True), calls
+        finally:
+            handle.remove()
+    return _runs[toml]
 
 
 def result(config: RunConfig, path: Path) -> Any:
     """What a run came to: status, bits, scores, bytes and ε."""
-    found = _run(config.to_toml(), path)[0].result
+    found = _run(config, path)[0].result
     return {key: value for key, value in found.items() if "seconds" not in key}
 
 
 def bits(config: RunConfig, path: Path) -> Any:
     """The adapters of every run of a stream."""
-    root = _run(config.to_toml(), path)[0].path
+    root = _run(config, path)[0].path
     return [json.loads(file.read_text())["adapter_digest"] for file in sorted(root.glob("*/result.json"))]
 
 
 def forward_passes(config: RunConfig, path: Path) -> Any:
     """Threads, rows, and whether gradients were on, of every pass through a normalisation layer of a run."""
-    return _run(config.to_toml(), path)[1]
+    return _run(config, path)[1]
 
 
 def lines(config: RunConfig, path: Path) -> Any:
     """What a run wrote to metrics.jsonl, less what it measured of itself."""
-    text = (_run(config.to_toml(), path)[0].path / "metrics.jsonl").read_text(encoding="utf-8")
+    text = (_run(config, path)[0].path / "metrics.jsonl").read_text(encoding="utf-8")
     found = [json.loads(line) for line in text.splitlines()]
     return [{k: v for k, v in line.items() if "seconds" not in k and k != "time"} for line in found]
 
 
 def files(config: RunConfig, path: Path) -> Any:
-    """Names of the files in a run's directory and in the directory beside it that a ledger may have."""
-    root = _run(config.to_toml(), path)[0].path
-    return sorted({f.relative_to(path).parts[:3] for f in path.rglob("*") if "events" not in f.name and f != root})
+    """Names of the files in a run's directory and beside it, where a ledger may be."""
+    root = _run(config, path)[0].path.parent
+    return sorted({f.relative_to(root).parts[:3] for f in root.rglob("*") if "events" not in f.name})

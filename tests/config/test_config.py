@@ -47,6 +47,35 @@ def test_bad_values_name_the_key_and_the_fix(override: str, expected: str):
     assert expected in error_of(override)
 
 
+@pytest.mark.parametrize(
+    ("override", "new"),
+    [
+        ("run.cache_prefix=true", "run.cache_hidden_states"),
+        ("strategy.gram={cohort=3}", "strategy.gram.min_clients"),
+        ("model.task='sequence-classification'", "objective.name"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(override: str, new: str):
+    assert f"is now called {new}" in error_of(override)
+
+
+def test_several_problems_are_told_at_once():
+    found = error_of("run.min_clients=7", "run.checkpointing=true", "train.gradients=hooks", "run.sampling=poisson")
+    assert "run.sampling" in found
+    assert "run.min_clients" in found
+    assert "(and 1 more)" in found
+
+
+@pytest.mark.parametrize("name", ["../../../x", "a/b", "", ".hidden", "server/", "a b"])
+def test_a_run_is_named_as_a_directory_may_be(name: str):
+    assert "run.name" in error_of(f"run.name='{name}'")
+
+
+def test_a_key_of_another_kind_of_partition_is_refused():
+    found = error_of("data.partition={kind='iid', alpha=0.5}")
+    assert 'alpha belongs to kind = "dirichlet"' in found
+
+
 def test_missing_alpha_is_named():
     assert "lora.alpha is missing" in error_of(text=MINIMAL.replace("alpha = 8\n", ""))
 

@@ -57,6 +57,9 @@ def result_fields(result: Mapping[str, Any]) -> Record:
 
 def first_edition(result: Mapping[str, Any]) -> Mapping[str, Any]:
     """A result with its scores under the names that they had before scores were named: accuracy, macro_f1, loss."""
+    if "average_score" in result:  # of a stream
+        renamed = {"average_accuracy": "average_score", "learning_accuracy": "learning_score"}
+        return {**result, **{old: result[new] for old, new in renamed.items() if new in result}}
     if "client_scores" not in result:
         return result
     scores = result.get("scores") or dict.fromkeys(("accuracy", "macro_f1", "loss"))

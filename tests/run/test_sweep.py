@@ -12,8 +12,8 @@ import pytest
 
 import fedlab
 from fedlab.config import RunConfig
+from fedlab.run import launch
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch import sweep as module
 from fedlab.run.launch.sweep import combinations, report, sweep
 
 
@@ -59,11 +59,13 @@ def test_finished_runs_are_kept_cut_off_ones_resumed_and_failures_stay_alone(
     assert report(found) == 4
     assert "failed" in capsys.readouterr().out
     shutil.rmtree(last.path)
-    RunDirectory.create(configs[last.path.name], last.path)  # as if it had been killed before its first round ended
+    RunDirectory.create(
+        launch.prepared(configs[last.path.name]), last.path
+    )  # as if it had been killed before its first round ended
     calls: list[str] = []
-    original = module.resume
-    monkeypatch.setattr(module, "resume", lambda path, quiet: calls.append(path.name) or original(path, quiet))
-    monkeypatch.setattr(module, "simulate", lambda *a: pytest.fail("nothing is begun again"))
+    original = launch.resume
+    monkeypatch.setattr(launch, "resume", lambda path, quiet: calls.append(path.name) or original(path, quiet))
+    monkeypatch.setattr(launch, "simulate", lambda *a: pytest.fail("nothing is begun again"))
     again = sweep(
         {n: c for n, c in configs.items() if "e+300" not in n and "1e300" not in n}, tmp_path / "sweep", quiet=True
     )
