@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from clients.kept import Kept, keep, kept_path, load
 from clients.owner import Owner
-from fedlab.data.sources import identity
 from fedlab.lora.state import part_of
+from fedlab.privacy.gram_plan import gram_event
 from fedlab.privacy.ledger.guard import Guard, Refusal
-from fedlab.privacy.ledger.keys import keyed_hash, load_or_create_key
-from fedlab.privacy.ledger.ledger import Ledger, lines_after
-from fedlab.privacy.ledger.terms import budget_terms, scope_of
+from fedlab.privacy.ledger.keys import keyed_hash
+from fedlab.privacy.ledger.ledger import lines_after
+from fedlab.privacy.ledger.terms import budget_terms, run_terms, scope_of
+from fedlab.privacy.release import public_names
+from fedlab.protocol.messages import Release, RunReference
 from fedlab.session import Session
 
 PACKAGES = ("fedlab", "torch", "dp-accounting", "opacus", "cryptography")
@@ -23,19 +28,22 @@ PACKAGES = ("fedlab", "torch", "dp-accounting", "opacus", "cryptography")
 class ClientAccount:
     """One client's guard and the terms under which it takes part in this run."""
 
-    def __init__(self, session: Session, owner: Owner, run: str, parts: Sequence[str]) -> None:
-        """``parts`` (``lora_A``, ``lora_B``, ``head``): the most that it is ever asked to train, which its clip covers.
+    def __init__(self, session: Session, owner: Owner, run: RunReference) -> None:
+        """Its scope is ``run.parts``: the most that it is ever asked to train, which its clip covers.
 
         Raises PrivacyError for a ledger that cannot be read.
         """
         plan = session.plan(owner.client)
         assert plan is not None
-        self.plan, self.client = plan, owner.client
-        self.guard = Guard(_ledger(owner.places.ledgers, owner.client, identity(session.config.data), run), run)
-        shapes = {name: shape for name, shape in session.shapes.items() if part_of(name) in parts}
+        self.plan, self.client, self._owner = plan, owner.client, owner
+        gram = session.config.gram
+        self._beside = [gram_event(gram)] if gram is not None else []
+        self.guard = owner.guard(run.run)
+        shapes = {name: shape for name, shape in session.shapes.items() if part_of(name) in run.parts}
         budget = owner.budget
         self.terms: Mapping[str, Any] = {
             **plan.terms(),
+            **run_terms(run.configuration, public_names(session.config)),
             "scope": scope_of(shapes),
             "budget": budget_terms(budget.epsilon, budget.delta or plan.delta) if budget else None,
             "content": keyed_hash(self.guard.ledger.key, "content", session.data.fingerprint(owner.client)),
@@ -43,8 +51,19 @@ class ClientAccount:
         self.names = sorted(shapes)
 
     def sign(self) -> Refusal | None:
-        """Sign the plan of this run, or find the signed one; the refusal if not even one round is affordable."""
+        """Sign the plan of this run, or find the signed one; the refusal if not even one round is affordable.
+
+        Raises Refusal for a plan that the owner's policy does not allow, or other terms than were signed.
+        """
+        policy = self._owner.policy
+        problem = policy.problem_of_plan(self.plan, self._beside) if policy is not None else "there is no policy"
+        if problem is not None:
+            raise self.guard.refused(0, "policy", problem)
         return self.guard.plan(self.terms, code_versions())
+
+    def beside(self, run: str) -> Guard:
+        """The same ledger for a release beside the rounds, which is a run of its own in it."""
+        return Guard(self.guard.ledger, run, self.guard.one_answer)
 
     def lines_after(self, known: int) -> str:
         """The ledger's lines from number ``known`` on, as they stand in the file."""
@@ -58,9 +77,43 @@ class ClientAccount:
     def check_scope(self, trained: Sequence[str]) -> None:
         """Raises Refusal if the server wants something trained that the signed scope does not cover."""
         if unsigned := sorted(set(trained) - set(self.names)):
-            raise Refusal(
-                "plan-mismatch", f"{unsigned[0]} was asked to be trained, which the signed scope does not cover"
+            raise self.guard.refused(
+                0, "plan-mismatch", f"{unsigned[0][:80]} was asked to be trained, which the signed scope does not cover"
             )
+
+    def repeated(self, guard: Guard, round_number: int, asked: str) -> tuple[Release, ...] | None:
+        """What was released in a round that was committed before; None if none was, or it may be done again.
+
+        Args:
+            guard: of the run, or of its release at a task's end.
+            round_number: of the round.
+            asked: digest of all that decides the answer.
+
+        Raises:
+            Refusal: another request than then, or the answer was not kept.
+        """
+        if not guard.one_answer:
+            return None
+        with guard.ledger.locked():
+            if guard.committed(round_number) is None:
+                return None
+        kept = load(self._path(guard))
+        if kept is None or (kept.round, kept.asked) != (round_number, asked):
+            raise guard.refused(round_number, "repeated", "this round was committed before, for another request")
+        return kept.releases
+
+    def keep(self, guard: Guard, round_number: int, asked: str, releases: tuple[Release, ...]) -> None:
+        """Keep an answer before it is committed, if a repeat is to get the same."""
+        if guard.one_answer:
+            keep(self._path(guard), Kept(round_number, asked, releases))
+
+    def _path(self, guard: Guard) -> Path:
+        return kept_path(self._owner.places.ledgers, self.client, guard.run)
+
+
+def digest_of(*parts: object) -> str:
+    """SHA-256 of plain values: what a repeat of a request is known by."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -73,11 +126,3 @@ def code_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[name] = "unknown"
     return versions | {"accountant": "dp-accounting PLD"}
-
-
-@lru_cache(maxsize=4096)
-def _ledger(directory: Path, client: str, source: str, run: str) -> Ledger:
-    """One object per file, run and process: it verifies only what it has not seen yet."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    key = load_or_create_key(directory / "keys" / f"{client}.pem")
-    return Ledger(directory / f"{client}.jsonl", client, keyed_hash(key, "dataset", source), key)

@@ -1,9 +1,13 @@
-"""The ClientApp: bytes in, one handler per message, bytes out. The only file of a client that knows Flower."""
+"""The ClientApp: bytes in, one handler per message, bytes out. The only file of a client that knows Flower.
+
+Whatever goes wrong, the answer is a reply with codes of a closed list; nothing is raised to Flower, which would send
+its text to the server.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -11,12 +15,14 @@ from flwr.clientapp import ClientApp
 from clients.describe import answer_describe
 from clients.evaluate import answer_evaluate
 from clients.gram import answer_gram
-from clients.node import Node, enter, join
+from clients.node import Node, enter, owners_of
+from clients.owner import Owners
 from clients.receipts import answer_receipts
+from clients.refusal import nothing, unreadable
 from clients.sum_keys import answer_keys
 from clients.train import answer_train
 from fedlab.protocol import Frame, ProtocolError, decode, encode
-from fedlab.protocol.messages import REQUESTS, DescribeRequest
+from fedlab.protocol.messages import REQUESTS, Request
 from fedlab.session import torch_threads
 
 RECORD = "fedlab"  # of a message, and of what a node remembers
@@ -35,17 +41,27 @@ app = ClientApp()
 @app.train()
 @app.evaluate()
 def answer(message: Message, context: Context) -> Message:
-    """Decode the request, enter its run, answer it."""
-    frame = _frame(message.content)
-    request: Any = decode(frame, REQUESTS)
+    """Decode the request, pass its owners' gate, answer it."""
     memory: Any = context.state.config_records.setdefault(RECORD, ConfigRecord())
-    if isinstance(request, DescribeRequest):
-        node = join(request, memory, context.node_config)
-    else:
-        node = enter(request.run, memory, context.node_config)
-    with torch_threads(node.session.config.run.threads):
-        reply = encode(frame.kind, ANSWERS[frame.kind](node, request))
+    reply = respond(message.content, memory, context.node_config)
     return Message(RecordDict({RECORD: ConfigRecord(vars(reply))}), reply_to=message)
+
+
+def respond(content: RecordDict, memory: Any, node_config: Any) -> Frame:
+    """The reply to a message, whatever it holds and whatever happens."""
+    request: Request | None = None
+    owners: Owners | None = None
+    try:
+        frame = _frame(content)
+        request = cast(Request, decode(frame, REQUESTS))
+        owners = owners_of(request, memory, node_config)
+        node = enter(request, owners, memory)
+        with torch_threads(node.config.run.threads):
+            return encode(frame.kind, ANSWERS[frame.kind](node, request))
+    except Exception as error:
+        if request is None or owners is None:
+            return unreadable(error, node_config)
+        return nothing(request, owners, error)
 
 
 def _frame(content: RecordDict) -> Frame:

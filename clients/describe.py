@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from clients.account import ClientAccount
 from clients.node import Node
-from fedlab.errors import PrivacyError
+from clients.pending import failure_of
+from fedlab.errors import ConfigError, PrivacyError
+from fedlab.lora.state import part_of
 from fedlab.privacy.release import SIZE, fields_of, public
-from fedlab.protocol.messages import MOST_REASON, ClientReply, DescribeReply, DescribeRequest, Enrolment, Failure
+from fedlab.protocol.messages import ClientReply, DescribeReply, DescribeRequest, Enrolment
+from fedlab.train.check_gradients import require_per_example
 
 
 def answer_describe(node: Node, request: DescribeRequest) -> DescribeReply:
@@ -16,21 +19,24 @@ def answer_describe(node: Node, request: DescribeRequest) -> DescribeReply:
 
 
 def _enrol(node: Node, client: str, request: DescribeRequest) -> Enrolment:
-    session = node.session
-    reply = ClientReply(client, (public(SIZE, {"examples": session.data.size(client)}),))
-    plan = session.plan(client)
-    if plan is None:
-        return Enrolment(reply)
-    event = fields_of(plan.event())
+    session, owner = node.session, node.owners.one(client)
+    size = public(SIZE, {"examples": session.data.size(client)})
+    if not owner.guarded:
+        return Enrolment(ClientReply(client, (size,)))
     try:
-        account = ClientAccount(session, node.owners.one(client), request.run.run, request.run.parts)
-        refusal = account.sign()
-        lines = account.lines_after(0)
-    except PrivacyError as error:
-        return Enrolment(_failed(reply, error), delta=plan.delta, event=event)
-    reply = ClientReply(client, reply.releases, lines)
-    return Enrolment(_failed(reply, refusal) if refusal else reply, account.guard.ledger.public, plan.delta, event)
+        scope = [name for name in session.model.parameters if part_of(name) in request.run.parts]
+        require_per_example(session.model, session.config, scope)
+        account = ClientAccount(session, owner, request.run)
+        refusal, lines = account.sign(), account.lines_after(0)
+    except (PrivacyError, ConfigError) as error:
+        owner.note(error, "no plan")
+        return _declared(node, ClientReply(client, (size,), failure=failure_of(error, refused=True)))
+    failure = failure_of(refusal) if refusal else None
+    return _declared(node, ClientReply(client, (size,), lines, failure), account.guard.ledger.public)
 
 
-def _failed(reply: ClientReply, error: PrivacyError) -> ClientReply:
-    return ClientReply(reply.client, reply.releases, reply.lines, Failure(str(error)[:MOST_REASON], refused=True))
+def _declared(node: Node, reply: ClientReply, key: str = "") -> Enrolment:
+    """A declaration with what one round would cost."""
+    plan = node.session.plan(reply.client)
+    assert plan is not None
+    return Enrolment(reply, key, plan.delta, fields_of(plan.event()))

@@ -8,34 +8,30 @@ masked, so that the server sees nothing but the sum over all clients (``fedlab.p
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from clients.account import ClientAccount
+from clients.account import ClientAccount, digest_of
 from clients.node import Node
 from clients.owner import Owner
-from clients.pending import PendingRelease
+from clients.pending import Asked, PendingRelease, Releases, failure_of
 from clients.sum_keys import hide
-from clients.train import EXPECTED
 from fedlab.config.tasks import Gram
 from fedlab.continual.input_grams import input_grams, input_groups
 from fedlab.continual.sketch import to_fixed
 from fedlab.errors import PrivacyError
 from fedlab.lora.state import digest, from_wire
 from fedlab.privacy.gram_plan import GramPlan
-from fedlab.privacy.ledger.guard import Guard
 from fedlab.privacy.ledger.terms import scope_of
 from fedlab.privacy.release import GRAM
 from fedlab.privacy.secure_sum.masking import add
+from fedlab.protocol import ProtocolError
 from fedlab.protocol.messages import ClientOrder, ClientReply, GramReply, GramRequest, Release
 from fedlab.seeds import random_stream
 from fedlab.session import Session
-
-logger = logging.getLogger("fedlab")
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ def answer_gram(node: Node, request: GramRequest) -> GramReply:
     started, session = time.time(), node.session
     settings = session.config.gram
     if settings is None:
-        raise PrivacyError("this configuration has no release at a task's end")
+        raise ProtocolError("gram", "this configuration has no release at a task's end")
     received = from_wire(request.state)
     session.model.load(received | session.basis)
     task = _Task(session, request, settings, input_groups(session.model), digest(received))
@@ -71,33 +67,54 @@ def answer_gram(node: Node, request: GramRequest) -> GramReply:
 
 def _answer(task: _Task, owner: Owner, order: ClientOrder) -> tuple[ClientReply, Release | None]:
     """One client's reply, and its matrices or None."""
-    private = task.session.config.private
-    pending = PendingRelease(GRAM, guarded=private)
-    account, plan, own = None, None, None
+    pending, account = PendingRelease(GRAM, owner.guarded), None
+    released: Releases = ()
     try:
-        if private:
-            account = ClientAccount(task.session, owner, task.request.run.run, task.request.run.parts)
-            plan = _charge(task, account, pending)
-        values = _matrices(task, owner, plan)
-        own = pending.commit(1, values, {name: torch.from_numpy(value) for name, value in values.items()})
-    except EXPECTED as error:
-        logger.warning("%s gave no Gram matrices: %s", owner.client, error)
+        if owner.guarded:
+            account = ClientAccount(task.session, owner, task.request.run)
+        released = _release(task, owner, account, pending)
+    except Exception as error:
         pending.fail(error)
-    lines = account.lines_after(order.known) if account else None
-    return ClientReply(owner.client, lines=lines, failure=pending.failure), own
+        owner.note(error, "no Gram matrices")
+    reply = ClientReply(owner.client, failure=pending.failure)
+    if account is not None:
+        reply = _with_lines(reply, account, owner, order)
+    return reply, released[0] if released and reply.failure is None else None
 
 
-def _charge(task: _Task, account: ClientAccount, pending: PendingRelease) -> GramPlan:
-    """Sign the release's plan and charge it, in a run of its own in the same ledger."""
+def _with_lines(reply: ClientReply, account: ClientAccount, owner: Owner, order: ClientOrder) -> ClientReply:
+    try:
+        return replace(reply, lines=account.lines_after(order.known))
+    except PrivacyError as error:
+        owner.note(error, "its ledger")
+        return replace(reply, failure=reply.failure or failure_of(error))
+
+
+def _release(task: _Task, owner: Owner, account: ClientAccount | None, pending: PendingRelease) -> Releases:
+    """Charge, compute and commit; or what a repeat gets."""
+    plan = None
+    if account is not None:
+        plan = _plan(task, account)
+        if (again := pending.charge(account, _asked(task, account, plan))) is not None:
+            return again
+    values = _matrices(task, owner, plan)
+    return pending.commit(1, values, {name: torch.from_numpy(value) for name, value in values.items()})
+
+
+def _plan(task: _Task, account: ClientAccount) -> GramPlan:
+    return GramPlan(task.settings, account.plan.n, account.plan.delta, account.plan.noise)
+
+
+def _asked(task: _Task, account: ClientAccount, plan: GramPlan) -> Asked:
+    """Sign the release's plan, in a run of its own in the same ledger; what it is charged under."""
     shapes = task.session.shapes
     widths = {name: shapes[f"{name}.lora_A"][1] for name in sorted(set(task.groups.values()))}
-    plan = GramPlan(task.settings, account.plan.n, account.plan.delta, account.plan.noise)
     terms = {**account.terms, **plan.terms(), "scope": scope_of({name: (n, n) for name, n in widths.items()})}
-    guard = Guard(account.guard.ledger, release_run(account.guard.run))
+    guard = account.beside(release_run(account.guard.run))
     if refusal := guard.plan(terms, {}):
         raise refusal
-    pending.charge(guard, terms, plan.event(), 1, task.received)
-    return plan
+    asked = digest_of(task.request.run.configuration, task.received, task.request.run.basis)
+    return Asked(guard, terms, plan.event(), 1, task.received, asked)
 
 
 def _matrices(task: _Task, owner: Owner, plan: GramPlan | None) -> dict[str, np.ndarray]:

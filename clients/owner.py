@@ -1,35 +1,114 @@
-"""One data owner as its machine knows it: who it is, where it keeps what is its own, and what it may spend.
+"""One data owner as its machine knows it: who it is, where it keeps what is its own, what it allows and may spend.
 
-A node has the owner that its own configuration names (``client``, with ``ledger``, ``personal``, ``bases``,
+A node has the owner that its own configuration names (``client``, with ``policy``, ``ledger``, ``personal``, ``bases``,
 ``budget-epsilon`` and ``budget-delta`` beside it); a simulation's nodes have the owners that the run's partition makes.
-Which of the two it is, is decided here and asked nowhere else.
+Which of the two it is, the machine itself says (``fedlab.run.launch.simulated``), never a message.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
+from clients.log import note
+from clients.policy import OwnPolicy, Policy, SimulationPolicy
 from fedlab.config import RunConfig
+from fedlab.config.client import ClientPolicy
 from fedlab.config.sections import Budget
-from fedlab.errors import FedlabError, PrivacyError
+from fedlab.data.sources import identity
+from fedlab.errors import ConfigError, PrivacyError, RunFailed
+from fedlab.files import below
 from fedlab.identifiers import checked_identifier
 from fedlab.lora.state import State
+from fedlab.privacy.ledger.guard import Guard, Refusal
+from fedlab.privacy.ledger.keys import keyed_hash, load_or_create_key
+from fedlab.privacy.ledger.ledger import Ledger, lines_after
+from fedlab.privacy.release import SCORES, public_names
+from fedlab.protocol import ProtocolError
+from fedlab.protocol.messages import (
+    DescribeRequest,
+    EvaluateRequest,
+    GramRequest,
+    KeysRequest,
+    ReceiptsRequest,
+    Request,
+)
 from fedlab.run.personal import load_personal, save_personal
-from fedlab.run.places import Places, simulated_places
+from fedlab.run.places import LOG, Places, simulated_places
 
 HOME = ".fedlab"
 
 
 @dataclass(frozen=True)
 class Owner:
-    """One client and what is its own."""
+    """One client and what is its own.
+
+    Args:
+        client: its id.
+        places: where it keeps what is its own.
+        policy: what it allows; None where its owner wrote none, and then it allows nothing.
+        source: where its records are from (``fedlab.data.sources.identity``); its ledger is about them.
+        budget: what it may spend over all runs.
+    """
 
     client: str
     places: Places
+    policy: Policy | None
+    source: str = ""
     budget: Budget | None = None
+
+    @property
+    def guarded(self) -> bool:
+        """Whether everything that depends on its data is charged to its ledger: under example-level DP."""
+        return self.policy is not None and self.policy.unit == "example"
+
+    def guard(self, run: str) -> Guard:
+        """Its ledger in a run. Raises PrivacyError for one that cannot be read."""
+        strict = self.policy is None or self.policy.one_answer
+        return Guard(_ledger(self.places.ledgers, self.client, self.source, run), run, strict)
+
+    def admit(self, request: Request, config: RunConfig | None) -> None:
+        """The gate that every request passes before anything of this owner's is opened.
+
+        Args:
+            request: as it came.
+            config: the configuration that the request names by its hash; None if it never came here.
+
+        Raises:
+            Refusal: for what was not signed, what the policy does not allow, or what the run does not ask for. It is in
+                the ledger, if there is one.
+        """
+        if self.policy is None:
+            raise Refusal("policy", f"{self.client} has no policy: name its file as policy in the node's configuration")
+        first = isinstance(request, DescribeRequest)
+        guard = self.guard(request.run.run) if self.guarded else None
+        if guard is not None:
+            guard.agree(request.run.configuration, first)
+        if config is None:
+            raise ProtocolError("run", f"configuration {request.run.configuration[:12]}… never came; resume the run")
+        problem = self.policy.problem(config, request.run.parts) or _unfit(request, config)
+        if problem is not None:
+            number = getattr(request, "round", 0)
+            raise guard.refused(number, "policy", problem) if guard is not None else Refusal("policy", problem)
+
+    def lines_after(self, run: str, known: int) -> str | None:
+        """New lines of its ledger, for a server whose run it signed a plan for; else None."""
+        if not self.guarded:
+            return None
+        with contextlib.suppress(PrivacyError):
+            guard = self.guard(run)
+            with guard.ledger.locked():
+                if guard.signed is not None:
+                    return lines_after(guard.ledger.entries, known)
+        return None
+
+    def note(self, error: BaseException, what: str) -> None:
+        """A line in the owner's own log: what the code that leaves does not say. It may quote data."""
+        note(self.places.log, self.client, error, what)
 
     def load_personal(self, round_number: int) -> State:
         """What it kept of the model before a round (from 1); empty if nothing yet."""
@@ -38,6 +117,19 @@ class Owner:
     def save_personal(self, round_number: int, tensors: State) -> None:
         """Keep what a round left."""
         save_personal(self.places.personal, self.client, round_number, tensors)
+
+
+def _unfit(request: Request, config: RunConfig) -> str | None:
+    """What keeps a request from being one that a run of this configuration makes, or None."""
+    if isinstance(request, EvaluateRequest) and SCORES not in public_names(config):
+        return "local scores are not covered by the noise; privacy.share_metrics = true would send them"
+    if isinstance(request, GramRequest | KeysRequest) and config.gram is None:
+        return "this configuration has no release at a task's end"
+    if isinstance(request, KeysRequest) and config.private:
+        return "under DP no sum is masked"
+    if isinstance(request, ReceiptsRequest) and config.privacy.unit != "example":
+        return "this configuration's clients keep no ledgers"
+    return None
 
 
 class Owners(Protocol):
@@ -51,11 +143,18 @@ class Owners(Protocol):
     def store(self) -> Path:
         """Where the node keeps what came once."""
 
+    @property
+    def log(self) -> Path:
+        """Where the node says why something came to nothing."""
+
     def present(self, asked: Sequence[str]) -> list[str]:
         """Who answers when the server asks who is there, and names ``asked`` itself."""
 
     def one(self, client: str) -> Owner:
-        """The owner of this name. Raises FedlabError if it is not here."""
+        """The owner of this name. Raises ProtocolError if it is not here."""
+
+    def admit(self, request: Request, clients: Sequence[str], config: RunConfig | None) -> None:
+        """The gate for a request that concerns these clients; see ``Owner.admit``."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +169,28 @@ class SingleOwner:
         """Where the node keeps what came once."""
         return self.owner.places.store
 
+    @property
+    def log(self) -> Path:
+        """The owner's own."""
+        return self.owner.places.log
+
     def present(self, asked: Sequence[str]) -> list[str]:
         """Itself, whoever was asked for."""
         return [self.owner.client]
 
     def one(self, client: str) -> Owner:
-        """Itself. Raises FedlabError for another name."""
+        """Itself. Raises ProtocolError for another name."""
         if client != self.owner.client:
-            raise FedlabError(f"this node belongs to {self.owner.client}; it was asked to act for {client}")
+            raise ProtocolError(
+                "clients", f"this node belongs to {self.owner.client}; it was asked to act for {client}"
+            )
         return self.owner
+
+    def admit(self, request: Request, clients: Sequence[str], config: RunConfig | None) -> None:
+        """The owner's own gate, whoever is named. Raises ProtocolError for another name."""
+        self.owner.admit(request, config)
+        for client in clients:
+            self.one(client)
 
 
 @dataclass(frozen=True)
@@ -94,6 +206,11 @@ class SimulatedOwners:
         """Where the nodes keep what came once."""
         return self.places.store
 
+    @property
+    def log(self) -> Path:
+        """The run's."""
+        return self.places.log
+
     def present(self, asked: Sequence[str]) -> list[str]:
         """Those that this node is asked to play."""
         return list(asked)
@@ -105,29 +222,50 @@ class SimulatedOwners:
                 f"the ledgers' directory {str(self.places.ledgers)!r} is not on this machine; put it on a file system"
                 " that all nodes share"
             )
-        return Owner(client, self.places, self.config.privacy.budget)
+        privacy = self.config.privacy
+        policy = SimulationPolicy(privacy.unit)
+        return Owner(client, self.places, policy, identity(self.config.data), privacy.budget)
+
+    def admit(self, request: Request, clients: Sequence[str], config: RunConfig | None) -> None:
+        """They allow what the run says. Their ledgers are asked later, client by client: one that is broken is its own
+        client's matter.
+        """
+        if (problem := _unfit(request, self.config)) is not None:
+            raise Refusal("policy", problem)
 
 
-def owners_of(node: Mapping[str, object], config: RunConfig, run: str, simulation: str) -> Owners:
-    """The owners of the node with this configuration of its own.
+def simulated_owners(config: RunConfig, directory: str) -> SimulatedOwners:
+    """The owners of a simulation whose run directory this is. Raises RunFailed if it is not on this machine."""
+    if not (path := Path(directory)).is_dir():
+        raise RunFailed(
+            f"the run directory {directory!r} is not on this machine; put it on a file system that all nodes share"
+        )
+    return SimulatedOwners(config, simulated_places(config, path))
 
-    Args:
-        node: the node's configuration, set by whoever started it.
-        config: the run's.
-        run: its id.
-        simulation: the run directory of a simulation; a node with an owner of its own does not look at it.
 
-    Raises:
-        ConfigError: the node's client or the run is named as no file may be.
+def own_owner(node: Mapping[str, object], run: str) -> SingleOwner:
+    """The owner of a machine of its own, from the node's configuration, which whoever started the node wrote.
+
+    Raises ConfigError for a client or a policy that is none.
     """
-    if "client" not in node:
-        return SimulatedOwners(config, simulated_places(config, Path(simulation)))
 
     def place(key: str) -> Path:
         return Path(str(node.get(key, Path.home() / HOME / key)))
 
-    places = Places(place("ledger"), place("personal") / checked_identifier(run, "run"), place("bases"))
-    return SingleOwner(Owner(checked_identifier(str(node["client"]), "client"), places, _budget(node)))
+    if "client" not in node:
+        raise ConfigError("the node's configuration names no client: start it with client, policy, ledger and a budget")
+    client = checked_identifier(str(node["client"]), "client in the node's configuration")
+    ledgers = place("ledger")
+    places = Places(ledgers, below(place("personal"), run), place("bases"), ledgers / LOG)
+    budget = _budget(node)
+    if "policy" not in node:
+        return SingleOwner(Owner(client, places, None, budget=budget))
+    rules = ClientPolicy.load(str(node["policy"]))
+    if budget is not None and budget.delta is None:  # the server's δ must not make the budget cheap
+        budget = Budget(epsilon=budget.epsilon, delta=rules.max_delta)
+    return SingleOwner(
+        Owner(client, places, OwnPolicy(rules, budget is not None), identity(rules.data.section()), budget)
+    )
 
 
 def _budget(node: Mapping[str, object]) -> Budget | None:
@@ -135,3 +273,12 @@ def _budget(node: Mapping[str, object]) -> Budget | None:
     if limit is None:
         return None
     return Budget(epsilon=float(str(limit)), delta=None if delta is None else float(str(delta)))
+
+
+@lru_cache(maxsize=4096)
+def _ledger(directory: Path, client: str, source: str, run: str) -> Ledger:
+    """One object per file, run and process: it verifies only what it has not seen yet."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = load_or_create_key(below(directory, "keys", f"{client}.pem"))
+    path = below(directory, f"{client}.jsonl")
+    return Ledger(path, client, keyed_hash(key, "dataset", source), key)

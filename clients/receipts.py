@@ -1,13 +1,15 @@
-"""After a round: the server's receipts, kept; and the ledger's lines that it does not know yet."""
+"""After a round: the server's receipts, kept; and the ledger's lines that it does not know yet. No data are opened."""
 
 from __future__ import annotations
 
 import json
 
-from clients.account import ClientAccount
+from clients.gram import release_run
+from clients.kept import forget
 from clients.node import Node
-from fedlab.errors import PrivacyError
-from fedlab.protocol.messages import MOST_REASON, ClientReply, Failure, ReceiptFor, ReceiptsReply, ReceiptsRequest
+from clients.pending import failure_of
+from fedlab.privacy.ledger.ledger import lines_after
+from fedlab.protocol.messages import ClientReply, ReceiptFor, ReceiptsReply, ReceiptsRequest
 
 
 def answer_receipts(node: Node, request: ReceiptsRequest) -> ReceiptsReply:
@@ -16,12 +18,16 @@ def answer_receipts(node: Node, request: ReceiptsRequest) -> ReceiptsReply:
 
 
 def _keep(node: Node, entry: ReceiptFor, request: ReceiptsRequest) -> ClientReply:
+    owner = node.owners.one(entry.client)
     try:
-        account = ClientAccount(node.session, node.owners.one(entry.client), request.run.run, request.run.parts)
+        guard = owner.guard(request.run.run)
         if entry.receipt:
-            account.guard.release(json.loads(entry.receipt))
+            guard.release(json.loads(entry.receipt))
         if request.closing:
-            account.guard.close()
-        return ClientReply(entry.client, lines=account.lines_after(entry.known))
-    except (PrivacyError, ValueError) as error:
-        return ClientReply(entry.client, failure=Failure(str(error)[:MOST_REASON]))
+            guard.close()
+            forget(owner.places.ledgers, owner.client, (guard.run, release_run(guard.run)))
+        with guard.ledger.locked():
+            return ClientReply(entry.client, lines=lines_after(guard.ledger.entries, entry.known))
+    except Exception as error:
+        owner.note(error, "no receipt kept")
+        return ClientReply(entry.client, failure=failure_of(error))

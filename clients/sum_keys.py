@@ -16,6 +16,7 @@ import numpy as np
 from clients.node import Node
 from clients.owner import Owner
 from fedlab.errors import PrivacyError
+from fedlab.files import below
 from fedlab.privacy.secure_sum.masking import masked, new_key, public_of
 from fedlab.protocol.messages import KeysReply, KeysRequest
 
@@ -53,7 +54,7 @@ def hide(
 
 def key_file(owner: Owner, run: str) -> Path:
     """Where a client's private key of this run's sum waits."""
-    return owner.places.store / "keys" / f"{owner.client}-{run}.key"
+    return below(owner.places.store, "keys", f"{owner.client}-{run}.key")
 
 
 def _new_key(owner: Owner, run: str) -> str:

@@ -1,7 +1,7 @@
 """One request of training: its clients in passes that several share, on the process's one model.
 
 Under DP every charge is signed and on the disk before the client's data is touched, and the update is committed before
-it leaves. A client that fails is named with its reason, and the others go on.
+it leaves. A client that fails is named with a code, its own log says why, and the others go on.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from clients.account import ClientAccount
+from clients.account import ClientAccount, digest_of
 from clients.node import Node
 from clients.owner import Owner
-from clients.pending import PendingRelease
+from clients.pending import Asked, PendingRelease, Releases, failure_of
 from fedlab.errors import FedlabError, PrivacyError
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, PAST, State, digest, from_wire, part_of, select, to_wire
-from fedlab.privacy.release import METRICS, TIMING, UPDATE, public
-from fedlab.protocol.messages import MOST_REASON, ClientOrder, ClientReply, Failure, Release, TrainReply, TrainRequest
+from fedlab.privacy.release import METRICS, TIMING, UPDATE, public, public_names
+from fedlab.protocol import ProtocolError
+from fedlab.protocol.messages import ClientOrder, ClientReply, TrainReply, TrainRequest
 from fedlab.session import Session
+from fedlab.train.check_gradients import require_per_example
 from fedlab.train.cohort import supports_fused, train_cohort
 from fedlab.train.dp import PerExampleGradients
 from fedlab.train.local import LocalTraining, Trained
@@ -31,7 +33,6 @@ from fedlab.train.opacus import OpacusGradients
 from fedlab.train.trainer import train_client
 
 logger = logging.getLogger("fedlab")
-EXPECTED = (FedlabError, RuntimeError, ValueError)  # what may fail for one client and leave the others alone
 
 
 @dataclass(frozen=True)
@@ -53,43 +54,48 @@ class _Client:
     """One client of a request. Its charge is open from before its data is touched until its update is committed."""
 
     order: ClientOrder
+    owner: Owner
     pending: PendingRelease
-    owner: Owner | None = None
     account: ClientAccount | None = None
     training: LocalTraining | None = None
     trained: Trained | None = None
-    update: Release | None = None
+    releases: Releases = ()
 
     @property
     def name(self) -> str:
         return self.order.client
 
     def fail(self, error: BaseException) -> None:
-        """Nothing of it is released."""
+        """Nothing of it is released; why, its own log says."""
         self.pending.fail(error)
-        self.training = self.trained = self.update = None
+        self.training, self.trained, self.releases = None, None, ()
+        self.owner.note(error, "no update")
 
 
 def answer_train(node: Node, request: TrainRequest) -> TrainReply:
     """Every client's update, or why there is none."""
     started = time.time()
     received = from_wire(request.state, request.wire)
-    private = node.session.config.private
-    current = _Round(node, request, received | node.session.basis, digest(received) if private else "")
+    current = _Round(node, request, received | node.session.basis, digest(received) if node.config.private else "")
     replies = []
     for orders in _passes(request):
-        guarded = node.session.config.privacy.unit == "example"
-        clients = [_Client(order, PendingRelease(UPDATE, guarded)) for order in orders]
+        clients = [_client(node, order) for order in orders]
         _train_pass(current, clients)
         replies += [_reply(current, client) for client in clients]
     return TrainReply(started, time.time(), tuple(replies))
 
 
+def _client(node: Node, order: ClientOrder) -> _Client:
+    """A client of the request. Raises ProtocolError if it is not on this node."""
+    owner = node.owners.one(order.client)
+    return _Client(order, owner, PendingRelease(UPDATE, owner.guarded))
+
+
 def _passes(request: TrainRequest) -> Iterator[Sequence[ClientOrder]]:
-    """The clients of each pass. Raises FedlabError where they do not add up."""
+    """The clients of each pass. Raises ProtocolError where they do not add up."""
     if sum(request.passes) != len(request.clients):
-        raise FedlabError(
-            f"passes {list(request.passes)} do not add up to the {len(request.clients)} clients of this message"
+        raise ProtocolError(
+            "passes", f"{list(request.passes)} do not add up to the {len(request.clients)} clients of this message"
         )
     start = 0
     for size in request.passes:
@@ -102,12 +108,11 @@ def _train_pass(current: _Round, clients: list[_Client]) -> None:
 
     What fails for one is its own failure; else it is everybody's.
     """
-    number = current.request.round
     try:
         for client in clients:
             try:
                 _begin(current, client)
-            except EXPECTED as error:
+            except Exception as error:
                 client.fail(error)
         ready = [client for client in clients if client.training is not None]
         results = _results(current, [client.training for client in ready if client.training])
@@ -116,16 +121,14 @@ def _train_pass(current: _Round, clients: list[_Client]) -> None:
                 if isinstance(found := results[client.name], Exception):
                     raise found
                 _end(current, client, found)
-            except EXPECTED as error:
-                logger.warning("%s failed in round %d: %s", client.name, number, error)
+            except Exception as error:
                 client.fail(error)
     except BaseException as error:
         for client in clients:
-            if client.trained is None and client.pending.failure is None:
+            if not client.releases and client.pending.failure is None:
                 client.fail(error)
-        if not isinstance(error, EXPECTED):
+        if not isinstance(error, Exception):  # Ctrl-C
             raise
-        logger.warning("%d clients failed in round %d: %s", len(clients), number, error)
 
 
 def _begin(current: _Round, client: _Client) -> None:
@@ -133,16 +136,25 @@ def _begin(current: _Round, client: _Client) -> None:
     session, request, rank = current.session, current.request, client.order.rank
     highest = max(len(value) for name, value in current.state.items() if name.endswith(".lora_A"))
     if rank > highest:
-        raise FedlabError(f"rank {rank} was asked for, outside [1, {highest}]")
-    client.owner = current.node.owners.one(client.name)
+        raise ProtocolError("rank", f"{rank} was asked for, outside [1, {highest}]", client.name)
     start = current.state | (client.owner.load_personal(request.round) if request.personal else {})
     if client.pending.guarded:
-        client.account = ClientAccount(session, client.owner, request.run.run, request.run.parts)
+        client.account = ClientAccount(session, client.owner, request.run)
         client.account.check_scope(request.trained)
-        plan = client.account.plan
-        client.pending.charge(client.account.guard, client.account.terms, plan.event(), request.round, current.received)
+        require_per_example(session.model, session.config, request.trained)
+        if (again := client.pending.charge(client.account, _asked(current, client, client.account))) is not None:
+            client.releases = again
+            return
     plan_or_none = client.account.plan if client.account else None
     client.training = LocalTraining(client.name, start, plan_or_none, rank if rank < highest else None)
+
+
+def _asked(current: _Round, client: _Client, account: ClientAccount) -> Asked:
+    """What a round is charged under; the state, and everything else in the request that decides the update."""
+    request = current.request
+    decides = (request.run.basis, sorted(request.trained), sorted(request.personal), request.wire, client.order.rank)
+    asked = digest_of(request.run.configuration, current.received, *decides)
+    return Asked(account.guard, account.terms, account.plan.event(), request.round, current.received, asked)
 
 
 def _results(current: _Round, trainings: list[LocalTraining]) -> Mapping[str, Trained | Exception]:
@@ -190,7 +202,7 @@ def _one_by_one(current: _Round, trainings: list[LocalTraining]) -> Mapping[str,
                 t.rank,
                 hooks,
             )
-        except EXPECTED as error:
+        except Exception as error:
             results[t.client] = error
     return results
 
@@ -199,7 +211,6 @@ def _end(current: _Round, client: _Client, result: Trained) -> None:
     """What the client keeps goes to its disk, what it sends is committed."""
     request = current.request
     assert client.training is not None
-    assert client.owner is not None
     start = client.training.state
     own = select(result.update, list(request.personal))
     if own:
@@ -207,30 +218,28 @@ def _end(current: _Round, client: _Client, result: Trained) -> None:
         client.owner.save_personal(request.round, kept)
     wire = to_wire({name: value for name, value in result.update.items() if name not in own}, request.wire)
     content = from_wire(wire, request.wire) if client.pending.guarded else {}
-    client.update = client.pending.commit(result.steps, wire, content)
+    client.releases = client.pending.commit(result.steps, wire, content, _beside(current, result))
     client.trained = result
 
 
 def _reply(current: _Round, client: _Client) -> ClientReply:
     """What leaves the client: its update, the ledger's new lines, and whether another round is within the budget."""
-    reply = ClientReply(client.name, _releases(current, client), failure=client.pending.failure)
+    reply = ClientReply(client.name, client.releases, failure=client.pending.failure)
     if client.account is None:
         return reply
     try:
-        exhausted = client.trained is not None and client.account.exhausted(current.request.round + 1)
+        exhausted = bool(client.releases) and client.account.exhausted(current.request.round + 1)
         return replace(reply, lines=client.account.lines_after(client.order.known), exhausted=exhausted)
     except PrivacyError as error:
-        return replace(reply, failure=reply.failure or Failure(str(error)[:MOST_REASON]))
+        client.owner.note(error, "its ledger")
+        return replace(reply, failure=reply.failure or failure_of(error))
 
 
-def _releases(current: _Round, client: _Client) -> tuple[Release, ...]:
-    """The update, and beside it what the statement says is not protected."""
-    if client.trained is None or client.update is None:
-        return ()
-    found, privacy = client.trained, current.session.config.privacy
+def _beside(current: _Round, found: Trained) -> Releases:
+    """Beside the update: what the statement says is not protected."""
+    config = current.session.config
     timing = public(TIMING, {"steps": found.steps, "seconds": found.seconds})
-    if current.session.config.private and not privacy.share_metrics:
-        return (client.update, timing)
+    if METRICS not in public_names(config):
+        return (timing,)
     values = {"loss": found.loss, "clip_fraction": found.clip_fraction}
-    shown = {name: value for name, value in values.items() if not math.isnan(value)}
-    return (client.update, timing, public(METRICS, shown))
+    return (timing, public(METRICS, {name: value for name, value in values.items() if not math.isnan(value)}))

@@ -1,6 +1,7 @@
 """Errors that fedlab raises on purpose, each with the exit code its command ends with.
 
-A message is one or two lines: the argument, its value, the limit, the likely cause, the fix.
+A message is one or two lines: the argument, its value, the limit, the likely cause, the fix. ``code`` is all that
+leaves a client of it (``fedlab.protocol.failures``).
 The command line prints the message alone; a traceback is shown only with ``--debug``.
 """
 
@@ -11,24 +12,45 @@ class FedlabError(Exception):
     """Base of every error that fedlab raises on purpose."""
 
     exit_code = 4
+    code = "failed"
 
 
 class ConfigError(FedlabError):
     """Wrong usage or configuration: nothing was started, nothing was written."""
 
     exit_code = 2
+    code = "configuration"
+
+
+class LabelError(ConfigError):
+    """Data have a label that was not agreed on."""
+
+    code = "labels"
 
 
 class PrivacyError(FedlabError):
     """A privacy promise would be broken, or cannot be proven."""
 
     exit_code = 3
+    code = "ledger"
+
+
+class NotPerExample(PrivacyError):
+    """A model's per-example gradients are not per example, so that no clip would hold."""
+
+    code = "configuration"
 
 
 class RunFailed(FedlabError):
     """The run started and could not be finished."""
 
     exit_code = 4
+
+
+class Diverged(RunFailed):
+    """Training ended in NaN or infinite weights."""
+
+    code = "diverged"
 
 
 class Interrupted(FedlabError):

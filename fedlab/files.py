@@ -72,6 +72,22 @@ def create(path: Path, content: str | bytes, mode: int = 0o600) -> bool:
     return True
 
 
+def below(root: Path, *names: str) -> Path:
+    """The path of ``names`` in a directory: the way from a name that came from elsewhere to a file.
+
+    Raises ValueError where that leaves the directory, or is the directory itself: ``..``, an absolute name, a
+    separator, a null byte.
+    """
+    for name in names:
+        if name in ("", ".", "..") or any(sign in name for sign in ("/", "\\", "\0")):
+            raise ValueError(
+                f"{name[:80]!r} is no name of a file in {root}: it has a separator, or leaves the directory"
+            )
+    if not names:
+        raise ValueError(f"no name of a file in {root}")
+    return root.joinpath(*names)
+
+
 def fsync_directory(path: Path) -> None:
     """Make new names in the folder ``path`` survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

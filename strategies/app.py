@@ -98,12 +98,13 @@ def _finish(directory: RunDirectory, rounds: Rounds, events: MetricsLog, status:
 
 def _save_adapter(rounds: Rounds, path: Path) -> None:
     """Under another name until it is sealed; whole, if it is there: the run was cut off after it."""
-    from fedlab.models.adapters import save_adapter
+    from fedlab.models.plain import REJECTED, save_checked
 
     if (path / ADAPTER).is_dir():
         return
     shutil.rmtree(path / UNSEALED_ADAPTER, ignore_errors=True)
-    save_adapter(rounds.session.model, rounds.state, path / UNSEALED_ADAPTER)
+    rejected = path / (ADAPTER + REJECTED)
+    save_checked(rounds.session.model, rounds.state, path / UNSEALED_ADAPTER, rounds.config, rejected)
 
 
 def _leave(directory: RunDirectory, rounds: Rounds | None, error: BaseException, started: float) -> None:

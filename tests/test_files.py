@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlab.files import create, replacing, write
+from fedlab.files import below, create, replacing, write
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path):
@@ -71,3 +71,19 @@ def test_of_many_that_create_at_once_one_wins(tmp_path: Path):
     assert len(won) == 1
     assert target.read_text() == str(won[0])
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "a\0b", "x/../../../../victim/tls", "./a"]
+)
+def test_no_name_leaves_its_directory(name: str, tmp_path: Path):
+    with pytest.raises(ValueError, match="is no name of a file"):
+        below(tmp_path, "keys", name)
+    with pytest.raises(ValueError, match="is no name of a file"):
+        below(tmp_path, name, "key.pem")
+
+
+def test_a_name_is_a_file_of_its_directory(tmp_path: Path):
+    assert below(tmp_path, "keys", "north.pem") == tmp_path / "keys" / "north.pem"
+    with pytest.raises(ValueError, match="no name"):
+        below(tmp_path)

@@ -97,6 +97,14 @@ class RunSection(Section):
         ),
     )
     min_clients: int = Field(default=1, gt=0, description="fewest usable updates in a round; with fewer it fails")
+    outlier: float = Field(
+        default=1000.0,
+        ge=0,
+        description=(
+            "leave out an update whose norm is more than so many times the round's median norm, of 3 or more; 0: none."
+            ' Not under privacy.unit = "client", where each update is clipped'
+        ),
+    )
     timeout: float = Field(default=3600.0, gt=0, description="seconds to wait for the replies of one round")
     tensorboard: bool = Field(default=False, description="also write TensorBoard's event files")
 
@@ -115,6 +123,20 @@ class ObjectiveSection(Section):
     """[objective]: what is learnt."""
 
     name: str = Field(default="classification", description="what is learnt: one of fedlab.objectives.OBJECTIVES")
+    labels: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "names of the labels, in the order of the head's outputs, the same for all clients; default: those of the"
+            " data in a simulation"
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ObjectiveSection:
+        if len(set(self.labels)) < len(self.labels):
+            twice = next(name for name in self.labels if self.labels.count(name) > 1)
+            raise ValueError(f"labels: {twice!r} is there twice")
+        return self
 
 
 class LoraSection(Section):

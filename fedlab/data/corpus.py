@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from fedlab.errors import LabelError
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,24 @@ class Corpus:
         return Corpus(
             self.name, texts, self.labels[positions], self.label_names, pick(self.pairs), pick(self.natural), test
         )
+
+
+def renumbered(corpus: Corpus, names: tuple[str, ...]) -> Corpus:
+    """The corpus with labels as positions in ``names``; as it is where they are its own, or none.
+
+    Raises LabelError for a label that is not among them.
+    """
+    if not names or names == corpus.label_names:
+        return corpus
+    if not corpus.label_names:
+        raise LabelError(f"objective.labels names {len(names)}, but the labels of {corpus.name} have no names")
+    if unknown := [name for name in corpus.label_names if name not in names]:
+        raise LabelError(
+            f"data: {corpus.name} has the label {unknown[0]!r}, which is not among the {len(names)} of objective.labels"
+        )
+    position = {name: i for i, name in enumerate(names)}
+    numbers = np.array([position[name] for name in corpus.label_names], dtype=corpus.labels.dtype)
+    return replace(corpus, labels=numbers[corpus.labels], label_names=names)
 
 
 def written(labels: list[str]) -> np.ndarray:

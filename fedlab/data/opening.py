@@ -11,11 +11,12 @@ from fedlab.config.data import DEFAULT_CLIENTS, DataSection
 from fedlab.config.tasks import TaskSection
 from fedlab.data.cache import cached_arrays
 from fedlab.data.collate import tokenise
-from fedlab.data.corpus import Corpus
+from fedlab.data.corpus import Corpus, renumbered
 from fedlab.data.federated import FederatedData
 from fedlab.data.partition import Shards, assign
 from fedlab.data.sources import load_corpus
 from fedlab.data.tasks import TaskData, check_same_clients, joined, label_space, shifted
+from fedlab.errors import LabelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,8 @@ def objective_of(config: RunConfig) -> Objective:
 def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:
     """Corpus and partition of a run, of a stream's task if it is one; needs no tokenizer."""
     if not config.tasks:
-        return _corpus_and_shards(config.data.model_dump_json(), config.run.seed, config.objective.name)
+        corpus, shards = _corpus_and_shards(config.data.model_dump_json(), config.run.seed, config.objective.name)
+        return _agreed(corpus, config), shards
     corpus, tasks = task_data(config)
     task = config.stage.task if config.stage else 0
     return corpus, tasks.training(task, config.stream.replay, config.stream.joint, config.run.seed)
@@ -53,7 +55,23 @@ def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:
 def task_data(config: RunConfig) -> tuple[Corpus, TaskData]:
     """The one corpus of a stream and who holds what of each task."""
     tasks = tuple((task.name, task.labels, section_of(config.data, task).model_dump_json()) for task in config.tasks)
-    return _task_data(tasks, config.stream.heads == "shared", config.run.seed, config.objective.name)
+    corpus, data = _task_data(tasks, config.stream.heads == "shared", config.run.seed, config.objective.name)
+    agreed = config.objective.labels
+    if agreed and corpus.label_names != agreed:  # which task a label is of depends on all of them
+        raise LabelError(f"data: the tasks' labels are not those of objective.labels ({len(agreed)} of them)")
+    return corpus, data
+
+
+def _agreed(corpus: Corpus, config: RunConfig) -> Corpus:
+    """The corpus with labels numbered as the run names them; as they are where it names none.
+
+    Raises LabelError for a label that is not among them, ConfigError for labels that cannot be learnt.
+    """
+    from fedlab.objectives import objective_class  # here: torch comes with it
+
+    corpus = renumbered(corpus, config.objective.labels)
+    objective_class(config.objective.name).check_labels(corpus.label_names, corpus.name)
+    return corpus
 
 
 def section_of(data: DataSection, task: TaskSection) -> DataSection:

@@ -83,7 +83,8 @@ def load_corpus(
     learnt, source = objective_class(objective), SOURCES[data.source].load(data)
     values, names = learnt.encode_labels(source.labels.tolist(), source.label_names, source.name)
     corpus = with_labels(replace(source, labels=values, label_names=names), labels, task)
-    learnt.check_labels(corpus.label_names, corpus.name)
+    if task:
+        learnt.check_labels(corpus.label_names, corpus.name)
     trainable = len(corpus) - corpus.test
     if data.limit is None or data.limit >= trainable:
         return corpus

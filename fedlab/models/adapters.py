@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fedlab.config.sections import LoraSection
 from fedlab.lora.state import State, modules, outer_b, residual_of
 from fedlab.lora.svd import orthonormal_rows
 from fedlab.models.activations import public_inputs
+from fedlab.models.card import LABELS, arguments, model_card
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
 from fedlab.seeds import torch_stream
 
@@ -64,14 +66,19 @@ def initial_state(loaded: LoadedModel, lora: LoraSection, seed: int) -> State:
 
 
 def save_adapter(loaded: LoadedModel, state: State, path: Path) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` in peft's format, whole or not at all."""
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` in peft's format, and beside them ``labels.json``
+    and a model card; whole or not at all.
+    """
     temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was cut off here
     loaded.load(state)
     logging.getLogger("peft").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded.module.save_pretrained(str(temporary))
     _widen_adapter(temporary, loaded, state)
+    (temporary / LABELS).write_text(json.dumps(arguments(loaded), indent=2, ensure_ascii=False), encoding="utf-8")
+    (temporary / "README.md").write_text(model_card(loaded), encoding="utf-8")
     if path.exists():
         raise FileExistsError(f"{path} exists; a run never overwrites an adapter")
     temporary.replace(path)
@@ -94,9 +101,7 @@ def _widen_adapter(path: Path, loaded: LoadedModel, state: State) -> None:
     if not changed:
         return
     for module in changed:
-        B, A = outer_b(state, module), state[f"{module}.lora_A"]
-        if (residual := residual_of(state, module)) is not None:
-            B, A = torch.cat([B, residual[0]], 1), torch.cat([A, residual[1]], 0)
+        B, A = widened(state, module)
         for part, value in (("lora_A", A), ("lora_B", B)):
             key = f"{PEFT_PREFIX}{module}.{part}.weight"
             if key not in tensors:
@@ -107,3 +112,11 @@ def _widen_adapter(path: Path, loaded: LoadedModel, state: State) -> None:
         config["alpha_pattern"][module] = loaded.scale[module] * (rank**0.5 if config["use_rslora"] else rank)
     save_file(tensors, str(path / "adapter_model.safetensors"), metadata={"format": "pt"})
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def widened(state: State, module: str) -> tuple[Tensor, Tensor]:
+    """B [m, r + k] and A [r + k, n] of a module as they are saved: its residual of rank k as further directions."""
+    B, A = outer_b(state, module), state[f"{module}.lora_A"]
+    if (residual := residual_of(state, module)) is not None:
+        B, A = torch.cat([B, residual[0]], 1), torch.cat([A, residual[1]], 0)
+    return B, A

@@ -34,7 +34,7 @@ class LoadedModel:
         self.owners: dict[str, nn.Module] = {}  # State name → the module that multiplies with it
         for owner_name, owner in peft_model.named_modules():
             for leaf, parameter in owner.named_parameters(recurse=False):
-                if (name := _state_name(f"{owner_name}.{leaf}")) is not None:
+                if (name := state_name(f"{owner_name}.{leaf}")) is not None:
                     self.parameters[name], self.owners[name] = parameter, owner
         self.scale: dict[str, float] = {
             name.removeprefix(PEFT_PREFIX): float(layer.scaling["default"])
@@ -45,6 +45,8 @@ class LoadedModel:
             [],
             -1,
         )  # blocks that a batch with ``hidden`` steps over, and their output's form
+        self.told_padding = False  # whether the base's own configuration names another padding token than the tokenizer
+        self.verdicts: dict[tuple[str, tuple[str, ...]], object] = {}  # of ``fedlab.train.check_gradients``
         self._pristine: dict[str, Tensor] = {}  # module → its weight before any residual was folded in
         self._folded = digest({})
         self.module.requires_grad_(False)
@@ -155,7 +157,7 @@ class LoadedModel:
         return self.objective.logits(self, batch)
 
 
-def _state_name(parameter_name: str) -> str | None:
+def state_name(parameter_name: str) -> str | None:
     """peft's parameter name → ``<module>.lora_A``, ``<module>.lora_B`` or ``head.<name>``; None for the frozen base."""
     name = parameter_name.removeprefix(PEFT_PREFIX)
     for part in ("lora_A", "lora_B"):

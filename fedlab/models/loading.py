@@ -25,6 +25,7 @@ from fedlab.config.sections import LoraSection, ModelSection
 from fedlab.errors import ConfigError
 from fedlab.models.attention import attend_in_float32
 from fedlab.models.encoder import SentenceClassifier, pooling_of
+from fedlab.models.head import nested_copies, whole_modules
 from fedlab.models.hub import locate
 from fedlab.models.loaded import LoadedModel
 from fedlab.models.targets import check_adapted, target_modules
@@ -73,7 +74,7 @@ def load_base(
             pooling = None if width is None else pooling_of(location, model.revision)
             if width is not None and pooling is not None:
                 encoder = transformers.AutoModel.from_pretrained(location, **options)
-                return SentenceClassifier(encoder, pooling, width), ["classifier"]
+                return named(SentenceClassifier(encoder, pooling, width), objective), ["classifier"]
             base, info = getattr(transformers, objective.auto_class).from_pretrained(
                 location, output_loading_info=True, **sized, **options
             )
@@ -83,7 +84,7 @@ def load_base(
         *info["missing_keys"],
         *(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]),
     }
-    head = objective.head_modules(base, fresh)
+    head = whole_modules(base, objective.head_modules(base, fresh), model.name)
     if width is not None and not head:
         raise ConfigError(f"model.name = {model.name!r}: no head found to train")
     if width is None and fresh:
@@ -91,7 +92,16 @@ def load_base(
             f"model.name = {model.name!r} has no weights for {min(fresh)}, and this objective trains no head; take a"
             " model that was made for it"
         )
-    return base, head
+    return named(base, objective), head
+
+
+def named(base: nn.Module, objective: Objective) -> nn.Module:
+    """The base, whose configuration knows the labels' names, so that a pipeline answers with them."""
+    if objective.labels:
+        config: Any = base.config
+        config.id2label = dict(enumerate(objective.labels))
+        config.label2id = {label: i for i, label in enumerate(objective.labels)}
+    return base
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
@@ -134,7 +144,7 @@ def build(config: RunConfig, objective: Objective) -> LoadedModel:
 def _build(model: ModelSection, lora: LoraSection, objective: Objective, dtype: str, device_name: str) -> LoadedModel:
     tokenizer = load_tokenizer(model)
     base, head = load_base(model, objective, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    return adapt(base, head, tokenizer, lora, model.name, device_of(device_name), objective)
+    return adapt(base, head, tokenizer, lora, model.name, device_of(device_name), objective, model.revision)
 
 
 def adapt(
@@ -145,15 +155,17 @@ def adapt(
     name: str,
     device: torch.device,
     objective: Objective,
+    revision: str | None = None,
 ) -> LoadedModel:
-    """Put an adapter into a base, whose ``head`` modules are trained beside it (none: []). ``name`` is what a saved
-    adapter calls its base.
+    """Put an adapter into a base, whose ``head`` modules are trained beside it (none: []). ``name`` and ``revision``
+    are what a saved adapter calls its base.
 
     Raises ConfigError where the adapter would do less, or more, than ``lora`` says.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
     sixteen_bits = next(base.parameters()).dtype == torch.bfloat16
+    own_padding = getattr(base.config, "pad_token_id", None)
     base.config.pad_token_id = tokenizer.pad_token_id
     base.config.use_cache = False  # keys and values are never read again: nothing is generated
     if sixteen_bits and device.type == "cpu":
@@ -168,6 +180,7 @@ def adapt(
         use_rslora=lora.rslora,
         layers_to_transform=list(lora.layers_to_transform) if lora.layers_to_transform is not None else None,
         modules_to_save=head or None,
+        revision=revision,
     )
     with _quiet_seeded(0):
         try:
@@ -180,7 +193,10 @@ def adapt(
                 ) from None
             raise ConfigError(f"lora: peft found nothing to adapt ({str(error).splitlines()[0]})") from None
     wrapped.peft_config["default"].base_model_name_or_path = name
+    if nested := nested_copies(wrapped):
+        raise ConfigError(f"model.name = {name!r}: peft would keep {nested[0]} twice, and save the one nobody uses")
     loaded = LoadedModel(wrapped, tokenizer, device, objective)
+    loaded.told_padding = own_padding != tokenizer.pad_token_id
     check_adapted(loaded, base, lora)
     if sixteen_bits:
         _float32_head(loaded)
@@ -190,6 +206,10 @@ def adapt(
 def _float32_head(loaded: LoadedModel) -> None:
     """A 16-bit base keeps float32 adapters (peft casts around them); the head gets the same."""
     for name in (n for n in loaded.parameters if n.startswith("head.")):
-        owner = loaded.owners[name]
-        owner.float()
-        owner.register_forward_pre_hook(lambda _, args: tuple(a.float() if a.is_floating_point() else a for a in args))
+        in_float32(loaded.owners[name])
+
+
+def in_float32(layer: nn.Module) -> None:
+    """Let a layer compute in float32 whatever comes in."""
+    layer.float()
+    layer.register_forward_pre_hook(lambda _, args: tuple(a.float() if a.is_floating_point() else a for a in args))

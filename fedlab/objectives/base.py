@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
 NO_LOSS = -100  # a label at which there is no loss
+HEADS = ("classifier", "score", "classification_head", "logits_proj")  # names that transformers gives to heads
 BESIDE_INPUTS = ("labels", "hidden")  # entries of a batch that are no arguments of a model's forward pass
 
 
@@ -50,6 +51,7 @@ class Objective(ABC):
     evaluators: ClassVar[tuple[str, ...]]  # that judge it unless ``evaluate.evaluators`` names others
     primary: ClassVar[str]  # the score by which runs and clients are compared; one of its evaluators gives it
     higher_is_better: ClassVar[bool] = True  # of the primary score
+    named: ClassVar[bool] = False  # whether labels have names, on which all clients must agree
     encoding: ClassVar[str] = ""  # names what ``encode`` makes beside plain tokens; "" if labels are one number each
 
     @classmethod
@@ -104,7 +106,7 @@ class Objective(ABC):
         if self.head_width is None:
             return []
         found = sorted({key.rpartition(".")[0] for key in fresh})
-        return found or [name for name in ("classifier", "score") if hasattr(base, name)]
+        return found or [name for name in HEADS if hasattr(base, name)]
 
     def inputs(self, batch: Batch) -> Batch:
         """Arguments of the base model's forward pass."""

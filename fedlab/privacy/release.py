@@ -2,7 +2,8 @@
 
 Formal guarantee: a ``Release`` of a private run is made in two ways only. ``protected`` takes the event that the
 client's ledger was charged with before its data was touched; ``public`` takes a name that has a sentence here, and
-``sentences`` prints it. Nothing else that depends on data has a place in a reply (``fedlab.protocol.messages``).
+``sentences`` prints it. Nothing else that depends on data has a place in a reply (``fedlab.protocol.messages``), but
+that a client failed, and its code, which has a sentence here too.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from fedlab.errors import PrivacyError
 from fedlab.privacy.accounting import Event
 from fedlab.protocol.messages import EventFields, Release
 
-SIZE, TIMING, UPDATE, METRICS, SCORES, GRAM = "size", "timing", "update", "training-metrics", "scores", "gram"
+SIZE, TIMING, FAILURE = "size", "timing", "failure"
+UPDATE, METRICS, SCORES, GRAM = "update", "training-metrics", "scores", "gram"
 
 # name → what the statement says of a release that no noise protects
 PUBLIC = {
     SIZE: "the numbers of records of the clients (they are the weights)",
     TIMING: "who took part in which round, how many steps it made, and how long it took",
+    FAILURE: (
+        "whether a client failed or refused, and which of a fixed list of codes it gave for it, which may depend on its"
+        " records"
+    ),
     UPDATE: "each client's update as it is, to the server",
     METRICS: "**training loss and clip fraction, which `privacy.share_metrics` sent without noise**",
     SCORES: "**scores on the clients' own held-out records, which `privacy.share_metrics` sent without noise**",
@@ -56,12 +62,14 @@ def event_of(fields: EventFields) -> Event:
 
 
 def public_names(config: RunConfig) -> list[str]:
-    """The public releases that a private run makes under this configuration."""
-    names = [SIZE, TIMING]
-    if config.privacy.unit == "client":
+    """The public releases that a run makes under this configuration: all that leaves a client without a charge."""
+    names = [SIZE, TIMING, FAILURE]
+    if config.privacy.unit != "example":
         names.append(UPDATE)
-    if config.privacy.share_metrics:
+    if config.privacy.share_metrics or not config.private:
         names += [METRICS, SCORES]
+    if config.gram is not None and config.privacy.unit != "example":
+        names.append(GRAM)
     return names
 
 

@@ -1,7 +1,7 @@
 """The messages: what the server asks and what a client answers, one frozen dataclass each.
 
 Everything data-dependent in a reply is a ``Release``; beside releases a reply holds ledger lines, which are signed and
-say nothing of the data, keys, times, and reasons of failure. The resolved configuration
+say nothing of the data, keys, times, and codes of failure. The resolved configuration
 travels once per run, in ``DescribeRequest``, and is named by its hash in all others.
 """
 
@@ -10,13 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
+from fedlab.identifiers import PATTERN, is_identifier
+from fedlab.protocol.failures import FailureCode
 from fedlab.protocol.wire import Arrays
 
-MOST_CONFIGURATION, MOST_LINES, MOST_REASON = 2**20, 2**26, 2000  # characters
+MOST_CONFIGURATION, MOST_LINES = 2**20, 2**26  # characters
 
-ClientId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._~-]{0,79}$")]
+
+def _identifier(text: str) -> str:
+    """It becomes a file's name: reserved ones are none."""
+    if not is_identifier(text):
+        raise ValueError("is no identifier of a client (fedlab.identifiers)")
+    return text
+
+
+ClientId = Annotated[str, StringConstraints(pattern=PATTERN), AfterValidator(_identifier)]
 RunId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 NoDigest = Literal[""]
@@ -157,7 +167,7 @@ class GramRequest(Strict):
 class Failure(Strict):
     """Why a client gives nothing. ``refused``: it will not take part in this run any more."""
 
-    reason: Annotated[str, StringConstraints(max_length=MOST_REASON)]
+    code: FailureCode
     refused: bool = False
 
 
@@ -192,6 +202,13 @@ class DescribeReply(Strict):
 
     clients: tuple[Enrolment, ...]
     exclusive: bool = False
+
+
+@dataclass(frozen=True)
+class NodeFailure(Strict):
+    """Instead of a reply: what concerns no single client of the node."""
+
+    code: FailureCode
 
 
 @dataclass(frozen=True)
@@ -238,6 +255,8 @@ class GramReply(Timed):
     sum: Release | None
 
 
+Request = DescribeRequest | TrainRequest | EvaluateRequest | ReceiptsRequest | KeysRequest | GramRequest
+NODE_FAILURE = "failure"  # kind of a ``NodeFailure``, which may come instead of any reply
 REQUESTS: dict[str, type[Strict]] = {
     "describe": DescribeRequest,
     "train": TrainRequest,

@@ -32,6 +32,8 @@ M = TypeVar("M")
 class ProtocolError(RunFailed):
     """A message that is not what was agreed. Names the client ("" if it concerns the whole message) and the field."""
 
+    code = "request"
+
     def __init__(self, field: str, problem: str, client: str = "") -> None:
         super().__init__(f"{client + ': ' if client else ''}{field}: {problem}")
         self.client, self.field, self.problem = client, field, problem

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fedlab.errors import RunFailed
+from fedlab.files import below
 from fedlab.lora.state import State, write_state
 
 
@@ -32,7 +33,7 @@ def load_personal(directory: Path, client: str, round_number: int) -> State:
 
 def save_personal(directory: Path, client: str, round_number: int, tensors: State) -> None:
     """Keep what a round left, whole or not at all, and on the disk when this returns."""
-    folder = directory / client
+    folder = below(directory, client)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_state(folder / f"round-{round_number}.safetensors", tensors)
     files = _files(directory, client)
@@ -45,5 +46,7 @@ def save_personal(directory: Path, client: str, round_number: int, tensors: Stat
 
 
 def _files(directory: Path, client: str) -> list[tuple[int, Path]]:
-    found = [(int(path.stem.removeprefix("round-")), path) for path in (directory / client).glob("round-*.safetensors")]
+    found = [
+        (int(path.stem.removeprefix("round-")), path) for path in below(directory, client).glob("round-*.safetensors")
+    ]
     return sorted(found)

@@ -9,6 +9,8 @@ from pathlib import Path
 from fedlab.config import RunConfig
 from fedlab.data.sources import identity
 
+LOG = "log.txt"  # of a run; in a simulation its clients write to it too
+
 
 @dataclass(frozen=True)
 class Places:
@@ -17,11 +19,12 @@ class Places:
     ledgers: Path  # ledgers, and the keys that sign them
     personal: Path  # what a client keeps of a model between the rounds of a run
     store: Path  # what came once and is named by its hash; one-time keys
+    log: Path  # a text file: why it failed or refused, in words that stay with it
 
 
 def simulated_places(config: RunConfig, run_path: Path) -> Places:
     """The places of a simulation in its run directory."""
-    return Places(ledger_directory(config, run_path), run_path / "personal", run_path / "bases")
+    return Places(ledger_directory(config, run_path), run_path / "personal", run_path / "bases", run_path / LOG)
 
 
 def ledger_directory(config: RunConfig, run_path: Path) -> Path:

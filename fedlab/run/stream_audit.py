@@ -68,7 +68,10 @@ def audit_stream(
     for name in sorted(set(audit.files.sizes) - known):
         audit.leave(f"{name}: nothing of the stream is made from it")
     parts: list[Verdict] = [one.verdict for one in tasks.values()]
-    parts += ["failed"] * bool(audit.findings) + ["incomplete"] * (not finished or not tasks)
+    if audit.findings:
+        parts.append("failed")
+    if not finished or not tasks:
+        parts.append("incomplete")
     verdict = max(parts, key=RANK.index)
     found = tuple(dict.fromkeys(map(str, audit.findings)))
     return StreamAudit(verdict, found, tuple(audit.notes), tuple(audit.uncovered), tasks)

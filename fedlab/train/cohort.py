@@ -31,6 +31,7 @@ from fedlab.models.blocks import checkpointed, find_blocks
 from fedlab.models.hardware import return_large_blocks
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
 from fedlab.privacy.clipping import clip_factors, joint_norms
+from fedlab.train.check_gradients import try_gradients
 from fedlab.train.dropout import row_keys
 from fedlab.train.fused import CohortLayers, unfusable
 from fedlab.train.local import LocalSteps, LocalTraining, Trained, trainable
@@ -79,8 +80,11 @@ class _Batch:
 
 
 def supports_fused(model: LoadedModel, trained: Iterable[str]) -> bool:
-    """Whether ``train_cohort`` can train these tensors: its layers are linear ones, trained whole."""
-    return unfusable(model, trained) is None
+    """Whether ``train_cohort`` can train these tensors: its layers are linear ones, trained whole, and see one row per
+    example.
+    """
+    names = list(trained)
+    return unfusable(model, names) is None and try_gradients(model, names, "fused").layout is None
 
 
 def train_cohort(

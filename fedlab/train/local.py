@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fedlab.config import RunConfig
+from fedlab.config.clients import rate_factor
 from fedlab.config.sections import TrainSection
 from fedlab.data import FederatedData
-from fedlab.errors import RunFailed
+from fedlab.errors import Diverged, RunFailed
 from fedlab.lora.ranks import narrow, widen
 from fedlab.lora.state import State
 from fedlab.privacy.plan import DPPlan
@@ -71,6 +72,7 @@ class LocalSteps:
         self._draws = random_stream(seed, "batches", client, round_number)
         size = config.train.batch_size
         self._fixed = [] if plan else list(fixed_batches(len(self.indices), size, self.count, self._draws))
+        self._rate = rate_factor(config, client, data.clients)
         self.executed, self._losses, self._seen, self._clipped = 0, 0.0, 0, 0
 
     def batch(self, step: int) -> np.ndarray:
@@ -89,12 +91,12 @@ class LocalSteps:
     def result(self, end: Mapping[str, Tensor], names: Iterable[str], seconds: float) -> Trained:
         """What the client gives back, from the trained tensors ``end`` in the state's shapes.
 
-        Raises RunFailed if they hold NaN or infinite values: training diverged.
+        Raises Diverged if they hold NaN or infinite values: training diverged.
         """
         if self.training.rank is not None:
             end = narrow(dict(end), self.training.rank)
         update = {name: end[name] - self.own[name] for name in names}
-        check_finite(self.training.client, update, self._config.train)
+        check_finite(self.training.client, update, self._config.train, self._rate)
         loss = self._losses / self._seen if self._seen else math.nan
         clip_fraction = self._clipped / self._seen if self.plan and self._seen else math.nan
         return Trained(update, len(self.indices), self.executed, loss, clip_fraction, seconds)
@@ -107,7 +109,11 @@ def trainable(names: Iterable[str]) -> list[str]:
     return ordered
 
 
-def check_finite(client: str, update: State, train: TrainSection) -> None:
-    """Raises RunFailed for an update that holds NaN or infinite values: training diverged."""
-    if not all(bool(torch.isfinite(value).all()) for value in update.values()):
-        raise RunFailed(f"{client}: local training diverged (NaN or infinite weights); lower train.lr = {train.lr}")
+def check_finite(client: str, update: State, train: TrainSection, rate: float) -> None:
+    """Raises Diverged for an update that holds NaN or infinite values: training diverged. ``rate``: the client's own
+    factor of its learning rates.
+    """
+    if all(bool(torch.isfinite(value).all()) for value in update.values()):
+        return
+    own = f", or clients.lr, by which it has {rate:g} times that" if rate != 1 else ""
+    raise Diverged(f"{client}: local training diverged (NaN or infinite weights); lower train.lr = {train.lr}{own}")

@@ -22,7 +22,8 @@ from fedlab.privacy.ledger.keys import keyed_hash
 from fedlab.privacy.ledger.ledger import SERVER, Entry, Ledger, charged, events
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.ledger.spending import PrivacySpent
-from fedlab.privacy.ledger.terms import budget_terms, scope_of
+from fedlab.privacy.ledger.terms import budget_terms, run_terms, scope_of
+from fedlab.privacy.release import public_names
 from fedlab.run.directory import RunDirectory
 from fedlab.run.places import ledger_directory
 from strategies.server.federation import Federation
@@ -57,7 +58,7 @@ class Accounts:
             self.spent = PrivacySpent(
                 {client: info.delta for client, info in federation.clients.items() if info.event is not None}
             )
-            for client in federation.clients:
+            for client in self.spent.deltas:
                 self.spent.record(client, self._mirror.events(client))
             if len(federation.eligible) < self.config.run.min_clients and federation.refused:
                 client, reason = next(iter(federation.refused.items()))
@@ -74,6 +75,7 @@ class Accounts:
         self._guard = Guard(ledger, self._directory.run_id)
         self._terms: dict[str, Any] = {
             **self.plan.terms(),
+            **run_terms(federation.run.configuration, public_names(self.config)),
             "scope": scope_of(shapes),
             "budget": budget_terms(budget.epsilon, budget.delta or self.plan.delta) if budget else None,
             "content": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,11 +14,15 @@ from fedlab.errors import PrivacyError, RunFailed
 from fedlab.lora.state import State, digest, to_wire
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.release import SIZE, event_of
+from fedlab.protocol.failures import explained
 from fedlab.protocol.messages import DescribeReply, DescribeRequest, Enrolment, RunReference
 from fedlab.run.directory import RunDirectory
+from fedlab.run.places import LOG
 from fedlab.seeds import client_order
-from strategies.server.exchange import ask
+from strategies.server.exchange import Answers, ask
 from strategies.server.federation import ClientInfo, Federation
+
+logger = logging.getLogger("fedlab")
 
 
 def run_reference(directory: RunDirectory, config: RunConfig, parts: Sequence[str], basis: State) -> RunReference:
@@ -49,7 +54,8 @@ def discover(
         meanwhile: runs between asking and collecting.
 
     Raises:
-        RunFailed: a node fails or does not answer, or two nodes say that they are the same client.
+        RunFailed: a node of a simulation fails, no node answers, or two say that they are the same client.
+        PrivacyError: noise is seeded, and clients are on machines of their own.
     """
     nodes = sorted(grid.get_node_ids())
     text, arrays = config.to_toml(), to_wire(basis)
@@ -59,17 +65,31 @@ def discover(
     }
     found = Federation(config, {}, {}, nodes, run, mirror)
     answers = ask(grid, "describe", requests, DescribeReply, config.run.timeout, meanwhile=meanwhile)
-    for reason in answers.failed.values():
-        raise RunFailed(f"a node could not prepare the run: {reason.removeprefix('node failed: ')}")
+    _check_failed(answers, directory)
     for node, reply in answers.replies.items():
         for enrolment in reply.clients:
             _admit(found, enrolment)
             if reply.exclusive:
                 found.hosts[enrolment.reply.client] = node
+    if found.hosts and config.private and config.privacy.noise == "seeded":
+        raise PrivacyError(
+            'privacy.noise = "seeded": whoever knows run.seed can subtract the noise, so it is for simulations only,'
+            f' and {next(iter(found.hosts))} is on a machine of its own; set privacy.noise = "secure"'
+        )
     found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
     if mirror is not None:
         mirror.start(config.privacy.unit, directory.file_digest("run.toml"))
     return found
+
+
+def _check_failed(answers: Answers[DescribeReply], directory: RunDirectory) -> None:
+    """A simulation needs all its nodes; elsewhere those that failed are left out, and named in the log."""
+    deployed = any(reply.exclusive for reply in answers.replies.values())
+    for node, reason in answers.failed.items():
+        reason = reason.removeprefix("node failed: ")
+        if not deployed:
+            raise RunFailed(f"a node could not prepare the run: {reason} ({directory.path / LOG})")
+        logger.warning("node %d takes no part: %s", node, reason)
 
 
 def _admit(federation: Federation, enrolment: Enrolment) -> None:
@@ -82,8 +102,10 @@ def _admit(federation: Federation, enrolment: Enrolment) -> None:
     event = event_of(enrolment.event) if enrolment.event is not None else None
     delta = math.nan if enrolment.delta is None else enrolment.delta
     federation.clients[client] = ClientInfo(int(examples), event, delta)
-    problem = reply.failure.reason if reply.failure is not None else ""
-    if not (examples >= 1 and examples == int(examples)):
+    problem = explained(reply.failure.code) if reply.failure is not None else ""
+    if size is None and problem:
+        pass  # it refused before it opened its data
+    elif not (examples >= 1 and examples == int(examples)):
         problem = f"it declared {examples:g} examples"
     elif mirror is not None and enrolment.key and reply.lines is not None:
         try:

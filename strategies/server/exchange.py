@@ -14,7 +14,8 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlab.protocol import Frame, ProtocolError, decode, encode_all
-from fedlab.protocol.messages import REPLIES
+from fedlab.protocol.failures import explained
+from fedlab.protocol.messages import NODE_FAILURE, REPLIES, NodeFailure
 from fedlab.run import interrupt
 
 POLL_SECONDS = 0.02
@@ -60,6 +61,7 @@ def ask(
         for node, frame in zip(requests, frames, strict=True)
     ]
     answers: Answers[R] = Answers()
+    kinds: dict[str, Any] = {kind: reply_type, NODE_FAILURE: NodeFailure}
     for message in exchange(grid, messages, timeout, on_reply, meanwhile):
         node = message.metadata.src_node_id
         if node not in requests or node in answers.replies or node in answers.failed:
@@ -68,9 +70,14 @@ def ask(
             answers.failed[node] = f"node failed: {_last_line(message.error.reason)}"
             continue
         try:
-            answers.replies[node] = decode(_frame(message.content), {kind: reply_type}, (most_bytes or {}).get(node))
+            reply = decode(_frame(message.content), kinds, (most_bytes or {}).get(node))
         except ProtocolError as error:
             answers.failed[node] = f"malformed reply: {error}"
+            continue
+        if isinstance(reply, NodeFailure):
+            answers.failed[node] = f"node failed: {explained(reply.code)}"
+        else:
+            answers.replies[node] = reply
     for node in requests:
         if node not in answers.replies:
             answers.failed.setdefault(node, f"no reply within {timeout:.0f} s")

@@ -27,6 +27,7 @@ from fedlab.privacy.release import GRAM
 from fedlab.privacy.secure_sum.masking import add
 from fedlab.protocol import ProtocolError
 from fedlab.protocol.checks import check_arrays, wire_bytes
+from fedlab.protocol.failures import explained
 from fedlab.protocol.messages import ClientOrder, GramReply, GramRequest, KeysReply, KeysRequest
 from strategies.server.accounts import Accounts
 from strategies.server.exchange import ask
@@ -177,7 +178,7 @@ def _members(release: GramRelease, cohort: list[str], reply: GramReply) -> list[
         if mine.client not in cohort:
             continue
         if mine.failure is not None:
-            problems[mine.client] = mine.failure.reason
+            problems[mine.client] = explained(mine.failure.code)
         elif mine.client not in problems:
             inside.append(mine.client)
         if release.federation.take_lines(mine, problems):

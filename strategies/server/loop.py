@@ -25,9 +25,11 @@ from fedlab.privacy.promise import NO_DP
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
 from fedlab.run.metrics import MetricsLog
+from fedlab.run.places import LOG
 from fedlab.run.progress import Progress, RoundLine
 from fedlab.seeds import client_order
 from fedlab.session import Session, open_session
+from fedlab.train.check_gradients import check_trainable
 from fedlab.train.cohort import supports_fused
 from fedlab.train.memory import plan_memory
 from strategies import STRATEGIES
@@ -39,6 +41,7 @@ from strategies.server.federation import Federation
 from strategies.server.heads import sent_names, trained_names
 from strategies.server.messages import Messenger
 from strategies.server.outcome import TrainOutcome
+from strategies.server.outliers import set_outliers_aside
 from strategies.server.scoring import Scoring
 from strategies.server.task_start import first_state
 
@@ -103,6 +106,7 @@ class Rounds:
         self.session = open_session(self.config.to_toml())
         self.strategy = strategy(self.config, self.session.model)
         self.state, self.memory = first_state(self.config, self.strategy, self.session)
+        check_trainable(self.session.model, self.config, trained_names(self.strategy, self.state))
         self.server_state = self.strategy.init(self.state)
 
     def _plan_memory(self) -> None:
@@ -167,6 +171,8 @@ class Rounds:
         self.progress.round_started(number, len(drawn))
         with self.accounts.charge(number, drawn, order.received) as commit:
             outcome = self.messenger.train(order, self.progress.node_done)
+            if self.config.privacy.unit != "client":
+                set_outliers_aside(outcome, self.config.run.outlier)
             self._warn(number, "is excluded from", outcome.excluded)
             self.accounts.settle(outcome, drawn)
             if not self._enough(number, outcome, drawn):
@@ -199,7 +205,8 @@ class Rounds:
         if all(client in self.federation.refused for client in outcome.excluded):
             return False
         reasons = "; ".join(f"{c}: {r}" for c, r in list(outcome.excluded.items())[:3])
-        raise RunFailed(f"round {number}: {usable} usable updates, {needed} needed ({reasons})")
+        log = "each client's own log" if self.federation.hosts else self.directory.path / LOG
+        raise RunFailed(f"round {number}: {usable} usable updates, {needed} needed ({reasons}); see {log}")
 
     @property
     def client_ranks(self) -> dict[str, int]:
@@ -342,7 +349,7 @@ class Rounds:
                 "examples": info.examples,
                 "participations": self.federation.participations[client],
                 "score": self.scoring.client_scores.get(client),
-                **per_client.get(client, {"epsilon": NO_DP}),  # under unit "example" with what was charged
+                **per_client.get(client, {"epsilon": 0.0 if self.config.private else NO_DP}),
                 **({"rank": ranks[client]} if ranks else {}),
                 **({"refused": self.federation.refused[client]} if client in self.federation.refused else {}),
             }

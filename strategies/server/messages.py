@@ -22,6 +22,7 @@ from fedlab.privacy.ledger.ledger import Entry
 from fedlab.privacy.release import METRICS, SCORES, TIMING, UPDATE, event_of
 from fedlab.protocol import ProtocolError
 from fedlab.protocol.checks import check_arrays, wire_bytes
+from fedlab.protocol.failures import explained
 from fedlab.protocol.messages import (
     ClientOrder,
     ClientReply,
@@ -121,7 +122,9 @@ class Messenger:
         primary = primary_name(self.config)
         outcome = EvaluateOutcome(busy=[(reply.started, reply.ended) for reply in answers.replies.values()])
         for client, reply in self._by_client(cohorts, answers, outcome.excluded).items():
-            if (scores := reply.release(SCORES)) is None:
+            if reply.failure is not None:
+                outcome.excluded[client] = explained(reply.failure.code)
+            elif (scores := reply.release(SCORES)) is None:
                 outcome.excluded[client] = "it sent no scores"
             elif primary in scores.numbers:  # not there for a client that holds nothing out
                 outcome.scores[client] = scores.numbers[primary]
@@ -149,7 +152,7 @@ class Messenger:
         answers = ask(self.grid, "receipts", requests, ReceiptsReply, timeout)
         for client, reply in self._by_client(cohorts, answers, problems).items():
             if reply.failure is not None:
-                problems[client] = reply.failure.reason
+                problems[client] = explained(reply.failure.code)
             else:
                 self.federation.take_lines(reply, problems)
         return problems
@@ -176,7 +179,7 @@ class Messenger:
     def _take(self, order: TrainingOrder, client: str, reply: ClientReply, outcome: TrainOutcome) -> None:
         """Enter one client's ledger lines, its failure or its update; what it lacks excludes it, never the round."""
         if reply.failure is not None:
-            outcome.excluded[client] = reply.failure.reason
+            outcome.excluded[client] = explained(reply.failure.code)
         if self.federation.take_lines(reply, outcome.excluded):
             outcome.silent.discard(client)
         if reply.exhausted or (reply.failure is not None and reply.failure.refused):

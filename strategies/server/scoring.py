@@ -16,7 +16,7 @@ from typing import Any
 from fedlab.config import RunConfig
 from fedlab.evaluate import evaluate, higher_is_better, primary_name, primary_score, spread
 from fedlab.lora.state import State
-from fedlab.models.adapters import save_adapter
+from fedlab.models.plain import save_checked
 from fedlab.run.metrics import MetricsLog
 from fedlab.run.personal import load_personal
 from fedlab.session import Session, torch_threads
@@ -89,7 +89,7 @@ class Scoring:
         for client in clients:
             path = self._personal / client / "adapter"
             if (own := load_personal(self._personal, client, done + 1)) and not path.exists():
-                save_adapter(self._session.model, state | own, path)
+                save_checked(self._session.model, state | own, path, self._config)
 
     @property
     def worst_client(self) -> float | None:

@@ -10,6 +10,7 @@ import pytest
 
 from clients.node import Node
 from clients.owner import Owner, SimulatedOwners, SingleOwner
+from clients.policy import SimulationPolicy
 from fedlab.config.sections import Budget
 from fedlab.lora.state import to_wire
 from fedlab.models.adapters import initial_state
@@ -21,21 +22,22 @@ RUN = "a" * 32
 
 
 def places_at(path: Path) -> Places:
-    return Places(path, path / "personal", path / "bases")
+    return Places(path, path / "personal", path / "bases", path / "log.txt")
 
 
 def owner_at(path: Path, client: str = "client-0", budget: float | None = None) -> Owner:
-    return Owner(client, places_at(path), Budget(epsilon=budget) if budget else None)
+    """An owner that allows what a simulation's allow."""
+    return Owner(client, places_at(path), SimulationPolicy("example"), "", Budget(epsilon=budget) if budget else None)
 
 
 def own_node(session: Session, path: Path, budget: float | None = None) -> Node:
     """The node of client-0 alone, with its ledger in ``path``."""
-    return Node(session, SingleOwner(owner_at(path, budget=budget)))
+    return Node(session.config, SingleOwner(owner_at(path, budget=budget)), lambda: session)
 
 
 def simulated_node(session: Session, path: Path) -> Node:
     """A simulation's node, with ledgers in ``path``."""
-    return Node(session, SimulatedOwners(session.config, places_at(path)))
+    return Node(session.config, SimulatedOwners(session.config, places_at(path)), lambda: session)
 
 
 def run_reference(session: Session) -> RunReference:

@@ -112,7 +112,7 @@ def test_a_kill_anywhere_never_leaves_less_recorded_than_released(
         released = folder / "released"
         node, request = helpers.simulated_node(session, folder), helpers.train_request(session, cohort)
         for client in cohort:
-            ClientAccount(session, node.owners.one(client), helpers.RUN, request.run.parts).sign()
+            ClientAccount(session, node.owners.one(client), request.run).sign()
         status = in_child(
             lambda node=node, request=request, released=released, fatal=points: cycle(
                 node, request, released, Killer(fatal)
@@ -125,7 +125,7 @@ def test_a_kill_anywhere_never_leaves_less_recorded_than_released(
         for client in cohort:
             plan, sent = session.plan(client), [out for name, out in lines if name == client]
             assert plan is not None
-            account = ClientAccount(session, node.owners.one(client), helpers.RUN, request.run.parts)
+            account = ClientAccount(session, node.owners.one(client), request.run)
             key = load_or_create_key(folder / "keys" / f"{client}.pem")
             reopened = Ledger(folder / f"{client}.jsonl", client, account.guard.ledger.dataset, key)
             with reopened.locked():  # the dead process' lock is gone, and a torn line with it

@@ -8,13 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from clients.node import enter, join
+from clients.node import Memory, Node, enter, owners_of
 from clients.owner import SimulatedOwners, SingleOwner
 from fedlab.config import RunConfig
-from fedlab.errors import FedlabError
+from fedlab.errors import ConfigError
 from fedlab.lora.state import digest, to_wire
 from fedlab.protocol import ProtocolError
-from fedlab.protocol.messages import DescribeRequest, RunReference
+from fedlab.protocol.messages import DescribeRequest, ReceiptsRequest, Request, RunReference
+
+SIMULATED = {"simulated": True}
+
+
+def arrive(request: Request, memory: Memory) -> Node:
+    """A request at a node of a simulation."""
+    return enter(request, owners_of(request, memory, SIMULATED), memory)
+
+
+def later(asked: DescribeRequest) -> ReceiptsRequest:
+    """A request that names its configuration by the hash; it concerns nobody."""
+    return ReceiptsRequest(asked.run, ())
 
 
 @pytest.fixture
@@ -22,6 +34,7 @@ def request_of(tiny_toml: str, tmp_path: Path):
     def make(*overrides: str, **changes: object) -> DescribeRequest:
         text = RunConfig.parse(tiny_toml, overrides).to_toml()
         run = RunReference("a" * 32, hashlib.sha256(text.encode()).hexdigest(), ("head", "lora_B"))
+        (tmp_path / "run" / "ledger").mkdir(parents=True, exist_ok=True)
         return replace(DescribeRequest(run, text, ("client-0",), str(tmp_path / "run")), **changes)
 
     return make
@@ -30,31 +43,50 @@ def request_of(tiny_toml: str, tmp_path: Path):
 def test_later_requests_name_the_configuration_by_its_hash(request_of):
     memory: dict[str, str] = {}
     asked = request_of()
-    joined = join(asked, memory, {})
-    later = enter(asked.run, dict(memory), {})
-    assert later.session is joined.session
-    assert later.session.config.to_toml() == asked.configuration
-    assert isinstance(later.owners, SimulatedOwners)
+    joined = arrive(asked, memory)
+    found = arrive(later(asked), dict(memory))
+    assert found.session is joined.session
+    assert found.config.to_toml() == asked.configuration
+    assert isinstance(found.owners, SimulatedOwners)
 
 
 def test_a_configuration_that_never_came_is_refused(request_of):
-    with pytest.raises(FedlabError, match="never came to this node"):
-        enter(request_of().run, {}, {})
+    with pytest.raises(ProtocolError, match="never came here"):
+        arrive(later(request_of()), {})
 
 
 def test_another_configuration_than_was_announced_is_refused(request_of):
     memory: dict[str, str] = {}
     other = request_of("train.lr=0.1").configuration
     with pytest.raises(ProtocolError, match="its hash is"):
-        join(request_of(configuration=other), memory, {})
+        arrive(request_of(configuration=other), memory)
     assert memory == {}
 
 
+def test_a_memory_that_does_not_hold_what_its_names_say_is_not_used(request_of):
+    asked, other = request_of(), request_of("train.lr=0.1")
+    with pytest.raises(ProtocolError, match="its hash is"):
+        arrive(later(asked), {asked.run.configuration: other.configuration, "simulation": ""})
+
+
+def test_a_run_has_one_configuration(request_of):
+    memory: dict[str, str] = {}
+    arrive(request_of(), memory)
+    arrive(request_of("train.lr=0.1"), memory)
+    assert sorted(memory) == sorted([request_of("train.lr=0.1").run.configuration, "simulation"])
+
+
 def test_a_node_with_an_owner_of_its_own_does_not_look_where_the_server_says(request_of, tmp_path: Path):
-    node = {"client": "north", "ledger": str(tmp_path / "home")}
-    joined = join(request_of(simulation="/the/server/says"), {}, node)
-    assert isinstance(joined.owners, SingleOwner)
-    assert joined.owners.one("north").places.ledgers == tmp_path / "home"
+    node = {"client": "north", "ledger": str(tmp_path / "home"), "simulated": True}
+    owners = owners_of(request_of(simulation="/the/server/says"), {}, node)
+    assert isinstance(owners, SingleOwner)
+    assert owners.one("north").places.ledgers == tmp_path / "home"
+
+
+@pytest.mark.parametrize("node", [{}, {"partition-id": 0, "num-partitions": 2}, {"simulated": "true"}])
+def test_no_message_makes_a_node_one_of_a_simulation(node: dict, request_of):
+    with pytest.raises(ConfigError, match="names no client"):
+        owners_of(request_of(), {}, node)
 
 
 def test_what_stays_as_it_is_must_be_what_was_announced(request_of, tiny_bert: Path):
@@ -65,7 +97,7 @@ def test_what_stays_as_it_is_must_be_what_was_announced(request_of, tiny_bert: P
     memory: dict[str, str] = {}
     wrong = replace(asked, run=replace(asked.run, basis="0" * 64), basis=to_wire(basis))
     with pytest.raises(ProtocolError, match="not the one that was announced"):
-        join(wrong, memory, {})
+        arrive(wrong, memory)
     right = replace(asked, run=replace(asked.run, basis=digest(basis)), basis=to_wire(basis))
-    assert torch.equal(join(right, memory, {}).session.basis["x.lora_A"], basis["x.lora_A"])
-    assert torch.equal(enter(right.run, memory, {}).session.basis["x.lora_A"], basis["x.lora_A"])
+    assert torch.equal(arrive(right, memory).session.basis["x.lora_A"], basis["x.lora_A"])
+    assert torch.equal(arrive(later(right), memory).session.basis["x.lora_A"], basis["x.lora_A"])

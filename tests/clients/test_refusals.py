@@ -11,14 +11,14 @@ import pytest
 
 import clients.train
 from clients.account import ClientAccount
-from clients.evaluate import answer_evaluate
-from clients.owner import SingleOwner, owners_of
+from clients.owner import own_owner
 from clients.train import answer_train
 from fedlab.config import RunConfig
-from fedlab.errors import FedlabError, PrivacyError
 from fedlab.models.adapters import initial_state
+from fedlab.privacy.ledger.guard import Refusal
 from fedlab.privacy.ledger.ledger import parse_lines
-from fedlab.protocol.messages import ClientOrder, ClientReply, EvaluateRequest
+from fedlab.protocol import ProtocolError
+from fedlab.protocol.messages import ClientOrder, ClientReply, EvaluateRequest, Failure
 from fedlab.session import open_session
 
 
@@ -30,9 +30,15 @@ class Asked:
     trained: list[str]
 
     @property
-    def reason(self) -> str:
+    def code(self) -> str:
         assert self.reply.failure is not None
-        return self.reply.failure.reason
+        return self.reply.failure.code
+
+    @property
+    def refusal(self) -> str:
+        """The reason of the ledger's last REFUSE line."""
+        assert self.reply.lines is not None
+        return str([e for e in parse_lines(self.reply.lines) if e["type"] == "REFUSE"][-1]["reason"])
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def ask(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helpers
 
     def run(*overrides: str, budget: float | None = None, **changes: object) -> Asked:
         signed = open_session(RunConfig.parse(tiny_toml).to_toml())
-        account = ClientAccount(signed, helpers.owner_at(tmp_path, budget=budget), helpers.RUN, ("head", "lora_B"))
+        account = ClientAccount(signed, helpers.owner_at(tmp_path, budget=budget), helpers.run_reference(signed))
         account.sign()
         asked = open_session(RunConfig.parse(tiny_toml, overrides).to_toml())
         request = helpers.train_request(asked, ["client-0"], **changes)
@@ -60,28 +66,29 @@ def test_whatever_breaks_before_the_charge_says_nothing_of_the_data_and_costs_no
     ask: Callable[..., Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     asked = ask(clients=(ClientOrder("client-0", 0, 5),))
-    assert "rank" in asked.reason
+    assert asked.code == "request"
+    assert "rank" in (tmp_path / "log.txt").read_text()
     assert asked.trained == []
 
     def breaks(self: ClientAccount, trained: list[str]) -> None:
         raise ValueError("the patient's name")
 
     monkeypatch.setattr(ClientAccount, "check_scope", breaks)
-    asked = ask()
-    assert "patient" not in asked.reason
+    assert ask().code == "failed"
 
     def unmade(*args: object) -> ClientAccount:
         raise ValueError("the patient's name")
 
     monkeypatch.setattr(clients.train, "ClientAccount", unmade)
-    assert "patient" not in ask().reason
+    assert ask().code == "failed"
+    assert (tmp_path / "log.txt").read_text().count("ValueError: the patient's name") >= 2, "its owner's log has it"
     kinds = [entry["type"] for entry in parse_lines((tmp_path / "client-0.jsonl").read_text())]
     assert "CHARGE" not in kinds
 
 
 @pytest.mark.parametrize("passes", [(2,), (1, 1), ()])
 def test_passes_that_are_not_the_clients_are_refused(passes: tuple[int, ...], ask: Callable[..., Asked]):
-    with pytest.raises(FedlabError, match="do not add up"):
+    with pytest.raises(ProtocolError, match="do not add up"):
         ask(passes=passes)
 
 
@@ -115,14 +122,16 @@ def test_the_update_carries_the_event_that_was_charged(ask: Callable[..., Asked]
         ("privacy.participations=2", "participations = 2"),
         ("data.limit=300", "was signed"),
         ("lora.rank=2", "scope"),
+        ("train.lr=0.1", "configuration"),
+        ("privacy.share_metrics=true", "configuration"),
     ],
 )
 def test_another_plan_than_the_signed_one_is_refused_before_any_gradient(
     override: str, named: str, ask: Callable[..., Asked]
 ):
     asked = ask(override)
-    assert asked.reason.startswith("plan-mismatch")
-    assert named in asked.reason
+    assert asked.code == "plan-mismatch"
+    assert named in asked.refusal
     assert asked.reply.failure is not None
     assert asked.reply.failure.refused
     assert asked.trained == []
@@ -135,28 +144,27 @@ def test_tensors_outside_the_signed_scope_are_not_trained(ask: Callable[..., Ask
     config = RunConfig.parse(tiny_toml)
     everything = tuple(initial_state(open_session(config.to_toml()).model, config.lora, 0))
     asked = ask(trained=everything)
-    assert "lora_A was asked to be trained, which the signed scope does not cover" in asked.reason
+    assert asked.code == "plan-mismatch"
+    assert "lora_A was asked to be trained, which the signed scope does not cover" in asked.refusal
     assert asked.trained == []
 
 
 def test_an_owner_keeps_its_own_budget(ask: Callable[..., Asked]):
     asked = ask(budget=0.5)
-    assert asked.reason.startswith("budget-exhausted")
+    assert asked.code == "budget-exhausted"
     assert asked.trained == []
 
 
-def test_an_owner_looks_for_its_own_in_its_own_configuration(tiny_toml: str, tmp_path: Path):
-    config = RunConfig.parse(tiny_toml)
+def test_an_owner_looks_for_its_own_in_its_own_configuration(tmp_path: Path):
     node = {"client": "north", "ledger": str(tmp_path / "l"), "bases": str(tmp_path / "b"), "budget-epsilon": 2.0}
-    owners = owners_of(node, config, "a" * 32, "/the/server/says")
-    assert isinstance(owners, SingleOwner)
+    owners = own_owner(node, "a" * 32)
     owner = owners.one("north")
     assert (owner.places.ledgers, owner.places.store) == (tmp_path / "l", tmp_path / "b")
     assert owner.places.personal == Path.home() / ".fedlab" / "personal" / ("a" * 32)
     assert owner.budget is not None
     assert owner.budget.epsilon == 2.0
     assert owners.present(["client-0", "client-1"]) == ["north"]
-    with pytest.raises(FedlabError, match="belongs to north; it was asked to act for client-0"):
+    with pytest.raises(ProtocolError, match="belongs to north; it was asked to act for client-0"):
         owners.one("client-0")
 
 
@@ -166,7 +174,7 @@ def test_error_texts_that_may_quote_data_stay_on_the_client(ask: Callable[..., A
 
     monkeypatch.setattr(clients.train, "train_cohort", quote)
     asked = ask()
-    assert "4711" not in asked.reason
+    assert asked.reply.failure == Failure("failed")
     assert asked.reply.lines is not None
     assert '"type":"ABORT"' in asked.reply.lines
     assert "4711" not in asked.reply.lines, "nor may the ledger carry it out"
@@ -174,6 +182,8 @@ def test_error_texts_that_may_quote_data_stay_on_the_client(ask: Callable[..., A
 
 def test_local_scores_are_refused_under_dp(tiny_toml: str, tmp_path: Path, helpers: Any):
     session = open_session(RunConfig.parse(tiny_toml).to_toml())
+    owner = helpers.owner_at(tmp_path)
+    ClientAccount(session, owner, helpers.run_reference(session)).sign()
     request = EvaluateRequest(helpers.run_reference(session), 1, ("client-0",), (), "float32", {})
-    with pytest.raises(PrivacyError, match="local scores are not covered by the noise"):
-        answer_evaluate(helpers.own_node(session, tmp_path), request)
+    with pytest.raises(Refusal, match="local scores are not covered by the noise"):
+        owner.admit(request, session.config)

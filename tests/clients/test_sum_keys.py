@@ -23,7 +23,7 @@ VALUES = {"x": np.zeros(4, np.int64)}
 @pytest.fixture
 def node(tiny_toml: str, tmp_path: Path, helpers: Any) -> Node:
     config = RunConfig.parse(tiny_toml, ["privacy={unit='none'}"])
-    return Node(None, SimulatedOwners(config, helpers.places_at(tmp_path)))  # type: ignore[arg-type]
+    return Node(config, SimulatedOwners(config, helpers.places_at(tmp_path)), lambda: None)  # type: ignore[arg-type,return-value]
 
 
 def test_a_client_refuses_a_masked_sum_over_others(node: Node):

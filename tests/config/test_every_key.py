@@ -118,6 +118,7 @@ ROWS = {
     "model.name": Row("{tiny_gpt2}", look.adapters, ("lora.target_modules=auto",)),
     "model.revision": Row("v2", refused("the hub did not give it"), ("model.name='some/model'",)),
     "objective.name": Row("regresion", refused("regresion")),
+    "objective.labels": Row("['ocean', 'metal', 'fruit']", look.adapters),
     "lora.rank": Row("2", look.adapters),
     "lora.alpha": Row("4", look.adapters),
     "lora.target_modules": Row("['query']", look.adapters),

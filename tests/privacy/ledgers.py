@@ -75,7 +75,8 @@ class File:
             "clip": 1.0.hex(),
             "normaliser": 20.0.hex(), "delta": 1e-5.hex(), "n": 1000, "participations": 10, "scope": SCOPE,
             "budget": None,
-            "noise": "secure", "content": None, "code": {"fedlab": "0.1.0"},
+            "noise": "secure", "content": None, "configuration": "c0" * 32, "releases": ["size", "timing"],
+            "code": {"fedlab": "0.1.0"},
         }  # fmt: skip
         return self.add("PLAN", **{**fields, **more})
 

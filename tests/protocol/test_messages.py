@@ -11,7 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedlab.identifiers import PATTERN, is_identifier
 from fedlab.protocol import Frame, ProtocolError, decode, encode, encode_all
+from fedlab.protocol.failures import SENTENCES
 from fedlab.protocol.messages import (
     REPLIES,
     REQUESTS,
@@ -40,7 +42,7 @@ from fedlab.protocol.wire import DTYPES
 
 KINDS = {f"{kind}?": cls for kind, cls in REQUESTS.items()} | {f"{kind}!": cls for kind, cls in REPLIES.items()}
 
-clients = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,20}", fullmatch=True)
+clients = st.from_regex(PATTERN, fullmatch=True).filter(is_identifier)
 hexes = {n: st.text("0123456789abcdef", min_size=n, max_size=n) for n in (32, 64)}
 names = st.text(min_size=1, max_size=30)
 counts, positive = st.integers(0, 2**40), st.integers(1, 2**40)
@@ -72,7 +74,7 @@ release = st.builds(
     st.dictionaries(names, numbers, max_size=3),
     st.none() | event,
 )
-failure = st.none() | st.builds(Failure, st.text(max_size=50), st.booleans())
+failure = st.none() | st.builds(Failure, st.sampled_from(list(SENTENCES)), st.booleans())
 order = st.builds(ClientOrder, clients, counts, positive)
 reply = st.builds(ClientReply, clients, tuples(release), st.text(max_size=80), failure, st.booleans())
 wire = st.sampled_from(["float32", "bfloat16"])

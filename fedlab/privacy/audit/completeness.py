@@ -106,7 +106,7 @@ def _able(ledger: Ledger, run: str) -> bool:
     plan = ledger.plan(run)
     if plan is None or any(line["run"] == run for line in ledger.refusals):
         return False
-    return ledger.charges_of(run) < plan["participations"]
+    return bool(ledger.charges_of(run) < plan["participations"])
 
 
 def _integer(config: Any, section: str, key: str) -> int | None:

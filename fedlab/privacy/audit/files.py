@@ -11,8 +11,8 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 MOST_ENTRIES, MOST_DEPTH = 200_000, 32
 TEXT, TABLE = 2**24, 2**29  # bytes that are read of a file that people read, and of one that has a line per event
@@ -82,7 +82,7 @@ class RunFiles:
         with self._open(name) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def _open(self, name: str) -> BinaryIO:
+    def _open(self, name: str) -> BufferedReader:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             descriptor = os.open(self.root / name, flags)

@@ -13,7 +13,11 @@ from typing import Any
 Check = Callable[[Any], str | None]
 ZEROS = "0" * 64
 # keys that lines of the first edition lack, by type
-SINCE_2: Mapping[str, frozenset[str]] = {"START": frozenset({"config"}), "ROUND": frozenset({"before"})}
+SINCE_2: Mapping[str, frozenset[str]] = {
+    "PLAN": frozenset({"configuration", "releases"}),
+    "START": frozenset({"config"}),
+    "ROUND": frozenset({"before"}),
+}
 MOST = 2**53  # integers stay below: every JSON reader keeps them exactly
 
 
@@ -223,14 +227,16 @@ CLIENT: Mapping[str, Mapping[str, Check]] = {
         "participations": _integer(0),
         "scope": _HASH, "budget": _or_null(_record({"epsilon": _real(0), "delta": _real(0, 1)})),
         "noise": _one_of("seeded", "secure"),
-        "content": _or_null(_HASH), "code": _each(_name, _text),
+        "content": _or_null(_HASH), "configuration": _HASH, "releases": _list(_name), "code": _each(_name, _text),
     },
     "CHARGE": {"round": _COUNT, "plan": _HASH, "event": EVENT, "in": _DIGEST, "filter": _one_of("rdp", "pld", "none")},
     "COMMIT": {"charge": _HASH, "steps": _integer(0), "out": _DIGEST},
     "ABORT": {"charge": _HASH, "reason": _text},
     "RELEASE": {"commit": _HASH, "receipt": _receipt},
-    "REFUSE": {"round": _integer(0), "kind": _one_of("budget-exhausted", "plan-mismatch", "participations"),
-    "reason": _text},
+    "REFUSE": {
+        "round": _integer(0),
+        "kind": _one_of("budget-exhausted", "plan-mismatch", "participations", "policy", "repeated"), "reason": _text,
+    },
     "RECOVER": {"bytes": _COUNT, "lost": _HASH},
     "CLOSE": {"plan": _HASH, "charges": _integer(0)},
 }  # fmt: skip

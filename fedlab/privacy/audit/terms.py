@@ -93,7 +93,8 @@ def _of_server(config: Tree, plan: Line) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _per_round(config: Tree) -> int:
-    return max(1, round(config["run"]["fraction"] * config["data"]["clients"]))
+    drawn: int = round(config["run"]["fraction"] * config["data"]["clients"])
+    return max(1, drawn)
 
 
 def _participations(config: Tree) -> int:

@@ -2,7 +2,7 @@
 
 plan → (charge → train → commit → release) per round. A charge is on the disk before the data is touched. A request that
 differs from the signed plan, exceeds its participations, or would cross the budget is refused, and the refusal
-recorded.
+recorded. One charge has one output: a repeat under the same charge must commit the same bits.
 """
 
 from __future__ import annotations
@@ -11,21 +11,31 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from fedlab.errors import FedlabError, PrivacyError
+from fedlab.errors import PrivacyError
 from fedlab.privacy.accounting import COARSE, FINE, Event, epsilon
 from fedlab.privacy.ledger.ledger import Entry, Ledger, authentic, charged, event_of, events
 from fedlab.privacy.ledger.terms import TERMS
+from fedlab.protocol.failures import code_of
+
+MOST_REFUSALS, MOST_REASON = 1000, 300  # lines per run, characters: a server that keeps asking does not fill the disk
 
 
 class Refusal(PrivacyError):
     """The owner will not do what it was asked; nothing was spent.
 
-    ``kind``: budget-exhausted, plan-mismatch or participations.
+    ``kind``: budget-exhausted, participations, plan-mismatch, policy or repeated. ``reason`` says it in words of the
+    configuration, of the plan and of the policy.
     """
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(f"{kind}: {reason}")
-        self.kind, self.reason = kind, reason
+        self.kind, self.reason, self.code = kind, reason, kind
+
+
+class NotTheSame(PrivacyError):
+    """A repeat under one charge came to other bits; they stay."""
+
+    code = "repeated"
 
 
 class Guard:
@@ -34,10 +44,42 @@ class Guard:
     Args:
         ledger: the owner's file for one data set.
         run: the run's id, 32 hex digits.
+        one_answer: refuse a round that was committed before, also where noise is secure and it would be charged anew.
     """
 
-    def __init__(self, ledger: Ledger, run: str) -> None:
-        self.ledger, self.run = ledger, run
+    def __init__(self, ledger: Ledger, run: str, one_answer: bool = False) -> None:
+        self.ledger, self.run, self.one_answer = ledger, run, one_answer
+
+    def agree(self, configuration: str, first: bool) -> None:
+        """Raise Refusal unless this run's plan was signed for the configuration of this hash.
+
+        ``first``: of a request that may come before a plan is signed.
+        """
+        with self.ledger.locked():
+            plan = self.signed
+            if plan is None and not first:
+                raise self._refused(0, "plan-mismatch", "this run signed no plan with this client")
+            if plan is not None and (signed := plan.get("configuration", "none")) != configuration:
+                reason = f"configuration {configuration[:12]}… was asked, {signed[:12]}… was signed"
+                raise self._refused(0, "plan-mismatch", reason)
+
+    def refused(self, round_number: int, kind: str, reason: str) -> Refusal:
+        """A refusal, to be raised; it is in the ledger when this returns, unless there is no ledger yet."""
+        with self.ledger.locked():
+            return self._refused(round_number, kind, reason)
+
+    def committed(self, round_number: int, received: str | None = None) -> Entry | None:
+        """The last commit of a round (on this state, if one is given); None without one. Needs the ledger's lock."""
+        charges = {
+            e["hash"]
+            for e in self.ledger.entries
+            if e["type"] == "CHARGE"
+            and (e["run"], e["round"]) == (self.run, round_number)
+            and received in (None, e["in"])
+        }
+        return next(
+            (e for e in reversed(self.ledger.entries) if e["type"] == "COMMIT" and e["charge"] in charges), None
+        )
 
     def plan(self, terms: Mapping[str, Any], code: Mapping[str, str]) -> Refusal | None:
         """Sign the plan of this run, or find the signed one.
@@ -53,7 +95,7 @@ class Guard:
             Refusal: "plan-mismatch": this run's plan was signed with other terms.
         """
         with self.ledger.locked():
-            if self._plan() is None:
+            if self.signed is None:
                 self.ledger.append("PLAN", self.run, key=self.ledger.public, code=dict(code), **terms)
             plan = self._agreed(terms, 0)
             if charged(self.ledger.entries, self.run):
@@ -87,33 +129,35 @@ class Guard:
         """
         with self.ledger.locked():
             plan = self._agreed(terms, round_number)
+            if self.one_answer and self.committed(round_number) is not None:
+                raise self._refused(round_number, "repeated", "this round was committed before")
             admitted = self._admit(plan, round_number, received)
-            fields = {
-                "round": round_number,
-                "plan": plan["hash"],
-                "event": plan["event"],
-                "in": received,
-                "filter": admitted,
-            }
-            charge = self.ledger.append("CHARGE", self.run, **fields)
+            same = self.committed(round_number, received) if self._repeats(plan, round_number, received) else None
+            fields = {"plan": plan["hash"], "event": plan["event"], "in": received, "filter": admitted}
+            charge = self.ledger.append("CHARGE", self.run, round=round_number, **fields)
             done = False
 
             def commit(steps: int, out: str) -> None:
                 nonlocal done
-                if steps != plan["event"]["steps"]:
-                    raise PrivacyError(
-                        f"{steps} steps were executed, {plan['event']['steps']} were charged; the update is not"
-                        " released"
-                    )
+                self._check_output(steps, plan["event"]["steps"], out, same)
                 self.ledger.append("COMMIT", self.run, charge=charge["hash"], steps=steps, out=out)
                 done = True
 
             try:
                 yield commit
             except BaseException as error:
-                if not done and not self._committed(charge):
-                    self.ledger.append("ABORT", self.run, charge=charge["hash"], reason=public_reason(error))
+                if not done and not self._has_commit(charge):
+                    self.ledger.append("ABORT", self.run, charge=charge["hash"], reason=code_of(error))
                 raise
+
+    def _check_output(self, steps: int, charged_steps: int, out: str, same: Entry | None) -> None:
+        """Raise PrivacyError unless an output is what was charged: its steps, and the bits of ``same``, an earlier
+        output under the same charge.
+        """
+        if steps != charged_steps:
+            raise PrivacyError(f"{steps} steps were executed, {charged_steps} were charged; the update is not released")
+        if same is not None and same["out"] != out:
+            raise NotTheSame("a repeat came to other bits than before under one charge; the update is not released")
 
     def exhausted(self, terms: Mapping[str, Any], round_number: int) -> bool:
         """Whether the budget cannot cover a further round; if so, the refusal is recorded before anybody has to ask.
@@ -163,29 +207,31 @@ class Guard:
         plan was signed, or where it was said already and nothing was charged since.
         """
         with self.ledger.locked():
-            plan = self._plan()
+            plan = self.signed
             mine = [e for e in self.ledger.entries if e["run"] == self.run and e["type"] in ("CHARGE", "CLOSE")]
             if plan is None or (mine and mine[-1]["type"] == "CLOSE"):
                 return
             count = len(charged(self.ledger.entries, self.run))
             self.ledger.append("CLOSE", self.run, plan=plan["hash"], charges=count)
 
-    def _committed(self, charge: Entry) -> bool:
+    def _has_commit(self, charge: Entry) -> bool:
         """Whether the charge has its COMMIT in the file, also if an interrupt came between writing and knowing it."""
         with_all = self.ledger.refreshed()
         return any(e["type"] == "COMMIT" and e["charge"] == charge["hash"] for e in with_all)
 
-    def _plan(self) -> Entry | None:
+    @property
+    def signed(self) -> Entry | None:
+        """This run's plan; None if there is none. Needs the ledger's lock."""
         return next((e for e in self.ledger.entries if e["type"] == "PLAN" and e["run"] == self.run), None)
 
     def _agreed(self, terms: Mapping[str, Any], round_number: int) -> Entry:
         """The signed plan, if it says what is asked."""
-        plan = self._plan()
+        plan = self.signed
         if plan is None:
             raise self._refused(round_number, "plan-mismatch", "this run signed no plan with this client")
         for name in TERMS:
-            if plan[name] != terms[name]:
-                reason = f"{name} = {_shown(terms[name])} was asked, {_shown(plan[name])} was signed"
+            if (signed := plan.get(name)) != terms[name]:
+                reason = f"{name} = {_shown(terms[name])} was asked, {_shown(signed)} was signed"
                 raise self._refused(round_number, "plan-mismatch", reason)
         return plan
 
@@ -193,15 +239,7 @@ class Guard:
         """The accountant under which one more round is allowed ("none" without a budget). Raises Refusal."""
         entries = self.ledger.entries
         mine = charged(entries, self.run)
-        asked = {
-            "type": "CHARGE",
-            "run": self.run,
-            "round": round_number,
-            "plan": plan["hash"],
-            "in": received,
-            "event": plan["event"],
-        }
-        repeated = len(charged([*entries, asked])) == len(charged(entries))
+        repeated = self._repeats(plan, round_number, received)
         if not repeated and received is not None and len(mine) >= plan["participations"]:
             raise self._refused(
                 round_number, "participations", f"{len(mine)} of {plan['participations']} rounds are used"
@@ -218,6 +256,12 @@ class Guard:
             raise self._refused(round_number, "budget-exhausted", reason)
         return admitted
 
+    def _repeats(self, plan: Entry, round_number: int, received: str | None) -> bool:
+        """Whether a charge would repeat an earlier one, and count once with it: only where noise is seeded."""
+        entries = self.ledger.entries
+        asked = {"type": "CHARGE", "run": self.run, "round": round_number, "plan": plan["hash"], "in": received}
+        return len(charged([*entries, asked])) == len(charged(entries))
+
     def _refused(self, round_number: int, kind: str, reason: str) -> Refusal:
         last = self.ledger.entries[-1] if self.ledger.entries else None
         again = (
@@ -225,9 +269,12 @@ class Guard:
             and last["type"] == "REFUSE"
             and (last["run"], last["round"], last["kind"]) == (self.run, round_number, kind)
         )
-        if last is not None and not again:  # a server that keeps asking does not fill the disk
-            self.ledger.append("REFUSE", self.run, round=round_number, kind=kind, reason=reason)
+        if last is not None and not again and self._refusals() < MOST_REFUSALS:
+            self.ledger.append("REFUSE", self.run, round=round_number, kind=kind, reason=reason[:MOST_REASON])
         return Refusal(kind, reason)
+
+    def _refusals(self) -> int:
+        return sum(e["type"] == "REFUSE" and e["run"] == self.run for e in self.ledger.entries)
 
 
 def affordable(spent: Iterable[Event], limit: float, delta: float) -> tuple[str | None, float]:
@@ -248,12 +295,6 @@ def affordable(spent: Iterable[Event], limit: float, delta: float) -> tuple[str 
             if (found := epsilon(work, delta, "pld", interval=interval)) <= limit:
                 return "pld", found
     return None, found
-
-
-def public_reason(error: BaseException) -> str:
-    """What may leave of an error: the text of our own, the kind alone of any other, whose text may quote data."""
-    kind = type(error).__name__
-    return f"{kind}: {error}"[:300] if isinstance(error, FedlabError) else f"{kind} (its text stays in the owner's log)"
 
 
 def _shown(value: Any) -> str:

@@ -32,7 +32,7 @@ COMMON = {"v", "seq", "prev", "type", "time", "run", "owner", "dataset", "hash",
 FIELDS: dict[str, set[str]] = {
     "PLAN": (
         {"key", "unit", "relation", "event", "clip", "normaliser", "delta", "n"}
-        | {"participations", "scope", "budget", "noise", "content", "code"}
+        | {"participations", "scope", "budget", "noise", "content", "configuration", "releases", "code"}
     ),
     "CHARGE": {"round", "plan", "event", "in", "filter"},
     "COMMIT": {"charge", "steps", "out"},
@@ -47,7 +47,7 @@ FIELDS: dict[str, set[str]] = {
     "FINAL": {"heads", "files", "state", "status"},
 }
 # keys that lines of the first edition lack: such ledgers are read and continued
-SINCE_2: dict[str, set[str]] = {"START": {"config"}, "ROUND": {"before"}}
+SINCE_2: dict[str, set[str]] = {"PLAN": {"configuration", "releases"}, "START": {"config"}, "ROUND": {"before"}}
 
 
 def canonical(value: Mapping[str, Any]) -> bytes:
@@ -254,8 +254,9 @@ class Ledger:
         entries = self.refreshed()
         made: list[Entry] = []
         for kind, fields in lines:
+            last = made[-1] if made else entries[-1] if entries else None
             assert set(fields) == FIELDS[kind], f"{kind} has the keys {FIELDS[kind]}, got {set(fields)}"
-            made.append(self._sealed(kind, run, fields, (made or entries or [None])[-1]))
+            made.append(self._sealed(kind, run, fields, last))
         data = b"".join(canonical(entry) + b"\n" for entry in made)
         self._unsure = True
         try:

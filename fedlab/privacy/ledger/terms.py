@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedlab.privacy.accounting import Event
@@ -22,6 +22,8 @@ TERMS = (
     "budget",
     "noise",
     "content",
+    "configuration",
+    "releases",
 )
 
 
@@ -40,7 +42,8 @@ def budget_terms(limit: float, delta: float) -> dict[str, str]:
 def plan_terms(
     event: Event, *, unit: str, clip: float, normaliser: float, delta: float, n: int, participations: int, noise: str
 ) -> dict[str, Any]:
-    """What a plan object knows of the terms; ``scope``, ``budget`` and ``content`` are the owner's to add.
+    """What a plan object knows of the terms; ``scope``, ``budget`` and ``content`` are the owner's to add,
+    ``run_terms`` the run's.
 
     Args:
         event: one round's.
@@ -63,3 +66,13 @@ def plan_terms(
         "participations": participations,
         "noise": noise,
     }
+
+
+def run_terms(configuration: str, releases: Iterable[str]) -> dict[str, Any]:
+    """What the configuration knows of the terms.
+
+    Args:
+        configuration: SHA-256 of the resolved TOML.
+        releases: names of all that leaves without noise (``fedlab.privacy.release``).
+    """
+    return {"configuration": configuration, "releases": sorted(releases)}

@@ -59,7 +59,7 @@ def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = Fal
 
 
 def prepared(config: RunConfig) -> RunConfig:
-    """The configuration as it will run: the number of clients and the base's type written down.
+    """The configuration as it will run: number of clients, names of the labels and type of the base written down.
 
     Raises ConfigError for everything that can be known to be wrong before a process is started.
     """
@@ -68,7 +68,16 @@ def prepared(config: RunConfig) -> RunConfig:
     _prepare_environment(config)
     config = check(config)
     resolved: RunConfig = load_reference(STRATEGIES)[config.strategy.name].resolved(config)
-    return resolve_dtype(resolved)
+    return resolve_dtype(_with_labels(resolved))
+
+
+def _with_labels(config: RunConfig) -> RunConfig:
+    """The same run with the names of its labels, for clients to agree on; they are those of the data."""
+    from fedlab.data import corpus_and_shards
+
+    names = corpus_and_shards(config)[0].label_names
+    objective = config.objective.model_copy(update={"labels": names})
+    return config.model_copy(update={"objective": objective})
 
 
 def resume(path: str | Path, quiet: bool = False) -> Run:

@@ -18,6 +18,7 @@ from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlab.config import RunConfig
+from fedlab.run.launch.simulated import SIMULATED
 
 logger = logging.getLogger("fedlab")
 RUN_ID = 1
@@ -34,7 +35,9 @@ class LocalGrid(Grid):
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = RUN_ID  # Message() asks for them
         self._client_app = client_app
         self._contexts = {
-            i + 10: Context(RUN_ID, i + 10, {"partition-id": i, "num-partitions": nodes}, RecordDict(), {})
+            i + 10: Context(
+                RUN_ID, i + 10, {"partition-id": i, "num-partitions": nodes, SIMULATED: True}, RecordDict(), {}
+            )
             for i in range(nodes)
         }
         self._waiting: dict[str, Message] = {}

@@ -36,6 +36,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, RunFailed
+from fedlab.run.launch.simulated import SIMULATED
 
 logger = logging.getLogger("fedlab")
 
@@ -161,6 +162,8 @@ def run_ray(server_app: Any, client_app: Any, config: RunConfig, run_config: dic
     grid.set_run(run)
     mapping = vce_api._register_nodes(config.run.nodes, state_factory)
     stores = vce_api._register_node_info_stores(mapping, run)
+    for store in stores.values():
+        store.node_config[SIMULATED] = store.retrieve_context(run.run_id).node_config[SIMULATED] = True
     backend = _backend(config)
     stop, crash = threading.Event(), list[BaseException]()
 

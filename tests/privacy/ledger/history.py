@@ -31,6 +31,7 @@ def write_history(folder: Path, parts: Any) -> tuple[bytes, bytes]:
         "scope": parts.scope_of({"a.lora_B": (4, 2), "head.weight": (3, 8)}),
         "budget": parts.budget_terms(8.0, 1e-5),
         "content": "c" * 64,
+        **parts.run_terms("f" * 64, ["timing", "size"]),
     }
     ledger = parts.Ledger(ledgers / "client-0.jsonl", "client-0", "d" * 64, key(1))
     guard = parts.Guard(ledger, "a" * 32)

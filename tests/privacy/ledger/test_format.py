@@ -24,7 +24,7 @@ from fedlab.privacy.ledger.guard import Guard, Refusal
 from fedlab.privacy.ledger.keys import public_hex
 from fedlab.privacy.ledger.ledger import FIELDS, Ledger, check_chain, lines_after, parse_lines
 from fedlab.privacy.ledger.mirror import LedgerMirror
-from fedlab.privacy.ledger.terms import budget_terms, plan_terms, scope_of
+from fedlab.privacy.ledger.terms import budget_terms, plan_terms, run_terms, scope_of
 
 HERE = Path(__file__).parent
 OWNED, RECEIPTS = ((HERE / "edition-1" / name).read_bytes() for name in ("client-0.jsonl", "receipts.jsonl"))
@@ -51,7 +51,7 @@ def test_the_same_history_is_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(writer, "datetime", Fixed)
     parts = SimpleNamespace(
         Event=Event, Ledger=Ledger, lines_after=lines_after, Guard=Guard, Refusal=Refusal, plan_terms=plan_terms,
-        budget_terms=budget_terms, scope_of=scope_of, LedgerMirror=LedgerMirror,
+        budget_terms=budget_terms, run_terms=run_terms, scope_of=scope_of, LedgerMirror=LedgerMirror,
     )  # fmt: skip
     owned, receipts = history().write_history(tmp_path, parts)
     assert owned.splitlines() == NOW[0].splitlines()

@@ -13,7 +13,7 @@ from fedlab.privacy.calibration import calibrate_sigma
 from fedlab.privacy.ledger.guard import Guard, Refusal, affordable
 from fedlab.privacy.ledger.keys import load_or_create_key
 from fedlab.privacy.ledger.ledger import Ledger, charged, events
-from fedlab.privacy.ledger.terms import budget_terms, plan_terms, scope_of
+from fedlab.privacy.ledger.terms import budget_terms, plan_terms, run_terms, scope_of
 
 EVENT = Event("poisson", 0.05, 0.9, 4)
 DELTA = 1e-5
@@ -26,7 +26,14 @@ def terms(
         event, unit="example", clip=1.0, normaliser=32.0, delta=DELTA, n=640, participations=participations, noise=noise
     )
     limit = budget_terms(budget, DELTA) if budget is not None else None
-    return {**base, "scope": scope_of({"a.lora_B": (4, 2)}), "budget": limit, "content": None, **more}
+    return {
+        **base,
+        "scope": scope_of({"a.lora_B": (4, 2)}),
+        "budget": limit,
+        "content": None,
+        **run_terms("c" * 64, ["size"]),
+        **more,
+    }
 
 
 def guard(folder: Path, run: str = "r1") -> Guard:
@@ -197,3 +204,54 @@ def test_a_receipt_must_be_signed_and_name_a_commit(tmp_path: Path):
     guarded.release(receipt)
     guarded.release(receipt)
     assert kinds(guarded) == ["PLAN", "CHARGE", "COMMIT", "RELEASE"]
+
+
+def test_a_seeded_repeat_that_comes_to_other_bits_releases_nothing(tmp_path: Path):
+    agreed, guarded = terms(noise="seeded"), guard(tmp_path)
+    guarded.plan(agreed, {})
+    for _ in range(2):
+        spend(guarded, agreed, 1)
+    with pytest.raises(PrivacyError, match="other bits"), guarded.charge(agreed, 1, f"{1:064d}") as commit:
+        commit(4, "e" * 64)
+    assert kinds(guarded) == ["PLAN", "CHARGE", "COMMIT", "CHARGE", "COMMIT", "CHARGE", "ABORT"]
+    assert guarded.ledger.entries[-1]["reason"] == "repeated"
+    assert len(charged(guarded.ledger.entries)) == 1
+    with guarded.charge(agreed, 1, "5" * 64) as commit:  # another state is another charge
+        commit(4, "e" * 64)
+    assert len(charged(guarded.ledger.entries)) == 2
+
+
+@pytest.mark.parametrize("noise", ["seeded", "secure"])
+def test_a_round_is_answered_once_where_the_owner_says_so(noise: str, tmp_path: Path):
+    agreed, guarded = terms(noise=noise), guard(tmp_path)
+    guarded.one_answer = True
+    guarded.plan(agreed, {})
+    with pytest.raises(ValueError), guarded.charge(agreed, 1, "0" * 64):  # noqa: PT011
+        raise ValueError
+    spend(guarded, agreed, 1)  # nothing had left: a charge of its own
+    with pytest.raises(Refusal, match="repeated"), guarded.charge(agreed, 1, f"{1:064d}"):
+        pass
+    assert kinds(guarded) == ["PLAN", "CHARGE", "ABORT", "CHARGE", "COMMIT", "REFUSE"]
+
+
+def test_another_configuration_than_was_signed_is_not_agreed_to(tmp_path: Path):
+    guarded = guard(tmp_path)
+    guarded.agree("e" * 64, first=True)
+    with pytest.raises(Refusal, match="signed no plan"):
+        guarded.agree("c" * 64, first=False)
+    guarded.plan(terms(), {})
+    guarded.agree("c" * 64, first=False)
+    for first in (True, False):
+        with pytest.raises(Refusal, match="configuration eeeeeeeeeeee… was asked, cccccccccccc… was signed"):
+            guarded.agree("e" * 64, first)
+    assert kinds(guarded) == ["PLAN", "REFUSE"]
+
+
+def test_refusals_do_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fedlab.privacy.ledger.guard.MOST_REFUSALS", 3)
+    guarded = guard(tmp_path)
+    guarded.plan(terms(), {})
+    for number in range(10):
+        guarded.refused(number, "policy", "x" * 10_000)
+    assert kinds(guarded) == ["PLAN", "REFUSE", "REFUSE", "REFUSE"]
+    assert len(guarded.ledger.entries[-1]["reason"]) == 300

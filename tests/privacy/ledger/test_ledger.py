@@ -51,6 +51,8 @@ def plan(ledger: Ledger, run: str = RUN, noise: str = "secure") -> dict:
         "budget": None,
         "noise": noise,
         "content": None,
+        "configuration": "c" * 64,
+        "releases": ["size"],
     }
     return ledger.append("PLAN", run, key=ledger.public, code={}, **fields, **more)
 

@@ -21,6 +21,8 @@ TERMS = plan_terms(
     "scope": "0" * 64,
     "budget": None,
     "content": None,
+    "configuration": "c" * 64,
+    "releases": ["size"],
 }
 STATE, OUT = "5" * 64, "6" * 64
 

@@ -177,7 +177,7 @@ def test_a_reply_for_somebody_else_is_ignored(run_with):
         (mine,) = reply.clients
         huge = {name: np.full(a.shape, 1e6, np.float32) for name, a in mine.releases[0].arrays.items()}
         other = replace(mine, client="client-0", releases=(Release(UPDATE, huge),))
-        failed = ClientReply("client-2", failure=Failure("said client-1", refused=True))
+        failed = ClientReply("client-2", failure=Failure("failed", refused=True))
         return replace(reply, clients=(other, mine, failed))
 
     result = run_with(whole(impersonate), "privacy={unit='none'}")
@@ -186,7 +186,7 @@ def test_a_reply_for_somebody_else_is_ignored(run_with):
 
 
 def test_a_failure_that_somebody_else_reports_is_ignored(run_with):
-    failed = ClientReply("client-2", failure=Failure("said client-1", refused=True))
+    failed = ClientReply("client-2", failure=Failure("failed", refused=True))
     result = run_with(whole(lambda reply: replace(reply, clients=(failed, *reply.clients))))
     assert result["excluded"] == 0
     assert "refused" not in result["clients"]["client-2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,19 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedlab.config import RunConfig
-from fedlab.errors import RunFailed
+from fedlab.errors import PrivacyError, RunFailed
 from fedlab.privacy.release import SIZE, public
 from fedlab.protocol import encode
-from fedlab.protocol.messages import ClientReply, DescribeReply, Enrolment, EventFields, Failure
+from fedlab.protocol.failures import explained
+from fedlab.protocol.messages import (
+    NODE_FAILURE,
+    ClientReply,
+    DescribeReply,
+    Enrolment,
+    EventFields,
+    Failure,
+    NodeFailure,
+)
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch.local import LocalGrid
 from strategies.server.discovery import discover, run_reference
@@ -30,16 +40,17 @@ def enrolment(client: str, examples: float = 10, **changes: object) -> Enrolment
 def found(tiny_toml: str, tmp_path: Path) -> Callable[..., Federation]:
     """The federation of nodes that answer like this, whatever they are asked."""
 
-    def run(*replies: DescribeReply | Exception) -> Federation:
+    def run(*replies: DescribeReply | NodeFailure | Exception, noise: str = "seeded") -> Federation:
         def app(message: Message, context: Context) -> Message:
             reply = replies[context.node_config["partition-id"]]
             if isinstance(reply, Exception):
                 raise reply
-            record = ConfigRecord(vars(encode("describe", reply)))
+            kind = NODE_FAILURE if isinstance(reply, NodeFailure) else "describe"
+            record = ConfigRecord(vars(encode(kind, reply)))
             return Message(RecordDict({RECORD: record}), reply_to=message)
 
-        config = RunConfig.parse(tiny_toml)
-        directory = RunDirectory.create(config, tmp_path / "run")
+        config = RunConfig.parse(tiny_toml, [f"privacy.noise={noise}"])
+        directory = RunDirectory.create(config, Path(tempfile.mkdtemp(dir=tmp_path)))
         reference = run_reference(directory, config, ("head",), {})
         return discover(LocalGrid(app, len(replies)), directory, config, reference, ["client-0"], None, {})
 
@@ -48,7 +59,7 @@ def found(tiny_toml: str, tmp_path: Path) -> Callable[..., Federation]:
 
 def test_clients_of_a_node_of_their_own_stay_there(found: Callable[..., Federation]):
     north, south = (DescribeReply((enrolment(name),), exclusive=True) for name in ("north", "south"))
-    federation = found(south, north)
+    federation = found(south, north, noise="secure")
     assert list(federation.clients) == ["north", "south"]
     assert federation.hosts == {"south": 10, "north": 11}
     assert federation.clients["north"].examples == 10
@@ -71,10 +82,30 @@ def test_a_size_that_is_none_is_no_weight(examples: float, found: Callable[..., 
 
 def test_a_client_that_refuses_is_known_and_never_drawn(found: Callable[..., Federation]):
     refusing = enrolment("a")
-    refusing = replace(refusing, reply=replace(refusing.reply, failure=Failure("budget-exhausted: no", refused=True)))
+    refusing = replace(refusing, reply=replace(refusing.reply, failure=Failure("budget-exhausted", refused=True)))
     federation = found(DescribeReply((refusing, enrolment("b"))))
-    assert federation.refused == {"a": "budget-exhausted: no"}
+    assert federation.refused == {"a": explained("budget-exhausted")}
     assert federation.eligible == ["b"]
+
+
+def test_outside_a_simulation_seeded_noise_ends_the_run(found: Callable[..., Federation]):
+    with pytest.raises(PrivacyError, match=r"north is on a machine of its own; set privacy\.noise"):
+        found(DescribeReply((enrolment("north"),), exclusive=True))
+
+
+def test_a_client_that_refuses_before_it_opens_its_data_is_named(found: Callable[..., Federation]):
+    refusing = Enrolment(ClientReply("a", failure=Failure("policy", refused=True)))
+    federation = found(DescribeReply((refusing, enrolment("b"))))
+    assert federation.refused == {"a": explained("policy")}
+    assert federation.eligible == ["b"]
+
+
+def test_of_a_deployment_a_node_that_cannot_take_part_is_left_out(found: Callable[..., Federation]):
+    north = DescribeReply((enrolment("north"),), exclusive=True)
+    federation = found(north, NodeFailure("configuration"), noise="secure")
+    assert list(federation.clients) == ["north"]
+    with pytest.raises(RunFailed, match=r"a node could not prepare the run: configuration: .*log\.txt"):
+        found(DescribeReply((enrolment("b"),)), NodeFailure("configuration"))
 
 
 def test_a_node_that_fails_ends_the_run_with_its_reason(found: Callable[..., Federation]):

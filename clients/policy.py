@@ -1,0 +1,150 @@
+"""What an owner allows: the policy of its own file for a deployed client, the run's own word in a simulation.
+
+A policy is asked twice. ``problem`` is asked of every request, before data are opened, with what the configuration
+says; ``problem_of_plan`` is asked once, before a plan is signed, with what the number of records makes of it. Both
+answer in words of the configuration and of the policy, since they stand in the ledger, which leaves: no record goes
+into them, and no place where records are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fedlab.config import RunConfig
+from fedlab.config.client import ClientPolicy, DataPolicy
+from fedlab.config.sections import DataSection
+from fedlab.objectives import objective_class
+from fedlab.privacy.accounting import Event, epsilon
+from fedlab.privacy.plan import DPPlan
+from fedlab.privacy.release import public_names
+
+
+class Policy(Protocol):
+    """What an owner allows."""
+
+    @property
+    def unit(self) -> str:
+        """What a run must protect: "example", "client" or "none"."""
+
+    @property
+    def one_answer(self) -> bool:
+        """Whether a round that was committed is answered with the same bytes again, or not at all."""
+
+    def problem(self, config: RunConfig, parts: Sequence[str]) -> str | None:
+        """Which key of a configuration it does not allow, or None. ``parts``: the most that is ever trained."""
+
+    def problem_of_plan(self, plan: DPPlan, beside: Sequence[Event]) -> str | None:
+        """Which term of a plan it does not allow, or None. ``beside``: events of the run beside its rounds."""
+
+
+@dataclass(frozen=True)
+class SimulationPolicy:
+    """Of the owners of a simulation: whatever the run says, since who simulates holds all data anyway.
+
+    A round that is repeated is computed and, where noise is secure, charged anew.
+    """
+
+    unit: str
+    one_answer: bool = False
+
+    def problem(self, config: RunConfig, parts: Sequence[str]) -> str | None:
+        """Nothing."""
+        return None
+
+    def problem_of_plan(self, plan: DPPlan, beside: Sequence[Event]) -> str | None:
+        """Nothing."""
+        return None
+
+
+@dataclass(frozen=True)
+class OwnPolicy:
+    """Of a client on a machine of its own.
+
+    Args:
+        rules: its owner's file.
+        budgeted: whether its owner set a budget over all runs.
+    """
+
+    rules: ClientPolicy
+    budgeted: bool
+    one_answer: bool = True
+
+    @property
+    def unit(self) -> str:
+        """What a run must protect."""
+        return self.rules.unit
+
+    def problem(self, config: RunConfig, parts: Sequence[str]) -> str | None:
+        """The first key that it does not allow."""
+        return next(self._problems(config, parts), None)
+
+    def problem_of_plan(self, plan: DPPlan, beside: Sequence[Event]) -> str | None:
+        """The first term that it does not allow."""
+        return next(self._problems_of_plan(plan, beside), None)
+
+    def _problems(self, config: RunConfig, parts: Sequence[str]) -> Iterator[str]:
+        rules, privacy = self.rules, config.privacy
+        if privacy.unit != rules.unit:
+            yield f'privacy.unit = "{privacy.unit}", the policy wants "{rules.unit}"'
+        if config.private and privacy.noise != rules.noise:
+            yield f'privacy.noise = "{privacy.noise}", the policy wants "{rules.noise}"'
+        if rules.unit == "example" and not self.budgeted:
+            yield "there is no budget-epsilon: without one, runs could follow runs for ever"
+        if rules.max_clip is not None and privacy.clip is not None and privacy.clip > rules.max_clip:
+            yield f"privacy.clip = {privacy.clip:g}, the policy allows at most {rules.max_clip:g}"
+        if config.train.batch_size < rules.min_batch:
+            yield f"train.batch_size = {config.train.batch_size}, the policy wants at least {rules.min_batch}"
+        if odd := sorted(set(parts) - set(rules.trained)):
+            yield f"{odd[0]} is to be trained, which the policy does not allow"
+        if odd := [name for name in public_names(config) if name not in rules.releases]:
+            yield f"the release {odd[0]!r} is not among those of the policy"
+        if objective_class(config.objective.name).named and not config.objective.labels:
+            yield "objective.labels is empty: clients that number their labels themselves number them differently"
+        if config.model.name not in rules.models:
+            yield "model.name is not among those of the policy"
+        for data in data_sections(config):
+            yield from _problems_of_data(data, rules.data)
+        yield from self._problems_of_noise(privacy.sigma, privacy.epsilon, privacy.delta)
+
+    def _problems_of_noise(self, sigma: float | None, spent: float | None, delta: float | None) -> Iterator[str]:
+        rules = self.rules
+        if rules.min_sigma is not None and sigma is not None and sigma < rules.min_sigma:
+            yield f"σ = {sigma:g}, the policy wants at least {rules.min_sigma:g}"
+        if rules.max_epsilon is not None and spent is not None and spent > rules.max_epsilon:
+            yield f"ε = {spent:.4g} for the run, the policy allows at most {rules.max_epsilon:g}"
+        if delta is not None and delta > rules.max_delta:
+            yield f"δ = {delta:g}, the policy allows at most {rules.max_delta:g}"
+
+    def _problems_of_plan(self, plan: DPPlan, beside: Sequence[Event]) -> Iterator[str]:
+        if plan.normaliser < self.rules.min_batch:
+            yield f"{plan.normaliser:g} expected examples per step, the policy wants at least {self.rules.min_batch}"
+        spent = None
+        if self.rules.max_epsilon is not None:
+            spent = epsilon([plan.event(plan.participations), *beside], plan.delta)
+        for sigma in (plan.sigma, *(event.sigma for event in beside)):
+            yield from self._problems_of_noise(sigma, spent, plan.delta)
+
+
+def data_sections(config: RunConfig) -> list[DataSection]:
+    """``[data]`` of the run, and as each of its tasks has it."""
+    tasks = [DataSection.model_validate({**config.data.model_dump(), **task.data}) for task in config.tasks]
+    return [config.data, *tasks]
+
+
+def _problems_of_data(asked: DataSection, allowed: DataPolicy) -> Iterator[str]:
+    column = asked.partition.column
+    if column is not None and column != allowed.column:
+        yield "data.partition.column is another than the policy's"
+    for key, value in allowed.section().model_dump(include=set(DataPolicy.model_fields)).items():
+        found = getattr(asked, key)
+        same = _place(found) == _place(value) if key.endswith("path") else found == value
+        if not same:
+            yield f"data.{key} is another than the policy's"
+
+
+def _place(path: str | None) -> str | None:
+    """A path as the file system knows it; an id of a hub is none, and stays what it is for equal spellings."""
+    return None if path is None else str(Path(path).expanduser().resolve())

@@ -1,0 +1,93 @@
+"""The reply of a node that gives nothing: codes where releases would stand, and the text in the owners' own log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from clients.log import note
+from clients.node import asked
+from clients.owner import HOME, Owners
+from clients.pending import failure_of
+from fedlab.errors import FedlabError
+from fedlab.protocol import Frame, encode
+from fedlab.protocol.failures import code_of
+from fedlab.protocol.messages import (
+    NODE_FAILURE,
+    ClientReply,
+    DescribeReply,
+    DescribeRequest,
+    Enrolment,
+    EvaluateReply,
+    EvaluateRequest,
+    GramReply,
+    GramRequest,
+    KeysReply,
+    KeysRequest,
+    NodeFailure,
+    ReceiptsReply,
+    ReceiptsRequest,
+    Request,
+    TrainReply,
+    TrainRequest,
+)
+from fedlab.run.places import LOG
+
+logger = logging.getLogger("fedlab")
+
+
+def nothing(request: Request, owners: Owners, error: Exception) -> Frame:
+    """The reply to a request that was refused, or that failed as a whole: one code for every client it concerns.
+
+    A node that could not even prepare a run of a simulation answers as a node.
+    """
+    if isinstance(request, DescribeRequest) and not owners.exclusive:
+        note(owners.log, "node", error, "the run could not be prepared")
+        return encode(NODE_FAILURE, NodeFailure(code_of(error)))
+    named = owners.present(()) if owners.exclusive else asked(request, owners)
+    replies = tuple(_reply(request, owners, client, error) for client in dict.fromkeys(named))
+    return encode(*_whole(request, owners, replies))
+
+
+def _whole(request: Request, owners: Owners, replies: tuple[ClientReply, ...]) -> tuple[str, object]:
+    """Kind and message of a reply that is made of these."""
+    now = time.time()
+    match request:
+        case DescribeRequest():
+            return "describe", DescribeReply(tuple(map(Enrolment, replies)), owners.exclusive)
+        case TrainRequest():
+            return "train", TrainReply(now, now, replies)
+        case EvaluateRequest():
+            return "evaluate", EvaluateReply(now, now, replies)
+        case GramRequest():
+            return "gram", GramReply(now, now, replies, None)
+        case ReceiptsRequest():
+            return "receipts", ReceiptsReply(replies)
+        case KeysRequest():
+            return "keys", KeysReply({})
+
+
+def _reply(request: Request, owners: Owners, client: str, error: Exception) -> ClientReply:
+    """A code, and the lines of the ledger that the server does not know, a refusal's among them."""
+    failure = failure_of(error)
+    note(owners.log, client, error, f"nothing for a {type(request).__name__}")
+    if not isinstance(request, TrainRequest | GramRequest | ReceiptsRequest):
+        return ClientReply(client, failure=failure)
+    known = next((entry.known for entry in request.clients if entry.client == client), None)
+    try:
+        lines = owners.one(client).lines_after(request.run.run, known) if known is not None else None
+    except FedlabError:
+        lines = None
+    return ClientReply(client, lines=lines, failure=failure)
+
+
+def unreadable(error: Exception, node_config: Mapping[str, object]) -> Frame:
+    """The reply where the request cannot be read, or nobody is there to be asked."""
+    ledger = node_config.get("ledger", Path.home() / HOME / "ledger")
+    if "client" in node_config:
+        note(Path(str(ledger)) / LOG, str(node_config["client"]), error, "no answer")
+    else:
+        logger.warning("a node gave no answer: %s", error)
+    return encode(NODE_FAILURE, NodeFailure(code_of(error)))

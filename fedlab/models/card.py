@@ -1,0 +1,44 @@
+"""What lies beside a saved adapter for whoever loads it: the labels' names, and a model card."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fedlab.models.encoder import SentenceClassifier
+from fedlab.models.loaded import LoadedModel
+
+LABELS = "labels.json"  # beside the adapter: what from_pretrained has to be told of the base
+LOAD = """import json
+from peft import {auto}
+
+told = json.load(open("adapter/labels.json"))  # names of the outputs, and so the size of the head
+told["id2label"] = {{int(i): name for i, name in told["id2label"].items()}}  # keys of JSON are strings
+model = {auto}.from_pretrained("adapter", **told)"""
+# such a base has pooling of its own, which transformers does not know
+LOAD_ENCODER = """from fedlab.models.plain import load_run
+
+model = load_run(".")  # the directory that holds run.toml and adapter/"""
+
+
+def arguments(loaded: LoadedModel) -> dict[str, Any]:
+    """What ``from_pretrained`` has to be told of the base: the labels' names, and padding that it does not know."""
+    names = loaded.objective.labels
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    padding = {"pad_token_id": loaded.tokenizer.pad_token_id}
+    return (labels if names else {}) | (padding if loaded.told_padding else {})
+
+
+def model_card(loaded: LoadedModel) -> str:
+    """What the adapter is, its labels, and how to load it, in Markdown."""
+    config: Any = loaded.module.peft_config["default"]
+    base, names = json.dumps(config.base_model_name_or_path), loaded.objective.labels
+    auto = f"AutoPeft{loaded.objective.auto_class.removeprefix('Auto')}"
+    encoder = isinstance(loaded.module.get_base_model(), SentenceClassifier)
+    rows = [f"- {i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(names)]
+    parts = [
+        f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, fedlab]\n---\n# LoRA adapter of {base}",
+        *(["Labels, in the order of the outputs (`labels.json`):", "\n".join(rows)] if names else []),
+        f"```python\n{LOAD_ENCODER if encoder else LOAD.format(auto=auto)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
