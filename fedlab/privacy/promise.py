@@ -133,7 +133,8 @@ def promise(config: RunConfig, epsilon: float | str, delta: float | None) -> str
     return (
         f"Every update that a client sent, and everything computed from them, is (ε, δ)-differentially private for"
         f" **{UNIT[unit]}**: the largest ε over the clients is **{shown}** at {at} ({NEIGHBOURS[unit]}). {TRUST[unit]}"
-        " A person with records at several clients, or with several at one, is protected less: their ε adds up."
+        " A person with records at several clients, or with k at one, is protected less: the ε of several clients add"
+        " up, and k records at one client can cost more than k times its ε."
     )
 
 

@@ -87,10 +87,11 @@ sigma = 1.0
 clip = 1.0
 """
     patch = pytest.MonkeyPatch()
-    patch.setattr(Accounts, "destroy_keys", lambda self: shutil.move(path / "ledger" / "keys", kept / "keys"))
     for name in ("line_chart", "bar_chart"):  # the same figure once: half a second each
         patch.setattr(fedlab.report.plots, name, _once(getattr(fedlab.report.plots, name)))
-    fedlab.simulate(RunConfig.parse(text), path, quiet=True)
+    with pytest.MonkeyPatch.context() as keeping:
+        keeping.setattr(Accounts, "destroy_keys", lambda self: shutil.move(path / "ledger" / "keys", kept / "keys"))
+        fedlab.simulate(RunConfig.parse(text), path, quiet=True)
     private = {file.stem: load_or_create_key(file) for file in (kept / "keys").glob("*.pem")}
     files = {f.relative_to(path).as_posix(): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
     start = json.loads(files["receipts.jsonl"].split(b"\n")[0])

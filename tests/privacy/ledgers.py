@@ -163,6 +163,7 @@ def write_run(
         happens = (events or {}).get(name) or (event() if unit == "example" else event(1.0, 1.0, 1, "full"))
         n = round(20 / float.fromhex(happens["q"])) if unit == "example" else clients
         terms = {"n": n, "normaliser": (20.0 if unit == "example" else float(n)).hex(), "participations": rounds}
+        terms["configuration"] = sha(toml)
         file.plan(happens, unit=unit, **{**terms, **plan})
     after = state_digest(STATE)
     for r in range(1, rounds + 1):
