@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ def audit_directory(path: Path, keys: Path | None, kept: Sequence[Path], as_json
 
     Returns:
         The exit code: 0 where the verdict is what was asked for (``verified`` if keys or kept ledgers were given, else
-        ``consistent``, or no DP), 5 where it is less, 3 where something is wrong.
+        also ``consistent`` or no DP), 5 where it is less, 3 where something is wrong.
     """
     from fedlab.privacy.audit.render import render
     from fedlab.privacy.audit.run import audit_run, load_kept, load_keys
@@ -30,15 +32,23 @@ def audit_directory(path: Path, keys: Path | None, kept: Sequence[Path], as_json
         from fedlab.run.stream_audit import audit_stream, render_stream
 
         stream = audit_stream(path, published, held)
-        text, found, verdict = render_stream(stream, render), stream.to_dict(), stream.verdict
+        text, found, verdict = render_stream(stream), stream.to_dict(), stream.verdict
     else:
         one = audit_run(path, published, held, regenerate)
         text, found, verdict = render(one), one.to_dict(), one.verdict
-    print(json.dumps(found, indent=2, allow_nan=False) if as_json else text)
+    _say(json.dumps(found, indent=2, allow_nan=False) if as_json else text)
     if verdict == "failed":
         return FAILED
-    asked = ("verified", "no-dp") if published is not None or held is not None else ("verified", "consistent", "no-dp")
+    asked = ("verified",) if published is not None or held is not None else ("verified", "consistent", "no-dp")
     return 0 if verdict in asked else LESS
+
+
+def _say(text: str) -> None:
+    """Print; who reads only the beginning (``| head -1``) still gets the exit code."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_stream(path: Path) -> bool:
@@ -66,7 +76,7 @@ def audit_trainer(
 
     loaded = check(RunConfig.load(config, list(overrides)))
     found = empirical_audit(loaded, canaries, seed, production)
-    print(json.dumps(jsonable(found.to_dict()), indent=2, allow_nan=False) if as_json else render(found))
+    _say(json.dumps(jsonable(found.to_dict()), indent=2, allow_nan=False) if as_json else render(found))
     if config.name == "run.toml" and (config.parent / "environment.json").is_file() and not overrides:
         directory = RunDirectory.open(config.parent)
         directory.write_json(EMPIRICAL, found.to_dict())

@@ -18,6 +18,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import FedlabError
 from fedlab.privacy.audit.directory import AuditedDirectory, read_result
 from fedlab.privacy.audit.files import TABLE
+from fedlab.privacy.audit.render import headed, render
 from fedlab.privacy.audit.run import RunAudit, Verdict, audit_run
 from fedlab.report.stream import render_stream_report
 from fedlab.run.directory import FINISHED, json_text
@@ -137,9 +138,9 @@ def _check_ledgers(audit: AuditedDirectory, there: list[str], finished: bool) ->
             audit.find(f"{there[-1]}/ledger/{file}", "is missing: the stream's ledger has it")
 
 
-def render_stream(audit: StreamAudit, render_task: Any) -> str:
+def render_stream(audit: StreamAudit) -> str:
     """The human form: the whole first, then each task."""
-    lines = [f"stream: {audit.verdict.upper()}", *audit.findings]
+    lines = [f"stream {headed(audit.verdict, len(audit.findings))}", *audit.findings]
     lines += [f"note: {note}" for note in audit.notes] + [f"not covered: {text}" for text in audit.not_covered]
-    tasks = [f"{name}\n{render_task(one)}" for name, one in audit.tasks.items()]
+    tasks = [f"{name}\n{render(one)}" for name, one in audit.tasks.items()]
     return "\n\n".join(["\n".join(lines), *tasks]).encode("utf-8", "backslashreplace").decode("utf-8")

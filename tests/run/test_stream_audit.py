@@ -12,7 +12,7 @@ import pytest
 
 import fedlab
 from fedlab.config import RunConfig
-from fedlab.run.stream_audit import StreamAudit, audit_stream
+from fedlab.run.stream_audit import StreamAudit, audit_stream, render_stream
 
 DP = ["privacy={unit='example', sigma=1.0, clip=1.0}", "run.rounds=1", "strategy={name='fedavg'}"]
 
@@ -50,6 +50,9 @@ def test_a_stream_is_audited_as_a_whole(stream: Path, tmp_path: Path):
         audit = audit_stream(place)
         assert (audit.verdict, audit.findings) == ("consistent", ()), audit
         assert list(audit.tasks) == tasks
+    said = render_stream(audit)
+    assert said.startswith("stream CONSISTENT: it fits together. Whoever can write this directory could have made all")
+    assert all(f"\n{task}\nCONSISTENT: " in said for task in tasks)
     published = keys_of(stream, tasks)
     kept = {"kept": next((stream / "ledger").rglob("client-0.jsonl")).read_bytes()}
     assert audit_stream(stream, published).verdict == "verified"

@@ -6,7 +6,7 @@ import math
 from decimal import ROUND_CEILING, Decimal
 
 from fedlab.privacy.audit.lines import Finding
-from fedlab.privacy.audit.run import RunAudit
+from fedlab.privacy.audit.run import RunAudit, Verdict
 
 COLUMNS = ("delta", "epsilon_claimed", "epsilon_pld", "epsilon_rdp", "epsilon_prv", "epsilon_unamplified")
 COUNTS = ("charges", "commits", "releases", "refusals", "runs", "lines")
@@ -26,9 +26,7 @@ HEADS = {
 
 def render(audit: RunAudit) -> str:
     """Verdict, table of clients, findings, notes and what is not covered, as text for a terminal."""
-    count = len(audit.findings)
-    failed = f"FAILED: {count} finding{'s' if count != 1 else ''}; nothing below is vouched for"
-    lines = [HEADS.get(audit.verdict, failed)]
+    lines = [headed(audit.verdict, len(audit.findings))]
     if audit.per_client:
         found = zip(("PLD", "RDP", "PRV"), (audit.epsilon_pld, audit.epsilon_rdp, audit.epsilon_prv), strict=True)
         shown = "recomputed " + ", ".join(f"{_number(value)} ({name})" for name, value in found)
@@ -39,6 +37,12 @@ def render(audit: RunAudit) -> str:
     lines += [f"note: {note}" for note in audit.notes]
     lines += [f"not covered: {str(Finding(text, None, ''))[:-2]}" for text in audit.not_covered]
     return "\n".join([*lines, f"{audit.seconds:.1f} s"]).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def headed(verdict: Verdict, findings: int) -> str:
+    """What is said first of all: the verdict, and what it does not say."""
+    failed = f"FAILED: {findings} finding{'s' if findings != 1 else ''}; nothing below is vouched for"
+    return HEADS.get(verdict, failed)
 
 
 def _table(audit: RunAudit) -> list[str]:

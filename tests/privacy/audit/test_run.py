@@ -445,6 +445,11 @@ def test_no_dp_is_said_and_must_be_true(root: Path):
     audit = audit_run(root)
     assert (audit.verdict, audit.epsilon_pld, audit.epsilon_claimed) == ("no-dp", None, None)
     assert render(audit).startswith("NO DP")
+    (root.parent / "keys.json").write_text("{}")
+    command = CliRunner().invoke(app, ["audit", str(root)])
+    assert (command.exit_code, command.output.startswith("NO DP")) == (0, True)
+    asked = CliRunner().invoke(app, ["audit", str(root), "--keys", str(root.parent / "keys.json")])
+    assert asked.exit_code == 5, "less than was asked for"
 
 
 def test_a_run_that_did_not_end_has_no_final(root: Path):
