@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedlab._validate import positive
@@ -104,13 +105,13 @@ class DPPlan:
         Returns:
             name → float64 tensor of the same shape, on the same device.
         """
-        return {
-            name: (
-                (total.double() + noise.draw(tuple(total.shape), self.sigma * self.clip).to(total.device))
-                / self.normaliser
-            )
-            for name, total in sorted(clipped_sum.items())
-        }
+        names = sorted(clipped_sum)
+        drawn = [noise.draw(tuple(clipped_sum[name].shape), self.sigma * self.clip).flatten() for name in names]
+        total = torch.cat([clipped_sum[name].flatten().double() for name in names])
+        # joined, so that noise goes to a GPU in one piece
+        released = (total + torch.cat(drawn).to(total.device)) / self.normaliser
+        parts = released.split([len(part) for part in drawn])
+        return {name: part.view(clipped_sum[name].shape) for name, part in zip(names, parts, strict=True)}
 
     def epsilon(self, rounds: int) -> float:
         """ε of so many rounds at this plan's δ (PLD, upper bound)."""
