@@ -11,11 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-import fedlab.report.plots
-import fedlab.report.stream
-
 OPEN = {"log.txt"}  # what the seal cannot cover, and the audit names
 Files = dict[str, bytes]
 Mutation = tuple[str, Callable[[Path], None]]
@@ -209,25 +204,3 @@ def replace_tree(root: Path, files: Files) -> None:
     for name, data in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
-
-
-def draw_once(patch: pytest.MonkeyPatch) -> None:
-    """Draw the same figure of a report once: it takes half a second."""
-    for module, name in (
-        (fedlab.report.plots, "line_chart"),
-        (fedlab.report.plots, "bar_chart"),
-        (fedlab.report.stream, "heat_map"),
-    ):
-        patch.setattr(module, name, _once(getattr(module, name)))
-
-
-def _once(function: Callable[..., str]) -> Callable[..., str]:
-    made: dict[str, str] = {}
-
-    def cached(*arguments: Any) -> str:
-        key = repr(arguments)
-        if key not in made:
-            made[key] = function(*arguments)
-        return made[key]
-
-    return cached

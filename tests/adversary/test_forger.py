@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tiny_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(tiny_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, drawn_once: None) -> Run:
     from fedlab.privacy.ledger.keys import load_or_create_key
 
     path, kept = tmp_path_factory.mktemp("forger") / "run", tmp_path_factory.mktemp("keys")
@@ -86,8 +86,6 @@ unit = "example"
 sigma = 1.0
 clip = 1.0
 """
-    patch = pytest.MonkeyPatch()
-    forging.draw_once(patch)
     with pytest.MonkeyPatch.context() as keeping:
         keeping.setattr(Accounts, "destroy_keys", lambda self: shutil.move(path / "ledger" / "keys", kept / "keys"))
         fedlab.simulate(RunConfig.parse(text), path, quiet=True)
@@ -95,8 +93,7 @@ clip = 1.0
     files = {f.relative_to(path).as_posix(): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
     start = json.loads(files["receipts.jsonl"].split(b"\n")[0])
     modes = {name: (path / name).stat().st_mode & 0o777 for name in files}
-    yield Run(path, files, {"server": start["key"], **start["clients"]}, private, modes)
-    patch.undo()
+    return Run(path, files, {"server": start["key"], **start["clients"]}, private, modes)
 
 
 def wrongly(audit: RunAudit) -> bool:

@@ -34,8 +34,7 @@ def changes(files: dict[str, bytes], tasks: list[str], outside: Path) -> list[An
 
 
 @pytest.mark.parametrize("step", [199, pytest.param(1, marks=pytest.mark.slow)])
-def test_no_mutation_of_a_stream_passes(stream_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int):
-    forging.draw_once(monkeypatch)
+def test_no_mutation_of_a_stream_passes(stream_toml: str, tmp_path: Path, step: int, drawn_once: None):
     path, outside = fedlab.simulate(RunConfig.parse(stream_toml, DP), tmp_path / "run", quiet=True).path, tmp_path / "x"
     outside.mkdir()
     files = {f.relative_to(path).as_posix(): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}

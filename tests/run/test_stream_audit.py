@@ -41,7 +41,7 @@ def keys_of(path: Path, tasks: list[str]) -> dict[str, str]:
     return {"server": start["key"], **start["clients"]}
 
 
-def test_a_stream_is_audited_as_a_whole(stream: Path, tmp_path: Path):
+def test_a_stream_is_audited_as_a_whole(stream: Path, tmp_path: Path, drawn_once: None):
     assert not list(stream.rglob("*.pem")), "the keys go with the last task"
     tasks = sorted(p.name for p in stream.glob("task-*"))
     moved = tmp_path / "elsewhere"
