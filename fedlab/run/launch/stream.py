@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -115,6 +116,7 @@ def _go_on(directory: RunDirectory, quiet: bool) -> Run:
             if status == "budget-exhausted":  # whoever could not cover a round of this task covers none of the next
                 break
     result = collect(config, done)
+    _destroy_keys(config, directory.path)
     directory.write_json("result.json", {"status": status, **result})
     write_stream_report(directory.path)
     if not quiet:
@@ -139,6 +141,14 @@ def _told(directory: RunDirectory, done: list[Path]) -> Iterator[None]:
             if done:
                 write_stream_report(directory.path)
         raise
+
+
+def _destroy_keys(config: RunConfig, path: Path) -> None:
+    """Keys that only this stream used go with its last task; those of ``privacy.ledger`` elsewhere go on."""
+    own = path / "ledger"
+    if config.private and config.privacy.ledger == str(own):
+        for keys in own.glob("*/keys"):
+            shutil.rmtree(keys, ignore_errors=True)
 
 
 def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
