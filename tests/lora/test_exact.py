@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlab.lora.exact import add_low_rank, compress, corrected_b, mean_of_products, residual_of_mean
+from fedlab.lora.exact import add_low_rank, compress, mean_of_products, residual_of_mean
 
 SHAPES = [
     (30, 12, 4),
@@ -289,23 +289,6 @@ def test_no_perturbed_approximation_is_better(m: int, n: int, k: int, seed: int,
     for step in (1e-4, 1e-2, 1.0):
         other = (B2.numpy() + step * draws.normal(size=B2.shape)) @ (A2.numpy() + step * draws.normal(size=A2.shape))
         assert np.linalg.norm(other - wanted) >= error - 1e-10
-
-
-@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
-def test_the_ridge_of_a_correction_is_relative_to_the_size_of_a(scale: float):
-    """The same products as A·s and B/s: the corrected product is the same, and λ is a share of the mean of A·Aᵀ."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = [
-        (torch.randn(6, 3, generator=generator).double(), torch.randn(3, 8, generator=generator).double())
-        for _ in range(3)
-    ]
-    weights, ridge = [0.5, 0.3, 0.2], 0.1
-    B, A = (sum(p * pair[i] for pair, p in zip(pairs, weights, strict=True)) for i in (0, 1))
-    found = corrected_b(B / scale, A * scale, [(b / scale, a * scale) for b, a in pairs], weights, ridge) @ A * scale
-    error = sum(p * b @ a for (b, a), p in zip(pairs, weights, strict=True)) - B @ A
-    share = ridge * torch.trace(A @ A.T) / 3 * torch.eye(3).double()
-    wanted = B @ A + error @ A.T @ torch.linalg.inv(A @ A.T + share) @ A
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_inputs_stay_as_they_were():
