@@ -1,4 +1,4 @@
-"""The correction of B against its definition, whatever the size of A (more of it in tests/strategies/test_hetlora.py)."""
+"""The correction of B against its definition; what else holds of it is in tests/strategies/test_hetlora.py."""
 
 from __future__ import annotations
 

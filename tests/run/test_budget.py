@@ -82,8 +82,8 @@ def test_a_budget_below_one_round_ends_with_exit_code_3_and_spends_nothing(tiny_
 
 def test_a_second_run_on_the_same_data_starts_from_what_is_spent(tiny_toml: str, tmp_path: Path):
     shared = f"privacy.ledger={tmp_path / 'shared'}"
-    alone = simulate(tiny_toml, tmp_path / "alone", "run.rounds=4")
-    first = simulate(tiny_toml, tmp_path / "first", shared, "run.rounds=2")
+    alone = simulate(tiny_toml, tmp_path / "alone", "run.rounds=3")
+    first = simulate(tiny_toml, tmp_path / "first", shared, "run.rounds=1")
     second = simulate(tiny_toml, tmp_path / "second", shared, "run.rounds=2", "run.seed=9")
     told = second.result["clients"]["client-0"]
     assert told["epsilon_before"] == pytest.approx(first.result["clients"]["client-0"]["epsilon"], rel=1e-9)
