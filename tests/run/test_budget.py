@@ -48,6 +48,7 @@ def test_clients_stop_at_their_budget_and_the_adapter_is_saved(tiny_toml: str, t
     run = simulate(tiny_toml, tmp_path / "run", "run.rounds=5", f"privacy.budget.epsilon={limit}")
     assert (run.result["status"], run.result["rounds"]) == ("budget-exhausted", 2)
     assert run.result["epsilon"] <= limit
+    assert all(c["participations"] == 2 for c in run.result["clients"].values()), "nobody is asked who cannot pay"
     assert run.result["adapter_digest"] == free.result["adapter_digest"], (
         "a limit changes when a run ends, not what it computes"
     )
