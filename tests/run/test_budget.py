@@ -48,6 +48,7 @@ def test_clients_stop_at_their_budget_and_the_adapter_is_saved(tiny_toml: str, t
     run = simulate(tiny_toml, tmp_path / "run", "run.rounds=5", f"privacy.budget.epsilon={limit}")
     assert (run.result["status"], run.result["rounds"]) == ("budget-exhausted", 2)
     assert run.result["epsilon"] <= limit
+    assert all(c["participations"] == 2 for c in run.result["clients"].values()), "nobody is asked who cannot pay"
     assert run.result["adapter_digest"] == free.result["adapter_digest"], (
         "a limit changes when a run ends, not what it computes"
     )
@@ -83,8 +84,8 @@ def test_a_budget_below_one_round_ends_with_exit_code_3_and_spends_nothing(tiny_
 
 def test_a_second_run_on_the_same_data_starts_from_what_is_spent(tiny_toml: str, tmp_path: Path):
     shared = f"privacy.ledger={tmp_path / 'shared'}"
-    alone = simulate(tiny_toml, tmp_path / "alone", "run.rounds=4")
-    first = simulate(tiny_toml, tmp_path / "first", shared, "run.rounds=2")
+    alone = simulate(tiny_toml, tmp_path / "alone", "run.rounds=3")
+    first = simulate(tiny_toml, tmp_path / "first", shared, "run.rounds=1")
     second = simulate(tiny_toml, tmp_path / "second", shared, "run.rounds=2", "run.seed=9", "data.seed=3")
     told = second.result["clients"]["client-0"]
     assert told["epsilon_before"] == pytest.approx(first.result["clients"]["client-0"]["epsilon"], rel=1e-9)
