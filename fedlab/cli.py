@@ -1,6 +1,6 @@
 """The ``fedlab`` command: thin over the library.
 
-Exit codes: 0 done, 2 wrong usage, 3 privacy, 4 run failed, 130 interrupted.
+Exit codes: 0 done, 2 wrong usage, 3 privacy, 4 run failed, 5 audit: less can be said than was asked, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -102,25 +102,26 @@ def audit(
     seed: Annotated[int, typer.Option("--seed", help="with --empirical: of coins and coordinates")] = 0,
     set_: SetOption = None,
     keys: Annotated[
-        Path | None, typer.Option("--keys", help="JSON file client → public key, published elsewhere", metavar="FILE")
+        Path | None, typer.Option("--keys", help="JSON file owner → public key, published elsewhere", metavar="FILE")
+    ] = None,
+    kept: Annotated[
+        list[Path] | None,
+        typer.Option("--kept", help="a client's own ledger, kept at home; may be repeated", metavar="FILE"),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Recompute ε from the ledgers of a run and compare with what was claimed; or test the trainer itself.
 
-    Exit code 3 with findings.
+    Exit code 0: verified, or consistent where neither --keys nor --kept was given; 5: less than that; 3: failed.
     """
 
     def run() -> None:
         from fedlab.run.audit import audit_directory, audit_trainer
 
-        wrong = (
-            audit_trainer(target, set_ or [], canaries, seed, production, json_)
-            if empirical
-            else audit_directory(target, keys, json_)
-        )
-        raise SystemExit(3 if wrong else 0)
+        if empirical:
+            raise SystemExit(3 if audit_trainer(target, set_ or [], canaries, seed, production, json_) else 0)
+        raise SystemExit(audit_directory(target, keys, kept or [], json_))
 
     _guarded(run, debug)
 
@@ -239,8 +240,11 @@ def _guarded(action: Callable[[], None], debug: bool, quiet: bool = False) -> No
     except KeyboardInterrupt as error:
         _fail(error, debug, "interrupted", Interrupted.exit_code)
     except Exception as error:
-        if isinstance(error, OSError) or unwritable(error) is not None:  # the machine's fault, not fedlab's
-            _fail(error, debug, str(unwritable(error) or f"{error.filename}: {error.strerror}"), 4)
+        told: object = unwritable(error)
+        if told is None and isinstance(error, OSError):
+            told = f"{error.filename}: {error.strerror}"
+        if told is not None:  # the machine's fault, not fedlab's
+            _fail(error, debug, str(told), 4)
         _fail(error, debug, f"{type(error).__name__}: {error} (this is a bug in fedlab; --debug shows where)", 4)
 
 

@@ -36,6 +36,12 @@ class PrivacyError(FedlabError):
     code = "ledger"
 
 
+class Unreachable(PrivacyError):
+    """No noise gives the ε that is asked for."""
+
+    code = "configuration"
+
+
 class NotPerExample(PrivacyError):
     """A model's per-example gradients are not per example, so that no clip would hold."""
 

@@ -52,9 +52,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Make or replace a file; its folder must be there. Text is written as UTF-8."""
+def write(path: Path, content: str | bytes, mode: int | None = None) -> None:
+    """Make or replace a file; its folder must be there. Text is written as UTF-8.
+
+    ``mode``: its permissions, from before it holds anything; default: those that the umask leaves.
+    """
     with replacing(path) as temporary:
+        if mode is not None:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT, mode))
         temporary.write_bytes(_bytes(content))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from fedlab.data.partition import describe
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.privacy.statement import write_statement
 from fedlab.run import interrupt
-from fedlab.run.directory import RunDirectory
+from fedlab.run.data import record_data
+from fedlab.run.deals import record_deals
+from fedlab.run.directory import RunDirectory, json_text, jsonable
 from fedlab.run.launch import prepared
 from fedlab.run.metrics import MetricsLog
 from fedlab.run.progress import make_progress
+from fedlab.run.seal import ADAPTER, UNSEALED_ADAPTER, measure
 from strategies.server.epilogue import epilogue
 from strategies.server.loop import Rounds
 from strategies.server.task_boundary import end_stage
@@ -51,12 +55,17 @@ def main(grid: Grid, context: Context) -> None:
     try:
         with progress:
             progress.note("preparing model and data")
+            report = record_data(directory.path, config)
+            for line in report.lines():
+                logger.info("%s", line)
+                progress.remark(line)
+            record_deals(config, directory.path)
             corpus, shards = corpus_and_shards(config)
-            directory.write_text("partition.json", describe(shards, corpus))
+            directory.write_text("partition.json", describe(shards, corpus), mode=0o600)
             rounds = Rounds(grid, config, directory, events, progress)
             status = rounds.run()
             end_stage(rounds, status)
-            result = _finish(directory, rounds, status, started)
+            result = _finish(directory, rounds, events, status, started)
             progress.finished(result)
     except BaseException as error:
         _leave(directory, rounds, error, started)
@@ -76,21 +85,38 @@ def _directory(context: Context) -> RunDirectory:
     return RunDirectory.create(prepared(RunConfig.load(preset)), None)
 
 
-def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float) -> dict[str, Any]:
-    from fedlab.models.plain import save_checked
-    from fedlab.report.html import write_report
+def _finish(directory: RunDirectory, rounds: Rounds, events: MetricsLog, status: str, started: float) -> dict[str, Any]:
+    """Save, claim, seal, and only then show: whatever is cut off in between, nothing lies there without its seal."""
+    from fedlab.report.html import render_report
 
+    path = directory.path
     rounds.save_personal_adapters()
-    if not (directory.path / "adapter").is_dir():  # whole, if it is there: the run was cut off after it
-        save_checked(rounds.session.model, rounds.state, directory.path / "adapter", rounds.config)
-    rounds.finish(status)
-    write_statement(directory.path, list(rounds.federation.clients))
-    result = {"status": status, **rounds.result(), "seconds": round(time.time() - started, 2)}
+    _save_adapter(rounds, path)
+    rounds.close()
+    known = rounds.result()
+    write_statement(path, known["clients"])
+    result = {"status": status, **known, "seconds": round(time.time() - started, 2)}
     result |= epilogue(directory, rounds, result)
-    directory.write_json("result.json", result)
-    write_report(directory.path)
+    events.close()  # what happens from here on is not in metrics.jsonl
+    later = {"report.html": render_report(path, jsonable(result)), "result.json": json_text(result)}
+    rounds.seal(measure(path, later), status)
+    if (path / UNSEALED_ADAPTER).is_dir():
+        (path / UNSEALED_ADAPTER).rename(path / ADAPTER)
+    for name, text in later.items():
+        directory.write_text(name, text)
     rounds.accounts.destroy_keys()
     return result
+
+
+def _save_adapter(rounds: Rounds, path: Path) -> None:
+    """Under another name until it is sealed; whole, if it is there: the run was cut off after it."""
+    from fedlab.models.plain import REJECTED, save_checked
+
+    if (path / ADAPTER).is_dir():
+        return
+    shutil.rmtree(path / UNSEALED_ADAPTER, ignore_errors=True)
+    rejected = path / (ADAPTER + REJECTED)
+    save_checked(rounds.session.model, rounds.state, path / UNSEALED_ADAPTER, rounds.config, rejected)
 
 
 def _leave(directory: RunDirectory, rounds: Rounds | None, error: BaseException, started: float) -> None:
@@ -102,7 +128,7 @@ def _leave(directory: RunDirectory, rounds: Rounds | None, error: BaseException,
 def _record(directory: RunDirectory, rounds: Rounds | None, error: BaseException, started: float) -> None:
     from fedlab.report.html import write_report
 
-    if rounds is not None and directory.finished:  # all is there but, perhaps, the report
+    if rounds is not None and directory.finished:  # all is there and sealed
         rounds.accounts.destroy_keys()
         return
     status = "interrupted" if isinstance(error, INTERRUPTS) else "failed"
@@ -115,7 +141,7 @@ def _record(directory: RunDirectory, rounds: Rounds | None, error: BaseException
     try:
         known = rounds.result() if rounds is not None else _known_before(directory)
         if rounds is not None:  # what was spent is spent, however the run ended
-            write_statement(directory.path, list(rounds.federation.clients))
+            write_statement(directory.path, known["clients"])
     except Exception as second:  # the result itself may be what broke
         known = {"result_error": str(second)}
     result = {"status": status, "reason": reason, **known, "seconds": round(time.time() - started, 2)}

@@ -31,8 +31,11 @@ def whole_modules(base: nn.Module, found: Iterable[str], name: str) -> list[str]
         ConfigError: a parameter that the checkpoint lacks belongs to a module with parts of its own that it does not
             lack: the "head" would be the model's body.
     """
+    found = set(found)
+    if found:  # DistilBERT's pre_classifier too, where the checkpoint brings it
+        found |= {module for module, part in base.named_modules() if module.endswith(WRAPPED_BY_PEFT) and _holds(part)}
     lifted = set()
-    for module in found:
+    for module in sorted(found):
         outermost = _outermost(module)
         owner = base.get_submodule(module)
         inside = any(True for child in owner.children() for _ in child.parameters())
@@ -43,6 +46,10 @@ def whole_modules(base: nn.Module, found: Iterable[str], name: str) -> list[str]
             )
         lifted.add(outermost)
     return sorted(m for m in lifted if not any(m.startswith(f"{other}.") for other in lifted))
+
+
+def _holds(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def _outermost(module: str) -> str:

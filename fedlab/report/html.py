@@ -45,14 +45,19 @@ UNKNOWN: dict[str, Any] = {  # of a run that ended before its clients were known
 
 def write_report(path: Path) -> Path:
     """Write ``report.html`` into the run directory and return its path. Raises ConfigError if the run has no result yet."""
-    from fedlab.report.plots import bar_chart, line_chart
-
     directory = RunDirectory.open(path)
     result = directory.result
     if result is None:
         raise ConfigError(f"{str(path)!r} has no result to report on; fedlab resume goes on with it")
-    result = {**UNKNOWN, **result}
-    config = directory.config
+    directory.write_text("report.html", render_report(path, result))
+    return path / "report.html"
+
+
+def render_report(path: Path, result: dict[str, Any]) -> str:
+    """The page: the same bytes for the same files and ``result``, which is what ``result.json`` holds."""
+    from fedlab.report.plots import bar_chart, line_chart
+
+    config, result = RunDirectory.open(path).config, {**UNKNOWN, **result}
     told = path / "metrics.jsonl"
     lines = [json.loads(line) for line in told.read_text(encoding="utf-8").splitlines()] if told.is_file() else []
     scored, trained = _phase(lines, "evaluate"), _phase(lines, "train")
@@ -63,17 +68,12 @@ def write_report(path: Path) -> Path:
             curve = (rounds, [math.nan if (v := line["scores"][name]) is None else v for line in scored])
             figures.append(line_chart(f"Held-out {name}", {name: curve}, name))
     if trained and isinstance(trained[-1]["epsilon"], float):
-        figures.append(
-            line_chart(
-                "Privacy spent",
-                {"ε": ([t["round"] for t in trained], [t["epsilon"] for t in trained])},
-                "ε of the worst client",
-            )
-        )
+        spent = ([t["round"] for t in trained], [t["epsilon"] for t in trained])
+        figures.append(line_chart("Privacy spent", {"ε": spent}, "ε of the worst client"))
     scores = {c: info["score"] for c, info in result["clients"].items() if info["score"] is not None}
     if scores:
         figures.append(bar_chart(f"{result['primary']} per client", list(scores), list(scores.values()), "held-out"))
-    page = (
+    return (
         Environment(autoescape=True)
         .from_string(TEMPLATE)
         .render(
@@ -92,8 +92,6 @@ def write_report(path: Path) -> Path:
             environment=(path / "environment.json").read_text(encoding="utf-8"),
         )
     )
-    directory.write_text("report.html", page)
-    return path / "report.html"
 
 
 def _phase(lines: list[dict[str, Any]], phase: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ any format.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -27,11 +28,11 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.files import write
 
-FORMAT = 2  # of the files of a run; raise when a run of before could not be resumed
+FORMAT = 3  # of the files of a run; raise when a run of before could not be resumed
 # What a start makes before the first round, and what only a run has that got further.
 STARTED = {
-    *("run.toml", "environment.json", "result.json", "partition.json", "metrics.jsonl", "log.txt", "report.html"),
-    *("PRIVACY.md", "receipts.jsonl", "ledger", "tensorboard", "bases"),
+    *("run.toml", "environment.json", "result.json", "partition.json", "data.json", "metrics.jsonl"),
+    *("log.txt", "report.html", "PRIVACY.md", "receipts.jsonl", "ledger", "tensorboard", "bases"),
 }
 KEPT = {"checkpoints", "adapter", "personal", "memory.safetensors", "task.json", "empirical.json"}
 FINISHED = ("completed", "budget-exhausted")  # the states of a run that ended by itself
@@ -173,15 +174,28 @@ class RunDirectory:
         result = self.result
         return result if result is not None and result["status"] in FINISHED else None
 
-    def write_text(self, name: str, text: str) -> None:
-        """Replace a file atomically: readers see the old one or the new one, also after a crash."""
+    def write_text(self, name: str, text: str, mode: int | None = None) -> None:
+        """Replace a file atomically: readers see the old one or the new one, also after a crash.
+
+        ``mode``: its permissions; default: those that the umask leaves.
+        """
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(target, text)
+        write(target, text, mode)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write strict JSON; a float that is not a number becomes null."""
-        self.write_text(name, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+        self.write_text(name, json_text(value))
+
+    def file_digest(self, name: str) -> str:
+        """SHA-256 (hex) of a file."""
+        with (self.path / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """The JSON that a run directory's files hold."""
+    return json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n"
 
 
 def _charged(ledgers: Path) -> bool:

@@ -11,8 +11,10 @@ tests/train/test_cohort.py; which clients share a pass never changes what they c
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -247,18 +249,34 @@ def _finish(sums: dict[str, Tensor], active: list[LocalSteps], batch: _Batch, st
     """What the optimiser gets, [active, *shape]: noised and divided by the expected size under DP, else the mean over
     the batch.
     """
-    result = {name: torch.empty_like(stack.values[name][: len(active)]) for name in stack.names}
-    for k, c in enumerate(active):
+
+    def finished(k: int, c: LocalSteps) -> dict[str, Tensor]:
         mine = {name: value[k] for name, value in sums.items()}
         if c.plan and c.noise:
-            mine = c.plan.privatise(mine, c.noise)
-        else:
-            mine = {name: value / max(1, int(batch.counts[k])) for name, value in mine.items()}
+            return c.plan.privatise(mine, c.noise)
+        return {name: value / max(1, int(batch.counts[k])) for name, value in mine.items()}
+
+    result = {name: torch.empty_like(stack.values[name][: len(active)]) for name in stack.names}
+    for k, mine in enumerate(_mapped(finished, active, sums)):
         for name, value in mine.items():
             result[name][k] = value.to(result[name].dtype)
     for name, mask in stack.inside.items():
         result[name] *= mask[: len(active)]
     return result
+
+
+def _mapped(
+    finished: Callable[[int, LocalSteps], dict[str, Tensor]], active: list[LocalSteps], sums: dict[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """``finished`` of every client, in order. Beside a GPU in threads: noise is drawn on the CPU, each client's from
+    its own source, and took 60 to 80 % of a step on an H200 while all cores but one had nothing to do.
+    """
+    threads = min(os.cpu_count() or 1, len(active)) if any(value.is_cuda for value in sums.values()) else 1
+    if threads < 2 or not any(c.plan for c in active):
+        yield from map(finished, range(len(active)), active)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(finished, range(len(active)), active)
 
 
 def _pull(gradients: dict[str, Tensor], stack: _Stack, active: int, config: RunConfig) -> None:

@@ -11,6 +11,7 @@ a pass) the ways:
 - bare: stock peft and autograd, no DP, no clients: the floor;
 - private: one client's DP-SGD steps, ``train_cohort`` as it is, noise and all;
 - cohort: the same rows from ``--clients`` clients in one pass;
+- apart: those clients one after the other, which is what a shared pass saves;
 - hooks: one client's DP-SGD steps by per-example hooks (``train.gradients = "hooks"``), without fused layers.
 
 Ways are timed in turn, ``--repeats`` times after one that is not counted; printed are medians. The share is (2 forward
@@ -49,7 +50,7 @@ from fedlab.train.local import LocalTraining
 from fedlab.train.trainer import train_client
 
 LABELS, STEPS = 20, 3
-WAYS = ("bare", "private", "cohort", "hooks")
+WAYS = ("bare", "private", "cohort", "apart", "hooks")
 
 
 def roberta_large(small: bool) -> tuple[torch.nn.Module, list[str], list[str]]:
@@ -196,6 +197,10 @@ def one_batch(
         "cohort": lambda: train_cohort(
             model, shared, [LocalTraining(c, state, plan(shared.size(c))) for c in several], names, config, 1
         ),
+        "apart": lambda: [
+            train_cohort(model, shared, [LocalTraining(c, state, plan(shared.size(c)))], names, config, 1)
+            for c in several
+        ],
         "hooks": lambda: train_client(model, data, client, state, names, config, 1, plan(batch)),
     }
     seconds, peak = timed({way: ways[way] for way in WAYS}, args.repeats, model.device)

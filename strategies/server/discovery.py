@@ -78,7 +78,7 @@ def discover(
         )
     found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
     if mirror is not None:
-        mirror.start(config.privacy.unit)
+        mirror.start(config.privacy.unit, directory.file_digest("run.toml"))
     return found
 
 

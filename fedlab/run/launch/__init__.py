@@ -16,7 +16,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed, Unwritable
 from fedlab.files import unwritable
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch.checks import check, check_strategy, load
+from fedlab.run.launch.checks import check, check_strategy, load, with_labels
 from fedlab.run.launch.problems import Problems
 from fedlab.run.launch.reference import CLIENT_APP, SERVER_APP, STRATEGIES, load_reference
 
@@ -81,24 +81,17 @@ def prepared(config: RunConfig, out: str | Path | None = None) -> RunConfig:
     and with the directory ``out`` where it is to run.
     """
     from fedlab.models.hardware import resolve_dtype
+    from fedlab.run.data import refresh
 
     _prepare_environment(config)
+    refresh(config)
     found = Problems()
     if out is not None:
         found.of(lambda: RunDirectory.check_place(Path(out)))
     config = found.of(lambda: check(config)) or config
     found.raise_all()
     resolved: RunConfig = load_reference(STRATEGIES)[config.strategy.name].resolved(config)
-    return resolve_dtype(_with_labels(resolved))
-
-
-def _with_labels(config: RunConfig) -> RunConfig:
-    """The same run with the names of its labels, for clients to agree on; they are those of the data."""
-    from fedlab.data import corpus_and_shards
-
-    names = corpus_and_shards(config)[0].label_names
-    objective = config.objective.model_copy(update={"labels": names})
-    return config.model_copy(update={"objective": objective})
+    return resolve_dtype(with_labels(resolved))
 
 
 def resume(path: str | Path, quiet: bool = False) -> Run:
@@ -106,8 +99,11 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
 
     The bits are those of an unbroken run.
     """
+    from fedlab.run.data import check_unchanged, refresh
+
     directory = RunDirectory.open(Path(path))
     _prepare_environment(directory.config)
+    refresh(directory.config)
     if directory.config.is_stream:
         from fedlab.run.launch.stream import resume_stream
 
@@ -115,6 +111,7 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
     if directory.finished:
         raise ConfigError(f"{str(path)!r} is {directory.finished['status']}; there is nothing to resume")
     check(directory.config)
+    check_unchanged(directory.path, directory.config)
     return _launch(directory, quiet)
 
 

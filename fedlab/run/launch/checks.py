@@ -99,7 +99,22 @@ def look(found: Problems, config: RunConfig, broken: Collection[str] = ()) -> Ru
         _look_at_clients(found, config, clients, whole("train.batch_size"), whole("train", "privacy", "run"))
         if whole("clients"):
             found.of(lambda: _check_names(config, list(clients or ())))
+        if model and not broken:
+            from fedlab.run.data import check_data
+            from fedlab.run.deals import check_deals
+
+            found.of(lambda: check_data(with_labels(config)))
+            found.of(lambda: check_deals(config, Path()))
     return config
+
+
+def with_labels(config: RunConfig) -> RunConfig:
+    """The same run with the names of its labels, for clients to agree on; they are those of the data."""
+    from fedlab.data import corpus_and_shards
+
+    names = corpus_and_shards(config)[0].label_names
+    objective = config.objective.model_copy(update={"labels": names})
+    return config.model_copy(update={"objective": objective})
 
 
 def _check_sources(config: RunConfig) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,7 +34,10 @@ def simulate_stream(config: RunConfig, out: str | Path | None = None, quiet: boo
 
     Raises what ``simulate`` raises; ``fedlab resume out`` then goes on where it stopped.
     """
+    from fedlab.run.deals import check_deals
+
     config = with_ledger(prepared(config, out), out)
+    check_deals(config, Path())  # again: the tasks share a ledger now
     return _go_on(RunDirectory.create(config, Path(out) if out is not None else None), quiet)
 
 
@@ -42,7 +46,17 @@ def resume_stream(path: str | Path, quiet: bool = False) -> Run:
     directory = RunDirectory.open(Path(path))
     if directory.finished:
         raise ConfigError(f"{str(path)!r} is {directory.finished['status']}; there is nothing to resume")
+    _check_unchanged(directory.config, directory.path)
     return _go_on(directory, quiet)
+
+
+def _check_unchanged(config: RunConfig, path: Path) -> None:
+    """Raise ConfigError unless the data are what the stream's runs so far began with."""
+    from fedlab.run.data import DATA, check_unchanged
+
+    for folder, stage in stages(config, path):
+        if (folder / DATA).is_file():
+            check_unchanged(folder, stage)
 
 
 def with_ledger(config: RunConfig, out: str | Path | None) -> RunConfig:
@@ -83,6 +97,7 @@ def stages(config: RunConfig, path: Path) -> list[tuple[Path, RunConfig]]:
 
 def _go_on(directory: RunDirectory, quiet: bool) -> Run:
     from fedlab.report.stream import write_stream_report
+    from fedlab.run.data import check_unchanged, refresh
     from fedlab.run.launch.ray import keep_ray
 
     config, runs = directory.config, stages(directory.config, directory.path)
@@ -91,6 +106,9 @@ def _go_on(directory: RunDirectory, quiet: bool) -> Run:
         for number, (path, stage) in enumerate(runs, 1):
             if not quiet:
                 say(f"\n[{number}/{len(runs)}] {path.name}")
+            for before in done[-1:]:  # a file that changes between two tasks
+                refresh(stage)
+                check_unchanged(before, stage)
             status = simulate_or_resume(path, stage, quiet).result["status"]
             if not (path / TASK).is_file():
                 raise RunFailed(f"{path} ended without {TASK}; see {path / 'log.txt'}")
@@ -98,6 +116,7 @@ def _go_on(directory: RunDirectory, quiet: bool) -> Run:
             if status == "budget-exhausted":  # whoever could not cover a round of this task covers none of the next
                 break
     result = collect(config, done)
+    _destroy_keys(config, directory.path)
     directory.write_json("result.json", {"status": status, **result})
     write_stream_report(directory.path)
     if not quiet:
@@ -122,6 +141,14 @@ def _told(directory: RunDirectory, done: list[Path]) -> Iterator[None]:
             if done:
                 write_stream_report(directory.path)
         raise
+
+
+def _destroy_keys(config: RunConfig, path: Path) -> None:
+    """Keys that only this stream used go with its last task; those of ``privacy.ledger`` elsewhere go on."""
+    own = path / "ledger"
+    if config.private and config.privacy.ledger == str(own):
+        for keys in own.glob("*/keys"):
+            shutil.rmtree(keys, ignore_errors=True)
 
 
 def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
