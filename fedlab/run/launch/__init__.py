@@ -16,7 +16,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed, Unwritable
 from fedlab.files import unwritable
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch.checks import check, check_strategy, load, with_labels
+from fedlab.run.launch.checks import check, check_strategy, load, look, with_labels
 from fedlab.run.launch.problems import Problems
 from fedlab.run.launch.reference import CLIENT_APP, SERVER_APP, STRATEGIES, load_reference
 
@@ -88,7 +88,7 @@ def prepared(config: RunConfig, out: str | Path | None = None) -> RunConfig:
     found = Problems()
     if out is not None:
         found.of(lambda: RunDirectory.check_place(Path(out)))
-    config = found.of(lambda: check(config)) or config
+    config = look(found, config, texts=True)
     found.raise_all()
     resolved: RunConfig = load_reference(STRATEGIES)[config.strategy.name].resolved(config)
     return resolve_dtype(with_labels(resolved))
