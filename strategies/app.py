@@ -7,6 +7,7 @@ is made.
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -20,16 +21,21 @@ from fedlab.data import corpus_and_shards
 from fedlab.data.partition import describe
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.privacy.statement import write_statement
+from fedlab.run import interrupt
+from fedlab.run.data import record_data
+from fedlab.run.deals import record_deals
 from fedlab.run.directory import RunDirectory, json_text, jsonable
 from fedlab.run.launch import prepared
 from fedlab.run.metrics import MetricsLog
 from fedlab.run.progress import make_progress
 from fedlab.run.seal import ADAPTER, UNSEALED_ADAPTER, measure
+from strategies.server.epilogue import epilogue
 from strategies.server.loop import Rounds
 from strategies.server.task_boundary import end_stage
 
 app = ServerApp()
 logger = logging.getLogger("fedlab")
+INTERRUPTS = (KeyboardInterrupt, SystemExit)  # the latter by a library's own handler of signals
 
 
 @app.main()
@@ -49,6 +55,11 @@ def main(grid: Grid, context: Context) -> None:
     try:
         with progress:
             progress.note("preparing model and data")
+            report = record_data(directory.path, config)
+            for line in report.lines():
+                logger.info("%s", line)
+                progress.remark(line)
+            record_deals(config, directory.path)
             corpus, shards = corpus_and_shards(config)
             directory.write_text("partition.json", describe(shards, corpus), mode=0o600)
             rounds = Rounds(grid, config, directory, events, progress)
@@ -58,8 +69,8 @@ def main(grid: Grid, context: Context) -> None:
             progress.finished(result)
     except BaseException as error:
         _leave(directory, rounds, error, started)
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"interrupted; continue with: fedlab resume {directory.path}") from None
+        if isinstance(error, INTERRUPTS):
+            raise Interrupted(f"interrupted; continue with: fedlab resume {shlex.quote(str(directory.path))}") from None
         raise
     finally:
         events.close()
@@ -85,6 +96,7 @@ def _finish(directory: RunDirectory, rounds: Rounds, events: MetricsLog, status:
     known = rounds.result()
     write_statement(path, known["clients"])
     result = {"status": status, **known, "seconds": round(time.time() - started, 2)}
+    result |= epilogue(directory, rounds, result)
     events.close()  # what happens from here on is not in metrics.jsonl
     later = {"report.html": render_report(path, jsonable(result)), "result.json": json_text(result)}
     rounds.seal(measure(path, later), status)
@@ -108,21 +120,44 @@ def _save_adapter(rounds: Rounds, path: Path) -> None:
 
 
 def _leave(directory: RunDirectory, rounds: Rounds | None, error: BaseException, started: float) -> None:
-    """Record why the run ended early. Never raises: the first error is the one to show."""
+    """Record why the run ended early. Never raises: the first error is the one to show; nor is it interrupted again."""
+    with interrupt.deferred():
+        _record(directory, rounds, error, started)
+
+
+def _record(directory: RunDirectory, rounds: Rounds | None, error: BaseException, started: float) -> None:
+    from fedlab.report.html import write_report
+
     if rounds is not None and directory.finished:  # all is there and sealed
         rounds.accounts.destroy_keys()
         return
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    status = "interrupted" if isinstance(error, INTERRUPTS) else "failed"
     reason = str(error) if isinstance(error, FedlabError) else f"{type(error).__name__}: {error}"
+    if status == "interrupted":
+        reason = "by a signal"
     logger.error(
-        "run %s: %s", status, reason, exc_info=None if isinstance(error, FedlabError | KeyboardInterrupt) else error
+        "run %s: %s", status, reason, exc_info=None if isinstance(error, (FedlabError, *INTERRUPTS)) else error
     )
     try:
-        known = rounds.result() if rounds is not None else {}
+        known = rounds.result() if rounds is not None else _known_before(directory)
         if rounds is not None:  # what was spent is spent, however the run ended
             write_statement(directory.path, known["clients"])
     except Exception as second:  # the result itself may be what broke
         known = {"result_error": str(second)}
-    directory.write_json(
-        "result.json", {"status": status, "reason": reason, **known, "seconds": round(time.time() - started, 2)}
-    )
+    result = {"status": status, "reason": reason, **known, "seconds": round(time.time() - started, 2)}
+    try:
+        if rounds is not None and "result_error" not in known:
+            result |= epilogue(directory, rounds, result)
+    except Exception as second:
+        logger.error("no warnings: %s", second)
+    try:
+        directory.write_json("result.json", result)
+        write_report(directory.path)
+    except Exception as second:  # a full disk; without a new result the run is one that was killed
+        logger.error("the end of the run could not be written down: %s", second)
+
+
+def _known_before(directory: RunDirectory) -> dict[str, Any]:
+    """What an earlier end of the run knew: a resumption that fails at once takes nothing of it back."""
+    own = ("status", "reason", "seconds", "result_error")
+    return {name: value for name, value in (directory.result or {}).items() if name not in own}

@@ -24,6 +24,14 @@ NOTHING = (
     'This run was made without differential privacy (`privacy.unit = "none"`). Its adapter and every message of its'
     " clients may reveal what they were trained on. Nothing is promised."
 )
+UNCOUNTED = (
+    "The run ended before it knew its clients, and counted nothing. What was spent, if anything was, is in their"
+    " ledgers."
+)
+DATA = (
+    "`data.json` of this directory, which its owner alone can read: what was read, left out and found twice of the raw"
+    " data, and the SHA-256 of their files"
+)
 PARTITION = (
     "`partition.json` of this directory, which its owner alone can read: how many records of each label every client"
     " has, and which ones"
@@ -150,7 +158,7 @@ def report(config: RunConfig, epsilon: float | str, delta: float | None) -> list
 
 def limits(config: RunConfig) -> list[str]:
     """What nothing protects although no client sends it."""
-    found = [PARTITION]
+    found = [PARTITION, DATA]
     if config.run.dtype == "bfloat16":
         found.append(BFLOAT16)
     return found

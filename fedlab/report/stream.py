@@ -22,6 +22,7 @@ th, td { padding: .2rem .8rem .2rem 0; text-align: left } svg { max-width: 100%;
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto }
 </style></head><body>
 <h1>{{ name }}: {{ result.strategy }}, {{ result.tasks | length }} tasks</h1>
+{% if result.warnings %}<h2>Warnings</h2><ul>{% for text in result.warnings %}<li>{{ text }}</li>{% endfor %}</ul>{% endif %}
 {{ figure | safe }}
 <table>{% for key, value in facts %}<tr><th>{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
 <h2>Tasks</h2><ul>{% for folder in folders %}<li><a href="{{ folder }}/report.html">{{ folder }}</a></li>{% endfor %}</ul>

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedlab.config import RunConfig
 from fedlab.run.directory import RunDirectory, jsonable
+from fedlab.run.output import say
 
 FAILED, LESS = 3, 5  # exit codes: something is wrong; less can be said than was asked
 
@@ -36,19 +35,11 @@ def audit_directory(path: Path, keys: Path | None, kept: Sequence[Path], as_json
     else:
         one = audit_run(path, published, held, regenerate)
         text, found, verdict = render(one), one.to_dict(), one.verdict
-    _say(json.dumps(found, indent=2, allow_nan=False) if as_json else text)
+    say(json.dumps(found, indent=2, allow_nan=False) if as_json else text)
     if verdict == "failed":
         return FAILED
     asked = ("verified",) if published is not None or held is not None else ("verified", "consistent", "no-dp")
     return 0 if verdict in asked else LESS
-
-
-def _say(text: str) -> None:
-    """Print; who reads only the beginning (``| head -1``) still gets the exit code."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_stream(path: Path) -> bool:
@@ -76,7 +67,7 @@ def audit_trainer(
 
     loaded = check(RunConfig.load(config, list(overrides)))
     found = empirical_audit(loaded, canaries, seed, production)
-    _say(json.dumps(jsonable(found.to_dict()), indent=2, allow_nan=False) if as_json else render(found))
+    say(json.dumps(jsonable(found.to_dict()), indent=2, allow_nan=False) if as_json else render(found))
     if config.name == "run.toml" and (config.parent / "environment.json").is_file() and not overrides:
         directory = RunDirectory.open(config.parent)
         directory.write_json(EMPIRICAL, found.to_dict())

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedlab.config import RunConfig
 from fedlab.data.sources import identity
-from fedlab.errors import PrivacyError
+from fedlab.errors import PrivacyError, Unwritable
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.client_level import ClientPlan, make_client_plan
 from fedlab.privacy.ledger.claims import privacy_claims
@@ -62,6 +62,8 @@ class Accounts:
                 self.spent.record(client, self._mirror.events(client))
             if len(federation.eligible) < self.config.run.min_clients and federation.refused:
                 client, reason = next(iter(federation.refused.items()))
+                if reason.startswith("storage:") and not federation.hosts:
+                    raise Unwritable(self.ledgers, "a client could not begin its ledger")
                 raise PrivacyError(
                     f"{len(federation.eligible)} clients can take part, {self.config.run.min_clients} needed; {client}:"
                     f" {reason}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedlab.config import RunConfig
 from fedlab.config.clients import initial_ranks
 from fedlab.data import corpus_and_shards
-from fedlab.errors import RunFailed
+from fedlab.errors import RunFailed, Unwritable
 from fedlab.lora.state import State, digest, nbytes, part_of
 from fedlab.privacy.ledger.ledger import Entry
 from fedlab.privacy.promise import NO_DP
@@ -204,6 +204,8 @@ class Rounds:
             return True
         if all(client in self.federation.refused for client in outcome.excluded):
             return False
+        if not self.federation.hosts and all("storage:" in reason for reason in outcome.excluded.values()):
+            raise Unwritable(self.accounts.ledgers, "no client could write its ledger, or what it keeps")
         reasons = "; ".join(f"{c}: {r}" for c, r in list(outcome.excluded.items())[:3])
         log = "each client's own log" if self.federation.hosts else self.directory.path / LOG
         raise RunFailed(f"round {number}: {usable} usable updates, {needed} needed ({reasons}); see {log}")

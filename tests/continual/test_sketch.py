@@ -74,6 +74,15 @@ def test_the_noise_has_the_declared_scale_is_symmetric_and_its_spectrum_is_below
     assert 0.9 * noise_floor(n, sigma, clip) < top < 1.1 * noise_floor(n, sigma, clip)
 
 
+@pytest.mark.parametrize("clients", [1, 4, 25])
+def test_the_floor_is_that_of_the_noises_of_all_clients_together(clients: int):
+    n, sigma, clip = 100, 1.5, 0.4
+    noise = SeededNoise(np.random.default_rng(clients))
+    total = sum(privatise({"a": torch.zeros(n, n)}, sigma, clip, noise)["a"] for _ in range(clients))
+    top = float(torch.linalg.eigvalsh(total)[-1])
+    assert 0.85 * noise_floor(n, sigma, clip, clients) < top < noise_floor(n, sigma, clip, clients)
+
+
 @pytest.mark.parametrize(("sigma", "clip"), [(0.0, 1.0), (1.0, 0.0), (math.nan, 1.0)])
 def test_no_release_without_noise(sigma, clip):
     with pytest.raises(ValueError, match="must be"):

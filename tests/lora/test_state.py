@@ -39,6 +39,12 @@ def test_effective_delta_is_scale_times_product():
     assert torch.allclose(found, 4.0 * (STATE["enc.0.q.lora_B"] @ STATE["enc.0.q.lora_A"]))
 
 
+def test_the_residual_is_scaled_like_the_product():
+    residual = {"enc.0.q.residual_B": torch.full((4, 1), 2.0), "enc.0.q.residual_A": torch.full((1, 5), 3.0)}
+    found = effective_delta(STATE | residual, "enc.0.q", 4.0)
+    assert torch.allclose(found, effective_delta(STATE, "enc.0.q", 4.0) + 4.0 * 6.0)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -63,6 +69,7 @@ def test_digest_sees_values_names_and_shapes_but_not_order():
     assert digest(STATE) == digest(reordered)
     changed = {**STATE, "head.classifier.weight": torch.ones(4, 3)}
     assert digest(changed) != digest(STATE)
+    assert digest({**STATE, "head.classifier.weight": torch.ones(12)}) != digest(STATE), "the same bytes"
     nudged = {**STATE, "head.classifier.weight": torch.nextafter(torch.ones(3, 4), torch.full((3, 4), 2.0))}
     assert digest(nudged) != digest(STATE)
 

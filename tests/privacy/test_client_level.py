@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -59,6 +60,14 @@ def test_the_mean_is_the_clipped_sum_over_the_expected_number_and_small_updates_
         torch.testing.assert_close(mean[name].double(), expected, rtol=1e-5, atol=1e-9)
 
 
+def test_no_bit_depends_on_the_order_in_which_updates_arrive():
+    quiet = ClientPlan(n=3, sampler="full", q=1.0, sigma=1e-20, clip=100.0, delta=1e-5, rounds=1, noise="seeded")
+    sizes = {"client-0": 1.0, "client-1": 1e-9, "client-2": -1.0}  # what is left of the small one depends on the order
+    updates = {client: {name: torch.full_like(v, size) for name, v in LIKE.items()} for client, size in sizes.items()}
+    means = [quiet.mean({c: updates[c] for c in order}, LIKE, noise()) for order in permutations(updates)]
+    assert all(torch.equal(mean[name], means[0][name]) for mean in means for name in LIKE)
+
+
 def test_an_empty_round_is_noise_of_the_right_size():
     draws = torch.cat([PLAN.mean({}, LIKE, noise(seed))["head.weight"].flatten() for seed in range(400)]).double()
     std = PLAN.sigma * PLAN.clip / PLAN.normaliser
@@ -66,7 +75,7 @@ def test_an_empty_round_is_noise_of_the_right_size():
     assert abs(float(draws.mean())) < 4 * std / math.sqrt(len(draws))
 
 
-def config(*overrides: str) -> RunConfig:
+def config(*overrides: str, tasks: str = "") -> RunConfig:
     text = """
     [run]
     rounds = 8
@@ -85,7 +94,7 @@ def config(*overrides: str) -> RunConfig:
     epsilon = 4.0
     clip = 1.0
     """
-    return RunConfig.parse(text, overrides)
+    return RunConfig.parse(text + tasks, overrides)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +111,13 @@ def test_calibration_spends_at_most_epsilon_for_every_way_of_drawing(overrides: 
     assert plan.event(8) == Event(sampler, q, plan.sigma, 8)
     assert 3.9 < epsilon([plan.event(8)], plan.delta) <= 4.0
     assert plan.terms()["unit"] == "client"
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_in_a_stream_sigma_is_for_the_rounds_of_all_tasks(joint: bool):
+    tasks = "[[tasks]]\nname = 'a'\nrounds = 8\n[[tasks]]\nname = 'b'\nrounds = 24\n"
+    plan = make_client_plan(config(f"stream.joint={str(joint).lower()}", tasks=tasks))
+    assert 3.9 < epsilon([plan.event(32)], plan.delta) <= 4.0
 
 
 def test_a_given_sigma_is_kept_and_unequal_weights_are_refused():

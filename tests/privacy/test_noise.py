@@ -36,6 +36,13 @@ def test_the_transform_reaches_beyond_the_tail_that_float32_cuts():
     assert np.isfinite(box_muller(np.array([1.0, 2.0**-53]), np.array([2.0**-53, 1.0]))).all()
 
 
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53], ids=["least", "greatest"])
+def test_the_ends_of_the_key_stream_give_finite_noise(uniform: float, monkeypatch: pytest.MonkeyPatch):
+    """Once in 2⁵³ numbers: an infinite entry would say that nothing was hidden."""
+    monkeypatch.setattr(SecureNoise, "random", lambda self, size: np.full(size, uniform))
+    assert torch.isfinite(SecureNoise().draw((5,), 2.0)).all()
+
+
 def test_quantiles_of_the_transform_are_exact():
     grid = (np.arange(1, 20001) - 0.5) / 20000
     u, v = (a.ravel() for a in np.meshgrid(grid[::100], grid[::100]))

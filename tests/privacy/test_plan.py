@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 
+from fedlab.config import RunConfig
 from fedlab.config.sections import PrivacySection, TrainSection
 from fedlab.errors import ConfigError, PrivacyError
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.ledger.spending import PrivacySpent, summary
-from fedlab.privacy.plan import DPPlan, default_delta, make_plan
+from fedlab.privacy.plan import DPPlan, default_delta, make_plan, plan_of
 from fedlab.seeds import random_stream
+from strategies import STRATEGIES
 
 PLAN = DPPlan(n=200, batch_size=20, steps=5, sigma=1.5, clip=0.5, delta=1e-5, participations=4, noise="seeded")
 TRAIN = TrainSection(lr=1.0, steps=5, batch_size=20)
@@ -136,3 +138,39 @@ def test_what_is_assumed_of_a_silent_client_counts_until_its_ledger_is_seen():
     spent.assume("client-0", PLAN.event(), for_good=True)
     spent.record("client-0", [])
     assert spent.epsilons()["client-0"] == epsilon([PLAN.event()], 1e-5), "an update without a charge is not forgotten"
+
+
+def stream(*tasks: tuple[str, int], strategy: str = "fedsvd", **privacy: object) -> RunConfig:
+    """A stream of tasks (name, rounds); half of six clients take part in a round."""
+    given = {"unit": "example", "clip": 1.0, **(privacy or {"epsilon": 6.0})}
+    text = "[run]\nrounds = 4\nfraction = 0.5\n[lora]\nrank = 2\nalpha = 4\n"
+    text += "[train]\nlr = 0.1\nepochs = 1\nbatch_size = 20\n"
+    text += f"[strategy]\nname = '{strategy}'\n[data]\nclients = 6\n[privacy]\n"
+    text += "".join(f"{key} = {value!r}\n" for key, value in given.items())
+    text += "".join(f"[[tasks]]\nname = '{name}'\nrounds = {rounds}\n" for name, rounds in tasks)
+    return RunConfig.parse(text)
+
+
+def spent(config: RunConfig, n: int) -> float:
+    """ε of a client that takes part in its share of every task's rounds, rounded up, and in all releases."""
+    plan = plan_of(config, n, [n] * len(config.tasks))
+    rounds = sum(math.ceil(count / 2) for count in config.task_rounds)
+    events = [Event("poisson", 20 / n, plan.sigma, math.ceil(n / 20) * rounds)]
+    if config.gram is not None:
+        events += [Event("full", 1.0, config.gram.sigma, len(config.tasks) - 1)]
+    return epsilon(events, plan.delta, interval=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["fedsvd", "fedsvd-continual"])
+def test_a_streams_plan_spends_its_epsilon_over_all_tasks_and_releases(strategy: str):
+    config = stream(("a", 4), ("b", 5), ("c", 2), strategy=strategy)
+    config = STRATEGIES[strategy].resolved(config)
+    assert (config.gram is not None) == (strategy == "fedsvd-continual")
+    assert 5.95 < spent(config, 200) <= 6.0
+
+
+def test_a_streams_delta_is_the_smallest_of_its_tasks():
+    config = stream(("a", 4), ("b", 4), sigma=1.0)
+    sizes = [200, 50_000]
+    assert plan_of(config, 200, sizes).delta == default_delta(50_000) < default_delta(200)
+    assert plan_of(config, 50_000, sizes[::-1]).delta == default_delta(50_000)

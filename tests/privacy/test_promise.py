@@ -110,6 +110,9 @@ def test_the_files_of_a_run_say_it_too(unit: str, settings: list[str], tiny_toml
         assert promise.UNIT[unit] in text, name
         assert promise.UNIT[other] not in text, name
         assert f"{other}-level" not in text, name
+        assert promise.rounded_up(run.result["epsilon"]) in text.partition("adding or removing")[0], (
+            f"{name}: the sentence"
+        )
     assert run.result["accountant"] == promise.accountant(one)
     page = (run.path / "report.html").read_text(encoding="utf-8")
     assert f"ε (maximum)<b>{promise.rounded_up(run.result['epsilon'])}</b>" in page

@@ -8,6 +8,7 @@ This module writes and reads lines and holds the lock; what may be charged is de
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -261,7 +262,7 @@ class Ledger:
         self._unsure = True
         try:
             if (written := os.write(self._descriptor, data)) != len(data):
-                raise OSError(f"{written} of {len(data)} bytes written; is the disk full?")
+                raise OSError(errno.ENOSPC, f"{written} of {len(data)} bytes written; is the disk full?")
             if durable:
                 os.fsync(self._descriptor)
         except OSError as error:

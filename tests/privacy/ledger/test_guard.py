@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.calibration import calibrate_sigma
 from fedlab.privacy.ledger.guard import Guard, Refusal, affordable
 from fedlab.privacy.ledger.keys import load_or_create_key
-from fedlab.privacy.ledger.ledger import Ledger, charged, events
+from fedlab.privacy.ledger.ledger import Ledger, charged, events, parse_lines, seal
 from fedlab.privacy.ledger.terms import budget_terms, plan_terms, run_terms, scope_of
 
 EVENT = Event("poisson", 0.05, 0.9, 4)
@@ -71,6 +73,37 @@ def test_the_round_that_would_cross_the_budget_is_refused_and_not_a_round_earlie
     assert kinds(guarded).count("REFUSE") == 1, "asking again does not fill the disk"
 
 
+def test_a_power_cut_takes_no_line_that_something_was_done_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A disk that keeps what was synced and nothing else: the charge is on it before anything is trained, the commit
+    before anything leaves, a refusal and an aborted round when the owner has answered.
+    """
+    disk, real, file = b"", os.fsync, tmp_path / "c.jsonl"
+
+    def fsync(descriptor: int) -> None:
+        nonlocal disk
+        real(descriptor)
+        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            disk = file.read_bytes()
+
+    def on_disk() -> list[str]:
+        return [entry["type"] for entry in parse_lines(disk.decode())]
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    guarded, agreed = guard(tmp_path), terms(participations=2)
+    guarded.plan(agreed, {})
+    assert on_disk() == ["PLAN"]
+    with guarded.charge(agreed, 1, "0" * 64) as commit:
+        assert on_disk() == ["PLAN", "CHARGE"]
+        commit(4, "f" * 64)
+        assert on_disk() == ["PLAN", "CHARGE", "COMMIT"]
+    with suppress(OSError), guarded.charge(agreed, 2, "1" * 64):
+        raise OSError
+    assert on_disk()[-1] == "ABORT"
+    with pytest.raises(Refusal), guarded.charge(agreed, 3, "2" * 64):
+        pytest.fail("trained")
+    assert on_disk()[-1] == "REFUSE"
+
+
 def test_a_budget_that_covers_the_calibrated_run_exactly_is_no_obstacle(tmp_path: Path):
     sigma = calibrate_sigma(0.05, 6 * 4, 2.0, DELTA)
     agreed, guarded = terms(2.0, Event("poisson", 0.05, sigma, 4)), guard(tmp_path)
@@ -78,6 +111,15 @@ def test_a_budget_that_covers_the_calibrated_run_exactly_is_no_obstacle(tmp_path
     for number in range(1, 7):
         spend(guarded, agreed, number)
     assert guarded.exhausted(agreed, 7)
+
+
+@pytest.mark.parametrize(("delta", "affordable_here"), [(DELTA, True), (DELTA / 1e4, False)])
+def test_a_budget_is_counted_at_its_own_delta(delta: float, affordable_here: bool, tmp_path: Path):
+    """The plan's δ is the server's to choose; the budget's is the owner's."""
+    limit = 1.05 * epsilon([EVENT], DELTA)
+    agreed = terms() | {"budget": budget_terms(limit, delta)}
+    refusal = guard(tmp_path).plan(agreed, {})
+    assert (refusal is None) == affordable_here
 
 
 def test_a_second_run_starts_from_what_is_spent_and_other_parameters_go_through_the_rdp_filter(tmp_path: Path):
@@ -201,6 +243,10 @@ def test_a_receipt_must_be_signed_and_name_a_commit(tmp_path: Path):
     ):
         with pytest.raises(PrivacyError, match="receipt"):
             guarded.release({**receipt, key: value})
+    body = {key: value for key, value in receipt.items() if key not in ("hash", "sig")}
+    for key, value in (("head", "0" * 64), ("number", 0), ("client", "d"), ("out", "0" * 64)):
+        with pytest.raises(PrivacyError, match="names line"):  # and well signed
+            guarded.release(seal({**body, key: value}, mirror.key))
     guarded.release(receipt)
     guarded.release(receipt)
     assert kinds(guarded) == ["PLAN", "CHARGE", "COMMIT", "RELEASE"]
@@ -232,6 +278,25 @@ def test_a_round_is_answered_once_where_the_owner_says_so(noise: str, tmp_path: 
     with pytest.raises(Refusal, match="repeated"), guarded.charge(agreed, 1, f"{1:064d}"):
         pass
     assert kinds(guarded) == ["PLAN", "CHARGE", "ABORT", "CHARGE", "COMMIT", "REFUSE"]
+
+
+def test_a_round_of_one_run_is_no_answer_in_another(tmp_path: Path):
+    """Runs share a ledger, and all of them have a round 1."""
+    first, second = guard(tmp_path, "r1"), guard(tmp_path, "r2")
+    for guarded, out in ((first, "e" * 64), (second, "f" * 64)):
+        guarded.one_answer = True
+        guarded.plan(terms(), {})
+        with guarded.ledger.locked():
+            assert guarded.committed(1) is None
+        with guarded.charge(terms(), 1, "0" * 64) as commit:
+            commit(4, out)
+    for guarded, out in ((first, "e" * 64), (second, "f" * 64)):
+        with guarded.ledger.locked():
+            found = guarded.committed(1)
+            assert found is not None
+            assert found["out"] == out
+            assert guarded.committed(2) is None
+            assert guarded.committed(1, "9" * 64) is None, "on another state"
 
 
 def test_another_configuration_than_was_signed_is_not_agreed_to(tmp_path: Path):

@@ -33,18 +33,18 @@ def frame_of(message: Message) -> Frame:
 @pytest.fixture
 def run_with(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run one round with three nodes of one client each; the reply of client-1 passes through ``tamper``."""
+    real = launch.load_reference
 
-    def run(tamper: Tamper, *overrides: str) -> dict:
+    def run(tamper: Tamper, *overrides: str, out: str = "run") -> dict:
         def app(message: Message, context: Context) -> Message:
             training = message.metadata.message_type == MessageType.TRAIN
             asked = [entry.client for entry in decode(frame_of(message), REQUESTS).clients] if training else []
             reply = clients.app.app(message, context)
             return tamper(reply) if "client-1" in asked else reply
 
-        real = launch.load_reference
         monkeypatch.setattr(launch, "load_reference", lambda r: app if r == launch.CLIENT_APP else real(r))
         config = RunConfig.parse(tiny_toml, ["run.rounds=1", "run.nodes=3", "run.cohort=1", *overrides])
-        return fedlab.simulate(config, tmp_path / "run", quiet=True).result
+        return fedlab.simulate(config, tmp_path / out, quiet=True).result
 
     return run
 
@@ -170,6 +170,27 @@ def test_an_unusable_client_is_excluded_named_counted_and_charged(tamper, expect
     assert expected in train["excluded"]["client-1"]
     assert train["clients"] == ["client-0", "client-2"]
     assert result["clients"]["client-1"]["epsilon"] > 0, "it may have spent, whatever it sent"
+
+
+def test_a_client_weighs_what_it_declared_whatever_size_comes_with_its_update(run_with, tmp_path: Path):
+    """A million examples in every release of the reply: the model and the mean loss stay as they are, to the bit."""
+
+    def boast(reply: ClientReply) -> ClientReply:
+        return replace(
+            reply, releases=tuple(replace(r, numbers={**r.numbers, "examples": 1e6}) for r in reply.releases)
+        )
+
+    setting = "privacy={unit='none'}"
+    honest = run_with(lambda message: message, setting, out="honest")
+    result = run_with(edit(boast), setting)
+    assert result["excluded"] == 0
+    assert result["adapter_digest"] == honest["adapter_digest"]
+    assert result["clients"] == honest["clients"]
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").open() if '"phase": "train"' in line]
+        for run in ("honest", "run")
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_a_reply_for_somebody_else_is_ignored(run_with):

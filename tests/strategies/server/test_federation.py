@@ -50,6 +50,17 @@ def test_draws_depend_on_seed_and_round_only():
     assert [other.draw(r) for r in range(1, 6)] != [federation(9, 0.4, 5).draw(r) for r in range(1, 6)]
 
 
+@pytest.mark.parametrize("noise", ["seeded", "secure"])
+def test_under_secure_noise_nobody_foretells_who_is_drawn(noise: str):
+    """Sampling amplifies only what nobody knows, and the run's seed is known."""
+    privacy = f"privacy={{unit='client', sigma=1.0, clip=1.0, noise='{noise}'}}"
+    settings = ('run.sampling="poisson"', privacy, 'strategy.weights="uniform"')
+    first, again = (federation(40, 0.5, 5, *settings) for _ in range(2))
+    drawn = [[fed.draw(r) for r in range(1, 6)] for fed in (first, again)]
+    assert (drawn[0] == drawn[1]) == (noise == "seeded")
+    assert all(0 < len(clients) < 40 for clients in drawn[0])
+
+
 def test_cohorts_share_the_work_and_respect_hosts():
     fed = federation(7, 1.0, 1)
     cohorts = fed.cohorts(list(fed.clients))
