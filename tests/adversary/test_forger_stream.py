@@ -33,6 +33,7 @@ def changes(files: dict[str, bytes], tasks: list[str], outside: Path) -> list[An
     return [*single, *forging.files_of(files, outside, roots)]
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("step", [199, pytest.param(5, marks=pytest.mark.slow)])
 def test_no_mutation_of_a_stream_passes(stream_toml: str, tmp_path: Path, step: int, drawn_once: None):
     path, outside = fedlab.simulate(RunConfig.parse(stream_toml, DP), tmp_path / "run", quiet=True).path, tmp_path / "x"
