@@ -32,7 +32,7 @@ def test_every_round_is_planned_charged_committed_and_receipted(tiny_toml: str, 
     run = simulate(tiny_toml, tmp_path / "run", "run.rounds=2")
     assert types(run.path) == ["PLAN", *["CHARGE", "COMMIT", "RELEASE"] * 2, "CLOSE"]
     receipts = parse_lines((run.path / "receipts.jsonl").read_text())
-    assert [r["type"] for r in receipts] == ["START", *[*["RECEIPT"] * 3, "ROUND"] * 2, "FINAL"]
+    assert [r["type"] for r in receipts] == ["START", *["ROUND", *["RECEIPT"] * 3] * 2, "FINAL"]
     for client, told in run.result["clients"].items():
         assert told["epsilon"] == pytest.approx(epsilon(events(ledger(run.path, client)), told["delta"]), rel=1e-9)
     assert not list(run.path.rglob("*.pem")), "the keys of a finished simulation are destroyed"
