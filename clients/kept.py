@@ -1,12 +1,13 @@
 """What a client answered to a round, kept whole: a repeat of the request gets the same bytes, for no further charge.
 
 One file per client and run, ``kept/<client>-<run>.reply`` beside the ledger. It is replaced in the run's next round;
-that of the last round stays, and may be deleted when the run is over. It holds nothing but what was to leave.
+that of the last round is deleted when the run is over. It holds nothing but what was to leave.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def keep(path: Path, answer: Kept) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     head = json.dumps({"header": frame.header.decode(), "table": frame.table.decode()})
     write(path, head.encode() + b"\n" + frame.body)
+
+
+def forget(ledgers: Path, client: str, runs: Iterable[str]) -> None:
+    """Delete a client's answers of runs that are over: a repeat is refused from now on."""
+    for run in runs:
+        kept_path(ledgers, client, run).unlink(missing_ok=True)
 
 
 def load(path: Path) -> Kept | None:

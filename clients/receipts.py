@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from clients.gram import release_run
+from clients.kept import forget
 from clients.node import Node
 from clients.pending import failure_of
 from fedlab.privacy.ledger.ledger import lines_after
@@ -21,6 +23,9 @@ def _keep(node: Node, entry: ReceiptFor, request: ReceiptsRequest) -> ClientRepl
         guard = owner.guard(request.run.run)
         if entry.receipt:
             guard.release(json.loads(entry.receipt))
+        if request.closing:
+            guard.close()
+            forget(owner.places.ledgers, owner.client, (guard.run, release_run(guard.run)))
         with guard.ledger.locked():
             return ClientReply(entry.client, lines=lines_after(guard.ledger.entries, entry.known))
     except Exception as error:

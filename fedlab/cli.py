@@ -1,21 +1,23 @@
 """The ``fedlab`` command: thin over the library.
 
-Exit codes: 0 done, 2 wrong usage, 3 privacy, 4 run failed, 130 interrupted.
+Exit codes: 0 done, 2 wrong usage, 3 privacy, 4 run failed, 5 audit: less can be said than was asked, 130 interrupted.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from fedlab.errors import FedlabError, Interrupted
-from fedlab.run import interrupt
+from fedlab.files import unwritable
+from fedlab.run import interrupt, output
+from fedlab.run.output import complain, say
 
 app = typer.Typer(
+    rich_markup_mode=None,  # square brackets are square brackets
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -57,18 +59,18 @@ def simulate(
     """
 
     def run() -> None:
-        from fedlab.config import RunConfig
+        from fedlab.run.launch import load
         from fedlab.run.launch import simulate as start
 
         if len(configs) == 1 and not vary:
-            start(RunConfig.load(configs[0], set_ or []), out, quiet)
+            start(load(configs[0], set_ or [], out), out, quiet)
             return
         from fedlab.run.launch.sweep import combinations, report, sweep
 
         found = sweep(combinations(configs, set_ or [], vary or []), out, quiet)
         raise SystemExit(report(found))
 
-    _guarded(run, debug)
+    _guarded(run, debug, quiet)
 
 
 @app.command()
@@ -82,7 +84,7 @@ def resume(
 
         start(run_dir, quiet)
 
-    _guarded(run, debug)
+    _guarded(run, debug, quiet)
 
 
 @app.command()
@@ -100,25 +102,26 @@ def audit(
     seed: Annotated[int, typer.Option("--seed", help="with --empirical: of coins and coordinates")] = 0,
     set_: SetOption = None,
     keys: Annotated[
-        Path | None, typer.Option("--keys", help="JSON file client → public key, published elsewhere", metavar="FILE")
+        Path | None, typer.Option("--keys", help="JSON file owner → public key, published elsewhere", metavar="FILE")
+    ] = None,
+    kept: Annotated[
+        list[Path] | None,
+        typer.Option("--kept", help="a client's own ledger, kept at home; may be repeated", metavar="FILE"),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Recompute ε from the ledgers of a run and compare with what was claimed; or test the trainer itself.
 
-    Exit code 3 with findings.
+    Exit code 0: verified, or consistent where neither --keys nor --kept was given; 5: less than that; 3: failed.
     """
 
     def run() -> None:
         from fedlab.run.audit import audit_directory, audit_trainer
 
-        wrong = (
-            audit_trainer(target, set_ or [], canaries, seed, production, json_)
-            if empirical
-            else audit_directory(target, keys, json_)
-        )
-        raise SystemExit(3 if wrong else 0)
+        if empirical:
+            raise SystemExit(3 if audit_trainer(target, set_ or [], canaries, seed, production, json_) else 0)
+        raise SystemExit(audit_directory(target, keys, kept or [], json_))
 
     _guarded(run, debug)
 
@@ -133,7 +136,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], debug: D
         from fedlab.run.directory import RunDirectory
 
         directory = RunDirectory.open(run_dir)
-        print((write_stream_report if directory.config.is_stream else write_report)(directory.path))
+        say(str((write_stream_report if directory.config.is_stream else write_report)(directory.path)))
 
     _guarded(run, debug)
 
@@ -150,21 +153,12 @@ def strategies(
     """All aggregation strategies: what clients send, what the mean is worth, what they go together with."""
 
     def run() -> None:
-        from rich.console import Console
-        from rich.table import Table
+        from fedlab.run.launch import check, load, load_reference
 
-        from fedlab.config import RunConfig
-        from fedlab.run.launch import check, load_reference
-
-        loaded = RunConfig.load(config, set_ or []) if config else None
-        if loaded:
-            loaded = check(loaded)
-        table = Table(box=None, pad_edge=False)
-        for name in load_reference("strategies.table:columns")(loaded):
-            table.add_column(name)
-        for row in load_reference("strategies.table:rows")(loaded):
-            table.add_row(*(cell.replace("`", "") for cell in row))
-        Console().print(table, highlight=False)
+        loaded = check(load(config, set_ or [])) if config else None
+        columns = load_reference("strategies.table:columns")(loaded)
+        rows = load_reference("strategies.table:rows")(loaded)
+        _print_table(columns, [[cell.replace("`", "") for cell in row] for row in rows])
 
     _guarded(run, debug)
 
@@ -187,10 +181,10 @@ def explain(
         from fedlab.run.launch import STRATEGIES, load_reference
 
         if schema:
-            print(json.dumps(load.schema(RunConfig), indent=2))
+            say(json.dumps(load.schema(RunConfig), indent=2))
             return
         own = load_reference(STRATEGIES) if not key or key.startswith("strategy") else {}
-        print(explanation.explain(RunConfig, key, {name: strategy.Options for name, strategy in own.items()}))
+        say(explanation.explain(RunConfig, key, {name: strategy.Options for name, strategy in own.items()}))
 
     _guarded(run, debug)
 
@@ -210,27 +204,64 @@ def doctor() -> None:
     _guarded(run, debug=False)
 
 
-def _guarded(action: Callable[[], None], debug: bool) -> None:
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table where the terminal is wide enough for it; else a paragraph for each row, which begins with its name."""
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    console = output.console()
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
+    natural = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    if natural <= console.width:
+        console.print(table)
+        return
+    for name, *cells in rows:
+        console.print(Text(name, "bold"))
+        width = max(map(len, columns[1:])) + 2
+        for column, cell in zip(columns[1:], cells, strict=True):
+            lines = Text(cell).wrap(console, max(20, console.width - width - 2))
+            for number, line in enumerate(lines):
+                console.print(Text(f"  {'' if number else column:<{width}}") + line, soft_wrap=True)
+
+
+def _guarded(action: Callable[[], None], debug: bool, quiet: bool = False) -> None:
     """Run a command; end with the error's message and its exit code."""
     interrupt.install()
+    output.settle(quiet)
     try:
         action()
     except FedlabError as error:
         _fail(error, debug, str(error), error.exit_code)
     except KeyboardInterrupt as error:
-        _fail(error, debug, "interrupted before the run began", Interrupted.exit_code)
+        _fail(error, debug, "interrupted", Interrupted.exit_code)
     except Exception as error:
+        told: object = unwritable(error)
+        if told is None and isinstance(error, OSError):
+            told = f"{error.filename}: {error.strerror}"
+        if told is not None:  # the machine's fault, not fedlab's
+            _fail(error, debug, str(told), 4)
         _fail(error, debug, f"{type(error).__name__}: {error} (this is a bug in fedlab; --debug shows where)", 4)
 
 
-def _fail(error: BaseException, debug: bool, message: str, code: int) -> None:
+def _fail(error: BaseException, debug: bool, message: str, code: int) -> NoReturn:
     if debug:
         import traceback
 
-        traceback.print_exception(error)
-    print(f"fedlab: {message}" if code == Interrupted.exit_code else f"fedlab: error: {message}", file=sys.stderr)
+        complain("".join(traceback.format_exception(error)).rstrip())
+    complain(f"fedlab: {message}" if code == Interrupted.exit_code else f"fedlab: error: {message}")
     raise SystemExit(code)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command, whatever becomes of its output."""
+    output.settle()
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ class FedlabError(Exception):
 
     exit_code = 4
     code = "failed"
+    problems: tuple[FedlabError, ...] = ()  # those that it lists, where it lists several
 
 
 class ConfigError(FedlabError):
@@ -35,6 +36,12 @@ class PrivacyError(FedlabError):
     code = "ledger"
 
 
+class Unreachable(PrivacyError):
+    """No noise gives the ε that is asked for."""
+
+    code = "configuration"
+
+
 class NotPerExample(PrivacyError):
     """A model's per-example gradients are not per example, so that no clip would hold."""
 
@@ -45,6 +52,28 @@ class RunFailed(FedlabError):
     """The run started and could not be finished."""
 
     exit_code = 4
+
+
+class Unwritable(RunFailed):
+    """A file could not be written: a full disk, a quota, a file system that is read-only.
+
+    Args:
+        path: the file, or the folder that it is in.
+        reason: what the system said.
+        advice: what to do.
+    """
+
+    code = "storage"
+
+    def __init__(self, path: object, reason: str, advice: str = "make room there") -> None:
+        super().__init__(f"cannot write {path}: {reason}; {advice}")
+
+    @classmethod
+    def told(cls, text: str) -> Unwritable:
+        """One with these words."""
+        error = cls.__new__(cls)
+        Exception.__init__(error, text)
+        return error
 
 
 class Diverged(RunFailed):

@@ -7,6 +7,8 @@ is made.
 from __future__ import annotations
 
 import logging
+import shlex
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,21 @@ from fedlab.data import corpus_and_shards
 from fedlab.data.partition import describe
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.privacy.statement import write_statement
-from fedlab.run.directory import RunDirectory
+from fedlab.run import interrupt
+from fedlab.run.data import record_data
+from fedlab.run.deals import record_deals
+from fedlab.run.directory import RunDirectory, json_text, jsonable
 from fedlab.run.launch import prepared
 from fedlab.run.metrics import MetricsLog
 from fedlab.run.progress import make_progress
+from fedlab.run.seal import ADAPTER, UNSEALED_ADAPTER, measure
+from strategies.server.epilogue import epilogue
 from strategies.server.loop import Rounds
 from strategies.server.task_boundary import end_stage
 
 app = ServerApp()
 logger = logging.getLogger("fedlab")
+INTERRUPTS = (KeyboardInterrupt, SystemExit)  # the latter by a library's own handler of signals
 
 
 @app.main()
@@ -47,17 +55,22 @@ def main(grid: Grid, context: Context) -> None:
     try:
         with progress:
             progress.note("preparing model and data")
+            report = record_data(directory.path, config)
+            for line in report.lines():
+                logger.info("%s", line)
+                progress.remark(line)
+            record_deals(config, directory.path)
             corpus, shards = corpus_and_shards(config)
-            directory.write_text("partition.json", describe(shards, corpus))
+            directory.write_text("partition.json", describe(shards, corpus), mode=0o600)
             rounds = Rounds(grid, config, directory, events, progress)
             status = rounds.run()
             end_stage(rounds, status)
-            result = _finish(directory, rounds, status, started)
+            result = _finish(directory, rounds, events, status, started)
             progress.finished(result)
     except BaseException as error:
         _leave(directory, rounds, error, started)
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"interrupted; continue with: fedlab resume {directory.path}") from None
+        if isinstance(error, INTERRUPTS):
+            raise Interrupted(f"interrupted; continue with: fedlab resume {shlex.quote(str(directory.path))}") from None
         raise
     finally:
         events.close()
@@ -72,35 +85,79 @@ def _directory(context: Context) -> RunDirectory:
     return RunDirectory.create(prepared(RunConfig.load(preset)), None)
 
 
-def _finish(directory: RunDirectory, rounds: Rounds, status: str, started: float) -> dict[str, Any]:
-    from fedlab.models.plain import save_checked
-    from fedlab.report.html import write_report
+def _finish(directory: RunDirectory, rounds: Rounds, events: MetricsLog, status: str, started: float) -> dict[str, Any]:
+    """Save, claim, seal, and only then show: whatever is cut off in between, nothing lies there without its seal."""
+    from fedlab.report.html import render_report
 
+    path = directory.path
     rounds.save_personal_adapters()
-    if not (directory.path / "adapter").is_dir():  # whole, if it is there: the run was cut off after it
-        save_checked(rounds.session.model, rounds.state, directory.path / "adapter", rounds.config)
-    rounds.finish(status)
-    write_statement(directory.path, list(rounds.federation.clients))
-    result = {"status": status, **rounds.result(), "seconds": round(time.time() - started, 2)}
-    directory.write_json("result.json", result)
+    _save_adapter(rounds, path)
+    rounds.close()
+    known = rounds.result()
+    write_statement(path, known["clients"])
+    result = {"status": status, **known, "seconds": round(time.time() - started, 2)}
+    result |= epilogue(directory, rounds, result)
+    events.close()  # what happens from here on is not in metrics.jsonl
+    later = {"report.html": render_report(path, jsonable(result)), "result.json": json_text(result)}
+    rounds.seal(measure(path, later), status)
+    if (path / UNSEALED_ADAPTER).is_dir():
+        (path / UNSEALED_ADAPTER).rename(path / ADAPTER)
+    for name, text in later.items():
+        directory.write_text(name, text)
     rounds.accounts.destroy_keys()
-    write_report(directory.path)
     return result
 
 
+def _save_adapter(rounds: Rounds, path: Path) -> None:
+    """Under another name until it is sealed; whole, if it is there: the run was cut off after it."""
+    from fedlab.models.plain import REJECTED, save_checked
+
+    if (path / ADAPTER).is_dir():
+        return
+    shutil.rmtree(path / UNSEALED_ADAPTER, ignore_errors=True)
+    rejected = path / (ADAPTER + REJECTED)
+    save_checked(rounds.session.model, rounds.state, path / UNSEALED_ADAPTER, rounds.config, rejected)
+
+
 def _leave(directory: RunDirectory, rounds: Rounds | None, error: BaseException, started: float) -> None:
-    """Record why the run ended early. Never raises: the first error is the one to show."""
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    """Record why the run ended early. Never raises: the first error is the one to show; nor is it interrupted again."""
+    with interrupt.deferred():
+        _record(directory, rounds, error, started)
+
+
+def _record(directory: RunDirectory, rounds: Rounds | None, error: BaseException, started: float) -> None:
+    from fedlab.report.html import write_report
+
+    if rounds is not None and directory.finished:  # all is there and sealed
+        rounds.accounts.destroy_keys()
+        return
+    status = "interrupted" if isinstance(error, INTERRUPTS) else "failed"
     reason = str(error) if isinstance(error, FedlabError) else f"{type(error).__name__}: {error}"
+    if status == "interrupted":
+        reason = "by a signal"
     logger.error(
-        "run %s: %s", status, reason, exc_info=None if isinstance(error, FedlabError | KeyboardInterrupt) else error
+        "run %s: %s", status, reason, exc_info=None if isinstance(error, (FedlabError, *INTERRUPTS)) else error
     )
     try:
-        known = rounds.result() if rounds is not None else {}
+        known = rounds.result() if rounds is not None else _known_before(directory)
         if rounds is not None:  # what was spent is spent, however the run ended
-            write_statement(directory.path, list(rounds.federation.clients))
+            write_statement(directory.path, known["clients"])
     except Exception as second:  # the result itself may be what broke
         known = {"result_error": str(second)}
-    directory.write_json(
-        "result.json", {"status": status, "reason": reason, **known, "seconds": round(time.time() - started, 2)}
-    )
+    result = {"status": status, "reason": reason, **known, "seconds": round(time.time() - started, 2)}
+    try:
+        if rounds is not None and "result_error" not in known:
+            result |= epilogue(directory, rounds, result)
+    except Exception as second:
+        logger.error("no warnings: %s", second)
+    try:
+        directory.write_json("result.json", result)
+        write_report(directory.path)
+    except Exception as second:  # a full disk; without a new result the run is one that was killed
+        logger.error("the end of the run could not be written down: %s", second)
+
+
+def _known_before(directory: RunDirectory) -> dict[str, Any]:
+    """What an earlier end of the run knew: a resumption that fails at once takes nothing of it back."""
+    own = ("status", "reason", "seconds", "result_error")
+    return {name: value for name, value in (directory.result or {}).items() if name not in own}

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,3 +193,27 @@ def stream_toml(learnable_toml: str, tiny_data: Path, stream_data: Path) -> str:
         text + '\n[[tasks]]\nname = "wet"\nlabels = ["fruit", "ocean"]\n[[tasks]]\nname = "hard"\nlabels = ["metal",'
         ' "dry"]\n'
     )
+
+
+@pytest.fixture(scope="module")
+def drawn_once() -> Iterator[None]:
+    """Figures of reports are drawn once each: they are pure functions, and half a second every time."""
+    import fedlab.report.plots as plots
+    import fedlab.report.stream as stream
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((plots, "line_chart"), (plots, "bar_chart"), (stream, "heat_map")):
+            patch.setattr(module, name, _once(getattr(module, name)))
+        yield
+
+
+def _once(function: Callable[..., str]) -> Callable[..., str]:
+    made: dict[str, str] = {}
+
+    def cached(*arguments: Any) -> str:
+        key = repr(arguments)
+        if key not in made:
+            made[key] = function(*arguments)
+        return made[key]
+
+    return cached

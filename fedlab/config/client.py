@@ -34,6 +34,9 @@ class DataPolicy(Section):
     revision: str | None = Field(default=None, description="hub: commit, tag or branch")
     text: str | tuple[str, ...] | None = Field(default=None, description="text column, or two")
     label: str | None = Field(default=None, description="label column")
+    seed: int | None = Field(default=None, description="of which records are held out (data.seed)")
+    on_bad_row: str = Field(default="refuse", description='rows that lack something: "refuse" or "drop"')
+    duplicates: str = Field(default="keep", description='held-out texts that are trained on: "keep" or "purge"')
     column: str | None = Field(default=None, description="column that may be read to tell whose a record is")
 
     @model_validator(mode="after")

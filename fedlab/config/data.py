@@ -60,7 +60,7 @@ class DataSection(Section):
         default="docstrings",
         description=(
             "where text and labels come from: docstrings of installed libraries, WordNet's glosses, local files"
-            " (csv, tsv, json, jsonl, parquet), or a data set of the Hugging Face hub"
+            " (csv, tsv, json, jsonl, parquet, arrow), or a data set of the Hugging Face hub"
         ),
     )
     clients: int | None = Field(
@@ -81,6 +81,22 @@ class DataSection(Section):
     )
     limit: int | None = Field(
         default=None, gt=0, description="use at most this many training examples, a seeded choice; default: all"
+    )
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        description="of who holds what and what is held out; default: run.seed. Runs that share a ledger need one deal",
+    )
+    on_bad_row: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description=(
+            "files, hub: what becomes of rows without a label, a text or an owner (nothing, null, NaN): the run is"
+            " refused with their lines, or they are left out and counted in data.json"
+        ),
+    )
+    duplicates: Literal["keep", "purge"] = Field(
+        default="keep",
+        description="held-out texts that are also trained on: keep (and say how many), or purge from what is scored",
     )
     path: str | None = Field(
         default=None,

@@ -19,7 +19,6 @@ RENAMED = {  # what a key was called before → its name now
     "model.task": "objective.name",
     "strategy.gram.cohort": "strategy.gram.min_clients",
 }
-SHOWN = 2  # problems that an error shows; it counts the others
 
 
 def without_none(value: Any) -> Any:
@@ -54,7 +53,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 def parse_model(model: type[M], text: str, overrides: Sequence[str], origin: str) -> M:
     """TOML text with overrides as one validated model.
 
-    Raises ConfigError that names the key, its value and, for unknown keys, the nearest one.
+    Raises ConfigError with a line for everything that is wrong: the key, its value and, for unknown keys, the nearest.
     """
     try:
         tree = tomllib.loads(text)
@@ -68,8 +67,7 @@ def parse_model(model: type[M], text: str, overrides: Sequence[str], origin: str
             return model.model_validate(tree)
         except pydantic.ValidationError as error:
             problems = [line for detail in error.errors() for line in _sentence(model, detail).splitlines()]
-    more = f"\n(and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
-    raise ConfigError("\n".join(problems[:SHOWN]) + more) from None
+    raise ConfigError("\n".join(problems)) from None
 
 
 def schema(model: type[pydantic.BaseModel]) -> dict[str, Any]:
@@ -81,8 +79,14 @@ def read_text(path: str | Path) -> str:
     """A configuration file's text. Raises ConfigError."""
     try:
         return Path(path).read_text(encoding="utf-8")
+    except IsADirectoryError:
+        run = Path(path) / "run.toml"
+        more = f": a run directory; give {run}, or continue it with fedlab resume {path}" if run.is_file() else ""
+        raise ConfigError(f"cannot read configuration {str(path)!r}: it is a directory{more}") from None
     except OSError as error:
         raise ConfigError(f"cannot read configuration {str(path)!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read configuration {str(path)!r}: it is not UTF-8 ({error.reason})") from None
 
 
 def _fields_at(root: type[pydantic.BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -132,6 +132,11 @@ class RunConfig(Section):
         return self.run.seed if self.stage is None else stream_seed(self.run.seed, "task", self.stage.task)
 
     @property
+    def data_seed(self) -> int:
+        """Seed of who holds what."""
+        return self.run.seed if self.data.seed is None else self.data.seed
+
+    @property
     def gram(self) -> Gram | None:
         """The release at the end of each task but the last; None if the strategy asks for none.
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fedlab.errors import ConfigError
+from fedlab.files import naming
 
 FORMAT = 1  # raise when the meaning of a cached array changes
 ATTEMPTS = (
@@ -50,9 +51,10 @@ def cached_arrays(
             f"cannot write to {target.parent}: {error.strerror}; set FEDLAB_CACHE to a directory that can be written"
         ) from None
     try:
-        for array_name, array in arrays.items():
-            np.save(temporary / f"{array_name}.npy", array, allow_pickle=False)
-        (temporary / "whole.json").write_text(json.dumps({a: v.nbytes for a, v in arrays.items()}))
+        with naming(target):
+            for array_name, array in arrays.items():
+                np.save(temporary / f"{array_name}.npy", array, allow_pickle=False)
+            (temporary / "whole.json").write_text(json.dumps({a: v.nbytes for a, v in arrays.items()}))
         _publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

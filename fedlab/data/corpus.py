@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedlab.data.reading import Reading
 from fedlab.errors import LabelError
 
 
@@ -20,6 +21,7 @@ class Corpus:
     pairs: list[str] | None = None  # second sentences
     natural: list[str] | None = None  # who an example belongs to, for natural partitions
     test: int = 0  # that many examples at the end are the official test split; 0 if there is none
+    reading: Reading | None = None  # what was read for it; None where a source has no rows that could be left out
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -39,8 +41,13 @@ class Corpus:
 
         texts = pick(self.texts)
         assert texts is not None
-        return Corpus(
-            self.name, texts, self.labels[positions], self.label_names, pick(self.pairs), pick(self.natural), test
+        return replace(
+            self,
+            texts=texts,
+            labels=self.labels[positions],
+            pairs=pick(self.pairs),
+            natural=pick(self.natural),
+            test=test,
         )
 
 

@@ -12,9 +12,10 @@ from fedlab.config.tasks import TaskSection
 from fedlab.data.cache import cached_arrays
 from fedlab.data.collate import tokenise
 from fedlab.data.corpus import Corpus, renumbered
+from fedlab.data.duplicates import purge
 from fedlab.data.federated import FederatedData
 from fedlab.data.partition import Shards, assign
-from fedlab.data.sources import load_corpus
+from fedlab.data.sources import SOURCES, load_corpus
 from fedlab.data.tasks import TaskData, check_same_clients, joined, label_space, shifted
 from fedlab.errors import LabelError
 
@@ -45,7 +46,7 @@ def objective_of(config: RunConfig) -> Objective:
 def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:
     """Corpus and partition of a run, of a stream's task if it is one; needs no tokenizer."""
     if not config.tasks:
-        corpus, shards = _corpus_and_shards(config.data.model_dump_json(), config.run.seed, config.objective.name)
+        corpus, shards = _corpus_and_shards(config.data.model_dump_json(), config.data_seed, config.objective.name)
         return _agreed(corpus, config), shards
     corpus, tasks = task_data(config)
     task = config.stage.task if config.stage else 0
@@ -55,7 +56,7 @@ def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:
 def task_data(config: RunConfig) -> tuple[Corpus, TaskData]:
     """The one corpus of a stream and who holds what of each task."""
     tasks = tuple((task.name, task.labels, section_of(config.data, task).model_dump_json()) for task in config.tasks)
-    corpus, data = _task_data(tasks, config.stream.heads == "shared", config.run.seed, config.objective.name)
+    corpus, data = _task_data(tasks, config.stream.heads == "shared", config.data_seed, config.objective.name)
     agreed = config.objective.labels
     if agreed and corpus.label_names != agreed:  # which task a label is of depends on all of them
         raise LabelError(f"data: the tasks' labels are not those of objective.labels ({len(agreed)} of them)")
@@ -79,6 +80,35 @@ def section_of(data: DataSection, task: TaskSection) -> DataSection:
     return DataSection.model_validate({**data.model_dump(), **task.data})
 
 
+def sections(config: RunConfig) -> list[DataSection]:
+    """[data] of a run, or of each of its tasks."""
+    return [section_of(config.data, task) for task in config.tasks] or [config.data]
+
+
+def forget_changed(config: RunConfig) -> bool:
+    """Read the data anew at the next call if their files were changed since they were read in this process; says
+    whether they were.
+
+    For who starts a run: during one, data stay what they were.
+    """
+    stamps = {}
+    for data in sections(config):
+        for _, path in SOURCES[data.source].files(data):
+            if not path.exists():
+                continue
+            status = path.stat()
+            stamps[str(path.resolve())] = (status.st_size, status.st_mtime_ns, status.st_ino)
+    changed = any(_stamps.get(path, stamp) != stamp for path, stamp in stamps.items())
+    _stamps.update(stamps)
+    if changed:
+        _task_data.cache_clear()
+        _corpus_and_shards.cache_clear()
+    return changed
+
+
+_stamps: dict[str, tuple[int, int, int]] = {}  # of the files that this process read, when it began a run
+
+
 @lru_cache(maxsize=1)
 def _task_data(
     tasks: tuple[tuple[str, tuple[str, ...], str], ...], shared: bool, seed: int, objective: str
@@ -94,6 +124,8 @@ def _task_data(
     own = [_assigned(part, data, seed) for part, data in zip(parts, sections, strict=True)]
     check_same_clients(names, own)
     shards = tuple(shifted(one, by) for one, by in zip(own, offsets, strict=True))
+    if any(data.duplicates == "purge" for data in sections):
+        shards = purge(corpus, shards)
     return corpus, TaskData(shards, space.groups)
 
 
@@ -101,7 +133,8 @@ def _task_data(
 def _corpus_and_shards(data_json: str, seed: int, objective: str) -> tuple[Corpus, Shards]:
     data = DataSection.model_validate_json(data_json)
     corpus = load_corpus(data, seed, objective=objective)
-    return corpus, _assigned(corpus, data, seed)
+    shards = _assigned(corpus, data, seed)
+    return corpus, purge(corpus, [shards])[0] if data.duplicates == "purge" else shards
 
 
 def _assigned(corpus: Corpus, data: DataSection, seed: int) -> Shards:

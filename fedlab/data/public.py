@@ -6,7 +6,9 @@ from pathlib import Path
 
 from fedlab.config import RunConfig
 from fedlab.config.sections import LoraSection
+from fedlab.data.rows import is_number
 from fedlab.data.sources import SOURCES
+from fedlab.data.table import shown
 from fedlab.data.tables import READERS, files_at, read_columns
 from fedlab.errors import ConfigError
 
@@ -57,10 +59,10 @@ def check_public(config: RunConfig) -> None:
 
 def _column(path: str) -> list[str]:
     columns = read_columns(path)
-    strings = [name for name, values in columns.items() if any(isinstance(v, str) for v in values)]
+    strings = [name for name, values in columns.items() if not all(not v or is_number(v) for v in values)]
     name = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
     if name is None:
         raise ConfigError(
-            f'lora.public = {path!r}: want a column "text", or one column of strings; it has {", ".join(columns)}'
+            f'lora.public = {path!r}: want a column "text", or one column of strings; it has {shown(list(columns))}'
         )
-    return [v for v in columns[name] if isinstance(v, str)]
+    return [v for v in columns[name] if v is not None]

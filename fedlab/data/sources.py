@@ -30,12 +30,17 @@ class Source:
     keys: frozenset[str] = frozenset()  # of [data], those that not every source reads
     columns: bool = False  # whether examples have columns, one of which may name the client
     local: bool = True  # whether data.path is a place on this machine's disk
+    files: Callable[[DataSection], list[tuple[str, Path]]] = lambda data: []  # (split, file) of all that is read
+    place: Callable[[DataSection], str | None] = lambda data: data.path  # where its records are
+    subset: str | None = None  # what is read where data.subset is left out
 
 
 SOURCES: dict[str, Source] = {
     "docstrings": Source(docstrings.load, docstrings.check),
-    "wordnet": Source(wordnet.load, wordnet.check, wordnet.KEYS),
-    "files": Source(tables.load_files, tables.check_files, tables.FILES_KEYS, columns=True),
+    "wordnet": Source(
+        wordnet.load, wordnet.check, wordnet.KEYS, files=wordnet.files, place=wordnet.place, subset=wordnet.PARTS[0]
+    ),
+    "files": Source(tables.load_files, tables.check_files, tables.FILES_KEYS, columns=True, files=tables.source_files),
     "hub": Source(tables.load_hub, tables.check_hub, tables.HUB_KEYS, columns=True, local=False),
 }
 
@@ -62,12 +67,20 @@ def check_source(data: DataSection) -> None:
 
 
 def identity(data: DataSection) -> str:
-    """Where the text is from, whoever holds it: what makes two runs runs on the same data.
+    """Where the records are, whoever holds them: what makes two runs runs on the same data.
 
-    Growing it, or assigning it anew, changes nothing.
+    Another spelling of a path, a link to it, or a key that this source does not read makes no other place; nor do
+    growth and another assignment, which ``fedlab.privacy.ledger.records`` watches.
     """
-    place = str(Path(data.path).absolute()) if data.path and SOURCES[data.source].local else data.path
-    return json.dumps([data.source, place, data.subset, data.split])
+    source = SOURCES[data.source]
+    place = source.place(data)
+    if place is not None and (source.local or Path(place).exists()):
+        place = str(Path(place).expanduser().resolve())
+    elif place is not None:
+        place = place.strip("/").lower()  # ids of the hub ignore case
+    subset = (data.subset or source.subset) if "subset" in source.keys else None
+    split = data.split if "split" in source.keys else DataSection.model_fields["split"].default
+    return json.dumps([data.source, place, subset, split])
 
 
 def load_corpus(

@@ -1,22 +1,38 @@
-"""Tables: local csv, jsonl and parquet files (read by pyarrow), and data sets of the Hugging Face hub (read by
-``datasets``).
+"""Tables: local csv, tsv, json, jsonl, parquet and arrow files, and data sets of the Hugging Face hub (read by
+``datasets``). What is written in a column of labels, owners or texts is what is kept: "01" is not "1".
 """
 
 from __future__ import annotations
 
-import json as json_module
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedlab.config.data import DataSection
-from fedlab.data.corpus import Corpus, written
+from fedlab.data.arrow_tables import from_arrow, read_arrow, read_parquet
+from fedlab.data.corpus import Corpus
+from fedlab.data.delimited import read_delimited
+from fedlab.data.json_tables import read_json
+from fedlab.data.reading import Reading, SourceFile
+from fedlab.data.rows import Columns, columns_of, corpus_of
+from fedlab.data.table import Column, Table, decoded, refuse
 from fedlab.errors import ConfigError
 
-FILES_KEYS = frozenset({"path", "test_path", "text", "label"})  # of [data]
-HUB_KEYS = frozenset({"path", "subset", "split", "test_split", "revision", "text", "label"})
-Columns = dict[str, list[Any]]
-READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+TABLE_KEYS = frozenset({"text", "label", "on_bad_row"})  # of [data]
+FILES_KEYS = TABLE_KEYS | {"path", "test_path"}
+HUB_KEYS = TABLE_KEYS | {"path", "subset", "split", "test_split", "revision"}
+READERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+HELD_OUT = ("test", "valid", "validation", "val", "dev", "eval", "heldout")  # names of files beside "train…"
 # hub: subset or data set → text columns; the label column is "label"
 TEXT_COLUMNS: dict[str, list[str]] = {
     "sst2": ["sentence"],
@@ -36,32 +52,64 @@ def files_at(path: str) -> list[Path]:
     """The data files at a path: itself, or those in a directory, in the order of their names."""
     place = Path(path).expanduser()
     if place.is_dir():
-        return sorted(p for p in place.iterdir() if p.suffix in READERS)
+        return sorted(p for p in place.iterdir() if p.suffix.lower() in READERS and p.name[0] != "." and p.is_file())
     return [place] if place.is_file() else []
+
+
+def training_files(data: DataSection) -> tuple[list[Path], dict[str, str]]:
+    """The files that are trained on, and path → why for files at ``data.path`` that are not.
+
+    Those of ``data.test_path`` are not, whatever way leads to them; nor are, beside a file called "train…", those
+    whose names say that they are another split.
+    """
+    assert data.path is not None
+    found, left_out = files_at(data.path), dict[str, str]()
+    tests = {p.resolve() for p in files_at(data.test_path)} if data.test_path is not None else set()
+    split = len(found) > 1 and any(_says(p, ("train",)) for p in found)
+    for path in found:
+        if path.resolve() in tests:
+            left_out[str(path)] = "is the test split (data.test_path)"
+        elif split and _says(path, HELD_OUT):
+            left_out[str(path)] = "is another split by its name"
+    return [path for path in found if str(path) not in left_out], left_out
+
+
+def _says(path: Path, words: Sequence[str]) -> bool:
+    """Whether a file's name begins with one of these words."""
+    letters = path.stem.lower()
+    return any(letters.startswith(word) and not letters[len(word) : len(word) + 1].isalpha() for word in words)
+
+
+def source_files(data: DataSection) -> list[tuple[str, Path]]:
+    """(split, file) of all that is read."""
+    if data.path is None:
+        return []
+    tests = files_at(data.test_path) if data.test_path is not None else []
+    return [*(("train", p) for p in training_files(data)[0]), *(("test", p) for p in tests)]
 
 
 def check_files(data: DataSection) -> None:
     """Raise ConfigError unless the files exist and are of one known kind."""
     if data.path is None:
-        raise ConfigError('data.source = "files" needs data.path: a csv, jsonl or parquet file, or a directory of them')
+        raise ConfigError(
+            'data.source = "files" needs data.path: a csv, jsonl, parquet or arrow file, or a directory of them'
+        )
     for key, path in (("path", data.path), ("test_path", data.test_path)):
         if path is None:
             continue
         found = files_at(path)
         if not found:
             raise ConfigError(f"data.{key} = {path!r}: no such file, or a directory without {', '.join(READERS)} files")
-        if len(kinds := {READERS.get(p.suffix, p.suffix) for p in found}) > 1 or found[0].suffix not in READERS:
+        kinds = {READERS.get(p.suffix.lower(), p.suffix) for p in found}
+        if len(kinds) > 1 or not kinds <= set(READERS.values()):
             raise ConfigError(
                 f"data.{key} = {path!r}: want files of one kind among {', '.join(READERS)}, found"
                 f" {', '.join(sorted(kinds))}"
             )
-    if (
-        data.test_path is not None
-        and Path(data.test_path).expanduser().resolve() == Path(data.path).expanduser().resolve()
-    ):
+    if not training_files(data)[0]:
         raise ConfigError(
-            f"data.test_path = {data.test_path!r} is data.path: the test split would be trained on; leave it out, or"
-            " give another"
+            f"data.test_path = {data.test_path!r} is, or holds, all of data.path: the test split would be trained on;"
+            " leave it out, or give another"
         )
     if data.text is None or data.label is None:
         raise ConfigError('data.source = "files" needs data.text and data.label: the names of the columns')
@@ -73,10 +121,75 @@ def load_files(data: DataSection) -> Corpus:
     assert data.path is not None
     assert data.text is not None
     assert data.label is not None
-    owner = (data.partition.column,) if data.partition.column else ()
-    parts = {path: read_columns(path, owner) for path in (data.path, data.test_path) if path is not None}
     texts = [data.text] if isinstance(data.text, str) else list(data.text)
-    return _corpus(Path(data.path).name, parts, texts, data.label, data.partition.column, (None, ""))
+    columns = columns_of(texts, data.label, data.partition.column)
+    training, left_out = training_files(data)
+    reading = Reading(left_out=left_out)
+    splits = [_tables(training, columns, reading, "train")]
+    if data.test_path is not None:
+        splits.append(_tables(files_at(data.test_path), columns, reading, "test"))
+    _check_copies(data, reading)
+    return corpus_of(Path(data.path).name, splits, columns, data, reading)
+
+
+def _tables(files: Sequence[Path], columns: Columns, reading: Reading, split: str) -> list[Table]:
+    tables = []
+    for path in files:
+        table, content = read_table(path, columns.all, columns.coded)
+        found = SourceFile(str(path.resolve()), len(table), content[0], content[1], split)
+        reading.files.append(found)
+        tables.append(table)
+    return tables
+
+
+def _check_copies(data: DataSection, reading: Reading) -> None:
+    """Raise ConfigError where a file of the test split is a copy of one that is trained on."""
+    trained = {file.sha256: file.path for file in reading.files if file.split == "train" and file.rows}
+    for file in reading.files:
+        if file.split == "test" and file.sha256 in trained:
+            raise ConfigError(
+                f"data.test_path = {data.test_path!r}: {file.path!r} is a copy of {trained[file.sha256]!r}, which would"
+                " be trained on; take it out of data.path"
+            )
+
+
+def read_table(
+    path: Path, wanted: Sequence[str] | None = None, coded: Sequence[str] = ()
+) -> tuple[Table, tuple[int, str]]:
+    """A local file as strings, and its size and SHA-256: no cache that could be stale, nothing but the file itself.
+
+    Args:
+        path: its suffix says what it is.
+        wanted: columns to keep, which must hold single values; None for all that do.
+        coded: those of few different values.
+
+    Raises:
+        ConfigError: it cannot be read in one way only.
+    """
+    kind = READERS[path.suffix.lower()]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        refuse(path, f"cannot be read: {error.strerror}")
+    content = len(data), hashlib.sha256(data).hexdigest()
+    if kind == "csv":
+        return read_delimited(path, decoded(path, data), "\t" if path.suffix.lower() == ".tsv" else ",", coded), content
+    if kind == "json":
+        return read_json(path, decoded(path, data), wanted), content
+    del data
+    return (read_parquet if kind == "parquet" else read_arrow)(path, wanted), content
+
+
+def read_columns(path: str) -> dict[str, Column]:
+    """Columns of all local files at a path, as strings. Raises ConfigError where they have different ones."""
+    columns: dict[str, Column] = {}
+    for file in files_at(path):
+        table, _ = read_table(file)
+        if columns and set(columns) != set(table.columns):
+            raise ConfigError(f"{str(file)!r} has other columns than the files before it")
+        for name, values in table.columns.items():
+            columns.setdefault(name, []).extend(values)
+    return columns
 
 
 def check_hub(data: DataSection) -> None:
@@ -89,19 +202,14 @@ def load_hub(data: DataSection) -> Corpus:
     """A data set by its hub id (or a local copy of one), its ``validation`` split as the test split unless another is
     named.
     """
-    import datasets
-
     assert data.path is not None
     key = data.subset if data.subset in TEXT_COLUMNS else data.path.rpartition("/")[2]
     texts = [data.text] if isinstance(data.text, str) else list(data.text or TEXT_COLUMNS.get(key or "", []))
     if not texts:
         raise ConfigError(f"data.path = {data.path!r}: its text columns are not known; set data.text")
+    columns = columns_of(texts, data.label or "label", data.partition.column)
     test_split = data.test_split or TEST_SPLITS.get(key or "", "validation")
-    try:
-        found = datasets.load_dataset(data.path, data.subset, revision=data.revision)
-    except Exception as error:  # the hub client raises a dozen kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"data.path = {data.path!r} cannot be loaded from the hub or its cache: {reason}") from None
+    found = _downloaded(data, columns)
     if data.split not in found:
         raise ConfigError(f"data.split = {data.split!r} is not in {data.path}; it has {', '.join(found)}")
     if data.test_split is not None and data.test_split not in found:
@@ -111,98 +219,49 @@ def load_hub(data: DataSection) -> Corpus:
             f"data.test_split = {data.test_split!r} is data.split: it would be trained on; leave it out, or give"
             " another"
         )
-    label = data.label or "label"
-    wanted = {*texts, label, data.partition.column}
-    splits = {f"{data.path}, split {split}": found[split] for split in (data.split, test_split) if split in found}
-    # Columns that are not needed are named, for the error message, and not read.
-    parts = {n: {c: list(part[c]) if c in wanted else [] for c in part.column_names} for n, part in splits.items()}
-    names = getattr(found[data.split].features.get(label), "names", None)
-    return _corpus(data.path, parts, texts, label, data.partition.column, (None, "", -1), tuple(names or ()))
+    names = getattr(found[data.split].features.get(columns.label), "names", None)
+    splits = [
+        [_hub_table(f"{data.path}, split {split}", found[split], columns, names)]
+        for split in (data.split, test_split)
+        if split in found
+    ]
+    return corpus_of(data.path, splits, columns, data, Reading(), tuple(names or ()), unlabelled="-1")
 
 
-def read_columns(path: str, as_written: Sequence[str] = ()) -> Columns:
-    """Columns of local files by pyarrow: no cache that could be stale, nothing but the files themselves.
+def _downloaded(data: DataSection, columns: Columns) -> Any:
+    """The splits of a data set; what it has as csv files is read as strings, since ``datasets`` would guess types."""
+    import datasets
 
-    The columns named in ``as_written`` are strings as a csv file has them: "01" is not "1".
-    """
-    import pyarrow as pa  # type: ignore[import-untyped]
-    from pyarrow import csv, json, parquet
-
-    columns: Columns = {}
-    for file in files_at(path):
-        kind = READERS[file.suffix]
-        # One block: a row may not straddle two, and the types of a csv's columns are guessed from the first.
-        block = min(max(file.stat().st_size, 1 << 20), (1 << 31) - 1)
+    def load(**options: Any) -> Any:
         try:
-            if kind == "csv":
-                options = csv.ParseOptions(delimiter="\t" if file.suffix == ".tsv" else ",", newlines_in_values=True)
-                types = csv.ConvertOptions(column_types=dict.fromkeys(as_written, pa.string()))
-                table = csv.read_csv(file, csv.ReadOptions(block_size=block), options, types)
-            elif kind == "json":  # one object per line, or one array of objects
-                if file.read_text(encoding="utf-8").lstrip().startswith("["):
-                    table = pa.Table.from_pylist(json_module.loads(file.read_text(encoding="utf-8")))
-                else:
-                    table = json.read_json(
-                        file, json.ReadOptions(block_size=block), json.ParseOptions(newlines_in_values=True)
-                    )
-            else:
-                table = parquet.read_table(file)
-        except (pa.ArrowException, OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{str(file)!r} cannot be read: {str(error).splitlines()[0]}") from None
-        if binary := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
+            return datasets.load_dataset(data.path, data.subset, revision=data.revision, **options)
+        except Exception as error:  # the hub client raises a dozen kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
-                f"{str(file)!r}: column {', '.join(binary)} is not UTF-8 text; convert the file, for example with iconv"
-            )
-        if columns and list(columns) != table.column_names:
-            raise ConfigError(
-                f"{str(file)!r} has columns {', '.join(table.column_names)}; the files before it have"
-                f" {', '.join(columns)}"
-            )
-        for name in table.column_names:
-            columns.setdefault(name, []).extend(table.column(name).to_pylist())
-    return columns
+                f"data.path = {data.path!r} cannot be loaded from the hub or its cache: {reason}"
+            ) from None
 
-
-def _corpus(
-    name: str,
-    parts: dict[str, Columns],
-    texts: list[str],
-    label: str,
-    natural: str | None,
-    unlabelled: tuple[Any, ...],
-    label_names: tuple[str, ...] = (),
-) -> Corpus:
-    """Concatenate the splits (the second is the test split) into one corpus; rows whose label is one of ``unlabelled``
-    are dropped. With ``label_names`` the labels are positions among them.
-    """
-    if not 1 <= len(texts) <= 2:
-        raise ConfigError(f"data.text = {texts}: want one text column, or two for sentence pairs")
-    columns: Columns = {column: [] for column in [*texts, label, *([natural] if natural else [])]}
-    sizes: list[int] = []
-    for part_name, part in parts.items():
-        wanted = [
-            column for column in columns if not sizes or column in (*texts, label)
-        ]  # nobody owns the official test split
-        for column in wanted:
-            if column not in part:
-                raise ConfigError(f"column {column!r} is not in {part_name}; it has {', '.join(part)}")
-        keep = [i for i, value in enumerate(part[label]) if value not in unlabelled]
-        sizes.append(len(keep))
-        for column, values in columns.items():
-            values += [part[column][i] for i in keep] if column in wanted else [""] * len(keep)
-    if natural and (lacking := sum(value in (None, "") for value in columns[natural][: sizes[0]])):
-        raise ConfigError(
-            f"{name}: {lacking} of {sizes[0]} rows have nothing in column {natural!r}, which names the client; fill it"
-            " in, or remove them"
-        )
-    labels = [label_names[v] if label_names else str(v) for v in columns[label]]
-    text_columns = [["" if v is None else str(v) for v in columns[column]] for column in texts]
-    return Corpus(
-        name,
-        text_columns[0],
-        written(labels),
-        label_names,
-        text_columns[1] if len(texts) == 2 else None,
-        [str(v) for v in columns[natural]] if natural else None,
-        sizes[1] if len(sizes) == 2 else 0,
+    found = load()
+    guessed = any(
+        getattr(part, "builder_name", None) == "csv"
+        and any(getattr(part.features.get(c), "dtype", "string") != "string" for c in columns.all)
+        for part in found.values()
     )
+    if not guessed:
+        return found
+    names = next(iter(found.values())).column_names
+    strings = datasets.Features({name: datasets.Value("string") for name in names})
+    return load(features=strings, keep_default_na=False)
+
+
+def _hub_table(name: str, part: Any, columns: Columns, names: Sequence[str] | None) -> Table:
+    """One split as strings; numbers of classes as the classes' names, "-1" where there is none."""
+    there = [column for column in part.column_names if column in columns.all]
+    table = from_arrow(Path(name), part.select_columns(there).with_format("arrow")[:], columns.all, part.column_names)
+    if names is not None and columns.label in table.columns:
+        values = table.columns[columns.label]
+        for row, value in enumerate(values, 1):
+            if value not in (None, "-1") and not 0 <= int(value) < len(names):
+                refuse(table.path, f"class {value} of {len(names)} in column {columns.label!r}", row, "row")
+        table.columns[columns.label] = [v if v in (None, "-1") else names[int(v)] for v in values]
+    return table

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedlab.data.corpus import Corpus
 from fedlab.data.partition import Shards
+from fedlab.data.reading import joined as joined_readings
 from fedlab.errors import ConfigError
 from fedlab.seeds import random_stream
 
@@ -114,6 +115,7 @@ def joined(parts: Sequence[Corpus], space: LabelSpace) -> tuple[Corpus, list[int
         ),
         space.names,
         None if parts[0].pairs is None else [pair for part in parts for pair in part.pairs or []],
+        reading=joined_readings([part.reading for part in parts if part.reading is not None]),
     )
     return corpus, [0, *accumulate(len(part) for part in parts[:-1])]
 
@@ -147,15 +149,7 @@ def with_labels(corpus: Corpus, patterns: Sequence[str], task: str) -> Corpus:
     test = int((positions >= len(corpus) - corpus.test).sum())
     taken = corpus.take(positions, test)
     renumbered = np.searchsorted(kept, taken.labels)
-    return Corpus(
-        corpus.name,
-        taken.texts,
-        renumbered,
-        tuple(corpus.label_names[i] for i in kept),
-        taken.pairs,
-        taken.natural,
-        test,
-    )
+    return replace(taken, labels=renumbered, label_names=tuple(corpus.label_names[i] for i in kept))
 
 
 def shifted(shards: Shards, by: int) -> Shards:

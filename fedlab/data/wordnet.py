@@ -55,6 +55,20 @@ def check(data: DataSection) -> None:
     find(data.path, parts_of(data.subset))
 
 
+def files(data: DataSection) -> list[tuple[str, Path]]:
+    """(split, file) of all that is read."""
+    parts = parts_of(data.subset)
+    return [("train", find(data.path, parts) / f"data.{part}") for part in parts]
+
+
+def place(data: DataSection) -> str | None:
+    """Its directory, whether or not it is named."""
+    try:
+        return str(find(data.path, parts_of(data.subset)))
+    except ConfigError:
+        return data.path
+
+
 def load(data: DataSection) -> Corpus:
     """All glosses of the subset, one example per synset."""
     parts = parts_of(data.subset)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlab.config.sections import LoraSection
+from fedlab.files import naming
 from fedlab.lora.state import State, modules, outer_b, residual_of
 from fedlab.lora.svd import orthonormal_rows
 from fedlab.models.activations import public_inputs
@@ -71,6 +72,18 @@ def save_adapter(loaded: LoadedModel, state: State, path: Path) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was cut off here
+    if path.exists():
+        raise FileExistsError(f"{path} exists; a run never overwrites an adapter")
+    try:
+        with naming(path):
+            _write(loaded, state, temporary)
+            temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(loaded: LoadedModel, state: State, temporary: Path) -> None:
+    """Make the folder of an adapter, which nobody reads by this name."""
     loaded.load(state)
     logging.getLogger("peft").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -79,9 +92,6 @@ def save_adapter(loaded: LoadedModel, state: State, path: Path) -> None:
     _widen_adapter(temporary, loaded, state)
     (temporary / LABELS).write_text(json.dumps(arguments(loaded), indent=2, ensure_ascii=False), encoding="utf-8")
     (temporary / "README.md").write_text(model_card(loaded), encoding="utf-8")
-    if path.exists():
-        raise FileExistsError(f"{path} exists; a run never overwrites an adapter")
-    temporary.replace(path)
 
 
 def _widen_adapter(path: Path, loaded: LoadedModel, state: State) -> None:

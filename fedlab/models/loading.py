@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _quiet_seeded(seed: int) -> Iterator[None]:
+def quiet_seeded(seed: int) -> Iterator[None]:
     """Draw what the loader initialises at random from ``seed``, and leave the caller's random state alone."""
     from transformers.utils import logging as hf_logging
 
@@ -70,7 +70,7 @@ def load_base(
     options: dict[str, Any] = {"revision": model.revision, "dtype": dtype, "local_files_only": Path(location).is_dir()}
     sized = {} if width is None else {"num_labels": width, "ignore_mismatched_sizes": True}
     try:
-        with _quiet_seeded(0):
+        with quiet_seeded(0):
             pooling = None if width is None else pooling_of(location, model.revision)
             if width is not None and pooling is not None:
                 encoder = transformers.AutoModel.from_pretrained(location, **options)
@@ -182,7 +182,7 @@ def adapt(
         modules_to_save=head or None,
         revision=revision,
     )
-    with _quiet_seeded(0):
+    with quiet_seeded(0):
         try:
             wrapped = get_peft_model(base, settings)
         except ValueError as error:

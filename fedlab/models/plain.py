@@ -75,12 +75,15 @@ def load_run(run: str | Path) -> nn.Module:
     return load_plain(config.model, objective, path / "adapter")
 
 
-def save_checked(loaded: LoadedModel, state: State, path: Path, config: RunConfig) -> None:
+def save_checked(
+    loaded: LoadedModel, state: State, path: Path, config: RunConfig, rejected: Path | None = None
+) -> None:
     """``save_adapter``, and the proof that plain peft gives the run's scores with it.
 
-    Raises RunFailed where it does not; the files are then at ``<path>.rejected``.
+    Raises RunFailed where it does not; the files are then at ``rejected``, by default ``<path>.rejected``.
     """
-    rejected = path.with_name(path.name + REJECTED)
+    rejected = rejected or path.with_name(path.name + REJECTED)
+    what = rejected.name.removesuffix(REJECTED)
     shutil.rmtree(rejected, ignore_errors=True)
     save_adapter(loaded, state, rejected)
     try:
@@ -89,12 +92,12 @@ def save_checked(loaded: LoadedModel, state: State, path: Path, config: RunConfi
         gap, limit = logits_gap(plain, loaded, state)
     except Exception as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise RunFailed(f"{path.name}: plain peft cannot load what was saved ({why}); see {rejected}") from error
+        raise RunFailed(f"{what}: plain peft cannot load what was saved ({why}); see {rejected}") from error
     if other is not None:
-        raise RunFailed(f"{path.name}: plain peft loads another {other} than was scored; see {rejected}")
+        raise RunFailed(f"{what}: plain peft loads another {other} than was scored; see {rejected}")
     if not gap <= limit:
         raise RunFailed(
-            f"{path.name}: with plain peft its logits differ by {gap:.2g} (relative; at most {limit:g}) from the model"
+            f"{what}: with plain peft its logits differ by {gap:.2g} (relative; at most {limit:g}) from the model"
             f" that was scored; see {rejected}"
         )
     rejected.replace(path)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any, Literal
@@ -195,7 +196,8 @@ def _widest(work: _Work, relation: Relation) -> float:
     """How far the losses reach, alone and composed, that a PLD or PRV has to represent; a few RDP orders are enough to
     tell.
     """
-    composed = _rdp_curve(work, relation, (2, 4, 8, 16, 32, 64)).get_epsilon(1e-15)
+    with _silent_absl():
+        composed = _rdp_curve(work, relation, (2, 4, 8, 16, 32, 64)).get_epsilon(1e-15)
     return max(
         [
             float(composed),
@@ -207,7 +209,8 @@ def _widest(work: _Work, relation: Relation) -> float:
 
 def _rdp(work: _Work, delta: float, relation: Relation, interval: float) -> float:
     try:
-        return float(_rdp_curve(work, relation).get_epsilon(delta))
+        with _silent_absl():
+            return float(_rdp_curve(work, relation).get_epsilon(delta))
     except OverflowError:  # more steps than a double can count
         return math.inf
 
@@ -220,13 +223,31 @@ def _rdp_curve(work: _Work, relation: Relation, orders: tuple[int, ...] | None =
     from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it announces every low order that it drops, as it always does
     accountant = RdpAccountant(orders, NeighboringRelation.ADD_OR_REMOVE_ONE)
-    for q, sigma, steps in work.poisson:
-        accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(_relative(sigma, relation))), steps)
-    if work.mu > 0:
-        accountant.compose(GaussianDpEvent(1 / work.mu))
+    with _silent_absl():
+        for q, sigma, steps in work.poisson:
+            accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(_relative(sigma, relation))), steps)
+        if work.mu > 0:
+            accountant.compose(GaussianDpEvent(1 / work.mu))
     return accountant
+
+
+@contextmanager
+def _silent_absl() -> Iterator[None]:
+    """dp-accounting announces through absl every low order that it drops, as it always does.
+
+    And absl calls ``logging.basicConfig()`` where nobody has: from then on the process would say each line of every
+    logger again. So the root logger has a handler here, which does nothing.
+    """
+    absl, root, nothing = logging.getLogger("absl"), logging.getLogger(), logging.NullHandler()
+    level = absl.level
+    root.addHandler(nothing)
+    absl.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
+        root.removeHandler(nothing)
 
 
 def _prv(work: _Work, delta: float, relation: Relation, interval: float) -> float:

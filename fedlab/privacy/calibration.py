@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from fedlab._validate import positive, probability
-from fedlab.errors import PrivacyError
+from fedlab.errors import Unreachable
 from fedlab.privacy.accounting import COARSE, FINE, Accountant, Event, epsilon
 
 LOWEST, HIGHEST = math.log(1e-2), math.log(1e4)  # log σ between which is searched
@@ -38,7 +38,7 @@ def calibrate_sigma(
 
     Raises:
         ValueError: ε ≤ 0 or δ outside (0, 1).
-        PrivacyError: no σ below 10⁴ suffices.
+        Unreachable: no σ below 10⁴ suffices.
     """
     positive(epsilon=epsilon)
     probability(q=q)
@@ -65,15 +65,18 @@ def _calibrate(
     if sum(q * count for q, count in parts) <= delta:  # an example is drawn at all with probability at most δ
         return math.exp(LOWEST)
     if excess(HIGHEST, "rdp") > 0:
-        raise PrivacyError(
-            f"epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q = {parts[0][0]:g}"
+        least = target * math.exp(excess(HIGHEST, "rdp"))
+        raise Unreachable(
+            f"privacy.epsilon = {target:g} at delta = {delta:g} cannot be reached in {steps} steps at q ="
+            f" {parts[0][0]:g}: with the most noise that is tried it is {least:.2g}; raise privacy.epsilon, or"
+            " take fewer steps"
         )
     # RDP is cheap and never below PLD, so its σ bounds the search from above and keeps PLD away from absurdly small σ.
     by_rdp = excess(LOWEST, "rdp") > 0
     start = float(brentq(excess, LOWEST, HIGHEST, args=("rdp",), xtol=0.05)) + 0.06 if by_rdp else LOWEST
     bracket = _bracket(excess, start)
     if bracket is None:
-        raise PrivacyError(
+        raise Unreachable(
             f"epsilon = {target:g} at delta = {delta:g} is below what the accountant {accountant!r} can resolve;"
             " use pld"
         )

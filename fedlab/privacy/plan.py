@@ -22,7 +22,7 @@ from torch import Tensor
 from fedlab._validate import positive
 from fedlab.config import RunConfig
 from fedlab.config.sections import PrivacySection, TrainSection
-from fedlab.errors import ConfigError, PrivacyError
+from fedlab.errors import ConfigError, Unreachable
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.calibration import calibrate_sigma
 from fedlab.privacy.gram_plan import gram_event
@@ -127,12 +127,12 @@ def delta_of(privacy: PrivacySection, n: int) -> float:
     """δ for a client of n examples (or n clients): the configured one, the budget's, or the default.
 
     Raises:
-        PrivacyError: a δ that promises nothing (δ·n ≥ 1). Above 0.1 it warns.
+        Unreachable: a δ that promises nothing (δ·n ≥ 1). Above 0.1 it warns.
     """
     budget = privacy.budget.delta if privacy.budget is not None else None
     delta = next((d for d in (privacy.delta, budget) if d is not None), default_delta(n))
     if delta * n >= 1:
-        raise PrivacyError(
+        raise Unreachable(
             f"privacy.delta = {delta:g} with {n} examples: δ·n >= 1 allows publishing a record outright; use at most"
             f" {1 / (10 * n):.1g}"
         )
@@ -187,7 +187,7 @@ def make_plan(
     if sigma is None:
         assert privacy.epsilon is not None
         if beside and (taken := epsilon(beside, delta)) >= privacy.epsilon:
-            raise PrivacyError(
+            raise Unreachable(
                 f"privacy.epsilon = {privacy.epsilon:g}: the releases at the tasks' ends alone spend {taken:.2f}; raise"
                 f" strategy.gram.sigma = {beside[0].sigma:g} or privacy.epsilon"
             )

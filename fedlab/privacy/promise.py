@@ -24,11 +24,33 @@ NOTHING = (
     'This run was made without differential privacy (`privacy.unit = "none"`). Its adapter and every message of its'
     " clients may reveal what they were trained on. Nothing is promised."
 )
+UNCOUNTED = (
+    "The run ended before it knew its clients, and counted nothing. What was spent, if anything was, is in their"
+    " ledgers."
+)
+DATA = (
+    "`data.json` of this directory, which its owner alone can read: what was read, left out and found twice of the raw"
+    " data, and the SHA-256 of their files"
+)
+PARTITION = (
+    "`partition.json` of this directory, which its owner alone can read: how many records of each label every client"
+    " has, and which ones"
+)
+BFLOAT16 = (
+    "what rounding adds: the base was computed in bfloat16, where one record's length can move the others' clipped"
+    " gradients (1.0004 C was seen where C is accounted for); ε is that of exact arithmetic"
+)
 LEVEL = {"example": "example-level DP-SGD", "client": "client-level DP, noise by a trusted server"}
 UNIT = {"example": "one record of one client", "client": "one client with all its records"}
 NEIGHBOURS = {
-    "example": "neighbours differ by adding or removing one record, or by zeroing it out",
-    "client": "neighbours differ by adding or removing one client",
+    "example": (
+        "neighbours differ by zeroing out one record, that is replacing it by nothing, since the number of records is"
+        " public; or by adding or removing one, where that number is not looked at"
+    ),
+    "client": (
+        "neighbours differ by zeroing out one client, that is replacing its update by nothing, since the number of"
+        " clients is public; or by adding or removing one, where that number is not looked at"
+    ),
 }
 TRUST = {
     "example": (
@@ -79,7 +101,7 @@ def accountant(config: RunConfig) -> str:
     if not config.private:
         return NO_DP
     unit = config.privacy.unit
-    return f"dp-accounting PLD, add/remove one {unit}, {SAMPLING[unit, sampler_of(config)][0]}"
+    return f"dp-accounting PLD, zero-out or add/remove one {unit}, {SAMPLING[unit, sampler_of(config)][0]}"
 
 
 def headline(config: RunConfig) -> str:
@@ -119,7 +141,8 @@ def promise(config: RunConfig, epsilon: float | str, delta: float | None) -> str
     return (
         f"Every update that a client sent, and everything computed from them, is (ε, δ)-differentially private for"
         f" **{UNIT[unit]}**: the largest ε over the clients is **{shown}** at {at} ({NEIGHBOURS[unit]}). {TRUST[unit]}"
-        " A person with records at several clients, or with several at one, is protected less: their ε adds up."
+        " A person with records at several clients, or with k at one, is protected less: the ε of several clients add"
+        " up, and k records at one client can cost more than k times its ε."
     )
 
 
@@ -130,7 +153,15 @@ def report(config: RunConfig, epsilon: float | str, delta: float | None) -> list
     parts = [plain(promise(config, epsilon, delta)), f"Accountant: {accountant(config)}."]
     if config.privacy.noise == "seeded":
         parts.append(plain(SEEDED))
-    return [*parts, f"Not protected: {plain('; '.join(sentences(config)))}."]
+    return [*parts, f"Not protected: {plain('; '.join([*sentences(config), *limits(config)]))}."]
+
+
+def limits(config: RunConfig) -> list[str]:
+    """What nothing protects although no client sends it."""
+    found = [PARTITION, DATA]
+    if config.run.dtype == "bfloat16":
+        found.append(BFLOAT16)
+    return found
 
 
 def plain(text: str) -> str:

@@ -17,14 +17,14 @@ from fedlab.files import write
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.ledger import SERVER, Entry, charged, event_of, events, parse_lines
 from fedlab.privacy.ledger.spending import exact, merged
-from fedlab.privacy.promise import NOTHING, SAMPLING, SEEDED, promise, rounded_up
+from fedlab.privacy.promise import NOTHING, SAMPLING, SEEDED, limits, promise, rounded_up
 from fedlab.privacy.release import sentences
 
 EMPIRICAL = "empirical.json"  # written by ``fedlab audit --empirical`` into a run directory
 
 
-def write_statement(path: Path, clients: Sequence[str]) -> Path:
-    """Write ``PRIVACY.md`` of the run in ``path``; ``clients`` are those that took part.
+def write_statement(path: Path, clients: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write ``PRIVACY.md`` of the run in ``path``; ``clients`` as ``result.json`` has them.
 
     Raises PrivacyError for unreadable ledgers.
     """
@@ -33,8 +33,8 @@ def write_statement(path: Path, clients: Sequence[str]) -> Path:
     return target
 
 
-def statement(path: Path, clients: Sequence[str]) -> str:
-    """The text of ``PRIVACY.md``."""
+def statement(path: Path, clients: Mapping[str, Mapping[str, Any]]) -> str:
+    """The text of ``PRIVACY.md``: the same bytes for the same files; ``fedlab audit`` makes it again and compares."""
     config = RunConfig.load(path / "run.toml")
     run = json.loads((path / "environment.json").read_text(encoding="utf-8"))["run_id"]
     if not config.private:
@@ -43,7 +43,10 @@ def statement(path: Path, clients: Sequence[str]) -> str:
         file.stem: parse_lines(file.read_text(encoding="utf-8")) for file in sorted((path / "ledger").glob("*.jsonl"))
     }
     own = ledgers[SERVER] if config.privacy.unit == "client" and SERVER in ledgers else None
-    rows = [_row(client, own if own is not None else ledgers.get(client, []), run) for client in clients]
+    rows = [
+        _row(client, own if own is not None else ledgers.get(client, []), run, entry.get("unseen", ()))
+        for client, entry in clients.items()
+    ]
     largest, deltas = max((row["epsilon"] for row in rows), default=0.0), {row["delta"] for row in rows if row["plan"]}
     promised = promise(config, largest, deltas.pop() if len(deltas) == 1 else None)
     parts = [f"# {config.run.name}: what this run promises\n", f"{promised}\n"]
@@ -60,11 +63,11 @@ def statement(path: Path, clients: Sequence[str]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _row(client: str, entries: Sequence[Entry], run: str) -> dict[str, Any]:
+def _row(client: str, entries: Sequence[Entry], run: str, unseen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     plans = [e for e in entries if e["type"] == "PLAN"]
     plan = next((p for p in plans if p["run"] == run), plans[-1] if plans else None)
     delta = float.fromhex(plan["delta"]) if plan else 0.0
-    spent = merged(events(entries))
+    spent = merged([*events(entries), *map(event_of, unseen)])
     return {
         "client": client,
         "plan": plan,
@@ -75,6 +78,7 @@ def _row(client: str, entries: Sequence[Entry], run: str) -> dict[str, Any]:
         "before": exact([event_of(e["event"]) for e in charged(entries) if e["run"] != run], delta) if plan else 0.0,
         "rounds": len(charged(entries, run)),
         "earlier": len({e["run"] for e in charged(entries)} - {run}),
+        "unseen": len(unseen),
         "refusals": [e for e in entries if e["type"] == "REFUSE" and e["run"] == run],
     }
 
@@ -101,6 +105,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         "",
     ]
     for row in rows:
+        if row["unseen"]:
+            lines.append(
+                f"- {row['client']}: {row['unseen']} charge(s) are counted that its ledger does not show: it was asked, and did not prove what it did."
+            )
         for entry in row["refusals"]:
             lines.append(
                 f"- {row['client']} refused {'to begin' if not entry['round'] else 'round ' + str(entry['round'])}: {entry['kind']}: {entry['reason']}"
@@ -157,6 +165,7 @@ def _uncovered(config: RunConfig) -> str:
     """What no noise protects: the public releases of the run, and what is known without any message."""
     items = [
         *sentences(config),
+        *limits(config),
         "the set of labels, how the text was preprocessed, and what the base model had seen before",
         "scores measured on held-out records, which were never trained on",
         "the choice of settings: earlier runs on the same data count only if they are in the same ledgers",

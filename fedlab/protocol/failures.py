@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from fedlab.files import disk_problem
+
 FailureCode = Literal[
     "budget-exhausted",
     "participations",
@@ -19,6 +21,7 @@ FailureCode = Literal[
     "ledger",
     "request",
     "memory",
+    "storage",
     "diverged",
     "failed",
 ]
@@ -34,6 +37,7 @@ SENTENCES: dict[FailureCode, str] = {
     "ledger": "its ledger cannot be used; its log says why",
     "request": "the request does not fit the run; its log says why",
     "memory": "it ran out of memory; lower run.cohort or train.physical_batch",
+    "storage": "its disk is full, or cannot be written; its log says where",
     "diverged": "its training diverged (NaN or infinite weights); lower train.lr",
     "failed": "it failed; its log says why",
 }
@@ -44,6 +48,8 @@ def code_of(error: BaseException) -> FailureCode:
     own = getattr(error, "code", None)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, on a GPU
         return "memory"
+    if disk_problem(error) is not None:
+        return "storage"
     return next((code for code in SENTENCES if code == own), "failed")
 
 

@@ -141,6 +141,7 @@ class ReceiptsRequest(Strict):
 
     run: RunReference
     clients: tuple[ReceiptFor, ...]
+    closing: bool = False  # the run is over: say so in the ledger
 
 
 @dataclass(frozen=True)

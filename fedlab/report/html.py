@@ -25,6 +25,7 @@ th { border-bottom: 1px solid #999 } .figures { display: flex; flex-wrap: wrap; 
 </style></head><body>
 <h1>{{ name }}: {{ config.strategy.name }} on {{ config.data.source }}</h1>
 <p>Status <b>{{ result.status }}</b>{% if result.reason %} – {{ result.reason }}{% endif %}</p>
+{% if result.warnings %}<h2>Warnings</h2><ul>{% for text in result.warnings %}<li class="warn">{{ text }}</li>{% endfor %}</ul>{% endif %}
 <div class="facts">{% for label, value in facts %}<div>{{ label }}<b>{{ value }}</b></div>{% endfor %}</div>
 <h2>Privacy</h2>{% for text in privacy %}<p>{{ text }}</p>{% endfor %}
 <h2>Curves</h2><div class="figures">{% for figure in figures %}{{ figure | safe }}{% endfor %}</div>
@@ -36,17 +37,29 @@ th { border-bottom: 1px solid #999 } .figures { display: flex; flex-wrap: wrap; 
 </body></html>
 """
 
+UNKNOWN: dict[str, Any] = {  # of a run that ended before its clients were known
+    "scores": None, "primary": "score", "client_scores": {"worst": None}, "epsilon": None, "rounds": 0, "clients": {},
+    "bytes_up": 0, "bytes_down": 0, "seconds": 0.0, "overhead_seconds_per_round": None,
+}  # fmt: skip
+
 
 def write_report(path: Path) -> Path:
     """Write ``report.html`` into the run directory and return its path. Raises ConfigError if the run has no result yet."""
-    from fedlab.report.plots import bar_chart, line_chart
-
     directory = RunDirectory.open(path)
     result = directory.result
-    if result is None or "clients" not in result:
-        raise ConfigError(f"{str(path)!r} has no finished result to report on")
-    config = directory.config
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    if result is None:
+        raise ConfigError(f"{str(path)!r} has no result to report on; fedlab resume goes on with it")
+    directory.write_text("report.html", render_report(path, result))
+    return path / "report.html"
+
+
+def render_report(path: Path, result: dict[str, Any]) -> str:
+    """The page: the same bytes for the same files and ``result``, which is what ``result.json`` holds."""
+    from fedlab.report.plots import bar_chart, line_chart
+
+    config, result = RunDirectory.open(path).config, {**UNKNOWN, **result}
+    told = path / "metrics.jsonl"
+    lines = [json.loads(line) for line in told.read_text(encoding="utf-8").splitlines()] if told.is_file() else []
     scored, trained = _phase(lines, "evaluate"), _phase(lines, "train")
     figures = []
     if scored:
@@ -55,17 +68,12 @@ def write_report(path: Path) -> Path:
             curve = (rounds, [math.nan if (v := line["scores"][name]) is None else v for line in scored])
             figures.append(line_chart(f"Held-out {name}", {name: curve}, name))
     if trained and isinstance(trained[-1]["epsilon"], float):
-        figures.append(
-            line_chart(
-                "Privacy spent",
-                {"ε": ([t["round"] for t in trained], [t["epsilon"] for t in trained])},
-                "ε of the worst client",
-            )
-        )
+        spent = ([t["round"] for t in trained], [t["epsilon"] for t in trained])
+        figures.append(line_chart("Privacy spent", {"ε": spent}, "ε of the worst client"))
     scores = {c: info["score"] for c, info in result["clients"].items() if info["score"] is not None}
     if scores:
         figures.append(bar_chart(f"{result['primary']} per client", list(scores), list(scores.values()), "held-out"))
-    page = (
+    return (
         Environment(autoescape=True)
         .from_string(TEMPLATE)
         .render(
@@ -73,7 +81,9 @@ def write_report(path: Path) -> Path:
             config=config,
             result=result,
             facts=_facts(result),
-            privacy=promise.report(config, result["epsilon"], _one_delta(result)),
+            privacy=promise.report(config, result["epsilon"], _one_delta(result))
+            if result["clients"]
+            else [promise.UNCOUNTED],
             epsilon=promise.shown_epsilon,
             figures=figures,
             notable=[line for line in lines if line["phase"] == "event"],
@@ -82,8 +92,6 @@ def write_report(path: Path) -> Path:
             environment=(path / "environment.json").read_text(encoding="utf-8"),
         )
     )
-    directory.write_text("report.html", page)
-    return path / "report.html"
 
 
 def _phase(lines: list[dict[str, Any]], phase: str) -> list[dict[str, Any]]:
@@ -109,5 +117,5 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("rounds", str(result["rounds"])),
         ("MB up / down", f"{result['bytes_up'] / 1e6:.2f} / {result['bytes_down'] / 1e6:.2f}"),
         ("seconds", f"{result['seconds']:.0f}"),
-        ("overhead per round", f"{result['overhead_seconds_per_round']} s"),
+        ("overhead per round", "–" if (over := result["overhead_seconds_per_round"]) is None else f"{over} s"),
     ]

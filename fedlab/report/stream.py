@@ -22,6 +22,7 @@ th, td { padding: .2rem .8rem .2rem 0; text-align: left } svg { max-width: 100%;
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto }
 </style></head><body>
 <h1>{{ name }}: {{ result.strategy }}, {{ result.tasks | length }} tasks</h1>
+{% if result.warnings %}<h2>Warnings</h2><ul>{% for text in result.warnings %}<li>{{ text }}</li>{% endfor %}</ul>{% endif %}
 {{ figure | safe }}
 <table>{% for key, value in facts %}<tr><th>{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}</table>
 <h2>Tasks</h2><ul>{% for folder in folders %}<li><a href="{{ folder }}/report.html">{{ folder }}</a></li>{% endfor %}</ul>
@@ -48,27 +49,32 @@ def write_stream_report(path: Path) -> Path:
     result: dict[str, Any] = directory.result or {}
     if "matrix" not in result:
         raise ConfigError(f"{str(path)!r} has no finished result to report on; fedlab resume goes on with it")
+    directory.write_text("report.html", render_stream_report(path, result))
+    return path / "report.html"
+
+
+def render_stream_report(path: Path, result: dict[str, Any]) -> str:
+    """The page: the same bytes for the same files and ``result``, which is what ``result.json`` holds."""
+    config = RunDirectory.open(path).config
     matrix = [[math.nan if value is None else value for value in row] for row in result["matrix"]]
     rows = result["tasks"][: len(matrix)] if not result["joint"] else ["all"]
     shown = {key: _shown(result[key]) for key in FACTS if result.get(key) is not None}
     shown["epsilon"] = shown_epsilon(result["epsilon"], 4)
     facts = [(label, shown[key]) for key, label in FACTS.items() if key in shown]
-    page = (
+    return (
         Environment(autoescape=True)
         .from_string(TEMPLATE)
         .render(
-            name=directory.config.run.name,
+            name=config.run.name,
             result=result,
             figure=heat_map(
                 f"{result['primary']} on each task (columns) after each task (rows)", matrix, rows, result["tasks"]
             ),
             facts=facts,
             folders=sorted(p.parent.name for p in path.glob("*/report.html")),
-            toml=directory.config.to_toml(),
+            toml=config.to_toml(),
         )
     )
-    directory.write_text("report.html", page)
-    return path / "report.html"
 
 
 def _shown(value: Any) -> str:

@@ -8,33 +8,48 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlab.config import RunConfig
-from fedlab.errors import ConfigError
 from fedlab.run.directory import RunDirectory, jsonable
+from fedlab.run.output import say
+
+FAILED, LESS = 3, 5  # exit codes: something is wrong; less can be said than was asked
 
 
-def audit_directory(path: Path, keys: Path | None, as_json: bool) -> bool:
-    """Audit a run, or every task of a stream, from its files alone; True if something is wrong."""
+def audit_directory(path: Path, keys: Path | None, kept: Sequence[Path], as_json: bool) -> int:
+    """Audit a run, or a stream and every task of it, from its files alone, and print what was found.
+
+    Returns:
+        The exit code: 0 where the verdict is what was asked for (``verified`` if keys or kept ledgers were given, else
+        also ``consistent`` or no DP), 5 where it is less, 3 where something is wrong.
+    """
     from fedlab.privacy.audit.render import render
-    from fedlab.privacy.audit.run import audit_run, load_keys
+    from fedlab.privacy.audit.run import audit_run, load_kept, load_keys
+    from fedlab.run.regenerate import regenerate
 
-    stream = _is_stream(path / "run.toml")
-    parts = [folder.parent for folder in sorted(path.glob("*/run.toml"))] if stream else [path]
-    if not parts:
-        raise ConfigError(f"{str(path)!r} is a stream of which no task has begun; there is nothing to audit")
-    found = {part.name: audit_run(part, load_keys(keys) if keys else None) for part in parts}
-    if as_json:
-        shown = {name: one.to_dict() for name, one in found.items()}
-        print(json.dumps(shown if stream else shown[path.name], indent=2, allow_nan=False))
+    published = load_keys(keys) if keys else None
+    held = load_kept(kept) if kept else None
+    if _is_stream(path):
+        from fedlab.run.stream_audit import audit_stream, render_stream
+
+        stream = audit_stream(path, published, held)
+        text, found, verdict = render_stream(stream), stream.to_dict(), stream.verdict
     else:
-        print("\n\n".join((f"{name}\n" if stream else "") + render(one) for name, one in found.items()))
-    return any(one.findings for one in found.values())
+        one = audit_run(path, published, held, regenerate)
+        text, found, verdict = render(one), one.to_dict(), one.verdict
+    say(json.dumps(found, indent=2, allow_nan=False) if as_json else text)
+    if verdict == "failed":
+        return FAILED
+    asked = ("verified",) if published is not None or held is not None else ("verified", "consistent", "no-dp")
+    return 0 if verdict in asked else LESS
 
 
-def _is_stream(file: Path) -> bool:
-    """Whether a run.toml is that of a chain of runs. Whatever else is wrong with it, the audit itself will say."""
+def _is_stream(path: Path) -> bool:
+    """Whether a directory is that of a chain of runs. Whatever else is wrong with it, the audit itself will say."""
+    from fedlab.privacy.audit.files import TEXT, RunFiles, Unreadable
+
     try:
-        tree = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = RunFiles.below(path).read("run.toml", TEXT)
+        tree = tomllib.loads((data or b"").decode("utf-8"))
+    except (Unreadable, OSError, ValueError, RecursionError):
         return False
     return bool(tree.get("tasks")) and "stage" not in tree
 
@@ -52,10 +67,10 @@ def audit_trainer(
 
     loaded = check(RunConfig.load(config, list(overrides)))
     found = empirical_audit(loaded, canaries, seed, production)
-    print(json.dumps(jsonable(found.to_dict()), indent=2, allow_nan=False) if as_json else render(found))
+    say(json.dumps(jsonable(found.to_dict()), indent=2, allow_nan=False) if as_json else render(found))
     if config.name == "run.toml" and (config.parent / "environment.json").is_file() and not overrides:
         directory = RunDirectory.open(config.parent)
         directory.write_json(EMPIRICAL, found.to_dict())
         if (result := directory.result) is not None and "clients" in result:
-            write_statement(directory.path, list(result["clients"]))
+            write_statement(directory.path, result["clients"])
     return bool(found.findings)

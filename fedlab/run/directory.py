@@ -8,10 +8,12 @@ any format.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,7 +28,13 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.files import write
 
-FORMAT = 2  # of the files of a run; raise when a run of before could not be resumed
+FORMAT = 3  # of the files of a run; raise when a run of before could not be resumed
+# What a start makes before the first round, and what only a run has that got further.
+STARTED = {
+    *("run.toml", "environment.json", "result.json", "partition.json", "data.json", "metrics.jsonl"),
+    *("log.txt", "report.html", "PRIVACY.md", "receipts.jsonl", "ledger", "tensorboard", "bases"),
+}
+KEPT = {"checkpoints", "adapter", "personal", "memory.safetensors", "task.json", "empirical.json"}
 FINISHED = ("completed", "budget-exhausted")  # the states of a run that ended by itself
 PACKAGES = (
     "flwr",
@@ -57,18 +65,69 @@ class RunDirectory:
         """Make the directory (default ``runs/<name>-<time>``) with ``run.toml`` and ``environment.json`` in it."""
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         path = (out or Path("runs") / f"{config.run.name}-{stamp}").absolute()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(
-                f"--out {str(path)!r} exists and is not empty; a run never overwrites another, choose a new directory"
-            )
+        cls.check_place(path)
+        directory = cls(path)
+        if path.is_dir():
+            directory._clear()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out {str(path)!r} cannot be created: {error.strerror}") from None
-        directory = cls(path)
-        directory.write_json("environment.json", {"format": FORMAT, "run_id": uuid4().hex, **environment()})
-        directory.write_text("run.toml", config.to_toml())  # last: what has one is a run directory
+        try:
+            directory.write_json("environment.json", {"format": FORMAT, "run_id": uuid4().hex, **environment()})
+            directory.write_text("run.toml", config.to_toml())  # last: what has one is a run directory
+        except BaseException:
+            directory._clear()  # or half a start would block the next
+            raise
         return directory
+
+    @classmethod
+    def check_place(cls, path: Path) -> None:
+        """Raise ConfigError where no run can be put: something is there, other than a start that came to nothing."""
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())) or cls(path).never_began:
+            return
+        more = f"; fedlab resume {path} goes on with the run in it" if cls(path)._unfinished else ""
+        raise ConfigError(
+            f"--out {str(path.absolute())!r} exists and is not empty; a run never overwrites another, choose a new"
+            f" directory{more}"
+        )
+
+    @property
+    def never_began(self) -> bool:
+        """Whether this is what a start left that failed, or was interrupted, before anything was charged or trained.
+
+        The corrected command may use its directory: all that is lost is why it failed, and that stays in ``log.txt``.
+        """
+        if not self.path.is_dir() or {entry.name for entry in self.path.iterdir()} & KEPT:
+            return False
+        parts = [RunDirectory(file.parent) for file in self.path.glob("*/run.toml")]  # a stream's tasks
+        known = STARTED | {part.path.name for part in parts}
+        if not {entry.name for entry in self.path.iterdir()} <= known or _charged(self.path / "ledger"):
+            return False
+        ended = (self.path / "result.json").is_file() and self._status in ("failed", "interrupted")
+        trained = self.path / "metrics.jsonl"
+        if trained.is_file() and b'"phase": "train"' in trained.read_bytes():
+            return False
+        return (ended or bool(parts)) and all(part.never_began for part in parts)
+
+    @property
+    def _status(self) -> str | None:
+        try:
+            return str((self.result or {}).get("status"))
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    @property
+    def _unfinished(self) -> bool:
+        return (self.path / "run.toml").is_file() and self._status not in FINISHED
+
+    def _clear(self) -> None:
+        """Remove what a start left that came to nothing, but for its log."""
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != "log.txt":
+                entry.unlink()
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
@@ -115,15 +174,40 @@ class RunDirectory:
         result = self.result
         return result if result is not None and result["status"] in FINISHED else None
 
-    def write_text(self, name: str, text: str) -> None:
-        """Replace a file atomically: readers see the old one or the new one, also after a crash."""
+    def write_text(self, name: str, text: str, mode: int | None = None) -> None:
+        """Replace a file atomically: readers see the old one or the new one, also after a crash.
+
+        ``mode``: its permissions; default: those that the umask leaves.
+        """
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(target, text)
+        write(target, text, mode)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write strict JSON; a float that is not a number becomes null."""
-        self.write_text(name, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+        self.write_text(name, json_text(value))
+
+    def file_digest(self, name: str) -> str:
+        """SHA-256 (hex) of a file."""
+        with (self.path / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """The JSON that a run directory's files hold."""
+    return json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n"
+
+
+def _charged(ledgers: Path) -> bool:
+    """Whether a ledger below this folder has a line that spent something, or one that cannot be read."""
+    for file in ledgers.rglob("*.jsonl"):
+        try:
+            kinds = {json.loads(line)["type"] for line in file.read_text(encoding="utf-8").splitlines()}
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
+        if not kinds <= {"PLAN", "START", "REFUSE", "CLOSE"}:
+            return True
+    return False
 
 
 def jsonable(value: Any) -> Any:

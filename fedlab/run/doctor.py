@@ -10,11 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedlab.config.sections import DataSection, ModelSection
 from fedlab.errors import ConfigError
+from fedlab.run.output import console
 
 PINNED = {"flwr": "1.41.", "ray": "2.55.1"}
 NEEDED = (
@@ -39,8 +40,9 @@ def examine() -> bool:
     for column in ("", "what", "found"):
         table.add_column(column)
     for required, fine, what, found in rows:
-        table.add_row("[green]ok[/]" if fine else ("[red]missing[/]" if required else "[yellow]absent[/]"), what, found)
-    Console().print(table, highlight=False)
+        mark = Text("ok", "green") if fine else Text("missing", "red") if required else Text("absent", "yellow")
+        table.add_row(mark, what, found)
+    console().print(table)
     return all(fine for required, fine, _, _ in rows if required)
 
 

@@ -5,14 +5,13 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -22,6 +21,7 @@ from fedlab.config import RunConfig
 from fedlab.evaluate import score_names
 from fedlab.privacy import promise
 from fedlab.privacy.promise import shown_epsilon
+from fedlab.run.output import console, is_live, say
 
 SHOWN_ROUNDS = 12
 
@@ -77,29 +77,29 @@ class PlainProgress(Progress):
         self._config, self._path = config, path
 
     def __enter__(self) -> Progress:
-        print(headline(self._config, self._path), flush=True)
+        say(headline(self._config, self._path))
         return self
 
     def remark(self, text: str) -> None:
-        print(text, flush=True)
+        say(text)
 
     def round_done(self, line: RoundLine) -> None:
         cells = _cells(line, score_names(self._config))
         shown = "  ".join(f"{name} {value}" for name, value in cells.items() if value not in ("", "–"))
-        print(shown.replace("round ", f"round {'' if line.number > 9 else ' '}", 1), flush=True)
+        say(shown.replace("round ", f"round {'' if line.number > 9 else ' '}", 1))
 
     def finished(self, result: dict[str, Any]) -> None:
-        print(closing(self._config, result, self._path), flush=True)
+        say(closing(self._config, result, self._path))
 
 
 class LiveProgress(Progress):
     """A table of the last rounds over a progress bar."""
 
     def __init__(self, config: RunConfig, path: Path) -> None:
-        self._config, self._path, self._console = config, path, Console()
+        self._config, self._path, self._console = config, path, console()
         self._lines: list[RoundLine] = []
         self._bar = Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -111,7 +111,7 @@ class LiveProgress(Progress):
         self._started = time.monotonic()
 
     def __enter__(self) -> Progress:
-        self._console.print(headline(self._config, self._path), highlight=False)
+        self._console.print(headline(self._config, self._path), soft_wrap=True)
         self._live.__enter__()
         return self
 
@@ -125,7 +125,7 @@ class LiveProgress(Progress):
         self._bar.update(self._task, description=text)
 
     def remark(self, text: str) -> None:
-        self._live.console.print(text, highlight=False)
+        self._live.console.print(text)
 
     def round_started(self, number: int, clients: int) -> None:
         self.note(f"round {number}: {clients} clients training")
@@ -142,7 +142,7 @@ class LiveProgress(Progress):
         self.note(result["status"])
         self._live.update(self._render())
         self._live.stop()
-        self._console.print(closing(self._config, result, self._path), highlight=False)
+        self._console.print(closing(self._config, result, self._path), soft_wrap=True)
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)
@@ -191,8 +191,10 @@ def closing(config: RunConfig, result: dict[str, Any], path: Path) -> str:
             " evaluation"
         )
     )
+    warnings = "".join(f"\nwarning: {text}" for text in result.get("warnings", ()))
     return (
-        f"{result['status']}: {scores or 'not evaluated'}, {spent}\n{clients}{result['bytes_up'] / 1e6:.2f} MB up,"
+        f"{result['status']}: {scores or 'not evaluated'}, {spent}{warnings}\n"
+        f"{clients}{result['bytes_up'] / 1e6:.2f} MB up,"
         f" {result['bytes_down'] / 1e6:.2f} MB down, {result['seconds']:.1f} s{overhead}\nadapter:"
         f" {path / 'adapter'}\nreport:  {path / 'report.html'}"
     )
@@ -207,4 +209,4 @@ def make_progress(config: RunConfig, path: Path, quiet: bool) -> Progress:
     """Live on a terminal, plain lines when piped, silent when asked."""
     if quiet:
         return Progress()
-    return LiveProgress(config, path) if sys.stdout.isatty() else PlainProgress(config, path)
+    return LiveProgress(config, path) if is_live() else PlainProgress(config, path)

@@ -6,24 +6,23 @@ server adds the noise, so the ledger is its own and every client of the populati
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from fedlab.config import RunConfig
 from fedlab.data.sources import identity
-from fedlab.errors import PrivacyError
+from fedlab.errors import PrivacyError, Unwritable
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.client_level import ClientPlan, make_client_plan
+from fedlab.privacy.ledger.claims import privacy_claims
 from fedlab.privacy.ledger.guard import Guard
 from fedlab.privacy.ledger.keys import keyed_hash
 from fedlab.privacy.ledger.ledger import SERVER, Entry, Ledger, charged, events
 from fedlab.privacy.ledger.mirror import LedgerMirror
-from fedlab.privacy.ledger.spending import PrivacySpent, exact, summary
+from fedlab.privacy.ledger.spending import PrivacySpent
 from fedlab.privacy.ledger.terms import budget_terms, run_terms, scope_of
-from fedlab.privacy.promise import NO_DP, accountant
 from fedlab.privacy.release import public_names
 from fedlab.run.directory import RunDirectory
 from fedlab.run.places import ledger_directory
@@ -63,12 +62,14 @@ class Accounts:
                 self.spent.record(client, self._mirror.events(client))
             if len(federation.eligible) < self.config.run.min_clients and federation.refused:
                 client, reason = next(iter(federation.refused.items()))
+                if reason.startswith("storage:") and not federation.hosts:
+                    raise Unwritable(self.ledgers, "a client could not begin its ledger")
                 raise PrivacyError(
                     f"{len(federation.eligible)} clients can take part, {self.config.run.min_clients} needed; {client}:"
                     f" {reason}"
                 )
             return
-        self._mirror.start("client")
+        self._mirror.start("client", self._directory.file_digest("run.toml"))
         key, budget = self._mirror.key, self.config.privacy.budget
         ledger = Ledger(
             self.ledgers / f"{SERVER}.jsonl", SERVER, keyed_hash(key, "dataset", identity(self.config.data)), key
@@ -121,12 +122,16 @@ class Accounts:
                 if client in outcome.unproven and event is not None:
                     self.spent.assume(client, event, for_good=True)
 
-    def close_round(self, round_number: int, received: str, state: str, outcome: TrainOutcome) -> dict[str, Entry]:
-        """Receipts for the updates of a round, on the disk when this returns; empty if clients keep no ledgers."""
+    def close_round(self, round_number: int, states: tuple[str, str, str], outcome: TrainOutcome) -> dict[str, Entry]:
+        """Receipts for the updates of a round, on the disk when this returns; empty if clients keep no ledgers.
+
+        ``states``: digests of the state before, as it was sent, and after.
+        """
         if self._mirror is None:
             return {}
         commits = {client: outcome.commits[client] for client in outcome.updates if client in outcome.commits}
-        return self._mirror.close_round(round_number, received, state, commits)
+        updates = {client: commits[client]["out"] if client in commits else None for client in outcome.updates}
+        return self._mirror.close_round(round_number, states, updates, commits)
 
     def rounds_charged_after(self, client: str, round_number: int) -> int:
         """Charges of this run for later rounds: rounds that were cut off, and under secure noise released something
@@ -134,10 +139,6 @@ class Accounts:
         """
         entries = self._mirror.entries(client) if self._mirror else []
         return sum(1 for e in charged(entries, self._directory.run_id) if e["round"] > round_number)
-
-    def unseen(self) -> list[str]:
-        """Clients whose ledger is behind what they were asked to do."""
-        return self.spent.unseen() if self.mirror is not None else []
 
     def expect(self, clients: list[str], event: Event) -> None:
         """These clients are asked for a release beside the rounds: it counts as spent until their ledger is seen."""
@@ -150,19 +151,16 @@ class Accounts:
             if self.mirror is not None:
                 self.spent.record(client, self.mirror.events(client))
 
-    def finish(self, state: str, status: str) -> None:
-        """Seal a run that ended by itself."""
+    def finish(self, files: Mapping[str, tuple[int, str]], state: str, status: str) -> None:
+        """Seal a run that ended by itself: its ledgers, its files (path → size and SHA-256), its last state."""
         if self._mirror is None:
             return
-        adapter = self._directory.path / "adapter"
-        files = {
-            f"adapter/{f.name}": hashlib.sha256(f.read_bytes()).hexdigest()
-            for f in sorted(adapter.iterdir())
-            if f.is_file()
-        }
         self._mirror.final(files, state, status, {SERVER: self._guard.ledger.entries[-1]} if self._guard else {})
-        if self.config.privacy.ledger is not None and self._guard:  # a copy for the run directory: the original goes on
-            shutil.copy(self._guard.ledger.path, self._directory.path / "ledger" / f"{SERVER}.jsonl")
+
+    def close_ledger(self) -> None:
+        """The server's own ledger says that the run is over."""
+        if self._guard is not None:
+            self._guard.close()
 
     def destroy_keys(self) -> None:
         """Keys that only this run used go, so that nobody can add a line later.
@@ -173,25 +171,21 @@ class Accounts:
             shutil.rmtree(self._directory.path / "ledger" / "keys", ignore_errors=True)
 
     def result(self) -> dict[str, Any]:
-        """``epsilon``, its median, the accountant, and per client ε in all, of this run alone, and δ."""
-        if not self.config.private:
-            return {"epsilon": NO_DP, "epsilon_median": NO_DP, "accountant": NO_DP, "noise": NO_DP, "clients": {}}
-        epsilons, run = self.spent.epsilons(), self._directory.run_id
-        clients = {}
-        for client, value in epsilons.items():
-            delta = self.spent.deltas[client]
-            before = exact(events(e for e in self._entries(client) if e["run"] != run), delta)
-            clients[client] = {"epsilon": value, "epsilon_before": before, "delta": delta}
-        return {
-            "epsilon": summary(epsilons)["max"] if epsilons else 0.0,
-            "epsilon_median": summary(epsilons)["median"] if epsilons else 0.0,
-            "accountant": accountant(self.config),
-            "noise": self.config.privacy.noise,
-            "clients": clients,
-        }
-
-    def _entries(self, client: str) -> list[Entry]:
-        return self._guard.ledger.entries if self._guard else self._mirror.entries(client) if self._mirror else []
+        """What the run claims: ``fedlab.privacy.ledger.claims``, from the ledgers as they are on the disk now."""
+        run, deltas = self._directory.run_id, self.spent.deltas
+        if self._guard is not None:
+            with self._guard.ledger.locked():  # an interrupt may have left memory behind the file
+                own = list(self._guard.ledger.refreshed())
+                if self.config.privacy.ledger is not None:  # a copy for the run directory: the original goes on
+                    shutil.copy(self._guard.ledger.path, self._directory.path / "ledger" / f"{SERVER}.jsonl")
+            return privacy_claims(self.config, run, dict.fromkeys(deltas, own), deltas, {})
+        if self._mirror is not None and not self._federation.hosts:
+            for client in deltas:
+                with suppress(PrivacyError):  # of a ledger that is not what it was, what was assumed stays
+                    self._mirror.catch_up(client)
+                    self.spent.record(client, self._mirror.events(client))
+        ledgers = {client: self._mirror.entries(client) for client in deltas} if self._mirror else {}
+        return privacy_claims(self.config, run, ledgers, deltas, {c: self.spent.assumed(c) for c in deltas})
 
     def _record_population(self) -> None:
         assert self._guard is not None

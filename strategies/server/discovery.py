@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from flwr.serverapp import Grid
 
 from fedlab.config import RunConfig
-from fedlab.errors import PrivacyError, RunFailed
+from fedlab.errors import PrivacyError, RunFailed, Unwritable
 from fedlab.lora.state import State, digest, to_wire
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.release import SIZE, event_of
@@ -78,7 +78,7 @@ def discover(
         )
     found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
     if mirror is not None:
-        mirror.start(config.privacy.unit)
+        mirror.start(config.privacy.unit, directory.file_digest("run.toml"))
     return found
 
 
@@ -87,6 +87,8 @@ def _check_failed(answers: Answers[DescribeReply], directory: RunDirectory) -> N
     deployed = any(reply.exclusive for reply in answers.replies.values())
     for node, reason in answers.failed.items():
         reason = reason.removeprefix("node failed: ")
+        if not deployed and "storage:" in reason:
+            raise Unwritable(directory.path, "a node could not keep what a run begins with")
         if not deployed:
             raise RunFailed(f"a node could not prepare the run: {reason} ({directory.path / LOG})")
         logger.warning("node %d takes no part: %s", node, reason)

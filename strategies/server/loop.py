@@ -18,7 +18,7 @@ from torch import Tensor
 from fedlab.config import RunConfig
 from fedlab.config.clients import initial_ranks
 from fedlab.data import corpus_and_shards
-from fedlab.errors import RunFailed
+from fedlab.errors import RunFailed, Unwritable
 from fedlab.lora.state import State, digest, nbytes, part_of
 from fedlab.privacy.ledger.ledger import Entry
 from fedlab.privacy.promise import NO_DP
@@ -182,8 +182,9 @@ class Rounds:
             )
             commit(digest(state))
         self._check_moved(outcome)
+        before = digest(self.state) if self.config.private else ""
         self.state, self.server_state = state, server_state
-        self._release(number, order.received, outcome)
+        self._release(number, (before, order.received, digest(state)), outcome)
         return outcome
 
     def _needed(self) -> int:
@@ -203,6 +204,8 @@ class Rounds:
             return True
         if all(client in self.federation.refused for client in outcome.excluded):
             return False
+        if not self.federation.hosts and all("storage:" in reason for reason in outcome.excluded.values()):
+            raise Unwritable(self.accounts.ledgers, "no client could write its ledger, or what it keeps")
         reasons = "; ".join(f"{c}: {r}" for c, r in list(outcome.excluded.items())[:3])
         log = "each client's own log" if self.federation.hosts else self.directory.path / LOG
         raise RunFailed(f"round {number}: {usable} usable updates, {needed} needed ({reasons}); see {log}")
@@ -223,14 +226,16 @@ class Rounds:
                 "%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone", name
             )
 
-    def _release(self, number: int, received: str, outcome: TrainOutcome) -> None:
+    def _release(self, number: int, states: tuple[str, str, str], outcome: TrainOutcome) -> None:
         """Countersign what was received, and let the clients keep their receipts."""
-        receipts = self.accounts.close_round(number, received, digest(self.state), outcome)
+        receipts = self.accounts.close_round(number, states, outcome)
         if receipts:
             self._exchange_lines(number, receipts, sorted(receipts, key=client_order))
 
-    def _exchange_lines(self, number: int, receipts: Mapping[str, Entry], clients: list[str]) -> dict[str, str]:
-        problems = self.messenger.receipts(receipts, clients)
+    def _exchange_lines(
+        self, number: int, receipts: Mapping[str, Entry], clients: list[str], closing: bool = False
+    ) -> dict[str, str]:
+        problems = self.messenger.receipts(receipts, clients, closing)
         self._warn(number, "did not keep its receipt of", problems)
         return problems
 
@@ -325,15 +330,17 @@ class Rounds:
             for client in self.federation.clients:
                 self.federation.participations[client] += self.accounts.rounds_charged_after(client, self.done)
 
-    def finish(self, status: str) -> None:
-        """Ask once more for ledgers that were not seen, then seal the accounts.
+    def close(self) -> None:
+        """Let every client say in its ledger that the run is over, and take the lines that were not seen yet."""
+        if self.accounts.mirror is not None:
+            clients = [client for client in self.federation.clients if self.federation.known(client)]
+            problems = self._exchange_lines(self.done, {}, clients, closing=True)
+            self.accounts.see([client for client in clients if client not in problems])
+        self.accounts.close_ledger()
 
-        Call when the adapter is on the disk.
-        """
-        if silent := self.accounts.unseen():
-            problems = self._exchange_lines(self.done, {}, silent)
-            self.accounts.see([client for client in silent if client not in problems])
-        self.accounts.finish(digest(self.state), status)
+    def seal(self, files: Mapping[str, tuple[int, str]], status: str) -> None:
+        """The last line of the server's file. ``files``: path in the run directory → size and SHA-256."""
+        self.accounts.finish(files, digest(self.state), status)
 
     def result(self) -> dict[str, Any]:
         """What ``result.json`` says, apart from the status and the wall time."""

@@ -130,8 +130,11 @@ class Messenger:
                 outcome.scores[client] = scores.numbers[primary]
         return outcome
 
-    def receipts(self, receipts: Mapping[str, Entry], clients: Sequence[str]) -> dict[str, str]:
-        """Let clients keep receipts, and take their ledgers' new lines; client → what is wrong with its ledger."""
+    def receipts(self, receipts: Mapping[str, Entry], clients: Sequence[str], closing: bool = False) -> dict[str, str]:
+        """Let clients keep receipts, and take their ledgers' new lines; client → what is wrong with its ledger.
+
+        ``closing``: the run is over, which each is to say in its ledger.
+        """
         cohorts = self.federation.cohorts(list(clients))
         requests = {
             node: ReceiptsRequest(
@@ -140,6 +143,7 @@ class Messenger:
                     ReceiptFor(c, self.federation.known(c), json.dumps(receipts[c]) if c in receipts else "")
                     for c in cohort
                 ),
+                closing,
             )
             for node, cohort in cohorts.items()
         }

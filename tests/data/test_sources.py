@@ -18,6 +18,7 @@ from fedlab.data import docstrings, wordnet
 from fedlab.data.partition import assign
 from fedlab.data.sources import check_source, load_corpus
 from fedlab.errors import ConfigError
+from fedlab.objectives.classification import Classification
 
 SYNSETS = """\
   1 This software and database is being provided to you, the LICENSEE
@@ -316,8 +317,9 @@ def test_hub_errors(local_glue: Path):
 
 def test_one_label_is_not_a_task(tmp_path: Path):
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"a": "x", "y": "same"}) for _ in range(5)))
+    names = load_corpus(_files(tmp_path / "d.jsonl"), 0).label_names
     with pytest.raises(ConfigError, match="at least 2"):
-        load_corpus(DataSection(source="files", path=str(tmp_path / "d.jsonl"), text="a", label="y"), 0)
+        Classification.check_labels(names, "d.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import fedlab
 from fedlab.config import RunConfig
 from fedlab.privacy import promise
+from fedlab.privacy.accounting import Event, epsilon
 from fedlab.run.progress import closing, headline
 
 TEXT = "[run]\nrounds = 2\n[lora]\nrank = 4\nalpha = 8\n[train]\nlr = 0.1\nsteps = 1\n[strategy]\nweights = 'uniform'\n"
@@ -117,3 +119,46 @@ def test_the_files_of_a_run_say_it_too(unit: str, settings: list[str], tiny_toml
     if unit == "example":
         assert len({c["epsilon"] for c in run.result["clients"].values()}) > 1, "clients differ"
     assert run.result["epsilon"] == max(c["epsilon"] for c in run.result["clients"].values())
+
+
+def privacy_of_records(k: int, q: float, sigma: float, delta: float) -> float:
+    """ε of one Poisson step for k records of one client, each drawn by its own coin; removed or added, whichever costs
+    more. By quadrature, with nothing of the product.
+    """
+    x = np.linspace(-12 * sigma, k + 12 * sigma, 60_001)
+    shares = [math.comb(k, j) * q**j * (1 - q) ** (k - j) for j in range(k + 1)]
+    bell = [np.exp(-((x - j) ** 2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi)) for j in range(k + 1)]
+    there, gone = sum(s * b for s, b in zip(shares, bell, strict=True)), bell[0]
+
+    def exceeds(epsilon: float) -> bool:
+        ways = (there, gone), (gone, there)
+        return bool(max(np.maximum(a - math.exp(epsilon) * b, 0).sum() for a, b in ways) * (x[1] - x[0]) > delta)
+
+    low, high = 0.0, 60.0
+    for _ in range(35):
+        low, high = (middle, high) if exceeds(middle := (low + high) / 2) else (low, middle)
+    return high
+
+
+@pytest.mark.parametrize(("q", "sigma"), [(0.05, 0.9), (0.3, 1.0), (1.0, 2.0)])
+def test_several_records_at_one_client_can_cost_more_than_their_number_of_epsilons(q: float, sigma: float):
+    one = privacy_of_records(1, q, sigma, 1e-5)
+    assert one == pytest.approx(epsilon([Event("poisson", q, sigma, 1)], 1e-5), rel=2e-3, abs=2e-3)
+    for k in (2, 3):
+        assert privacy_of_records(k, q, sigma, 1e-5) > 1.04 * k * one
+
+
+def test_a_person_with_several_records_is_told_what_it_costs():
+    said = promise.promise(config("example"), 3.0, 1e-5)
+    assert "the ε of several clients add up, and k records at one client can cost more than k times its ε" in said
+    assert "their ε adds up" not in said
+
+
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_what_no_message_shows_is_named_too(unit: str):
+    said = everything(config(unit))
+    assert "partition.json of this directory, which its owner alone can read" in said
+    assert "zeroing out one" in said
+    assert "is public; or by adding or removing one" in said
+    assert "1.0004 C" not in said
+    assert "1.0004 C was seen where C is accounted for" in everything(config(unit, "run.dtype=bfloat16"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def test_a_run_prints_plain_lines_when_piped(config_file: Path, tmp_path: Path):
     assert "completed: accuracy" in done.stdout
     assert "outside training and evaluation" in done.stdout
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
-    assert "Traceback" not in done.stderr
+    assert done.stdout.count("memory per node") == 1
+    assert done.stderr == ""
     again = fedlab_cli("report", tmp_path / "run")
     assert again.returncode == 0
     assert again.stdout.strip().endswith("report.html")
@@ -47,7 +49,9 @@ def test_a_run_prints_plain_lines_when_piped(config_file: Path, tmp_path: Path):
 
 def test_quiet_is_quiet_and_no_dp_says_so(config_file: Path, tmp_path: Path):
     done = fedlab_cli("simulate", config_file, "--out", tmp_path / "a", "--set", "run.rounds=1", "--quiet")
-    assert (done.returncode, done.stdout) == (0, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    log = (tmp_path / "a" / "log.txt").read_text().splitlines()
+    assert len(log) == len(set(log)), "each line once"
     done = fedlab_cli(
         "simulate", config_file, "--out", tmp_path / "b", "--set", "run.rounds=1", "--set", 'privacy={unit="none"}'
     )
@@ -76,6 +80,56 @@ def test_usage_errors_end_with_2_and_leave_nothing(
     assert len(done.stderr.strip().splitlines()) <= 2
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_reader_that_leaves_does_not_end_a_run(encoding: str, config_file: Path, tmp_path: Path):
+    process = subprocess.Popen(
+        command("simulate", config_file, "--out", tmp_path / "run", "--set", "run.rounds=1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "TERM": "dumb"},
+    )
+    assert process.stdout is not None
+    first = process.stdout.readline().decode(encoding)
+    assert ("σ = 1" if encoding == "utf-8" else "sigma = 1") in first
+    process.stdout.close()
+    assert (process.wait(200), process.stderr.read() if process.stderr else None) == (0, b"")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "completed"
+
+
+@pytest.mark.parametrize("name", ["", "simulate", "resume", "audit", "report", "strategies", "explain", "doctor"])
+def test_help_shows_square_brackets_as_they_are(name: str):
+    from typer.testing import CliRunner
+
+    from fedlab.cli import app
+
+    done = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200"}, terminal_width=200)
+    assert done.exit_code == 0, done.output
+    if name == "simulate":
+        assert "section.key=[value, ...]" in done.output
+    if name == "strategies":
+        assert "[CONFIG.toml]" in done.output
+
+
+@pytest.mark.parametrize("columns", [60, 80, 400])
+def test_a_table_is_readable_at_any_width(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from fedlab.cli import _print_table
+    from strategies import STRATEGIES
+    from strategies.table import COLUMNS, rows
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    needs = "needs a stream: add [[tasks]], or use fedsvd"
+    _print_table([*COLUMNS, "bytes up"], [[cell.replace("`", "") for cell in row] + [needs] for row in rows()])
+    shown = capsys.readouterr().out
+    assert all(len(line) <= columns for line in shown.splitlines())
+    assert "[[tasks]]" in shown
+    assert "…" not in shown
+    assert all(any(line.split()[:1] == [name] for line in shown.splitlines()) for name in STRATEGIES)
+    assert " ".join(rows()[3][3].split()) in " ".join(shown.split()) or columns < 400
 
 
 def test_unknown_commands_and_missing_files():
@@ -119,7 +173,7 @@ def rounds_done(run: Path) -> int:
 
 @pytest.mark.e2e
 @pytest.mark.slow  # the same in process: tests/run/test_simulate_local.py
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_is_valid_and_resumes_to_the_same_bits(number: int, config_file: Path, tmp_path: Path):
     options = ["--set", "run.rounds=12", "--set", "evaluate.every=12"]
     process = subprocess.Popen(
@@ -131,6 +185,7 @@ def test_an_interrupted_run_is_valid_and_resumes_to_the_same_bits(number: int, c
     assert process.returncode == 130
     assert f"fedlab resume {tmp_path / 'run'}" in errors
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
+    assert "interrupted" in (tmp_path / "run" / "report.html").read_text()
     assert fedlab_cli("resume", tmp_path / "run", "--quiet").returncode == 0
     assert fedlab_cli("simulate", config_file, *options, "--out", tmp_path / "whole", "--quiet").returncode == 0
     digests = [json.loads((tmp_path / name / "result.json").read_text())["adapter_digest"] for name in ("run", "whole")]
@@ -219,14 +274,15 @@ def connections(process: psutil.Process) -> list:
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_interrupting_ray_leaves_no_process(config_file: Path, tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_ray_leaves_no_process(number: int, config_file: Path, tmp_path: Path):
     before = ray_processes()
     options = ["--set", 'run.backend="ray"', "--set", "run.rounds=1000", "--set", "evaluate.every=1000"]
     process = subprocess.Popen(
         command("simulate", config_file, *options, "--out", tmp_path / "run"), stderr=subprocess.PIPE, text=True
     )
     wait_for(lambda: rounds_done(tmp_path / "run") >= 1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "fedlab resume" in errors

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedlab.privacy.accounting import Event
 from fedlab.privacy.audit.lines import Finding
 from fedlab.privacy.audit.recompute import Recomputed, recompute
 from fedlab.privacy.audit.rules import Ledger, real
+from fedlab.privacy.audit.schema import EVENT
 
 RESULT, CARD = "result.json", "PRIVACY.md"
 
@@ -23,16 +25,30 @@ class Claim:
     epsilon: float | None
     delta: float | None
     participations: int
+    unseen: tuple[Event, ...] = ()  # counted as spent although no ledger shows it
 
 
 def load_json(text: str) -> Any:
-    """Strict JSON: no NaN, no Infinity. Raises ValueError."""
+    """Strict JSON: no NaN, no Infinity, no key twice (of which people read the one and parsers the other).
+
+    Raises ValueError.
+    """
 
     def constant(name: str) -> Any:
         raise ValueError(f"{name} is no JSON")
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if (
+            twice := next((name for name in names if names.count(name) > 1), None)
+            if len(set(names)) < len(names)
+            else None
+        ):
+            raise ValueError(f"the key {twice[:40]!a} is there twice")
+        return dict(pairs)
+
     try:
-        return json.loads(text, parse_constant=constant)
+        return json.loads(text, parse_constant=constant, object_pairs_hook=once)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -63,10 +79,19 @@ def read_claims(result: Mapping[str, Any]) -> tuple[dict[str, Claim], list[Findi
             findings.append(Finding(RESULT, None, f"clients.{name!a}.delta must be in [0, 1], got {delta}"))
             delta = None
         took_part = amount(entry.get("participations"))
-        claims[name] = Claim(
-            amount(entry.get("epsilon")), delta, 0 if took_part is None else math.ceil(min(took_part, 2**53))
-        )
+        count = 0 if took_part is None else math.ceil(min(took_part, 2**53))
+        unseen = _unseen(entry.get("unseen", []))
+        if unseen is None:
+            findings.append(Finding(RESULT, None, f"clients.{name!a}.unseen is no list of events"))
+        claims[name] = Claim(amount(entry.get("epsilon")), delta, count, unseen or ())
     return claims, findings
+
+
+def _unseen(value: Any) -> tuple[Event, ...] | None:
+    """Events as ``result.json`` holds them; None for anything else."""
+    if not isinstance(value, list) or any(EVENT(entry) for entry in value):
+        return None
+    return tuple(Event(e["sampler"], real(e["q"]), real(e["sigma"]), e["steps"]) for e in value)
 
 
 def compare_claim(name: str, claim: Claim | None, found: Recomputed, spent: bool) -> Iterator[Finding]:

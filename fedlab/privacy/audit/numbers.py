@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fedlab.privacy.accounting import Event
 from fedlab.privacy.audit.claims import (
     CARD,
     RESULT,
@@ -54,7 +55,7 @@ class ClientNumbers:
             "charges": len(ledger.counted) if ledger else 0,
             "commits": len(ledger.commits) if ledger else 0,
             "releases": len(ledger.releases) if ledger else 0,
-            "refusals": ledger.refusals if ledger else 0,
+            "refusals": len(ledger.refusals) if ledger else 0,
             "runs": len({line["run"] for line in ledger.chain.lines}) if ledger else 0,
             "lines": ledger.chain.size if ledger else 0,
         }
@@ -70,8 +71,8 @@ def check_numbers(audit: AuditedDirectory, evidence: Evidence) -> tuple[dict[str
     Returns:
         client → its row, and the largest δ of any (None where nothing states one).
     """
-    claims = _claims(audit, evidence)
-    claiming = bool(claims) or evidence.finished  # an interrupted run need not have claimed anything yet
+    claiming = evidence.finished  # what a run that was cut off says of itself is not covered, and not looked at
+    claims = _claims(audit, evidence) if claiming else {}
     receipts, ledgers = evidence.receipts, evidence.ledgers
     names = sorted((claims.keys() | set(receipts.clients if receipts else ()) | ledgers.keys()) - {"server"})
     numbers = {name: _check_client(audit, evidence, name, claims, claiming) for name in names}
@@ -80,18 +81,16 @@ def check_numbers(audit: AuditedDirectory, evidence: Evidence) -> tuple[dict[str
             audit.findings += check_budgets(owner, ledgers[owner])
     if evidence.result and claiming:
         audit.findings += compare_maximum(evidence.result, claims)
-    _check_card(audit, numbers, evidence.finished)
+    if claiming:
+        _check_card(audit, numbers)
     deltas = [each.delta for each in numbers.values() if each.delta is not None]
     return {name: each.row() for name, each in numbers.items()}, max(deltas, default=None)
 
 
 def _claims(audit: AuditedDirectory, evidence: Evidence) -> dict[str, Claim]:
-    """What ``result.json`` claims; a run that did not finish may claim nothing."""
-    claims, findings = read_claims(evidence.result) if evidence.result else ({}, [])
-    if findings and not evidence.finished:
-        audit.note(f"{RESULT} claims no ε: the run was {evidence.result.get('status')}")
-    else:
-        audit.findings += findings
+    """What ``result.json`` claims."""
+    claims, findings = read_claims(evidence.result)
+    audit.findings += findings
     return claims
 
 
@@ -99,12 +98,18 @@ def _check_client(
     audit: AuditedDirectory, evidence: Evidence, name: str, claims: Mapping[str, Claim], claiming: bool
 ) -> ClientNumbers:
     ledger, claim = evidence.ledgers.get(evidence.payer(name)), claims.get(name)
-    if name in evidence.ledgers and not evidence.receipts and evidence.result and name not in claims:
+    if claiming and name in evidence.ledgers and not evidence.receipts and name not in claims:
         audit.find(name, f"has a ledger, but {RESULT} does not list it")
     if ledger is None and claim is not None and (claim.participations > 0 or claim.epsilon):
         audit.find(evidence.payer(name), f"has no ledger file, but {RESULT} says that {name!a} took part")
     delta = _delta(audit, evidence, name, claim, ledger)
-    found = _recomputed(ledger, delta)
+    found = _recomputed(ledger, delta, claim.unseen if claim else ())
+    if claim is not None and claiming and evidence.unit == "example":
+        charged = ledger.charges_of(evidence.run) if ledger else 0
+        if claim.participations != charged:
+            audit.find(
+                name, f"{RESULT} says that it took part {claim.participations} times, its ledger shows {charged}"
+            )
     if "pld" in found.replaced or "prv" in found.replaced:
         who = " and ".join(accountant.upper() for accountant in found.replaced)
         audit.note(f"{name}: {who} cannot resolve what was charged; the RDP number stands in its place")
@@ -114,12 +119,14 @@ def _check_client(
     return ClientNumbers(claim, ledger, delta, found)
 
 
-def _recomputed(ledger: Ledger | None, delta: float | None) -> Recomputed:
-    """ε of what a ledger shows; infinite where a line could not be interpreted or no δ is known."""
-    if ledger is None or (not ledger.charges and ledger.bounded):
+def _recomputed(ledger: Ledger | None, delta: float | None, unseen: Sequence[Event]) -> Recomputed:
+    """ε of what a ledger shows, and of what is counted beside it; infinite where a line could not be interpreted or no
+    δ is known.
+    """
+    if not unseen and (ledger is None or (not ledger.charges and ledger.bounded)):
         return recompute([], 0.0)
-    if ledger.bounded and delta is not None:
-        return recompute(ledger.events(), delta)
+    if (ledger is None or ledger.bounded) and delta is not None:
+        return recompute([*(ledger.events() if ledger else ()), *unseen], delta)
     return NOTHING_KNOWN
 
 
@@ -150,11 +157,11 @@ def _plan(evidence: Evidence, ledger: Ledger) -> Line | None:
     return plan or (ledger.plans[-1] if ledger.plans else None)
 
 
-def _check_card(audit: AuditedDirectory, numbers: Mapping[str, ClientNumbers], finished: bool) -> None:
+def _check_card(audit: AuditedDirectory, numbers: Mapping[str, ClientNumbers]) -> None:
     """The table of ``PRIVACY.md`` says no less than was recomputed."""
     data = audit.read(CARD)
     if data is None:
-        if finished and not (audit.root / CARD).exists():
+        if CARD not in audit.files.folders:
             audit.find(CARD, "is missing")
         return
     try:

@@ -6,10 +6,8 @@ keys changed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fedlab.privacy.audit.chain import Chain
@@ -33,6 +31,20 @@ class Receipts:
     @property
     def clients(self) -> Mapping[str, str]:
         return self.start["clients"] if self.start else {}
+
+    @property
+    def current(self) -> bool:
+        """Whether it binds what the audit needs bound; the first edition's lines had neither states nor sizes."""
+        for line in self.chain.lines:
+            whole = {
+                "START": "config" in line.body,
+                "ROUND": "before" in line.body and isinstance(line["clients"], dict),
+            }
+            if line.kind == "FINAL":
+                whole["FINAL"] = all(isinstance(sealed, list) for sealed in line["files"].values())
+            if not whole.get(line.kind, True):
+                return False
+        return True
 
     @property
     def run(self) -> str | None:
@@ -61,7 +73,9 @@ def read_receipts(chain: Chain) -> Receipts:
             report(line, f"{line.kind} is of another run than the START in line {start.number}")
         if line.kind in ("START", "RECEIPT") and line["key"] != chain.key:
             report(line, f"{line.kind} names another key than the one that the file is signed with")
-        if line.kind == "START" and (changed := [key for key in ("unit", "clients") if line[key] != start[key]]):
+        if line.kind == "START" and (
+            changed := [key for key in ("unit", "clients", "config") if line.body.get(key) != start.body.get(key)]
+        ):
             report(line, f"START has other {changed[0]} than line {start.number}")
         if line.kind == "RECEIPT":
             if line["client"] not in start["clients"] and (start["unit"] == "example" or line["client"] != "server"):
@@ -86,15 +100,14 @@ def read_receipts(chain: Chain) -> Receipts:
 
 
 def compare(receipts: Receipts, ledgers: Mapping[str, Ledger]) -> Iterator[Finding]:
-    """Every RECEIPT, ROUND and FINAL against the ledgers of this run, and the ledgers' receipts against the server's
+    """Every RECEIPT and FINAL against the ledgers of this run, and the ledgers' receipts against the server's
     file.
     """
     for line in receipts.chain.lines:
         if line.sound and line.kind == "RECEIPT":
             yield from _receipt(line, ledgers.get(line["client"]))
     yield from _held(receipts, ledgers)
-    yield from _rounds(receipts, ledgers)
-    if receipts.final is not None:
+    if receipts.final is not None and receipts.closed:
         yield from _heads(receipts.final, ledgers)
 
 
@@ -168,54 +181,6 @@ def _held(receipts: Receipts, ledgers: Mapping[str, Ledger]) -> Iterator[Finding
                 yield Finding(ledger.chain.where, line.number, f"RELEASE holds a receipt that is not in {WHERE}")
 
 
-def _rounds(receipts: Receipts, ledgers: Mapping[str, Ledger]) -> Iterator[Finding]:
-    """One state per round for all clients, the one that the server says it sent; and a COMMIT and a receipt from
-    everyone who was used.
-    """
-    run, lines = receipts.run, [line for line in receipts.chain.lines if line.sound]
-    rounds = [line for line in lines if line.kind == "ROUND"]
-    sent: dict[int, set[str]] = {}
-    for line in rounds:
-        sent.setdefault(line["round"], set()).add(line["in"])
-    resumed = sum(line.kind == "START" for line in lines) > 1
-    reference: dict[int, tuple[str, Line]] = {}
-    for name, ledger in ledgers.items():
-        if ledger.chain.swapped:
-            continue
-        charges = [line for line in ledger.charges if line.sound and line["run"] == run]
-        last = {line["round"]: line for line in charges}
-        for line in charges:
-            if resumed and last[line["round"]] is not line:
-                continue  # an attempt that was lost with the server; the later one counts for the round
-            number, state = line["round"], line["in"]
-            if number in sent:
-                if state not in sent[number]:
-                    yield Finding(
-                        ledger.chain.where,
-                        line.number,
-                        f"CHARGE of round {number} has another state than the one the server sent",
-                    )
-            elif (first := reference.setdefault(number, (name, line)))[1]["in"] != state:
-                message = f"CHARGE of round {number} has another state than {first[0]}'s (line {first[1].number})"
-                yield Finding(ledger.chain.where, line.number, message)
-    receipted = {(line["client"], line["round"]) for line in receipts.chain.of("RECEIPT")}
-    unit = receipts.start["unit"] if receipts.start else "example"
-    for line in rounds:
-        for name in line["clients"] if unit == "example" else ["server"] * bool(line["clients"]):
-            ledger_ = ledgers.get(name)
-            if ledger_ is None or not (ledger_.chain.holes or _committed(ledger_, run, line)):
-                text = "has no COMMIT for it" if ledger_ else "has no ledger file"
-                yield Finding(WHERE, line.number, f"ROUND {line['round']} used an update of {name!a}, who {text}")
-            if unit == "example" and (name, line["round"]) not in receipted and not receipts.chain.holes:
-                yield Finding(
-                    WHERE, line.number, f"ROUND {line['round']} used an update of {name!a} without a receipt for it"
-                )
-
-
-def _committed(ledger: Ledger, run: str | None, line: Line) -> bool:
-    return any(c["run"] == run and c["round"] == line["round"] and c["in"] == line["in"] for _, c in ledger.commits)
-
-
 def _heads(final: Line, ledgers: Mapping[str, Ledger]) -> Iterator[Finding]:
     """FINAL names the last line of every ledger."""
     heads: Mapping[str, Any] = final["heads"]
@@ -243,25 +208,3 @@ def _heads(final: Line, ledgers: Mapping[str, Ledger]) -> Iterator[Finding]:
                 number + 1,
                 f"is not the line that FINAL ({WHERE} line {final.number}) names as the last: another history",
             )
-
-
-def check_files(root: Path, final: Line) -> Iterator[Finding]:
-    """The files below ``adapter/`` are exactly those of FINAL."""
-    files: Mapping[str, str] = final["files"]
-    there = {
-        path.relative_to(root).as_posix(): path for path in sorted((root / "adapter").rglob("*")) if not path.is_dir()
-    }
-    for name in sorted(files.keys() - there.keys()):
-        yield Finding(name, None, "is missing, FINAL names it")
-    for name, path in there.items():
-        if name not in files:
-            yield Finding(name, None, "is not among the files that FINAL names")
-            continue
-        try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            yield Finding(name, None, f"cannot be read: {error.strerror}")
-            continue
-        if found != files[name]:
-            yield Finding(name, None, "was changed: its SHA-256 is not the one in FINAL")

@@ -169,8 +169,9 @@ def _mechanisms(spent: _Spent) -> list[tuple[Any, int]]:
 def _rdp(spent: _Spent, delta: float) -> float:
     from dp_accounting.rdp import RdpAccountant
 
-    logger = logging.getLogger("absl")
+    logger, root, nothing = logging.getLogger("absl"), logging.getLogger(), logging.NullHandler()
     level = logger.level
+    root.addHandler(nothing)  # absl would call logging.basicConfig()
     logger.setLevel(logging.ERROR)  # it announces each order that it drops
     try:
         accountant = RdpAccountant()
@@ -179,6 +180,7 @@ def _rdp(spent: _Spent, delta: float) -> float:
         return float(accountant.get_epsilon(delta))
     finally:
         logger.setLevel(level)
+        root.removeHandler(nothing)
 
 
 @lru_cache(maxsize=4096)

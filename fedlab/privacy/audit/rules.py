@@ -29,7 +29,17 @@ class Ledger:
     counted: tuple[Line, ...]
     commits: tuple[tuple[Line, Line], ...]
     releases: tuple[Line, ...]
-    refusals: int
+    refusals: tuple[Line, ...]
+    closes: tuple[Line, ...]
+
+    def closed(self, run: str) -> bool:
+        """Whether the owner said that the run is over, and was not charged in it since."""
+        last = max((line.seq for line in self.charges if line["run"] == run), default=-1)
+        return any(line.sound and line["run"] == run and line.seq > last for line in self.closes)
+
+    def charges_of(self, run: str) -> int:
+        """Counted charges of one run."""
+        return sum(line["run"] == run for line in self.counted)
 
     @property
     def bounded(self) -> bool:
@@ -95,6 +105,7 @@ def read_ledger(chain: Chain) -> Ledger:
     if chain.key and chain.lines and chain.lines[0].seq == 0 and chain.lines[0].kind != "PLAN":
         state.report(chain.lines[0], f"the first line is {chain.lines[0].kind}, it must be a PLAN")
     handlers = {"PLAN": _plan, "CHARGE": _charge, "COMMIT": _commit, "ABORT": _abort, "RELEASE": _release}
+    handlers["CLOSE"] = _close
     for line in chain.lines:
         if line.kind in handlers:
             handlers[line.kind](state, line)
@@ -102,7 +113,8 @@ def read_ledger(chain: Chain) -> Ledger:
     return Ledger(
         chain, (*chain.findings, *sorted(state.findings, key=lambda f: f.line or 0)), tuple(chain.of("PLAN")),
         tuple(chain.of("CHARGE")),
-        tuple(state.counted), tuple(state.commits), tuple(chain.of("RELEASE")), len(chain.of("REFUSE")),
+        tuple(state.counted), tuple(state.commits), tuple(chain.of("RELEASE")), tuple(chain.of("REFUSE")),
+        tuple(chain.of("CLOSE")),
     )  # fmt: skip
 
 
@@ -180,6 +192,12 @@ def _commit(state: _State, line: Line) -> None:
 
 def _abort(state: _State, line: Line) -> None:
     _end(state, line)
+
+
+def _close(state: _State, line: Line) -> None:
+    state.target(line, "plan", "PLAN")
+    if line["charges"] != state.per_run[line["run"]] and not state.chain.holes:
+        state.report(line, f"CLOSE says {line['charges']} charges, the file shows {state.per_run[line['run']]}")
 
 
 def _release(state: _State, line: Line) -> None:

@@ -1,7 +1,8 @@
 """``fedlab audit RUN_DIR``: from the files of a run to a verdict, without any of the code that wrote them.
 
-Guarantee: ``audit_run`` never raises for a damaged directory, and ``pass`` is given only if there is no finding at all.
-Files are read as they lie; the audit of a run that is still going can find differences that are only a matter of time.
+Guarantee: ``audit_run`` never raises for a damaged directory and never waits. With any finding the verdict is
+``failed``. Files are read as they lie; the audit of a run that is still going can find differences that are only a
+matter of time.
 """
 
 from __future__ import annotations
@@ -10,25 +11,34 @@ import math
 import re
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fedlab.errors import ConfigError
 from fedlab.privacy.audit.claims import RESULT, amount, load_json
-from fedlab.privacy.audit.completeness import check_final, check_run
-from fedlab.privacy.audit.directory import AuditedDirectory, read_evidence
+from fedlab.privacy.audit.completeness import check_run, unclosed
+from fedlab.privacy.audit.coverage import Regenerate, check_coverage
+from fedlab.privacy.audit.directory import AuditedDirectory, Evidence, ledger_names, read_evidence, read_result
+from fedlab.privacy.audit.files import TABLE
+from fedlab.privacy.audit.kept import Kept, check_kept
 from fedlab.privacy.audit.lines import Finding
-from fedlab.privacy.audit.numbers import check_numbers
+from fedlab.privacy.audit.numbers import Row, check_numbers
 from fedlab.privacy.audit.receipts import WHERE, compare
+from fedlab.privacy.audit.rounds import check_rounds
+from fedlab.privacy.audit.tensors import check_adapter
+from fedlab.privacy.audit.terms import check_terms
 
-Verdict = Literal["pass", "fail", "no-dp"]
+Verdict = Literal["verified", "consistent", "incomplete", "failed", "no-dp"]
 
 
 @dataclass(frozen=True)
 class RunAudit:
-    """What the audit found. The ε are maxima over clients, δ too; None without DP or where nothing is known."""
+    """What the audit found. The ε are maxima over clients, δ too; None without DP or where nothing is known.
+
+    ``not_covered`` names what lies in the directory and is vouched for by nothing.
+    """
 
     verdict: Verdict
     unit: str
@@ -40,6 +50,7 @@ class RunAudit:
     per_client: Mapping[str, Mapping[str, float | int | None]]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+    not_covered: tuple[str, ...]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,52 +69,104 @@ def _strict(value: Any) -> Any:
     return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def audit_run(path: Path | str, keys: Mapping[str, str] | None = None) -> RunAudit:
+def audit_run(
+    path: Path | str,
+    keys: Mapping[str, str] | None = None,
+    kept: Mapping[str, bytes] | None = None,
+    regenerate: Regenerate | None = None,
+) -> RunAudit:
     """Check everything in a run directory.
 
     Args:
         path: the run directory.
-        keys: client → Ed25519 public key (hex), published elsewhere than in the run.
+        keys: owner → Ed25519 public key (hex), published elsewhere than in the run: the server's and every client's.
+        kept: name → bytes of ledgers that clients kept at home, with the server's receipts in them.
+        regenerate: makes the files that follow from the others again; without it they are not covered but for their
+            seal.
 
     Returns:
         The verdict with everything that was found; never an exception for a damaged directory.
 
     Raises:
-        ConfigError: there is no ``run.toml``, so it is no run directory.
+        ConfigError: there is neither a ``run.toml`` nor what a run leaves beside it, so it is no run directory.
     """
     began, root = time.perf_counter(), Path(path)
-    if not (root / "run.toml").is_file():
-        raise ConfigError(f"{str(path)!r} is no run directory: it has no run.toml")
     audit = AuditedDirectory(root)
-    unit = _unit(audit)
-    result = audit.read_json(RESULT) or {}
-    files = {file.stem: file for file in sorted((root / "ledger").glob("*.jsonl"))}
+    there = audit.files.sizes.keys() | audit.files.folders | audit.files.odd.keys()
+    if not there & {"run.toml", RESULT, WHERE}:
+        raise ConfigError(f"{str(path)!r} is no run directory: it has no run.toml")
+    config = _config(audit)
+    unit = _unit(audit, config)
+    result = read_result(audit)
     if unit == "none":
-        return _without_dp(audit, result, files, began)
-    evidence = read_evidence(audit, unit, result, files, keys)
+        return _without_dp(audit, result, began)
+    evidence = read_evidence(audit, unit, config, result, keys)
     check_run(audit, evidence)
+    check_terms(audit, evidence)
     if evidence.receipts:
         audit.findings += compare(evidence.receipts, evidence.ledgers)
-    check_final(audit, evidence)
+    if evidence.receipts and not evidence.receipts.current:
+        audit.find(
+            WHERE, "was written by the first edition, which sealed neither settings nor states; nothing is vouched for"
+        )
+    elif evidence.receipts:
+        audit.findings += check_rounds(evidence.receipts, evidence.ledgers, evidence.finished)
+    held = check_kept(audit, evidence, kept) if kept is not None else None
     per_client, delta = check_numbers(audit, evidence)
+    if evidence.receipts is None or evidence.receipts.current:
+        check_coverage(audit, evidence, regenerate)
+        check_adapter(audit, evidence)
+    verdict = _verdict(audit, evidence, keys, held)
+    return _summary(audit, evidence, verdict, per_client, delta, time.perf_counter() - began)
+
+
+def _verdict(audit: AuditedDirectory, evidence: Evidence, keys: Mapping[str, str] | None, held: Kept | None) -> Verdict:
+    """What may be said of a directory, and why it is not more."""
     if any(plan["noise"] == "seeded" for ledger in evidence.ledgers.values() for plan in ledger.plans):
         audit.note("noise was seeded: reproducible, hence no protection against anyone who knows or guesses the seed")
-    if keys is None:
-        audit.note("keys are those that the run itself names; only keys published elsewhere (--keys) show who signed")
+    audit.note("that the noise was drawn as signed no ledger can show: fedlab audit --empirical tests the code")
+    if audit.findings:
+        return "failed"
+    if not evidence.finished:
+        return "incomplete"
+    audit.note("sealed but not recomputed: scores, losses, times and bytes are the server's word")
+    if keys is None and held is None:
+        audit.note("keys are those that the run itself names; --keys or --kept hold them against what lies elsewhere")
+        return "consistent"
+    if open_ends := unclosed(evidence):
+        audit.note(
+            f"{', '.join(open_ends)} did not sign that the run is over, so nothing shows where their ledgers end"
+        )
+        return "consistent"
+    if keys is None and held is not None and not held.whole:
+        audit.note(f"kept receipts reach round {held.round}, not the last one: what came later is not held by them")
+        return "consistent"
+    return "verified"
+
+
+def _summary(
+    audit: AuditedDirectory,
+    evidence: Evidence,
+    verdict: Verdict,
+    per_client: Mapping[str, Row],
+    delta: float | None,
+    seconds: float,
+) -> RunAudit:
     top = {
         key: max((row[key] or 0.0 for row in per_client.values()), default=None)
         for key in ("epsilon_pld", "epsilon_rdp", "epsilon_prv")
     }
+    claimed = amount(evidence.result.get("epsilon")) if evidence.finished else None
     return RunAudit(
-        "fail" if audit.findings else "pass", unit, delta, amount(result.get("epsilon")), **top,
+        verdict, evidence.unit, delta, claimed, **top,
         per_client=per_client,
         findings=tuple(dict.fromkeys(audit.findings)), notes=tuple(dict.fromkeys(audit.notes)),
-        seconds=time.perf_counter() - began,
+        not_covered=tuple(dict.fromkeys(audit.uncovered)), seconds=seconds,
     )  # fmt: skip
 
 
 def load_keys(path: Path) -> dict[str, str]:
-    """A file of keys published elsewhere: one JSON object, client → 64 hex digits. Raises ConfigError."""
+    """A file of keys published elsewhere: one JSON object, owner → 64 hex digits. Raises ConfigError."""
     try:
         value = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -116,12 +179,36 @@ def load_keys(path: Path) -> dict[str, str]:
     return dict(value)
 
 
-def _unit(audit: AuditedDirectory) -> str:
-    """``privacy.unit`` of run.toml; if that cannot be read, the audit is as strict as for ``example``."""
+def load_kept(paths: Sequence[Path]) -> dict[str, bytes]:
+    """Ledgers that clients kept. Raises ConfigError for one that cannot be read."""
+    found = {}
+    for path in paths:
+        try:
+            found[f"kept {path.name}" if len(paths) == 1 else f"kept {path}"] = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"--kept {str(path)!r} cannot be read: {error.strerror}") from None
+    return found
+
+
+def _config(audit: AuditedDirectory) -> Mapping[str, Any]:
+    """``run.toml``; empty, with a finding, if it cannot be read."""
+    data = audit.read("run.toml")
+    if data is None:
+        if "run.toml" not in audit.files.odd and "run.toml" not in audit.files.folders:
+            audit.find("run.toml", "is missing")
+        return {}
     try:
-        config = tomllib.loads((audit.root / "run.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         audit.find("run.toml", f"cannot be read: {error}")
+        return {}
+
+
+def _unit(audit: AuditedDirectory, config: Mapping[str, Any]) -> str:
+    """``privacy.unit`` of run.toml; if that cannot be read, the audit is as strict as for ``example``."""
+    if not config:
+        if not audit.findings:
+            audit.find("run.toml", "is empty")
         return "example"
     privacy = config.get("privacy", {})
     unit = privacy.get("unit", "none") if isinstance(privacy, dict) else None
@@ -131,18 +218,17 @@ def _unit(audit: AuditedDirectory) -> str:
     return str(unit)
 
 
-def _without_dp(
-    audit: AuditedDirectory, result: Mapping[str, Any], files: Mapping[str, Path], began: float
-) -> RunAudit:
+def _without_dp(audit: AuditedDirectory, result: Mapping[str, Any], began: float) -> RunAudit:
     """Without DP nothing may claim or show otherwise: ``unit = "none"`` must not hide a ledger."""
-    if files:
-        audit.find("run.toml", f'says privacy.unit = "none", but there are ledgers: {", ".join(map(ascii, files))}')
-    if (audit.root / WHERE).exists() and b'"type":"START"' in (audit.read(WHERE) or b""):
+    if names := ledger_names(audit.files):
+        audit.find("run.toml", f'says privacy.unit = "none", but there are ledgers: {", ".join(map(ascii, names))}')
+    if b'"type":"START"' in (audit.read(WHERE, TABLE) or b""):
         audit.find("run.toml", f'says privacy.unit = "none", but there is a {WHERE}')
     if result and result.get("epsilon") not in (None, "no DP"):
         audit.find(RESULT, f"claims an ε of {result['epsilon']!a} for a run without DP")
-    verdict: Verdict = "fail" if audit.findings else "no-dp"
-    findings, seconds = tuple(audit.findings), time.perf_counter() - began
+    verdict: Verdict = "failed" if audit.findings else "no-dp"
     return RunAudit(
-        verdict, "none", None, None, None, None, None, {}, findings, ("the run had no differential privacy",), seconds
-    )
+        verdict, "none", None, None, None, None, None, {}, tuple(audit.findings),
+        ("the run had no differential privacy",), ("everything: a run without DP has no seal",),
+        time.perf_counter() - began,
+    )  # fmt: skip

@@ -12,7 +12,12 @@ from typing import Any
 
 Check = Callable[[Any], str | None]
 ZEROS = "0" * 64
-SINCE_2 = frozenset({"configuration", "releases"})  # keys that a PLAN of the first edition lacks
+# keys that lines of the first edition lack, by type
+SINCE_2: Mapping[str, frozenset[str]] = {
+    "PLAN": frozenset({"configuration", "releases"}),
+    "START": frozenset({"config"}),
+    "ROUND": frozenset({"before"}),
+}
 MOST = 2**53  # integers stay below: every JSON reader keeps them exactly
 
 
@@ -127,6 +132,11 @@ def _list(item: Check) -> Check:
     return check
 
 
+def _either(now: Check, before: Check) -> Check:
+    """As lines are written now, or as the first edition wrote them."""
+    return lambda value: now(value) if now(value) is None or before(value) is not None else None
+
+
 def _head(value: Any) -> str | None:
     good = isinstance(value, list) and len(value) == 2 and not _integer(0)(value[0]) and not _hex(64)(value[1])
     return None if good else f"must be [seq, hash], got {_shown(value)}"
@@ -158,27 +168,38 @@ def _time(value: Any) -> str | None:
 
 
 def _path(value: Any) -> str | None:
-    """A file below ``adapter/``, so that a reader never leaves the run directory."""
-    good = (
-        isinstance(value, str)
-        and value.startswith("adapter/")
-        and not {"", ".", ".."} & set(value.split("/"))
-        and "\0" not in value
-    )
-    return None if good else f"must be a path below adapter/, got {_shown(value)}"
+    """A file inside the run directory."""
+    good = isinstance(value, str) and not {"", ".", ".."} & set(value.split("/")) and "\0" not in value
+    return None if good else f"must be a path inside the run directory, got {_shown(value)}"
+
+
+def _sealed(value: Any) -> str | None:
+    good = isinstance(value, list) and len(value) == 2 and not _integer(0)(value[0]) and not _hex(64)(value[1])
+    return None if good else f"must be [bytes, SHA-256], got {_shown(value)}"
 
 
 _HASH, _KEY, _DIGEST, _COUNT = _hex(64), _hex(64), _hex(32, 128), _integer(1)
-_EVENT = _record({"sampler": _sampler, "q": _real(0, 1), "sigma": _real(0), "steps": _integer(0)})
+EVENT = _record({"sampler": _sampler, "q": _real(0, 1), "sigma": _real(0), "steps": _integer(0)})
 COMMON: Mapping[str, Check] = {
     "v": _exactly(1), "seq": _integer(0), "prev": _HASH, "type": _text, "time": _time, "run": _hex(32), "owner": _name,
     "dataset": _HASH, "hash": _HASH, "sig": _hex(128),
 }  # fmt: skip
 SERVER: Mapping[str, Mapping[str, Check]] = {
-    "START": {"key": _KEY, "unit": _one_of("example", "client"), "clients": _each(_name, _KEY)},
+    "START": {"key": _KEY, "unit": _one_of("example", "client"), "clients": _each(_name, _KEY), "config": _HASH},
     "RECEIPT": {"key": _KEY, "round": _COUNT, "client": _name, "number": _integer(0), "head": _HASH, "out": _DIGEST},
-    "ROUND": {"round": _COUNT, "in": _DIGEST, "out": _DIGEST, "clients": _list(_name)},
-    "FINAL": {"heads": _each(_name, _head), "files": _each(_path, _HASH), "state": _DIGEST, "status": _name},
+    "ROUND": {
+        "round": _COUNT,
+        "before": _DIGEST,
+        "in": _DIGEST,
+        "out": _DIGEST,
+        "clients": _either(_each(_name, _or_null(_DIGEST)), _list(_name)),
+    },
+    "FINAL": {
+        "heads": _each(_name, _head),
+        "files": _either(_each(_path, _sealed), _each(_path, _HASH)),
+        "state": _DIGEST,
+        "status": _name,
+    },
 }
 
 
@@ -187,7 +208,7 @@ def problem(line: Mapping[str, Any], types: Mapping[str, Mapping[str, Check]]) -
     kind = line.get("type")
     if not isinstance(kind, str) or kind not in types:
         return f"unknown type {_shown(kind)}" if "type" in line else "lacks the key 'type'"
-    text = _record({**COMMON, **types[kind]}, SINCE_2 if kind == "PLAN" else frozenset())(dict(line))
+    text = _record({**COMMON, **types[kind]}, SINCE_2.get(kind, frozenset()))(dict(line))
     return None if text is None else f"{kind} {text}"
 
 
@@ -201,14 +222,14 @@ def _receipt(value: Any) -> str | None:
 
 CLIENT: Mapping[str, Mapping[str, Check]] = {
     "PLAN": {
-        "key": _KEY, "unit": _one_of("example", "client"), "relation": _one_of("add_remove"), "event": _EVENT,
+        "key": _KEY, "unit": _one_of("example", "client"), "relation": _one_of("add_remove"), "event": EVENT,
         "clip": _real(0, above=True), "normaliser": _real(0, above=True), "delta": _real(0, 1), "n": _COUNT,
         "participations": _integer(0),
         "scope": _HASH, "budget": _or_null(_record({"epsilon": _real(0), "delta": _real(0, 1)})),
         "noise": _one_of("seeded", "secure"),
         "content": _or_null(_HASH), "configuration": _HASH, "releases": _list(_name), "code": _each(_name, _text),
     },
-    "CHARGE": {"round": _COUNT, "plan": _HASH, "event": _EVENT, "in": _DIGEST, "filter": _one_of("rdp", "pld", "none")},
+    "CHARGE": {"round": _COUNT, "plan": _HASH, "event": EVENT, "in": _DIGEST, "filter": _one_of("rdp", "pld", "none")},
     "COMMIT": {"charge": _HASH, "steps": _integer(0), "out": _DIGEST},
     "ABORT": {"charge": _HASH, "reason": _text},
     "RELEASE": {"commit": _HASH, "receipt": _receipt},
@@ -217,4 +238,5 @@ CLIENT: Mapping[str, Mapping[str, Check]] = {
         "kind": _one_of("budget-exhausted", "plan-mismatch", "participations", "policy", "repeated"), "reason": _text,
     },
     "RECOVER": {"bytes": _COUNT, "lost": _HASH},
+    "CLOSE": {"plan": _HASH, "charges": _integer(0)},
 }  # fmt: skip

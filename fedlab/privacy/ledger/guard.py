@@ -146,7 +146,7 @@ class Guard:
             try:
                 yield commit
             except BaseException as error:
-                if not done:
+                if not done and not self._has_commit(charge):
                     self.ledger.append("ABORT", self.run, charge=charge["hash"], reason=code_of(error))
                 raise
 
@@ -199,6 +199,25 @@ class Guard:
             known = {e["commit"] for e in self.ledger.entries if e["type"] == "RELEASE"}
             if receipt["head"] not in known:  # a duplicated message
                 self.ledger.append("RELEASE", self.run, durable=False, commit=receipt["head"], receipt=receipt)
+
+    def close(self) -> None:
+        """Say, signed, that this run is over for this owner, and how much it was charged.
+
+        Whoever cuts the ledger's end off, the server included, has no such line to put there. Does nothing where no
+        plan was signed, or where it was said already and nothing was charged since.
+        """
+        with self.ledger.locked():
+            plan = self.signed
+            mine = [e for e in self.ledger.entries if e["run"] == self.run and e["type"] in ("CHARGE", "CLOSE")]
+            if plan is None or (mine and mine[-1]["type"] == "CLOSE"):
+                return
+            count = len(charged(self.ledger.entries, self.run))
+            self.ledger.append("CLOSE", self.run, plan=plan["hash"], charges=count)
+
+    def _has_commit(self, charge: Entry) -> bool:
+        """Whether the charge has its COMMIT in the file, also if an interrupt came between writing and knowing it."""
+        with_all = self.ledger.refreshed()
+        return any(e["type"] == "COMMIT" and e["charge"] == charge["hash"] for e in with_all)
 
     @property
     def signed(self) -> Entry | None:

@@ -8,6 +8,7 @@ This module writes and reads lines and holds the lock; what may be charged is de
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -40,13 +41,14 @@ FIELDS: dict[str, set[str]] = {
     "RELEASE": {"commit", "receipt"},
     "REFUSE": {"round", "kind", "reason"},
     "RECOVER": {"bytes", "lost"},
-    "START": {"key", "unit", "clients"},
+    "CLOSE": {"plan", "charges"},
+    "START": {"key", "unit", "clients", "config"},
     "RECEIPT": {"key", "round", "client", "number", "head", "out"},
-    "ROUND": {"round", "in", "out", "clients"},
+    "ROUND": {"round", "before", "in", "out", "clients"},
     "FINAL": {"heads", "files", "state", "status"},
 }
 # keys that lines of the first edition lack: such ledgers are read and continued
-SINCE_2: dict[str, set[str]] = {"PLAN": {"configuration", "releases"}}
+SINCE_2: dict[str, set[str]] = {"PLAN": {"configuration", "releases"}, "START": {"config"}, "ROUND": {"before"}}
 
 
 def canonical(value: Mapping[str, Any]) -> bytes:
@@ -192,6 +194,7 @@ class Ledger:
         self.entries: list[Entry] = []  # verified
         self._verified = b""  # the bytes they were read from
         self._descriptor: int | None = None
+        self._unsure = False  # whether a line may be in the file that is not in ``entries``
 
     @contextmanager
     def locked(self, timeout: float = 10.0) -> Iterator[Ledger]:
@@ -239,9 +242,46 @@ class Ledger:
         Raises:
             PrivacyError: it could not be written whole; then nothing of it is.
         """
+        return self.append_all([(kind, fields)], run, durable=durable)[0]
+
+    def append_all(
+        self, lines: Sequence[tuple[str, Mapping[str, Any]]], run: str, /, *, durable: bool = True
+    ) -> list[Entry]:
+        """Write several lines (type, its own keys) as one: all of them are in the file, or none is.
+
+        Wherever an interrupt (Ctrl-C) falls, the next call knows what is in the file: it looks.
+        """
         assert self._descriptor is not None, "append needs the lock"
-        assert set(fields) == FIELDS[kind], f"{kind} has the keys {FIELDS[kind]}, got {set(fields)}"
-        last = self.entries[-1] if self.entries else None
+        entries = self.refreshed()
+        made: list[Entry] = []
+        for kind, fields in lines:
+            last = made[-1] if made else entries[-1] if entries else None
+            assert set(fields) == FIELDS[kind], f"{kind} has the keys {FIELDS[kind]}, got {set(fields)}"
+            made.append(self._sealed(kind, run, fields, last))
+        data = b"".join(canonical(entry) + b"\n" for entry in made)
+        self._unsure = True
+        try:
+            if (written := os.write(self._descriptor, data)) != len(data):
+                raise OSError(errno.ENOSPC, f"{written} of {len(data)} bytes written; is the disk full?")
+            if durable:
+                os.fsync(self._descriptor)
+        except OSError as error:
+            os.ftruncate(self._descriptor, len(self._verified))
+            raise PrivacyError(
+                f"{self.path}: the {lines[0][0]} line could not be written ({error}); nothing is done without it"
+            ) from error
+        self._verified, self.entries = self._verified + data, [*entries, *made]
+        self._unsure = False
+        return made
+
+    def refreshed(self) -> list[Entry]:
+        """``entries``, which an interrupt may have left behind what is in the file; needs the lock."""
+        if self._unsure:
+            self._read()
+        return self.entries
+
+    def _sealed(self, kind: str, run: str, fields: Mapping[str, Any], last: Entry | None) -> Entry:
+        """A line after ``last``, hashed and signed."""
         body = {
             "v": VERSION,
             "seq": last["seq"] + 1 if last else 0,
@@ -253,21 +293,7 @@ class Ledger:
             "dataset": self.dataset,
             **fields,
         }
-        entry = seal(body, self.key)
-        data = canonical(entry) + b"\n"
-        try:
-            if (written := os.write(self._descriptor, data)) != len(data):
-                raise OSError(f"{written} of {len(data)} bytes written; is the disk full?")
-            if durable:
-                os.fsync(self._descriptor)
-        except OSError as error:
-            os.ftruncate(self._descriptor, len(self._verified))
-            raise PrivacyError(
-                f"{self.path}: the {kind} line could not be written ({error}); nothing is done without it"
-            ) from error
-        self._verified += data
-        self.entries.append(entry)
-        return entry
+        return seal(body, self.key)
 
     def _lock(self, descriptor: int, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -292,16 +318,18 @@ class Ledger:
                 f"{self.path} is not what it was ({len(self.entries)} lines were verified): an older copy was put back,"
                 " or it was edited"
             )
-        new = parse_lines(whole[len(self._verified) :].decode(errors="replace"))
-        check_chain(new, self.owner, self.public, self.entries[-1] if self.entries else None)
-        if not self.entries and new and (new[0]["type"] not in ("PLAN", "START") or new[0]["key"] != self.public):
+        known, entries = (b"", []) if self._unsure else (self._verified, self.entries)
+        new = parse_lines(whole[len(known) :].decode(errors="replace"))
+        check_chain(new, self.owner, self.public, entries[-1] if entries else None)
+        if not entries and new and (new[0]["type"] not in ("PLAN", "START") or new[0]["key"] != self.public):
             raise PrivacyError(
                 f"{self.path} was begun with another key than the one at hand; its owner's key file was lost or swapped"
             )
         if new and new[0]["dataset"] != self.dataset:
             raise PrivacyError(f"{self.path} belongs to another data set")
-        self.entries += new
-        self._verified = whole
+        self._unsure = True  # for as long as one is known without the other
+        self._verified, self.entries = whole, [*entries, *new]
+        self._unsure = False
         if torn := data[len(whole) :]:
             os.ftruncate(self._descriptor, len(whole))
             os.fsync(self._descriptor)

@@ -37,15 +37,15 @@ class LedgerMirror:
     Args:
         run_path: the run directory.
         run: the run's id.
-        ledgers: where the clients' own files lie; unless that is the run's own ``ledger/``, verified copies are kept
-            there, and the last line of every ledger is remembered beside the originals.
+        ledgers: where simulated clients' own files lie; of files that are not in the run's own ``ledger/``, verified
+            copies are kept there. The last line of every ledger is remembered beside originals that lie elsewhere.
     """
 
     def __init__(self, run_path: Path, run: str, ledgers: Path) -> None:
         self.run = run
-        self._copies = run_path / "ledger"
-        self._mirror = ledgers.absolute() != self._copies.absolute()
-        self._heads_file = ledgers / "heads.json" if self._mirror else None
+        self._copies, self._ledgers = run_path / "ledger", ledgers
+        shared = ledgers.absolute() != self._copies.absolute()
+        self._heads_file = ledgers / "heads.json" if shared else None
         self._copies.mkdir(parents=True, exist_ok=True)
         self.key = load_or_create_key(ledgers / "keys" / "server.pem")  # one for all runs that share ledgers
         self._own = Ledger(run_path / "receipts.jsonl", SERVER, NO_DATASET, self.key)
@@ -80,10 +80,12 @@ class LedgerMirror:
         self._clients[client], self._keys[client] = [], public
         self._take(client, entries)
 
-    def start(self, unit: str) -> None:
-        """Name the server's key and the clients' in ``receipts.jsonl``."""
+    def start(self, unit: str, config: str) -> None:
+        """Name the server's key, the clients', and the hash of ``run.toml`` in ``receipts.jsonl``."""
         with self._own.locked():
-            self._own.append("START", self.run, key=self._own.public, unit=unit, clients=dict(self._keys))
+            self._own.append(
+                "START", self.run, key=self._own.public, unit=unit, clients=dict(self._keys), config=config
+            )
 
     def known(self, client: str) -> int:
         """Number of a client's lines that are known; it need not send them again."""
@@ -138,61 +140,81 @@ class LedgerMirror:
         return commits[-1]
 
     def close_round(
-        self, round_number: int, received: str, state: str, commits: Mapping[str, Entry]
+        self,
+        round_number: int,
+        states: tuple[str, str, str],
+        updates: Mapping[str, str | None],
+        commits: Mapping[str, Entry],
     ) -> dict[str, Entry]:
-        """Countersign the commits of a round and record its states.
+        """Record a round, and countersign its commits: one write, so that no receipt is without its round.
+
+        The receipts stand after the round in the chain: whoever keeps one has all that went before it.
 
         Args:
-            round_number: the round.
-            received: digest of the state that it started from.
-            state: digest of the state after it.
-            commits: client → COMMIT line.
+            round_number: from 1.
+            states: digests of the state before the round, of what was sent of it, and of the state after.
+            updates: client → digest of what came in; None where that is nobody's to know (unit ``client``).
+            commits: client → the ledger line that commits it.
 
         Returns:
-            client → RECEIPT line; they are on the disk.
+            client → its receipt; they are on the disk.
         """
-        with self._own.locked():
-            receipts = {
-                client: self._own.append(
-                    "RECEIPT",
-                    self.run,
-                    durable=False,
-                    key=self._own.public,
-                    round=round_number,
-                    client=client,
-                    number=commit["seq"],
-                    head=commit["hash"],
-                    out=commit["out"],
-                )
-                for client, commit in commits.items()
+        before, received, after = states
+        entry = {"round": round_number, "before": before, "in": received, "out": after, "clients": dict(updates)}
+        receipts = [
+            {
+                "key": self._own.public,
+                "round": round_number,
+                "client": client,
+                "number": commit["seq"],
+                "head": commit["hash"],
+                "out": commit["out"],
             }
-            entry: dict[str, Any] = {"round": round_number, "in": received, "out": state, "clients": list(commits)}
-            self._own.append("ROUND", self.run, **entry)
+            for client, commit in commits.items()
+        ]
+        with self._own.locked():
+            lines = [("ROUND", entry), *(("RECEIPT", receipt) for receipt in receipts)]
+            written = self._own.append_all(lines, self.run)
         self._remember(commits)
-        return receipts
+        return dict(zip(commits, written[1:], strict=True))
 
-    def final(self, files: Mapping[str, str], state: str, status: str, more: Mapping[str, Entry]) -> None:
+    def final(self, files: Mapping[str, tuple[int, str]], state: str, status: str, more: Mapping[str, Entry]) -> None:
         """Seal the run in the last line of ``receipts.jsonl``.
 
         Args:
-            files: path → SHA-256 of the adapter's files.
+            files: path in the run directory → size and SHA-256.
             state: digest of the final state.
             status: how the run ended.
             more: owner → last line of ledgers that are not clients'.
         """
         last = {client: entries[-1] for client, entries in self._clients.items() if entries} | dict(more)
         heads = {owner: [entry["seq"], entry["hash"]] for owner, entry in last.items()}
+        sealed = {name: [size, sha256] for name, (size, sha256) in sorted(files.items())}
         with self._own.locked():
-            self._own.append("FINAL", self.run, heads=heads, files=dict(files), state=state, status=status)
+            self._own.append("FINAL", self.run, heads=heads, files=sealed, state=state, status=status)
         self._remember({client: entry for client, entry in last.items() if client in self._clients})
 
+    def catch_up(self, client: str) -> None:
+        """Take what a simulated client's own file shows beyond what it came to send: it lies on the same disk.
+
+        Raises PrivacyError if it does not continue the known lines.
+        """
+        path = self._ledgers / f"{client}.jsonl"
+        if client not in self._clients or not path.is_file():
+            return
+        lines = path.read_bytes().decode(errors="replace").split("\n")[:-1]  # what a crash left of a line is none
+        self.accept(client, "\n".join(lines[self.known(client) :]))
+
     def _take(self, client: str, entries: list[Entry]) -> None:
-        self._clients[client] += entries
-        if self._mirror and entries:
-            path = self._copies / f"{client}.jsonl"
-            have = path.read_bytes().count(b"\n") if path.is_file() else 0
-            with path.open("ab") as file:
-                file.writelines(canonical(entry) + b"\n" for entry in self._clients[client][have:])
+        known = [*self._clients[client], *entries]
+        path = self._copies / f"{client}.jsonl"
+        have = path.read_bytes() if path.is_file() else b""
+        if (count := have.count(b"\n")) < len(known):  # never of a client's own file, which was written before it sent
+            with path.open("r+b" if path.is_file() else "wb", buffering=0) as file:
+                file.seek(have.rfind(b"\n") + 1)  # over what a crash left of a line
+                file.truncate()
+                file.write(b"".join(canonical(entry) + b"\n" for entry in known[count:]))
+        self._clients[client] = known
 
     def _heads(self) -> dict[str, dict[str, list[Any]]]:
         if self._heads_file is None or not self._heads_file.is_file():

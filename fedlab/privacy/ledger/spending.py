@@ -49,6 +49,10 @@ class PrivacySpent:
         """Clients of which something is assumed."""
         return [client for client, assumed in self._assumed.items() if assumed]
 
+    def assumed(self, client: str) -> tuple[Event, ...]:
+        """What is counted as spent although no ledger shows it."""
+        return (*self._assumed[client], *self._unproven[client])
+
     def events(self, client: str) -> tuple[Event, ...]:
         """What the client spent so far."""
         return merged([*self._ledger[client], *self._assumed[client], *self._unproven[client]])

@@ -6,20 +6,34 @@ flwr is pinned to the version it was written for.
 
 from __future__ import annotations
 
-import importlib
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pydantic
-
 from fedlab.config import RunConfig
-from fedlab.config.load import unknown_key
-from fedlab.errors import ConfigError, FedlabError, RunFailed
+from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed, Unwritable
+from fedlab.files import unwritable
 from fedlab.run.directory import RunDirectory
+from fedlab.run.launch.checks import check, check_strategy, load, look, with_labels
+from fedlab.run.launch.problems import Problems
+from fedlab.run.launch.reference import CLIENT_APP, SERVER_APP, STRATEGIES, load_reference
 
-SERVER_APP, CLIENT_APP, STRATEGIES = "strategies.app:app", "clients.app:app", "strategies:STRATEGIES"
+__all__ = [
+    "CLIENT_APP",
+    "SERVER_APP",
+    "STRATEGIES",
+    "Run",
+    "check",
+    "check_strategy",
+    "load",
+    "load_reference",
+    "prepared",
+    "resume",
+    "simulate",
+    "simulate_or_resume",
+]
 
 # Set before flwr or ray is imported: no telemetry, no update check, no installing at run time.
 QUIET_ENVIRONMENT = {
@@ -30,7 +44,9 @@ QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a late call after shutdown must not start a second Ray
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -55,29 +71,27 @@ def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = Fal
         from fedlab.run.launch.stream import simulate_stream
 
         return simulate_stream(config, out, quiet)
-    return _launch(RunDirectory.create(prepared(config), Path(out) if out is not None else None), quiet)
+    return _launch(RunDirectory.create(prepared(config, out), Path(out) if out is not None else None), quiet)
 
 
-def prepared(config: RunConfig) -> RunConfig:
+def prepared(config: RunConfig, out: str | Path | None = None) -> RunConfig:
     """The configuration as it will run: number of clients, names of the labels and type of the base written down.
 
-    Raises ConfigError for everything that can be known to be wrong before a process is started.
+    Raises one error for everything that can be known to be wrong before a process is started, with the configuration
+    and with the directory ``out`` where it is to run.
     """
     from fedlab.models.hardware import resolve_dtype
+    from fedlab.run.data import refresh
 
     _prepare_environment(config)
-    config = check(config)
+    refresh(config)
+    found = Problems()
+    if out is not None:
+        found.of(lambda: RunDirectory.check_place(Path(out)))
+    config = look(found, config, texts=True)
+    found.raise_all()
     resolved: RunConfig = load_reference(STRATEGIES)[config.strategy.name].resolved(config)
-    return resolve_dtype(_with_labels(resolved))
-
-
-def _with_labels(config: RunConfig) -> RunConfig:
-    """The same run with the names of its labels, for clients to agree on; they are those of the data."""
-    from fedlab.data import corpus_and_shards
-
-    names = corpus_and_shards(config)[0].label_names
-    objective = config.objective.model_copy(update={"labels": names})
-    return config.model_copy(update={"objective": objective})
+    return resolve_dtype(with_labels(resolved))
 
 
 def resume(path: str | Path, quiet: bool = False) -> Run:
@@ -85,8 +99,11 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
 
     The bits are those of an unbroken run.
     """
+    from fedlab.run.data import check_unchanged, refresh
+
     directory = RunDirectory.open(Path(path))
     _prepare_environment(directory.config)
+    refresh(directory.config)
     if directory.config.is_stream:
         from fedlab.run.launch.stream import resume_stream
 
@@ -94,88 +111,16 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
     if directory.finished:
         raise ConfigError(f"{str(path)!r} is {directory.finished['status']}; there is nothing to resume")
     check(directory.config)
+    check_unchanged(directory.path, directory.config)
     return _launch(directory, quiet)
 
 
 def simulate_or_resume(path: Path, config: RunConfig, quiet: bool) -> Run:
     """The run in this directory: what it came to if it is finished; else it is started, or resumed."""
-    if not (path / "run.toml").is_file():
+    if not (path / "run.toml").is_file() or RunDirectory(path).never_began:
         return simulate(config, path, quiet)
     result = RunDirectory.open(path).finished
     return Run(path.absolute(), result) if result is not None else resume(path, quiet)
-
-
-def check(config: RunConfig) -> RunConfig:
-    """The configuration with its number of clients, after everything was looked at that can be known to be wrong before
-    a process is started: names and files first, then keys, then the data. Raises ConfigError.
-    """
-    from fedlab.data.public import check_public
-    from fedlab.evaluate import evaluators_of
-    from fedlab.models.hub import check_model
-    from fedlab.privacy.client_level import make_client_plan
-
-    _check_sources(config)
-    check_public(config)
-    check_model(config.model)
-    if not config.population_known:
-        config = config.with_population(len(_clients(config)))
-    if config.privacy.unit == "client":
-        make_client_plan(config)
-    check_strategy(config)
-    evaluators_of(config)
-    _check_clients(config)
-    return config
-
-
-def _check_sources(config: RunConfig) -> None:
-    from fedlab.data.opening import section_of
-    from fedlab.data.sources import check_source
-
-    for data in [section_of(config.data, task) for task in config.tasks] or [config.data]:
-        check_source(data)
-
-
-def _check_clients(config: RunConfig) -> None:
-    """Names and sizes of the clients, which only the partition knows."""
-    from fedlab.config.clients import check_names
-    from fedlab.privacy.plan import delta_of
-
-    clients = _clients(config)
-    check_names(config, list(clients))
-    if config.privacy.unit == "example":
-        for examples in clients.values():
-            delta_of(config.privacy, examples)
-
-
-def _clients(config: RunConfig) -> dict[str, int]:
-    """Client id → its training examples."""
-    from fedlab.data import corpus_and_shards
-
-    return {client: len(positions) for client, positions in corpus_and_shards(config)[1].train.items()}
-
-
-def check_strategy(config: RunConfig) -> None:
-    """The strategy exists and its own keys are its own. Raises ConfigError that names the nearest ones."""
-    known = load_reference(STRATEGIES)
-    name = config.strategy.name
-    if name not in known:
-        raise ConfigError(
-            unknown_key(f"strategy.name = {name}", name, sorted(known))
-            .replace("unknown key", "unknown")
-            .replace("did you mean strategy.name = ", "did you mean ")
-        )
-    try:
-        known[name].Options(**config.strategy.options)
-    except pydantic.ValidationError as error:
-        detail = error.errors()[0]
-        key = str(detail["loc"][-1])
-        if detail["type"] == "extra_forbidden":
-            fields = ["name", "weights", *known[name].Options.model_fields]
-            raise ConfigError(f'{unknown_key(f"strategy.{key}", key, fields)} (strategy "{name}")') from None
-        raise ConfigError(
-            f"strategy.{key}: {detail['msg'].replace('Input should', 'must')}, got {detail['input']!r}"
-        ) from None
-    known[name].check(config)
 
 
 def _prepare_environment(config: RunConfig) -> None:
@@ -188,18 +133,13 @@ def _prepare_environment(config: RunConfig) -> None:
         os.environ.setdefault(key, value)
 
 
-def load_reference(reference: str) -> Any:
-    """``"module:attribute"`` → the object, as Flower itself names apps."""
-    module, _, attribute = reference.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 def _launch(directory: RunDirectory, quiet: bool) -> Run:
     from fedlab.run.launch.local import run_local
     from fedlab.run.launch.ray import run_ray
 
     config = directory.config
     backend = {"ray": run_ray, "local": run_local}[config.run.backend]
+    again = f"fedlab resume {shlex.quote(str(directory.path))}"
     try:
         backend(
             load_reference(SERVER_APP),
@@ -207,11 +147,18 @@ def _launch(directory: RunDirectory, quiet: bool) -> Run:
             config,
             {"run-dir": str(directory.path), "quiet": quiet},
         )
-    except (FedlabError, KeyboardInterrupt):
-        _ensure_result(directory)
-        raise
+    except (KeyboardInterrupt, SystemExit):  # before the server's app, which turns them into Interrupted
+        _ensure_result(directory, "by a signal", "interrupted")
+        raise Interrupted(f"interrupted; continue with: {again}") from None
     except Exception as error:
-        _ensure_result(directory, f"{type(error).__name__}: {error}")
+        told = str(error) if isinstance(error, FedlabError) else f"{type(error).__name__}: {error}"
+        _ensure_result(directory, told)
+        if (full := unwritable(error, directory.path)) is not None:
+            if directory.finished:  # all but its report
+                again = again.replace("resume", "report", 1)
+            raise Unwritable.told(f"{full}, then continue with: {again}") from error
+        if isinstance(error, FedlabError):
+            raise
         raise RunFailed(f"the run failed: {type(error).__name__}: {error}\nsee {directory.path / 'log.txt'}") from error
     result = directory.result
     if result is None:
@@ -219,6 +166,11 @@ def _launch(directory: RunDirectory, quiet: bool) -> Run:
     return Run(directory.path, result)
 
 
-def _ensure_result(directory: RunDirectory, reason: str = "ended before the first round") -> None:
-    if directory.result is None:
-        directory.write_json("result.json", {"status": "failed", "reason": reason})
+def _ensure_result(directory: RunDirectory, reason: str, status: str = "failed") -> None:
+    """Say in ``result.json`` how a run ended that the server's app could not say it of."""
+    if directory.result is not None:
+        return
+    try:
+        directory.write_json("result.json", {"status": status, "reason": reason})
+    except Unwritable:
+        return  # without a result it is a run that was killed, and resumes like one

@@ -36,6 +36,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, RunFailed
+from fedlab.run import interrupt
 from fedlab.run.launch.simulated import SIMULATED
 
 logger = logging.getLogger("fedlab")
@@ -209,8 +210,8 @@ def _backend(config: RunConfig) -> ResilientRayBackend:
     return backend
 
 
-def _check_reachable(address: str) -> None:
-    """Ray waits for minutes for a cluster that is not there; a connection attempt knows at once."""
+def check_reachable(address: str) -> None:
+    """Raise ConfigError if no cluster is there. Ray waits for minutes for one; a connection attempt knows at once."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
@@ -223,7 +224,7 @@ def _check_reachable(address: str) -> None:
 def _start_ray(config: RunConfig) -> ResilientRayBackend:
     run = config.run
     if run.ray_address:
-        _check_reachable(run.ray_address)
+        check_reachable(run.ray_address)
     join = {"address": run.ray_address} if run.ray_address else {"address": "local", "_node_ip_address": "127.0.0.1"}
     init = {**join, "logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
     if run.ray_address:
@@ -239,6 +240,7 @@ def _start_ray(config: RunConfig) -> ResilientRayBackend:
         raise ConfigError(
             f"run.ray_address = {run.ray_address!r}: no Ray cluster could be joined or started ({error})"
         ) from None
+    interrupt.reinstall()  # Ray ends the process at SIGTERM
     total = ray.cluster_resources()
     if total.get("CPU", 0) < run.cpus_per_node or total.get("GPU", 0) < gpus:
         ray.shutdown()

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,13 @@ import numpy as np
 
 from fedlab.config import RunConfig
 from fedlab.continual.metrics import forward_transfer, summary
-from fedlab.errors import ConfigError, RunFailed
+from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed
 from fedlab.evaluate import higher_is_better, primary_name
 from fedlab.privacy.promise import shown_epsilon
+from fedlab.run import interrupt
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch import Run, prepared, simulate_or_resume
+from fedlab.run.output import say
 
 TASK = "task.json"
 WHERE = {"source", "path", "subset", "split"}  # keys of [data] that say which texts
@@ -29,7 +34,10 @@ def simulate_stream(config: RunConfig, out: str | Path | None = None, quiet: boo
 
     Raises what ``simulate`` raises; ``fedlab resume out`` then goes on where it stopped.
     """
-    config = with_ledger(prepared(config), out)
+    from fedlab.run.deals import check_deals
+
+    config = with_ledger(prepared(config, out), out)
+    check_deals(config, Path())  # again: the tasks share a ledger now
     return _go_on(RunDirectory.create(config, Path(out) if out is not None else None), quiet)
 
 
@@ -38,7 +46,17 @@ def resume_stream(path: str | Path, quiet: bool = False) -> Run:
     directory = RunDirectory.open(Path(path))
     if directory.finished:
         raise ConfigError(f"{str(path)!r} is {directory.finished['status']}; there is nothing to resume")
+    _check_unchanged(directory.config, directory.path)
     return _go_on(directory, quiet)
+
+
+def _check_unchanged(config: RunConfig, path: Path) -> None:
+    """Raise ConfigError unless the data are what the stream's runs so far began with."""
+    from fedlab.run.data import DATA, check_unchanged
+
+    for folder, stage in stages(config, path):
+        if (folder / DATA).is_file():
+            check_unchanged(folder, stage)
 
 
 def with_ledger(config: RunConfig, out: str | Path | None) -> RunConfig:
@@ -79,14 +97,18 @@ def stages(config: RunConfig, path: Path) -> list[tuple[Path, RunConfig]]:
 
 def _go_on(directory: RunDirectory, quiet: bool) -> Run:
     from fedlab.report.stream import write_stream_report
+    from fedlab.run.data import check_unchanged, refresh
     from fedlab.run.launch.ray import keep_ray
 
     config, runs = directory.config, stages(directory.config, directory.path)
     status, done = "completed", list[Path]()
-    with keep_ray():
+    with keep_ray(), _told(directory, done):
         for number, (path, stage) in enumerate(runs, 1):
             if not quiet:
-                print(f"\n[{number}/{len(runs)}] {path.name}", flush=True)
+                say(f"\n[{number}/{len(runs)}] {path.name}")
+            for before in done[-1:]:  # a file that changes between two tasks
+                refresh(stage)
+                check_unchanged(before, stage)
             status = simulate_or_resume(path, stage, quiet).result["status"]
             if not (path / TASK).is_file():
                 raise RunFailed(f"{path} ended without {TASK}; see {path / 'log.txt'}")
@@ -94,13 +116,39 @@ def _go_on(directory: RunDirectory, quiet: bool) -> Run:
             if status == "budget-exhausted":  # whoever could not cover a round of this task covers none of the next
                 break
     result = collect(config, done)
+    _destroy_keys(config, directory.path)
     directory.write_json("result.json", {"status": status, **result})
     write_stream_report(directory.path)
     if not quiet:
-        print(render(result))
+        say(render(result))
     finished = directory.result
     assert finished is not None
     return Run(directory.path, finished)
+
+
+@contextmanager
+def _told(directory: RunDirectory, done: list[Path]) -> Iterator[None]:
+    """Say in ``result.json`` and the report why the stream ended early, and what its finished tasks came to."""
+    from fedlab.report.stream import write_stream_report
+
+    try:
+        yield
+    except FedlabError as error:
+        result: dict[str, Any] = {"status": "interrupted" if isinstance(error, Interrupted) else "failed"}
+        with interrupt.deferred(), suppress(Exception):  # the first error is the one to show
+            known = collect(directory.config, done) if done else {}
+            directory.write_json("result.json", {**result, "reason": str(error), **known})
+            if done:
+                write_stream_report(directory.path)
+        raise
+
+
+def _destroy_keys(config: RunConfig, path: Path) -> None:
+    """Keys that only this stream used go with its last task; those of ``privacy.ledger`` elsewhere go on."""
+    own = path / "ledger"
+    if config.private and config.privacy.ledger == str(own):
+        for keys in own.glob("*/keys"):
+            shutil.rmtree(keys, ignore_errors=True)
 
 
 def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
@@ -131,6 +179,11 @@ def collect(config: RunConfig, paths: list[Path]) -> dict[str, Any]:
         "bytes_down": sum(result["bytes_down"] for result in results),
         "boundary_seconds": [row["boundary_seconds"] for row in rows],
         "epsilon": last["epsilon"],
+        "warnings": [
+            f"{path.name}: {text}"
+            for path, result in zip(paths, results, strict=True)
+            for text in result.get("warnings", ())
+        ],
         "epsilon_per_task": [result["epsilon"] for result in results],
         "seconds": round(sum(result["seconds"] for result in results), 2),
     }
@@ -155,4 +208,5 @@ def render(result: dict[str, Any]) -> str:
     shown |= {"forward_transfer": "forward transfer", "learning_score": "learning score"}
     lines += [f"{label}: {result[key]:.4f}" for key, label in shown.items() if key in result]
     lines.append(f"ε over the whole stream: {shown_epsilon(result['epsilon'])}")
+    lines += [f"warning: {text}" for text in result["warnings"]]
     return "\n".join(lines)

@@ -11,13 +11,14 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch import Run, prepared, simulate_or_resume
+from fedlab.run.launch.problems import Problems
+from fedlab.run.output import console, say
 
 
 def combinations(
@@ -71,16 +72,13 @@ def sweep(
     """
     from fedlab.run.launch.ray import keep_ray
 
-    ready = {name: prepared(config) for name, config in configs.items()}
     folder = Path(out) if out is not None else Path("runs") / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
-    for name, config in ready.items():
-        if (folder / name / "run.toml").is_file() and RunDirectory.open(folder / name).config != config:
-            raise ConfigError(f"{str(folder / name)!r} holds a run of another configuration; choose another --out")
+    ready = _ready(configs, folder)
     found: dict[str, Run | FedlabError] = {}
     with keep_ray():
         for number, (name, config) in enumerate(ready.items(), 1):
             if not quiet:
-                print(f"\n[{number}/{len(ready)}] {name}", flush=True)
+                say(f"\n[{number}/{len(ready)}] {name}")
             try:
                 found[name] = simulate_or_resume(folder / name, config, quiet)
             except Interrupted:
@@ -88,6 +86,30 @@ def sweep(
             except FedlabError as error:
                 found[name] = error
     return found
+
+
+def _ready(configs: Mapping[str, RunConfig], folder: Path) -> dict[str, RunConfig]:
+    """Every configuration as it will run. Raises one error for all that is wrong with any of them."""
+    ready: dict[str, RunConfig] = {}
+    wrong: dict[str, list[str]] = {}
+    for name, config in configs.items():
+        found = Problems()
+        resolved = found.of(lambda config=config: prepared(config))  # type: ignore[misc]
+        place = RunDirectory(folder / name)
+        if resolved is not None:
+            ready[name] = resolved
+            begun = (place.path / "run.toml").is_file() and not place.never_began
+            if begun and RunDirectory.open(place.path).config != resolved:
+                found.add(
+                    ConfigError(f"{str(place.path)!r} holds a run of another configuration; choose another --out")
+                )
+        for problem in found.found:
+            wrong.setdefault(str(problem), []).append(name)
+    told = Problems()
+    for text, names in wrong.items():
+        told.add(ConfigError(text if len(names) == len(configs) else f"{', '.join(names)}: {text}"))
+    told.raise_all()
+    return ready
 
 
 def report(found: Mapping[str, Run | FedlabError]) -> int:
@@ -106,5 +128,8 @@ def report(found: Mapping[str, Run | FedlabError]) -> int:
         own = (result["scores"] or {}).get(primary)
         numbers = ["–" if value is None else f"{primary} {value:.4f}" for value in (own, mean)]
         table.add_row(name, result["status"], *numbers, shown_epsilon(result["epsilon"]), f"{result['seconds']:.1f}")
-    Console().print(table, highlight=False)
+    console().print(table)
+    for name, run in found.items():
+        for text in run.result.get("warnings", ()) if isinstance(run, Run) else ():
+            say(f"warning: {name}: {text}")
     return max((run.exit_code for run in found.values() if isinstance(run, FedlabError)), default=0)

@@ -38,13 +38,13 @@ def write_history(folder: Path, parts: Any) -> tuple[bytes, bytes]:
     guard.plan(terms, {"fedlab": "0.1.0", "torch": "2.6"})
     mirror = parts.LedgerMirror(folder / "run", "a" * 32, ledgers)
     mirror.enrol("client-0", ledger.public, ledger.path.read_text())
-    mirror.start("example")
+    mirror.start("example", "f" * 64)
     for number in (1, 2):
         with guard.charge(terms, number, STATE) as commit:
             commit(4, OUT)
         mirror.accept("client-0", parts.lines_after(ledger.entries, mirror.known("client-0")))
         witnessed = mirror.witness("client-0", number, parts.Event(*EVENT), STATE, OUT)
-        receipts = mirror.close_round(number, STATE, OUT, {"client-0": witnessed})
+        receipts = mirror.close_round(number, (STATE, STATE, OUT), {"client-0": OUT}, {"client-0": witnessed})
         guard.release(receipts["client-0"])
     with suppress(ValueError), guard.charge(terms, 3, STATE):
         raise ValueError("a text that quotes data")
@@ -54,6 +54,7 @@ def write_history(folder: Path, parts: Any) -> tuple[bytes, bytes]:
         file.write(b'{"torn":')
     with ledger.locked():
         pass
+    guard.close()
     mirror.accept("client-0", parts.lines_after(ledger.entries, mirror.known("client-0")))
-    mirror.final({"adapter/adapter_config.json": "e" * 64}, STATE, "completed", {})
+    mirror.final({"adapter/adapter_config.json": (2, "e" * 64)}, OUT, "completed", {})
     return ledger.path.read_bytes(), (folder / "run" / "receipts.jsonl").read_bytes()

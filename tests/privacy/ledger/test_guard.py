@@ -232,7 +232,7 @@ def test_a_receipt_must_be_signed_and_name_a_commit(tmp_path: Path):
     mirror = LedgerMirror(tmp_path / "run", "r1", tmp_path / "run" / "ledger")
     mirror.enrol("c", guarded.ledger.public, guarded.ledger.path.read_text())
     commit = guarded.ledger.entries[-1]
-    receipt = mirror.close_round(1, "0" * 64, "1" * 64, {"c": commit})["c"]
+    receipt = mirror.close_round(1, ("0" * 64, "0" * 64, "1" * 64), {"c": commit["out"]}, {"c": commit})["c"]
     for key, value in (
         ("head", "0" * 64),
         ("number", 0),

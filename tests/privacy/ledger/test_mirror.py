@@ -40,7 +40,7 @@ def guard(tmp_path: Path) -> Guard:
 def mirror(tmp_path: Path, guard: Guard, name: str = "run") -> LedgerMirror:
     made = LedgerMirror(tmp_path / name, "r1", tmp_path / "client")
     made.enrol("c", guard.ledger.public, guard.ledger.path.read_text())
-    made.start("example")
+    made.start("example", "0" * 64)
     return made
 
 
@@ -97,12 +97,37 @@ def test_lines_that_do_not_continue_the_known_ones_are_refused(tmp_path: Path, g
     assert kept.known("c") == 3
 
 
+def close(kept: LedgerMirror) -> dict[str, dict]:
+    return kept.close_round(1, (STATE, STATE, "8" * 64), {"c": OUT}, {"c": kept.witness("c", 1, EVENT, STATE, OUT)})
+
+
+def test_a_receipt_comes_after_its_round_and_fixes_it(tmp_path: Path, guard: Guard):
+    kept = mirror(tmp_path, guard)
+    train(guard, 1)
+    kept.accept("c", lines_after(guard.ledger.entries, 1))
+    receipt = close(kept)["c"]
+    *_, round_line, last = parse_lines((tmp_path / "run" / "receipts.jsonl").read_text())
+    assert (round_line["type"], round_line["clients"], last) == ("ROUND", {"c": OUT}, receipt)
+    assert receipt["prev"] == round_line["hash"]
+
+
+def test_what_a_client_did_not_come_to_send_is_caught_up_with(tmp_path: Path, guard: Guard):
+    kept = mirror(tmp_path, guard)
+    train(guard, 1)
+    assert kept.known("c") == 1
+    with guard.ledger.path.open("ab") as file:
+        file.write(b'{"torn')
+    kept.catch_up("c")
+    assert kept.known("c") == 3
+    assert (tmp_path / "run" / "ledger" / "c.jsonl").read_bytes().count(b"\n") == 3
+
+
 def test_a_server_that_starts_again_remembers_what_it_receipted(tmp_path: Path, guard: Guard):
     kept = mirror(tmp_path, guard)
     older = guard.ledger.path.read_text()
     train(guard, 1)
     kept.accept("c", lines_after(guard.ledger.entries, 1))
-    receipt = kept.close_round(1, STATE, "8" * 64, {"c": kept.witness("c", 1, EVENT, STATE, OUT)})["c"]
+    receipt = close(kept)["c"]
     assert authentic(receipt, receipt["key"])
     guard.release(receipt)
     again = LedgerMirror(tmp_path / "run", "r1", tmp_path / "client")
@@ -135,7 +160,7 @@ def test_another_run_that_shares_the_ledgers_remembers_too(tmp_path: Path, guard
     older = guard.ledger.path.read_text()
     train(guard, 1)
     kept.accept("c", lines_after(guard.ledger.entries, 1))
-    kept.close_round(1, STATE, "8" * 64, {"c": kept.witness("c", 1, EVENT, STATE, OUT)})
+    close(kept)
     later = LedgerMirror(tmp_path / "later", "r2", tmp_path / "client")
     with pytest.raises(PrivacyError, match="an older copy was put back"):
         later.enrol("c", guard.ledger.public, older)
@@ -163,8 +188,8 @@ def test_the_copy_in_the_run_directory_is_the_ledger_to_the_byte(tmp_path: Path,
 
 def test_the_seal_names_every_head_and_file(tmp_path: Path, guard: Guard):
     kept = mirror(tmp_path, guard)
-    kept.final({"adapter/x": "9" * 64}, STATE, "completed", {})
+    kept.final({"adapter/x": (5, "9" * 64)}, STATE, "completed", {})
     final = parse_lines((tmp_path / "run" / "receipts.jsonl").read_text())[-1]
     assert final["heads"] == {"c": [0, guard.ledger.entries[-1]["hash"]]}
-    assert (final["files"], final["state"], final["status"]) == ({"adapter/x": "9" * 64}, STATE, "completed")
+    assert (final["files"], final["state"], final["status"]) == ({"adapter/x": [5, "9" * 64]}, STATE, "completed")
     assert authentic(final, parse_lines((tmp_path / "run" / "receipts.jsonl").read_text())[0]["key"])
