@@ -97,8 +97,9 @@ def test_lines_that_do_not_continue_the_known_ones_are_refused(tmp_path: Path, g
     assert kept.known("c") == 3
 
 
-def close(kept: LedgerMirror) -> dict[str, dict]:
-    return kept.close_round(1, (STATE, STATE, "8" * 64), {"c": OUT}, {"c": kept.witness("c", 1, EVENT, STATE, OUT)})
+def close(kept: LedgerMirror, number: int = 1) -> dict[str, dict]:
+    commits = {"c": kept.witness("c", number, EVENT, STATE, OUT)}
+    return kept.close_round(number, (STATE, STATE, "8" * 64), {"c": OUT}, commits)
 
 
 def test_a_receipt_comes_after_its_round_and_fixes_it(tmp_path: Path, guard: Guard):
@@ -142,7 +143,7 @@ def test_a_rewritten_ledger_of_equal_length_is_refused(memory: str, tmp_path: Pa
     kept = mirror(tmp_path, guard)
     train(guard, 1)
     kept.accept("c", lines_after(guard.ledger.entries, 1))
-    kept.close_round(1, STATE, "8" * 64, {"c": kept.witness("c", 1, EVENT, STATE, OUT)})
+    close(kept)
     other = Guard(Ledger(tmp_path / "other.jsonl", "c", "d" * 64, guard.ledger.key), "r1")
     other.plan(TERMS, {})
     train(other, 1, "7" * 64)
@@ -172,7 +173,7 @@ def test_of_a_ledger_that_grew_the_newest_line_is_remembered(tmp_path: Path, gua
         older = guard.ledger.path.read_text()
         train(guard, number)
         kept.accept("c", lines_after(guard.ledger.entries, kept.known("c")))
-        kept.close_round(number, STATE, "8" * 64, {"c": kept.witness("c", number, EVENT, STATE, OUT)})
+        close(kept, number)
     assert '"COMMIT"' in older, "the first round's lines are all there"
     later = LedgerMirror(tmp_path / "later", "r2", tmp_path / "client")
     with pytest.raises(PrivacyError, match="an older copy was put back"):
