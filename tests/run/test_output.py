@@ -106,6 +106,7 @@ def test_a_quiet_run_in_python_says_nothing_whoever_configured_logging(
     tiny_toml: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     root, loud = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    before = logging.getLogger("fedlab").propagate
     root.addHandler(loud)  # as absl, or any library, may have done
     try:
         fedlab.simulate(RunConfig.parse(tiny_toml, ["run.rounds=1"]), tmp_path / "run", quiet=True)
@@ -113,7 +114,7 @@ def test_a_quiet_run_in_python_says_nothing_whoever_configured_logging(
         root.removeHandler(loud)
     assert capfd.readouterr() == ("", "")
     assert "memory per node" in (tmp_path / "run" / "log.txt").read_text()
-    assert logging.getLogger("fedlab").propagate, "as it was before"
+    assert logging.getLogger("fedlab").propagate == before
 
 
 def test_a_dumb_terminal_is_not_live(monkeypatch: pytest.MonkeyPatch):
