@@ -45,7 +45,7 @@ def test_no_mutation_of_a_stream_passes(stream_toml: str, tmp_path: Path, step: 
     true = audit_stream(path, published)
     assert true.verdict == "verified"
     named = [text.partition(":")[0] for text in true.not_covered]
-    assert {name.rpartition("/")[2] for name in named} == {"environment.json", "heads.json", "records.json"}
+    assert named == ["environment.json"], "what its tasks have, each under its seal"
     made = changes(files, tasks, outside)
     assert len(made) >= 500
     passed, unfinished = [], []

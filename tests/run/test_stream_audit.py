@@ -43,6 +43,8 @@ def keys_of(path: Path, tasks: list[str]) -> dict[str, str]:
 
 def test_a_stream_is_audited_as_a_whole(stream: Path, tmp_path: Path, drawn_once: None):
     assert not list(stream.rglob("*.pem")), "the keys go with the last task"
+    left = [f for f in (stream / "ledger").rglob("*") if f.is_file()]
+    assert {f.suffix for f in left} == {".jsonl"}, "and who held which record"
     tasks = sorted(p.name for p in stream.glob("task-*"))
     moved = tmp_path / "elsewhere"
     shutil.copytree(stream, moved)
