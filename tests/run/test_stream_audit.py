@@ -95,3 +95,14 @@ def _replace(path: Path, old: str, new: str) -> None:
 
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes().rstrip(b"\n").rpartition(b"\n")[0] + b"\n")
+
+
+def test_a_ledger_that_the_stream_has_no_more_is_missed(stream: Path, tmp_path: Path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(stream, moved)
+    one = next((moved / "ledger").rglob("client-1.jsonl"))
+    one.unlink()
+    one.mkdir()
+    found = audit_stream(moved)
+    assert found.verdict == "failed"
+    assert "the stream has no more" in " ".join(found.findings)
