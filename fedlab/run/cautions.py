@@ -46,7 +46,11 @@ def cautions(
 
 def _loss(result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], choices: int) -> list[str]:
     """Of the held-out texts, and where clients share it of training."""
-    course = [(line["round"], _number(line["scores"].get("loss"))) for line in lines if line["phase"] == "evaluate"]
+    course = [
+        (line["round"], _number(line["scores"]["loss"]))
+        for line in lines
+        if line["phase"] == "evaluate" and "loss" in line["scores"] and line.get("examples", 1)
+    ]
     training = [(line["round"], _number(line.get("loss"))) for line in lines if line["phase"] == "train"]
     for what, values in (("held-out", course), ("training", training)):
         if not values:

@@ -65,9 +65,10 @@ def audit_stream(
         if not audit.findings and finished:
             _check_whole(audit, config, [path / name for name in there], result)
         _check_ledgers(audit, there, finished)
-    known = {*OWN, *(name for name in audit.files.sizes if name.partition("/")[0] in {*there, "ledger"})}
-    for name in sorted(set(audit.files.sizes) - known):
-        audit.leave(f"{name}: nothing of the stream is made from it")
+    for name in sorted(audit.files.sizes):
+        shared = name.startswith("ledger/") and name.endswith(".jsonl")
+        if not shared and name not in OWN and name.partition("/")[0] not in there:
+            audit.leave(f"{name}: nothing of the stream is made from it")
     parts: list[Verdict] = [one.verdict for one in tasks.values()]
     if audit.findings:
         parts.append("failed")
@@ -126,6 +127,10 @@ def _check_whole(audit: AuditedDirectory, config: RunConfig, done: list[Path], r
 def _check_ledgers(audit: AuditedDirectory, there: list[str], finished: bool) -> None:
     """The ledgers that the tasks share end where the last task's copies end."""
     shared = [name for name in audit.files.under("ledger") if name.endswith(".jsonl")]
+    there_too = {name.rpartition("/")[2] for name in shared}
+    for held in audit.files.under(f"{there[-1]}/ledger") if shared and finished else ():
+        if held.endswith(".jsonl") and held.rpartition("/")[2] not in there_too:
+            audit.find(held, "is a copy of a ledger that the stream has no more")
     for name in shared:
         whole = audit.read(name, TABLE) or b""
         file = name.rpartition("/")[2]

@@ -1,8 +1,7 @@
 """What a GPU does with a shared pass: examples per second, share of its bfloat16 matrix rate, what DP costs, memory.
 
-    python simulations/benchmarks/gpu.py                 # RoBERTa-large and a 1B-class Llama, random weights; under 8
-    minutes on one GPU python simulations/benchmarks/gpu.py --small         # tiny models, also on a CPU; what the test
-    suite runs
+    python simulations/benchmarks/gpu.py            # RoBERTa-large and a 1B-class Llama, random weights: minutes
+    python simulations/benchmarks/gpu.py --small    # tiny models, also on a CPU; what the test suite runs
 
 No Ray, no files, no downloads. A bfloat16 base (float32 on a CPU that does not multiply bfloat16 fast), float32
 adapters, norms and sums; LoRA B of query and value and the head, texts of ``--length`` tokens. Per batch size (rows of

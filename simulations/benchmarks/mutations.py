@@ -187,14 +187,14 @@ MUTATIONS = (
             (
                 DPPlan,
                 "privatise",
-                "return {",
-                "flat = noise.draw((max(t.numel() for t in clipped_sum.values()),), 1.0); return {",
+                "names = sorted(clipped_sum)",
+                "names = sorted(clipped_sum); flat = noise.draw((max(t.numel() for t in clipped_sum.values()),), 1.0)",
             ),
             (
                 DPPlan,
                 "privatise",
-                f"noise.draw(tuple(total.shape), {STD})",
-                f"({STD} * flat[: total.numel()].reshape(total.shape))",
+                f"noise.draw(tuple(clipped_sum[name].shape), {STD}).flatten()",
+                f"{STD} * flat[: clipped_sum[name].numel()]",
             ),
         ),
     ),

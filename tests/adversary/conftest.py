@@ -21,6 +21,7 @@ from fedlab.protocol import Frame, decode, encode
 from fedlab.protocol.messages import (
     NODE_FAILURE,
     REPLIES,
+    REQUESTS,
     ClientOrder,
     DescribeRequest,
     EvaluateRequest,
@@ -78,7 +79,7 @@ class HostileServer:
 
     def send(self, request: Any) -> Any:
         """The reply to a request; what it releases is held against the ledger."""
-        kind = {v: k for k, v in KINDS.items()}[type(request)]
+        kind = {v: k for k, v in REQUESTS.items()}[type(request)]
         return self.send_frame(encode(kind, request))
 
     def send_frame(self, frame: Frame) -> Any:
@@ -151,16 +152,6 @@ def requests_of(config: RunConfig, model: RunConfig, run: str = RUN) -> dict[str
         "keys": KeysRequest(named, (CLIENT,)),
         "gram": GramRequest(named, order, {}, 0, arrays),
     }
-
-
-KINDS = {
-    "describe": DescribeRequest,
-    "train": TrainRequest,
-    "evaluate": EvaluateRequest,
-    "receipts": ReceiptsRequest,
-    "keys": KeysRequest,
-    "gram": GramRequest,
-}
 
 
 @pytest.fixture

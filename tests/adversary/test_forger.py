@@ -114,6 +114,7 @@ def test_the_true_run_is_verified(run: Run):
     run.restore()
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_mutation_passes(run: Run, tmp_path: Path, step: int):
     made = forging.mutations(run.files, tmp_path)
@@ -331,11 +332,10 @@ def test_the_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert audit_directory(run.path, None, [kept], False) == 5, "less than was asked for"
 
 
-@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
-def test_the_command_into_a_closed_pipe_ends_with_the_verdict(run: Run, form: list[str]):
+def test_the_command_into_a_closed_pipe_ends_with_the_verdict(run: Run):
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "fedlab.cli", "audit", str(run.path), *form]
+    command = [sys.executable, "-m", "fedlab.cli", "audit", str(run.path)]
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (0, b"")

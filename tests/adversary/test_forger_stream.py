@@ -33,7 +33,8 @@ def changes(files: dict[str, bytes], tasks: list[str], outside: Path) -> list[An
     return [*single, *forging.files_of(files, outside, roots)]
 
 
-@pytest.mark.parametrize("step", [199, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("step", [199, pytest.param(5, marks=pytest.mark.slow)])
 def test_no_mutation_of_a_stream_passes(stream_toml: str, tmp_path: Path, step: int, drawn_once: None):
     path, outside = fedlab.simulate(RunConfig.parse(stream_toml, DP), tmp_path / "run", quiet=True).path, tmp_path / "x"
     outside.mkdir()
@@ -41,19 +42,22 @@ def test_no_mutation_of_a_stream_passes(stream_toml: str, tmp_path: Path, step: 
     tasks = sorted({name.partition("/")[0] for name in files if name.startswith("task-")})
     start = json.loads(files[f"{tasks[0]}/receipts.jsonl"].split(b"\n")[0])
     published = {"server": start["key"], **start["clients"]}
-    assert audit_stream(path, published).verdict == "verified"
+    true = audit_stream(path, published)
+    assert true.verdict == "verified"
+    named = [text.partition(":")[0] for text in true.not_covered]
+    assert named == ["environment.json"], "what its tasks have, each under its seal"
     made = changes(files, tasks, outside)
     assert len(made) >= 500
     passed, unfinished = [], []
-    for what, change in made[::step]:
+    for what, change in made[1::step]:
         change(path)
         audit = audit_stream(path)
         if audit.verdict != "failed":  # keys only add findings
-            unfinished.append(what)
             audit = audit_stream(path, published)
-        if audit.verdict not in ("failed", "incomplete"):
+            unfinished.append((what, audit.verdict))
+        if audit.verdict not in ("failed", "incomplete") and not what.startswith(tuple(named)):
             passed.append((what, audit.verdict, audit.not_covered))
         forging.replace_tree(path, files)
-    print(f"{len(made)} mutations of {len(files)} files, incomplete: {unfinished}")
+    print(f"{len(made[1::step])} of {len(made)} mutations of {len(files)} files; not failed: {unfinished}")
     assert passed == []
     assert audit_stream(path, published).verdict == "verified"

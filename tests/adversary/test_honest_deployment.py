@@ -45,8 +45,10 @@ def test_an_honest_run_goes_to_its_end_without_the_client_that_has_no_policy(
     for i in (0, 1):
         entries = parse_lines((deployed / str(i) / "ledger" / f"client-{i}.jsonl").read_text())
         assert [entry["type"] for entry in entries].count("COMMIT") == 2
+        assert entries[-1]["type"] == "CLOSE"
         assert {entry["kind"] for entry in entries if entry["type"] == "REFUSE"} == set()
         assert result["clients"][f"client-{i}"]["epsilon"] > 0
+    assert not list(deployed.rglob("*.reply")), "answers that were kept for a repeat go when the run is closed"
     assert "has no policy" in (deployed / "2" / "ledger" / "log.txt").read_text()
     assert not (deployed / "2" / "ledger" / "client-2.jsonl").exists()
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -273,6 +273,24 @@ def test_a_round_asked_again_gives_the_same_bytes_for_one_charge(signed: tuple[A
     assert len(hostile.outputs) == 1
 
 
+def test_a_run_that_was_closed_keeps_no_answer_and_gives_none_again(signed: tuple[Any, RunConfig], helpers: Any):
+    hostile, config = signed
+    requests = helpers.requests_of(config, config)
+    hostile.send(requests["train"])
+    assert list((hostile.home / "ledger" / "kept").iterdir())
+    closing = dataclasses.replace(requests["receipts"], closing=True)
+    for _ in range(2):
+        assert helpers.codes_of(hostile.send(closing)) == []
+        assert hostile.kinds() == ["PLAN", "CHARGE", "COMMIT", "CLOSE"]
+        assert not list((hostile.home / "ledger" / "kept").iterdir())
+    assert helpers.codes_of(hostile.send(requests["train"])) == ["repeated"]
+    assert len(hostile.outputs) == 1
+    assert helpers.codes_of(hostile.send(dataclasses.replace(requests["train"], round=2))) == []
+    assert len(hostile.outputs) == 2, "a server that goes on is charged"
+    hostile.send(closing)
+    assert hostile.kinds()[3:] == ["CLOSE", "REFUSE", "CHARGE", "COMMIT", "CLOSE"]
+
+
 @pytest.mark.parametrize("change", ["state", "wire", "trained", "rank"])
 def test_another_request_under_the_same_round_is_refused(change: str, signed: tuple[Any, RunConfig], helpers: Any):
     hostile, config = signed

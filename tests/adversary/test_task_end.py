@@ -12,7 +12,7 @@ import pytest
 
 from fedlab.config import RunConfig
 from fedlab.lora.state import digest, part_of, to_wire
-from fedlab.protocol.messages import ClientOrder, DescribeRequest, GramRequest
+from fedlab.protocol.messages import ClientOrder, DescribeRequest, GramRequest, ReceiptFor, ReceiptsRequest
 from fedlab.run.launch import prepared
 from fedlab.session import open_session
 from strategies import STRATEGIES
@@ -63,6 +63,16 @@ def test_the_release_at_a_tasks_end_asked_again_gives_the_same_bytes_for_one_cha
         again = hostile.send(dataclasses.replace(request, attempt=attempt))
         assert all(np.array_equal(value, again.sum.arrays[name]) for name, value in first.sum.arrays.items())
     assert hostile.kinds() == ["PLAN", "PLAN", "CHARGE", "COMMIT"]
+
+
+def test_a_task_that_was_closed_keeps_no_answer(asked: tuple[Any, GramRequest], helpers: Any):
+    hostile, request = asked
+    hostile.send(request)
+    assert (
+        helpers.codes_of(hostile.send(ReceiptsRequest(request.run, (ReceiptFor(helpers.CLIENT, 0, ""),), True))) == []
+    )
+    assert not list((hostile.home / "ledger" / "kept").iterdir())
+    assert helpers.codes_of(hostile.send(request)) == ["repeated"]
 
 
 def test_another_state_at_a_tasks_end_is_refused(asked: tuple[Any, GramRequest], helpers: Any):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlab.lora.ranks import frobenius_norm, narrow, pad, truncate
+from fedlab.lora.ranks import frobenius_norm, narrow, pad, truncate, widen
 
 SHAPES = [(30, 12, 4), (12, 30, 4), (16, 16, 3), (5, 7, 9), (7, 5, 9), (1, 8, 1), (8, 1, 3)]
 
@@ -112,6 +112,17 @@ def test_padding_to_less_and_of_unequal_factors_is_refused():
         pad(*pair(4, 3, 2), 1)
     with pytest.raises(ValueError, match="do not multiply"):
         pad(torch.zeros(4, 2), torch.zeros(3, 5), 4)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_a_change_of_the_first_directions_is_one_of_the_first_directions_when_it_is_widened(rank: int):
+    B, A = pair(5, 7, 4)
+    state = {"q.lora_B": B, "q.lora_A": A, "head.w": torch.ones(3)}
+    wide = widen(narrow(state, rank), state)
+    assert {name: value.shape for name, value in wide.items()} == {name: value.shape for name, value in state.items()}
+    assert torch.equal(wide["q.lora_B"], torch.cat([B[:, :rank], torch.zeros(5, 4 - rank)], 1))
+    assert torch.equal(wide["q.lora_A"], torch.cat([A[:rank], torch.zeros(4 - rank, 7)]))
+    assert torch.equal(wide["head.w"], state["head.w"])
 
 
 @pytest.mark.parametrize("split", ["sqrt", "left"])

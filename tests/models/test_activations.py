@@ -254,7 +254,7 @@ def test_public_texts_of_every_kind(tiny_toml: str, tmp_path: Path):
     (tmp_path / "e.txt").write_text("\n \n")
     (tmp_path / "f.txt").write_bytes(b"\xff\xfe\x00")
     for name, expected in (
-        ("d.jsonl", "it has one, two"),
+        ("d.jsonl", "it has 'one', 'two'"),
         ("e.txt", "holds no text"),
         ("f.txt", "UTF-8"),
         ("none", "no such file"),

@@ -90,6 +90,18 @@ def test_full_batches_match_the_closed_form_for_both_relations(sigma: float, ste
         assert found == pytest.approx(gaussian_epsilon(factor * math.sqrt(steps) / sigma, 1e-5), rel=2e-3)
 
 
+def test_replacing_a_record_under_sampling_costs_more_than_removing_one_and_every_accountant_says_so():
+    """RDP and PRV have no analysis of it of their own and count it as removal at half the noise, which is above PLD."""
+    event, delta = [Event("poisson", 0.2, 2.0, 4)], 1e-5
+    removed = epsilon(event, delta, interval=1e-3)
+    replaced = epsilon(event, delta, relation="replace_one", interval=1e-3)
+    assert replaced > 1.2 * removed
+    for accountant in ("rdp", "prv"):
+        halved = epsilon([Event("poisson", 0.2, 1.0, 4)], delta, accountant)
+        assert epsilon(event, delta, accountant, relation="replace_one") == pytest.approx(halved, rel=1e-9)
+        assert halved >= replaced
+
+
 def test_only_poisson_is_amplified_and_unknown_samplers_are_refused():
     poisson = epsilon([Event("poisson", 0.01, 1.0, 200)], 1e-5)
     assert (

@@ -68,6 +68,11 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def told(*clients: str) -> dict[str, dict[str, object]]:
+    """What ``result.json`` says of them: nothing that is not in their ledgers."""
+    return {client: {} for client in clients}
+
+
 def rows(text: str) -> dict[str, list[str]]:
     found = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| client-")
@@ -80,7 +85,7 @@ def up(events: list[Event], delta: float) -> str:
 
 
 def test_every_number_of_the_table_is_that_of_the_ledger(root: Path):
-    found = rows(statement(root, ["client-0", "client-1", "client-2"]))
+    found = rows(statement(root, told("client-0", "client-1", "client-2")))
     plain = Event("full", 1.0, 1.0, 10)
     assert found == {
         "client-0": [up([ROUND] * 3, 1e-5), "1e-05", "2", up([BEFORE], 1e-5), up([plain] * 3, 1e-5), "–"],
@@ -90,19 +95,19 @@ def test_every_number_of_the_table_is_that_of_the_ledger(root: Path):
 
 
 def test_the_promise_is_the_largest_epsilon_and_names_a_delta_only_if_it_is_everybodys(root: Path):
-    text = statement(root, ["client-0", "client-1", "client-2"])
+    text = statement(root, told("client-0", "client-1", "client-2"))
     shown = [float(row[0]) for row in rows(text).values()]
     assert max(shown) > statistics.median(shown)
     assert f"the largest ε over the clients is **{max(shown):.4f}** at each client's δ below" in text
-    assert "at δ = 1e-05" in statement(root, ["client-0", "client-2"])
+    assert "at δ = 1e-05" in statement(root, told("client-0", "client-2"))
 
 
 def test_refusals_are_this_runs_and_earlier_runs_are_counted(root: Path):
-    text = statement(root, ["client-0", "client-1", "client-2"])
+    text = statement(root, told("client-0", "client-1", "client-2"))
     assert "- client-2 refused round 2: budget-exhausted: no more" in text
     assert "an old matter" not in text
     assert "up to 1 in these ledgers" in text
-    assert "none in these ledgers" in statement(root, ["client-1"])
+    assert "none in these ledgers" in statement(root, told("client-1"))
 
 
 def test_under_client_level_dp_everybody_is_charged_what_the_servers_ledger_says(root: Path):
@@ -112,7 +117,7 @@ def test_under_client_level_dp_everybody_is_charged_what_the_servers_ledger_says
         file.commit(file.charge(number))
     (root / "ledger" / "server.jsonl").write_bytes(file.bytes)
     (root / "run.toml").write_text(TEXT.format(unit="client"))
-    text = statement(root, ["client-0", "client-9"])
+    text = statement(root, told("client-0", "client-9"))
     spent = up([Event("full", 1.0, 2.0, 3)], 1e-5)
     assert {client: row[:3] for client, row in rows(text).items()} == {
         "client-0": [spent, "1e-05", "3"],

@@ -55,6 +55,11 @@ def test_a_loss_within_what_happens_is_not(losses: tuple[float, ...], config: Ru
     assert cautions(config, result(), scored(*losses), HELD_OUT) == []
 
 
+def test_nothing_is_said_of_a_loss_that_nobody_measured(config: RunConfig):
+    other, empty = {"phase": "evaluate", "round": 1, "scores": {"f1": 0.5}}, scored(None)[0] | {"examples": 0}
+    assert cautions(config, result(), [other, empty], HELD_OUT) == []
+
+
 def test_training_loss_counts_where_clients_share_it(config: RunConfig):
     lines = [line | {"loss": loss} for line, loss in zip(trained({}, {}), (0.5, 900.0), strict=True)]
     assert "training loss is 900" in cautions(config, result(), lines, HELD_OUT)[0]

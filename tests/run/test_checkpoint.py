@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from fedlab.config import RunConfig
+from fedlab.errors import Unwritable
 from fedlab.lora.state import State
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
@@ -103,7 +104,7 @@ def test_tensors_that_cannot_be_written_leave_the_round_before(
 
     save(directory, 1)
     monkeypatch.setattr(tensors, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(Unwritable, match=r"round-2\.safetensors: No space left on device; make room"):
         save(directory, 2)
     assert held(directory) == 1
 

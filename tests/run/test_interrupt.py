@@ -14,6 +14,7 @@ from fedlab.run import interrupt
 @pytest.fixture
 def installed() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in interrupt.NUMBERS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have it ignored, as nohup does
     interrupt.install()
     yield
     for number, handler in before.items():

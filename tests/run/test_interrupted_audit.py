@@ -19,6 +19,7 @@ from fedlab.errors import Interrupted
 from fedlab.privacy.audit.run import audit_run
 from fedlab.run.launch import resume
 from fedlab.run.regenerate import regenerate
+from strategies.server.loop import Rounds
 
 WATCHED = ("fedlab/privacy/ledger/", "strategies/app.py", "strategies/server/", "clients/", "fedlab/run/")
 SETTINGS = ["run.rounds=2", "train.steps=1", "strategy.name=fedavg", "data.clients=4"]
@@ -73,6 +74,32 @@ def moments(total: int, count: int) -> Iterator[int]:
         yield rng.randint(1 + part * total // count, (part + 1) * total // count)
 
 
+@pytest.mark.parametrize(("rounds", "lost"), [(2, 1), (2, 2), (1, 1)])
+def test_a_round_that_is_lost_and_cannot_be_afforded_again(
+    tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, lost: int
+):
+    """Cut off between the seal of a round and its checkpoint. With secure noise it is charged anew when it is repeated,
+    and at the end a round is missing to its owners: the run ends earlier, with the state that it went on from.
+    """
+    config = RunConfig.parse(tiny_toml, [*SETTINGS, "privacy.noise=secure", f"run.rounds={rounds}"])
+    checkpoint = Rounds._checkpoint
+
+    def interrupted(self: Rounds) -> None:
+        if self.done == lost:
+            raise KeyboardInterrupt
+        checkpoint(self)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt, Interrupted):
+        patch.setattr(Rounds, "_checkpoint", interrupted)
+        fedlab.simulate(config, tmp_path / "run", quiet=True)
+    assert audit_run(tmp_path / "run", regenerate=regenerate).verdict == "incomplete"
+    result = resume(tmp_path / "run", quiet=True).result
+    assert (result["status"], result["rounds"]) == ("budget-exhausted", rounds - 1)
+    audit = audit_run(tmp_path / "run", regenerate=regenerate)
+    assert (audit.verdict, audit.findings) == ("consistent", ())
+
+
+@pytest.mark.timeout(1800)  # 60 runs, and half as many resumed
 @pytest.mark.parametrize("count", [5, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("unit", ["example", pytest.param("client", marks=pytest.mark.slow)])
 def test_interrupted_at_any_moment_never_failed(tiny_toml: str, tmp_path: Path, count: int, unit: str):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import fedlab
+from fedlab.config import RunConfig
 from fedlab.run import output
 
 
@@ -98,6 +100,21 @@ def test_counting_epsilon_configures_no_logging():
         assert absl.level == before
     finally:
         root.handlers[:] = handlers
+
+
+def test_a_quiet_run_in_python_says_nothing_whoever_configured_logging(
+    tiny_toml: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    root, loud = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    before = logging.getLogger("fedlab").propagate
+    root.addHandler(loud)  # as absl, or any library, may have done
+    try:
+        fedlab.simulate(RunConfig.parse(tiny_toml, ["run.rounds=1"]), tmp_path / "run", quiet=True)
+    finally:
+        root.removeHandler(loud)
+    assert capfd.readouterr() == ("", "")
+    assert "memory per node" in (tmp_path / "run" / "log.txt").read_text()
+    assert logging.getLogger("fedlab").propagate == before
 
 
 def test_a_dumb_terminal_is_not_live(monkeypatch: pytest.MonkeyPatch):

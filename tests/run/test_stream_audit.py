@@ -43,6 +43,8 @@ def keys_of(path: Path, tasks: list[str]) -> dict[str, str]:
 
 def test_a_stream_is_audited_as_a_whole(stream: Path, tmp_path: Path, drawn_once: None):
     assert not list(stream.rglob("*.pem")), "the keys go with the last task"
+    left = [f for f in (stream / "ledger").rglob("*") if f.is_file()]
+    assert {f.suffix for f in left} == {".jsonl"}, "and who held which record"
     tasks = sorted(p.name for p in stream.glob("task-*"))
     moved = tmp_path / "elsewhere"
     shutil.copytree(stream, moved)
@@ -93,3 +95,14 @@ def _replace(path: Path, old: str, new: str) -> None:
 
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes().rstrip(b"\n").rpartition(b"\n")[0] + b"\n")
+
+
+def test_a_ledger_that_the_stream_has_no_more_is_missed(stream: Path, tmp_path: Path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(stream, moved)
+    one = next((moved / "ledger").rglob("client-1.jsonl"))
+    one.unlink()
+    one.mkdir()
+    found = audit_stream(moved)
+    assert found.verdict == "failed"
+    assert "the stream has no more" in " ".join(found.findings)

@@ -70,6 +70,21 @@ def test_it_lowers_the_error_where_updates_are_large(split: str):
     assert {n: (v.shape, v.dtype) for n, v in weighted.items()} == {n: (v.shape, v.dtype) for n, v in state.items()}
 
 
+@pytest.mark.parametrize("fisher", ["none", "updates"])
+@pytest.mark.parametrize("split", ["sqrt", "left"])
+def test_the_singular_values_go_where_the_split_says(split: str, fisher: str):
+    """Evenly to both factors, or all to B: A's rows are then orthonormal. Of the weighted cut they are X's own."""
+    state, updates = drawn()
+    after = after_round(make(split=split, fisher=fisher), state, updates, WEIGHTS, 1)
+    for module in SHAPES:
+        B, A = after[f"{module}.lora_B"].double(), after[f"{module}.lora_A"].double()
+        size = torch.linalg.svdvals(B @ A)[:RANK]
+        right = size if split == "sqrt" else torch.ones_like(size)
+        left = size if split == "sqrt" else size.square()
+        torch.testing.assert_close(A @ A.T, right.diag(), rtol=1e-4, atol=1e-4 * float(right.max()))
+        torch.testing.assert_close(B.T @ B, left.diag(), rtol=1e-4, atol=1e-4 * float(left.max()))
+
+
 def test_none_is_the_default():
     state, updates = drawn()
     first, second = (after_round(make(**o), state, updates, WEIGHTS, 1) for o in ({}, {"fisher": "none"}))

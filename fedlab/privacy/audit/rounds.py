@@ -52,14 +52,16 @@ def _used(receipts: Receipts, ledger: Ledger | None, name: str, line: Line, upda
 
 
 def _states(receipts: Receipts, lines: Sequence[Line]) -> Iterator[Finding]:
-    """Each round goes on from the last one; FINAL has the last one's state."""
+    """Each round goes on from the last one; FINAL has the last one's state, or where that round was lost to a restart
+    and could not be repeated, the state before it.
+    """
     after: dict[int, str] = {}
     first: str | None = None
     restarted, last = False, None
     for line in lines:
         if line.kind == "START":
             restarted = True
-        elif line.kind == "FINAL" and last is not None and line["state"] != last["out"]:
+        elif line.kind == "FINAL" and last is not None and line["state"] not in _ends(last, restarted):
             yield Finding(
                 WHERE, line.number, f"FINAL has another state than ROUND {last['round']} left (line {last.number})"
             )
@@ -77,6 +79,11 @@ def _states(receipts: Receipts, lines: Sequence[Line]) -> Iterator[Finding]:
         first = line["before"] if number == 1 else first
         after = {r: out for r, out in after.items() if r < number} | {number: line["out"]}
         restarted, last = False, line
+
+
+def _ends(last: Line, restarted: bool) -> tuple[str, ...]:
+    """The states that a run may end with after its last ROUND."""
+    return (last["out"], last["before"]) if restarted else (last["out"],)
 
 
 def _charges(receipts: Receipts, ledgers: Mapping[str, Ledger], rounds: Sequence[Line]) -> Iterator[Finding]:

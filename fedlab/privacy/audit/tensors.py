@@ -50,14 +50,14 @@ def check_adapter(audit: AuditedDirectory, evidence: Evidence) -> None:
 
 
 def _without(audit: AuditedDirectory, evidence: Evidence, final: Line) -> None:
-    """A run that made no round has no checkpoint, and its adapter is the one that it began with."""
+    """A run that kept no round has no checkpoint, and its adapter is the one that it began with."""
     rounds = [line for line in evidence.receipts.chain.of("ROUND") if line.sound] if evidence.receipts else []
-    if rounds:
+    if rounds and final["state"] != rounds[0]["before"]:
         audit.find(
             CHECKPOINT + "….safetensors", f"is not among the files that FINAL names ({WHERE} line {final.number})"
         )
     else:
-        audit.leave(f"{MODEL}: no round was made, so it is what the run began with")
+        audit.leave(f"{MODEL}: no round was kept, so it is what the run began with")
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed, Unwritable
 from fedlab.files import unwritable
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch.checks import check, check_strategy, load
+from fedlab.run.launch.checks import check, check_strategy, load, look, with_labels
 from fedlab.run.launch.problems import Problems
 from fedlab.run.launch.reference import CLIENT_APP, SERVER_APP, STRATEGIES, load_reference
 
@@ -81,30 +81,17 @@ def prepared(config: RunConfig, out: str | Path | None = None) -> RunConfig:
     and with the directory ``out`` where it is to run.
     """
     from fedlab.models.hardware import resolve_dtype
-    from fedlab.run.data import check_data, refresh
-    from fedlab.run.deals import check_deals
+    from fedlab.run.data import refresh
 
     _prepare_environment(config)
     refresh(config)
     found = Problems()
     if out is not None:
         found.of(lambda: RunDirectory.check_place(Path(out)))
-    config = found.of(lambda: check(config)) or config
+    config = look(found, config, texts=True)
     found.raise_all()
     resolved: RunConfig = load_reference(STRATEGIES)[config.strategy.name].resolved(config)
-    named = _with_labels(resolved)
-    check_data(named)
-    check_deals(named, Path())
-    return resolve_dtype(named)
-
-
-def _with_labels(config: RunConfig) -> RunConfig:
-    """The same run with the names of its labels, for clients to agree on; they are those of the data."""
-    from fedlab.data import corpus_and_shards
-
-    names = corpus_and_shards(config)[0].label_names
-    objective = config.objective.model_copy(update={"labels": names})
-    return config.model_copy(update={"objective": objective})
+    return resolve_dtype(with_labels(resolved))
 
 
 def resume(path: str | Path, quiet: bool = False) -> Run:

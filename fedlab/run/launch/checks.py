@@ -5,7 +5,7 @@ the model without its weights, and whether ε can be reached. All of it is told 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,30 +49,61 @@ def check(config: RunConfig) -> RunConfig:
     return config
 
 
-def look(found: Problems, config: RunConfig, broken: Collection[str] = ()) -> RunConfig:
+def look(found: Problems, config: RunConfig, broken: Collection[str] = (), texts: bool = False) -> RunConfig:
     """Note what is wrong with a configuration, and return it with its number of clients where that is known.
 
     Args:
         found: gets the problems.
         config: to be looked at.
-        broken: sections whose own keys are wrong; what depends on them is passed over.
+        broken: keys and sections that are wrong by themselves; what depends on them is passed over.
+        texts: also look at the texts, as tokens, and at who holds what of them.
     """
-    from fedlab.data.public import check_public
-    from fedlab.evaluate import evaluators_of
-    from fedlab.models.hub import check_model
-    from fedlab.models.loading import device_of
-    from fedlab.objectives import objective_class
+    from fedlab.models.outline import check_outline
 
+    whole = _whole(broken)
+    there = whole("data", "tasks") and found.fine(lambda: _check_sources(config))
+    model, objective = _look_at_names(found, config, whole, there)
+    clients: dict[str, list[int]] | None = None
+    if there and objective and whole("run.seed", "stream"):
+        clients = found.of(lambda: _clients(config))
+        if clients is not None and not config.population_known:
+            config = found.of(lambda: config.with_population(len(clients or ())), lines=True) or config
+    if whole("strategy"):
+        known = found.of(lambda: check_options(config), lines=True)
+        if known is not None and config.population_known and not broken:
+            found.of(lambda: known.check(config))
+    if model and objective and whole("lora.rank", "lora.target_modules", "lora.layers_to_transform"):
+        found.of(lambda: check_outline(config), lines=True)
+    if clients is not None and config.population_known:
+        _look_at_clients(found, config, clients, whole)
+        if texts and model and not broken:
+            _look_at_texts(found, config)
+    return config
+
+
+Whole = Callable[..., bool]  # whether sections, or ``section.key``, are as the file has them
+
+
+def _whole(broken: Collection[str]) -> Whole:
     def whole(*names: str) -> bool:
-        """Whether these sections, or ``section.key``, are as the file has them."""
         return not any(
             one == name or one == name.partition(".")[0] or one.startswith(f"{name}.")
             for one in broken
             for name in names
         )
 
-    texts = whole("data", "tasks") and found.fine(lambda: _check_sources(config))
-    if texts and whole("lora"):
+    return whole
+
+
+def _look_at_names(found: Problems, config: RunConfig, whole: Whole, there: bool) -> tuple[bool, bool]:
+    """What can be told without reading much. Returns whether there are such a model and such an objective."""
+    from fedlab.data.public import check_public
+    from fedlab.evaluate import evaluators_of
+    from fedlab.models.hub import check_model
+    from fedlab.models.loading import device_of
+    from fedlab.objectives import objective_class
+
+    if there and whole("lora"):
         found.of(lambda: check_public(config))
     model = whole("model") and found.fine(lambda: check_model(config.model))
     objective = whole("objective") and found.fine(lambda: objective_class(config.objective.name))
@@ -82,24 +113,25 @@ def look(found: Problems, config: RunConfig, broken: Collection[str] = ()) -> Ru
         found.of(lambda: _check_backend(config))
     if objective and whole("evaluate"):
         found.of(lambda: evaluators_of(config))
-    clients: dict[str, list[int]] | None = None
-    if texts and objective and whole("run.seed", "stream"):
-        clients = found.of(lambda: _clients(config))
-        if clients is not None and not config.population_known:
-            config = found.of(lambda: config.with_population(len(clients or ())), lines=True) or config
-    if whole("strategy"):
-        known = found.of(lambda: check_options(config), lines=True)
-        if known is not None and config.population_known and not broken:
-            found.of(lambda: known.check(config))
-    if model and objective and whole("lora.rank", "lora.target_modules", "lora.layers_to_transform"):
-        from fedlab.models.outline import check_outline
+    return model, objective
 
-        found.of(lambda: check_outline(config), lines=True)
-    if clients is not None and config.population_known:
-        _look_at_clients(found, config, clients, whole("train.batch_size"), whole("train", "privacy", "run"))
-        if whole("clients"):
-            found.of(lambda: _check_names(config, list(clients or ())))
-    return config
+
+def _look_at_texts(found: Problems, config: RunConfig) -> None:
+    """The data report, which the run begins with, and whether its ledgers' records stay with their clients."""
+    from fedlab.run.data import check_data
+    from fedlab.run.deals import check_deals
+
+    found.of(lambda: check_data(with_labels(config)))
+    found.of(lambda: check_deals(config, Path()))
+
+
+def with_labels(config: RunConfig) -> RunConfig:
+    """The same run with the names of its labels, for clients to agree on; they are those of the data."""
+    from fedlab.data import corpus_and_shards
+
+    names = corpus_and_shards(config)[0].label_names
+    objective = config.objective.model_copy(update={"labels": names})
+    return config.model_copy(update={"objective": objective})
 
 
 def _check_sources(config: RunConfig) -> None:
@@ -149,18 +181,18 @@ def _clients(config: RunConfig) -> dict[str, list[int]]:
     return {client: [tasks.size(client, task, config.stream.replay) for task in numbers] for client in shards.train}
 
 
-def _look_at_clients(
-    found: Problems, config: RunConfig, clients: dict[str, list[int]], trained: bool, private: bool
-) -> None:
+def _look_at_clients(found: Problems, config: RunConfig, clients: dict[str, list[int]], whole: Whole) -> None:
     """What depends on how many examples clients have: the batch, δ, and whether ε can be reached."""
     from fedlab.privacy.client_level import make_client_plan
     from fedlab.privacy.plan import delta_of, plan_of
 
     least = {client: min(sizes) for client, sizes in clients.items()}
     smallest = min(least, key=lambda client: least[client])
-    if trained:
+    if whole("clients"):
+        found.of(lambda: _check_names(config, list(clients)))
+    if whole("train.batch_size"):
         found.of(lambda: _check_batch(config, smallest, least[smallest]))
-    if not private:
+    if not whole("train", "privacy", "run"):
         return
     if config.privacy.unit == "client":
         found.of(lambda: make_client_plan(config))

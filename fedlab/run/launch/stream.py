@@ -144,9 +144,14 @@ def _told(directory: RunDirectory, done: list[Path]) -> Iterator[None]:
 
 
 def _destroy_keys(config: RunConfig, path: Path) -> None:
-    """Keys that only this stream used go with its last task; those of ``privacy.ledger`` elsewhere go on."""
+    """What only a further task needs goes with the last one, where no other run has the ledger: keys, and who held
+    which record. Those of ``privacy.ledger`` elsewhere go on.
+    """
     own = path / "ledger"
     if config.private and config.privacy.ledger == str(own):
+        for file in sorted(own.rglob("*")):
+            if file.is_file() and file.suffix != ".jsonl":
+                file.unlink()
         for keys in own.glob("*/keys"):
             shutil.rmtree(keys, ignore_errors=True)
 

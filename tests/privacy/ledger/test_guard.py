@@ -280,6 +280,25 @@ def test_a_round_is_answered_once_where_the_owner_says_so(noise: str, tmp_path: 
     assert kinds(guarded) == ["PLAN", "CHARGE", "ABORT", "CHARGE", "COMMIT", "REFUSE"]
 
 
+def test_a_round_of_one_run_is_no_answer_in_another(tmp_path: Path):
+    """Runs share a ledger, and all of them have a round 1."""
+    first, second = guard(tmp_path, "r1"), guard(tmp_path, "r2")
+    for guarded, out in ((first, "e" * 64), (second, "f" * 64)):
+        guarded.one_answer = True
+        guarded.plan(terms(), {})
+        with guarded.ledger.locked():
+            assert guarded.committed(1) is None
+        with guarded.charge(terms(), 1, "0" * 64) as commit:
+            commit(4, out)
+    for guarded, out in ((first, "e" * 64), (second, "f" * 64)):
+        with guarded.ledger.locked():
+            found = guarded.committed(1)
+            assert found is not None
+            assert found["out"] == out
+            assert guarded.committed(2) is None
+            assert guarded.committed(1, "9" * 64) is None, "on another state"
+
+
 def test_another_configuration_than_was_signed_is_not_agreed_to(tmp_path: Path):
     guarded = guard(tmp_path)
     guarded.agree("e" * 64, first=True)

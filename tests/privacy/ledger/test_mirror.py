@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,24 @@ def test_an_update_is_witnessed_only_as_it_was_charged_and_committed(tmp_path: P
             kept.witness("c", *arguments)
 
 
+@pytest.mark.parametrize("first", ["aborted", "committed"])
+def test_of_a_round_that_was_charged_twice_the_last_update_is_the_one_that_came(
+    first: str, tmp_path: Path, guard: Guard
+):
+    """A round that was cut off is charged anew where noise is new; what came before it is not what came now."""
+    kept = mirror(tmp_path, guard)
+    if first == "aborted":
+        with suppress(OSError), guard.charge(TERMS, 1, STATE):
+            raise OSError
+    else:
+        train(guard, 1, "7" * 64)
+    train(guard, 1)
+    kept.accept("c", lines_after(guard.ledger.entries, kept.known("c")))
+    assert kept.witness("c", 1, EVENT, STATE, OUT) == guard.ledger.entries[-1]
+    with pytest.raises(PrivacyError, match="does not commit the update"):
+        kept.witness("c", 1, EVENT, STATE, "7" * 64)
+
+
 def test_lines_that_do_not_continue_the_known_ones_are_refused(tmp_path: Path, guard: Guard):
     kept = mirror(tmp_path, guard)
     train(guard, 1)
@@ -78,8 +97,9 @@ def test_lines_that_do_not_continue_the_known_ones_are_refused(tmp_path: Path, g
     assert kept.known("c") == 3
 
 
-def close(kept: LedgerMirror) -> dict[str, dict]:
-    return kept.close_round(1, (STATE, STATE, "8" * 64), {"c": OUT}, {"c": kept.witness("c", 1, EVENT, STATE, OUT)})
+def close(kept: LedgerMirror, number: int = 1) -> dict[str, dict]:
+    commits = {"c": kept.witness("c", number, EVENT, STATE, OUT)}
+    return kept.close_round(number, (STATE, STATE, "8" * 64), {"c": OUT}, commits)
 
 
 def test_a_receipt_comes_after_its_round_and_fixes_it(tmp_path: Path, guard: Guard):
@@ -123,7 +143,7 @@ def test_a_rewritten_ledger_of_equal_length_is_refused(memory: str, tmp_path: Pa
     kept = mirror(tmp_path, guard)
     train(guard, 1)
     kept.accept("c", lines_after(guard.ledger.entries, 1))
-    kept.close_round(1, STATE, "8" * 64, {"c": kept.witness("c", 1, EVENT, STATE, OUT)})
+    close(kept)
     other = Guard(Ledger(tmp_path / "other.jsonl", "c", "d" * 64, guard.ledger.key), "r1")
     other.plan(TERMS, {})
     train(other, 1, "7" * 64)
@@ -142,6 +162,19 @@ def test_another_run_that_shares_the_ledgers_remembers_too(tmp_path: Path, guard
     train(guard, 1)
     kept.accept("c", lines_after(guard.ledger.entries, 1))
     close(kept)
+    later = LedgerMirror(tmp_path / "later", "r2", tmp_path / "client")
+    with pytest.raises(PrivacyError, match="an older copy was put back"):
+        later.enrol("c", guard.ledger.public, older)
+
+
+def test_of_a_ledger_that_grew_the_newest_line_is_remembered(tmp_path: Path, guard: Guard):
+    kept, older = mirror(tmp_path, guard), ""
+    for number in (1, 2):
+        older = guard.ledger.path.read_text()
+        train(guard, number)
+        kept.accept("c", lines_after(guard.ledger.entries, kept.known("c")))
+        close(kept, number)
+    assert '"COMMIT"' in older, "the first round's lines are all there"
     later = LedgerMirror(tmp_path / "later", "r2", tmp_path / "client")
     with pytest.raises(PrivacyError, match="an older copy was put back"):
         later.enrol("c", guard.ledger.public, older)

@@ -26,6 +26,7 @@ def outcome_of(**sizes: float) -> TrainOutcome:
         ({"a": 1.0, "b": 2.0, "c": 1e7}, 1000, {"c"}),
         ({"a": 1.0, "b": 2.0, "c": 1999.0}, 1000, set()),
         ({"a": 1.0, "b": 2.0, "c": 2001.0}, 1000, {"c"}),
+        ({"a": 1.0, "b": 2.0, "c": 8.0}, 4, set()),  # at the limit, exactly
         ({"a": 1.0, "b": 1.0, "c": 1e19, "d": 1e19, "e": 1.0}, 1000, {"c", "d"}),
         ({"a": 1.0, "c": 1e7}, 1000, set()),  # of two, which?
         ({"a": 0.0, "b": 0.0, "c": 1.0}, 1000, set()),  # most did not move: nothing to compare with

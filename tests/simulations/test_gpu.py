@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, cast
 
+import gpu
 import pytest
 import torch
 
@@ -40,18 +38,7 @@ physical_batch = 8
 """
 
 
-@pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    """``simulations/benchmarks/gpu.py``: its models and random texts."""
-    folder = Path(__file__).parents[2] / "simulations" / "benchmarks"
-    sys.path.insert(0, str(folder))
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", folder / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def loaded(gpu: ModuleType, name: str, device: str, dtype: torch.dtype) -> tuple[LoadedModel, RunConfig, State]:
+def loaded(name: str, device: str, dtype: torch.dtype) -> tuple[LoadedModel, RunConfig, State]:
     torch.manual_seed(0)
     base, head, targets = gpu.MODELS[name](True)
     config = RunConfig.parse(CONFIG.format(targets=str(targets).replace("'", '"')))
@@ -63,11 +50,9 @@ def loaded(gpu: ModuleType, name: str, device: str, dtype: torch.dtype) -> tuple
     return model, config, {n: v + 0.1 * torch.randn(v.shape, generator=g) for n, v in start.items()}
 
 
-def updates(
-    gpu: ModuleType, name: str, device: str, way: str, dtype: torch.dtype = torch.float32
-) -> dict[str, Trained]:
+def updates(name: str, device: str, way: str, dtype: torch.dtype = torch.float32) -> dict[str, Trained]:
     """Two private steps of every client, ``way`` = "cohort" or "hooks"."""
-    model, config, state = loaded(gpu, name, device, dtype)
+    model, config, state = loaded(name, device, dtype)
     clients, data = gpu.texts(CLIENTS, ROWS, LENGTH)
     names = sorted(n for n in state if n.endswith("lora_B") or n.startswith("head."))
 
@@ -90,19 +75,19 @@ def distance(mine: Trained, other: Trained) -> float:
 
 
 @pytest.mark.parametrize("name", ["roberta-large", "llama-1b"])
-def test_one_update_by_every_way_and_on_every_device(gpu: ModuleType, name: str) -> None:
+def test_one_update_by_every_way_and_on_every_device(name: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    reference = updates(gpu, name, "cpu", "hooks")
+    reference = updates(name, "cpu", "hooks")
     for way in ("cohort", "hooks"):
-        found = updates(gpu, name, "cuda", way)
+        found = updates(name, "cuda", way)
         for client, trained in found.items():
             assert distance(trained, reference[client]) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["roberta-large", "llama-1b"])
-def test_bfloat16_base(gpu: ModuleType, name: str) -> None:
-    reference = updates(gpu, name, "cpu", "hooks")
+def test_bfloat16_base(name: str) -> None:
+    reference = updates(name, "cpu", "hooks")
     for way in ("cohort", "hooks"):
-        for client, trained in updates(gpu, name, "cuda", way, torch.bfloat16).items():
+        for client, trained in updates(name, "cuda", way, torch.bfloat16).items():
             assert all(bool(v.isfinite().all()) and v.dtype == torch.float32 for v in trained.update.values())
             assert distance(trained, reference[client]) < 0.05
