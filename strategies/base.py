@@ -21,6 +21,7 @@ from fedlab.lora.average import weighted_mean
 from fedlab.lora.ranks import widen
 from fedlab.lora.server_optimizer import server_step
 from fedlab.lora.state import RESIDUAL, State, part_of, select
+from fedlab.objectives import check_head, objective_class
 from strategies.folding import require_float32
 from strategies.moments import moments_of, with_moments
 from strategies.options import MeanOptions, NoOptions
@@ -94,6 +95,9 @@ class Strategy:
     @classmethod
     def check(cls, config: RunConfig) -> None:
         """Raise ConfigError for settings that make no sense with this strategy, before anything is started."""
+        check_head(config)
+        if not cls.trained_parts(config):
+            raise ConfigError(_nothing(config))
         if config.privacy.unit == "client" and not cls.linear:
             raise ConfigError(
                 f'strategy.name = "{config.strategy.name}" needs each client\'s own factors, but under privacy.unit ='
@@ -179,7 +183,8 @@ class Strategy:
     @classmethod
     def trained_parts(cls, config: RunConfig) -> list[str]:
         """``lora_A``, ``lora_B``, ``head``: all that clients are ever asked to train, a privacy plan's scope."""
-        return sorted(cls.factors(config) | ({"head"} if config.train.head == "train" else set()))
+        head = config.train.head == "train" and objective_class(config.objective.name).has_head
+        return sorted(cls.factors(config) | ({"head"} if head else set()))
 
     @classmethod
     def factors(cls, config: RunConfig) -> frozenset[str]:
@@ -207,3 +212,13 @@ class Strategy:
             grams: module → [n, n], the sum of its inputs' outer products, for strategies that read inputs.
         """
         return dict(state)
+
+
+def _nothing(config: RunConfig) -> str:
+    """Why a strategy that trains the head alone trains nothing."""
+    why = (
+        'train.head = "freeze"'
+        if config.train.head == "freeze"
+        else f'objective.name = "{config.objective.name}": this objective trains no head'
+    )
+    return f'strategy.name = "{config.strategy.name}" trains the head alone, but {why}; take a strategy with an adapter'

@@ -69,6 +69,15 @@ class LoadedModel:
             )
         self._fold({name: value for name, value in state.items() if part_of(name) in RESIDUAL})
 
+    @torch.no_grad()
+    def resize(self, rank: int) -> None:
+        """Give every adapter this rank. One of another rank, which the run before may have left, becomes zero."""
+        for name, parameter in list(self.parameters.items()):
+            part, (m, n) = part_of(name), (*parameter.shape, 0)[:2]
+            shape = {"lora_A": (rank, n), "lora_B": (m, rank)}.get(part)
+            if shape is not None and shape != parameter.shape:
+                self._overwrite(name, torch.zeros(shape))
+
     def _overwrite(self, name: str, value: Tensor) -> None:
         parameter = self.parameters[name]
         if parameter.shape == value.shape:

@@ -136,8 +136,12 @@ def device_of(name: str) -> torch.device:
 
 
 def build(config: RunConfig, objective: Objective) -> LoadedModel:
-    """The process's one model for this configuration and objective; later calls return the same object."""
-    return _build(config.model, config.lora, objective, config.run.dtype, config.run.device)
+    """The process's one model for this configuration and objective; later calls return the same object, with an adapter
+    of ``lora.rank``, whatever rank the run before gave it.
+    """
+    loaded = _build(config.model, config.lora, objective, config.run.dtype, config.run.device)
+    loaded.resize(config.lora.rank)
+    return loaded
 
 
 @lru_cache(maxsize=1)

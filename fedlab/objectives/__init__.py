@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
 from fedlab.objectives.base import Objective
 from fedlab.objectives.causal_lm import CausalLM
@@ -22,3 +23,17 @@ def objective_class(name: str) -> type[Objective]:
     if name not in OBJECTIVES:
         raise ConfigError(f'objective.name = "{name}" is unknown; known: {", ".join(sorted(OBJECTIVES))}')
     return OBJECTIVES[name]
+
+
+def check_head(config: RunConfig) -> None:
+    """Raise ConfigError for the first key about a head where the objective trains none."""
+    if objective_class(config.objective.name).has_head:
+        return
+    train, stream = config.train, config.stream
+    for key, given in (
+        (f'train.head = "{train.head}"', train.head != "train"),
+        (f"train.head_lr = {train.head_lr}", train.head_lr is not None),
+        (f'stream.heads = "{stream.heads}"', stream.heads != "own"),
+    ):
+        if given:
+            raise ConfigError(f'{key}, but objective.name = "{config.objective.name}" trains no head; remove it')

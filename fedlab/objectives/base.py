@@ -54,6 +54,7 @@ class Objective(ABC):
     evaluators: ClassVar[tuple[str, ...]]  # that judge it unless ``evaluate.evaluators`` names others
     primary: ClassVar[str]  # the score by which runs and clients are compared; one of its evaluators gives it
     higher_is_better: ClassVar[bool] = True  # of the primary score
+    has_head: ClassVar[bool] = True  # whether a head is trained beside the adapter; then ``head_width`` says how wide
     named: ClassVar[bool] = False  # whether labels have names, on which all clients must agree
     encoding: ClassVar[str] = ""  # names what ``encode`` makes beside plain tokens; "" if labels are one number each
 

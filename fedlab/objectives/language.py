@@ -48,6 +48,7 @@ class LanguageModel(Objective):
     evaluators: ClassVar[tuple[str, ...]] = ("language",)
     primary = "loss"
     higher_is_better = False
+    has_head: ClassVar[bool] = False  # the output layer stays the base's own
     shift: ClassVar[bool] = True  # whether position t says token t + 1 (a decoder alone), or token t
 
     @classmethod

@@ -184,3 +184,19 @@ def test_layers_to_transform_holds_whatever_names_the_modules(tiny_toml: str):
     whole = "['bert.encoder.layer.0.attention.self.query', 'bert.encoder.layer.1.attention.self.query']"
     with pytest.raises(ConfigError, match=r"layer\.0\.attention\.self\.query is adapted too"):
         fresh(config_of(tiny_toml, f"lora.target_modules={whole}", "lora.layers_to_transform=[1]"))
+
+
+def test_a_run_begins_with_its_own_rank_whatever_the_run_before_left(tiny_toml: str):
+    """A stream with strategy full leaves A = I, of as many rows as a layer has inputs."""
+    config = config_of(tiny_toml)
+    model = build(config, THREE)
+    wanted = initial_state(model, config.lora, 0)
+    wide = {
+        name: torch.eye(32) if name.endswith("lora_A") else torch.zeros(len(value), 32) if "lora_B" in name else value
+        for name, value in wanted.items()
+    }
+    model.load(wide)
+    assert build(config, THREE) is model
+    again = initial_state(model, config.lora, 0)
+    assert all(torch.equal(again[name], value) for name, value in wanted.items())
+    model.load(again)
