@@ -82,9 +82,9 @@ def test_a_row_without_one_is_refused_or_left_out(tmp_path: Path):
 
 def test_other_objectives_and_other_columns_beside_it_are_refused(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", CHATS)
-    with pytest.raises(ConfigError, match='read by objective.name = "instruction" alone'):
+    with pytest.raises(ConfigError, match=r'read by objective.name = "instruction" alone'):
         load_corpus(section(path), 0, objective="classification")
-    with pytest.raises(ConfigError, match='not read by objective.name = "causal-lm"'):
+    with pytest.raises(ConfigError, match=r'not read by objective.name = "causal-lm"'):
         load_corpus(section(path), 0, objective="causal-lm")
     with pytest.raises(ValueError, match="takes the place of text and label"):
         section(path, text="id")
@@ -95,7 +95,7 @@ def test_plain_text_needs_no_label(tmp_path: Path):
     path.write_text('{"text": "one"}\n{"text": "two"}')
     data = DataSection.model_validate({"source": "files", "path": str(path), "text": "text"})
     assert load_corpus(data, 0, objective="causal-lm").texts == ["one", "two"]
-    with pytest.raises(ConfigError, match="needs data.text and data.label"):
+    with pytest.raises(ConfigError, match=r"needs data.text and data.label: "):
         load_corpus(data, 0, objective="instruction")
-    with pytest.raises(ConfigError, match="not read by objective.name"):
+    with pytest.raises(ConfigError, match=r"not read by objective.name"):
         load_corpus(data.model_copy(update={"label": "text"}), 0, objective="causal-lm")
