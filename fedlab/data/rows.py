@@ -92,7 +92,9 @@ def corpus_of(
         ConfigError: a column is not there; a row lacks something, unless such rows are to be left out.
     """
     named = columns.label
-    numeric = bool(named) and numeric_labels([v for split in splits for t in split for v in t.columns.get(named, [])])
+    numeric = named is not None and numeric_labels(
+        [value for split in splits for table in split for value in table.columns.get(named, [])]
+    )
     texts, labels, owners = [list[str]() for _ in columns.texts], list[str](), list[str]()
     sizes, bad = list[int](), list[str]()
     for test, tables in enumerate(splits):

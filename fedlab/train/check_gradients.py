@@ -228,7 +228,8 @@ def _difference(found: Gradients, wanted: Sequence[Gradients], dtype: torch.dtyp
 
 
 def _dtype(model: LoadedModel) -> torch.dtype:
-    return next(p for n, p in model.module.named_parameters() if "lora_" not in n).dtype
+    dtype: torch.dtype = next(p for n, p in model.module.named_parameters() if "lora_" not in n).dtype
+    return dtype
 
 
 def _dropout(model: LoadedModel) -> float:
