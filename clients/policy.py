@@ -103,6 +103,9 @@ class OwnPolicy:
             yield f"the release {odd[0]!r} is not among those of the policy"
         if objective_class(config.objective.name).named and not config.objective.labels:
             yield "objective.labels is empty: clients that number their labels themselves number them differently"
+        asked = {"data.canaries": config.data.canaries, "evaluate.membership": config.evaluate.membership}
+        if odd := [key for key, value in asked.items() if value is not None]:
+            yield f"{odd[0]} is for simulations: it asks what was learnt of single records"
         if config.model.name not in rules.models:
             yield "model.name is not among those of the policy"
         for data in data_sections(config):

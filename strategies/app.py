@@ -31,6 +31,7 @@ from fedlab.run.progress import make_progress
 from fedlab.run.seal import ADAPTER, UNSEALED_ADAPTER, measure
 from strategies.server.epilogue import epilogue
 from strategies.server.loop import Rounds
+from strategies.server.memorised import memorised
 from strategies.server.task_boundary import end_stage
 
 app = ServerApp()
@@ -94,7 +95,8 @@ def _finish(directory: RunDirectory, rounds: Rounds, events: MetricsLog, status:
     _save_adapter(rounds, path)
     rounds.close()
     known = rounds.result()
-    write_statement(path, known["clients"])
+    known |= memorised(rounds, known)
+    write_statement(path, known["clients"], known.get("memorisation"))
     result = {"status": status, **known, "seconds": round(time.time() - started, 2)}
     result |= epilogue(directory, rounds, result)
     events.close()  # what happens from here on is not in metrics.jsonl

@@ -113,6 +113,12 @@ class Strategy:
                 f'strategy.name = "{config.strategy.name}" with [[tasks]]: clients keep'
                 f" {', '.join(sorted(cls.personal))}, so there is no one model to score after a task; use fedavg"
             )
+        if cls.personal and (config.data.canaries is not None or config.evaluate.membership is not None):
+            key = "data.canaries" if config.data.canaries is not None else "evaluate.membership"
+            raise ConfigError(
+                f'{key} with strategy.name = "{config.strategy.name}": clients keep {", ".join(sorted(cls.personal))},'
+                " so there is no one model that it could be measured of; remove it"
+            )
         if config.lora.public is not None and config.lora.init_a != "eva" and not cls.reads_public_texts(config):
             raise ConfigError(
                 f'lora.public is read for init_a = "eva" (it is "{config.lora.init_a}"), and this strategy reads no'

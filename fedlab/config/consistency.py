@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from fedlab.config.data import ClientsSection, DataSection
 from fedlab.config.privacy import PrivacySection
-from fedlab.config.sections import LoraSection, RunSection, TrainSection
+from fedlab.config.sections import EvaluateSection, LoraSection, RunSection, TrainSection
 from fedlab.config.tasks import StageSection, StreamSection, TaskSection
 
 SHARED_BY_TASKS = ("clients", "max_length")  # keys of [data] that no task may set for itself
@@ -31,6 +31,14 @@ def streams(
         DataSection.model_validate({**data.model_dump(), **task.data})
         if odd := sorted(task.data.keys() & set(SHARED_BY_TASKS)):
             yield f"tasks: {task.name} sets data.{odd[0]}, which all tasks share"
+
+
+def memorisation(tasks: Sequence[TaskSection], data: DataSection, evaluate: EvaluateSection) -> Iterator[str]:
+    """What is measured of the final model needs one run with one final model."""
+    asked = {"data.canaries": data.canaries, "evaluate.membership": evaluate.membership}
+    for key, value in asked.items():
+        if tasks and value is not None:
+            yield f"{key} with [[tasks]]: it is measured of the final model of one run, not of a stream; remove it"
 
 
 def participation(run: RunSection, privacy: PrivacySection, clients: int | None, drawn: int) -> Iterator[str]:

@@ -53,6 +53,22 @@ class Partition(Section):
         return self
 
 
+class Canaries(Section):
+    """[data.canaries]: made-up secrets among the training records, to see whether a model learns them by heart."""
+
+    count: int = Field(default=4, gt=0, description="different secrets, dealt to the clients in turn")
+    records: int = Field(default=1, gt=0, description="records of its client that hold the same secret")
+    space: int = Field(
+        default=1000, gt=1, description="random sequences that the secrets are chosen from: a rank among them at best 1"
+    )
+
+    @model_validator(mode="after")
+    def _room(self) -> Canaries:
+        if self.space < 2 * self.count:
+            raise ValueError(f"space = {self.space} leaves too few sequences that are no secret; at least 2 · count")
+        return self
+
+
 class DataSection(Section):
     """[data]: the text, its labels, and who holds what."""
 
@@ -79,6 +95,13 @@ class DataSection(Section):
     max_length: int = Field(default=64, gt=1, description="tokens of a text; longer texts are cut")
     test_fraction: float = Field(
         default=0.1, gt=0, lt=1, description="share of each client's examples that is held out, never trained on"
+    )
+    canaries: Canaries | None = Field(
+        default=None,
+        description=(
+            "simulations: put made-up secrets among the clients' training records, beside their own, and measure how"
+            " exposed they are in the end; default: none"
+        ),
     )
     limit: int | None = Field(
         default=None, gt=0, description="use at most this many training examples, a seeded choice; default: all"

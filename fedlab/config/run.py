@@ -60,6 +60,7 @@ class RunConfig(Section):
                 self.population if known else None,
                 self.clients_per_round if known else 0,
             ),
+            *consistency.memorisation(self.tasks, self.data, self.evaluate),
             *consistency.training(self.run, self.train),
             *consistency.adapters(self.lora, self.clients),
         ]

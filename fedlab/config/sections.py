@@ -251,6 +251,22 @@ class TrainSection(Section):
         return self.steps if self.steps is not None else math.ceil((self.epochs or 0) * examples / self.batch_size)
 
 
+class Membership(Section):
+    """[evaluate.membership]: whether the final model tells which records were trained on."""
+
+    pairs: int = Field(
+        default=200, gt=0, description="per client, of a record that was trained on and one that was held out, at most"
+    )
+    references: int = Field(
+        default=0,
+        ge=0,
+        description=(
+            "models that are trained without noise on random halves of the same records, to tell records that any model"
+            " finds easy; each takes as long as one client's part in all rounds"
+        ),
+    )
+
+
 class EvaluateSection(Section):
     """[evaluate]: what is measured, and how often."""
 
@@ -264,3 +280,7 @@ class EvaluateSection(Section):
     batch_size: int = Field(default=128, gt=0, description="examples per forward pass of an evaluation")
     generations: int = Field(default=64, gt=0, description="generation: held-out prompts that are answered, at most")
     new_tokens: int = Field(default=48, gt=0, description="generation: longest answer, in tokens")
+    membership: Membership | None = Field(
+        default=None,
+        description="simulations: what membership inference by loss finds out at the end; default: not measured",
+    )

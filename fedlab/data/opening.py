@@ -10,6 +10,7 @@ from fedlab.config import RunConfig
 from fedlab.config.data import DEFAULT_CLIENTS, DataSection
 from fedlab.config.tasks import TaskSection
 from fedlab.data.cache import cached_arrays
+from fedlab.data.canaries import Secrets, with_canaries
 from fedlab.data.collate import tokenise
 from fedlab.data.corpus import Corpus, renumbered
 from fedlab.data.duplicates import purge
@@ -47,11 +48,20 @@ def objective_of(config: RunConfig) -> Objective:
 def corpus_and_shards(config: RunConfig) -> tuple[Corpus, Shards]:
     """Corpus and partition of a run, of a stream's task if it is one; needs no tokenizer."""
     if not config.tasks:
-        corpus, shards = _corpus_and_shards(config.data.model_dump_json(), config.data_seed, config.objective.name)
+        corpus, shards, _ = _untasked(config)
         return _agreed(corpus, config), shards
     corpus, tasks = task_data(config)
     task = config.stage.task if config.stage else 0
     return corpus, tasks.training(task, config.stream.replay, config.stream.joint, config.run.seed)
+
+
+def secrets_of(config: RunConfig) -> Secrets | None:
+    """The made-up secrets among the training records; None without ``data.canaries``."""
+    return _untasked(config)[2] if config.data.canaries is not None else None
+
+
+def _untasked(config: RunConfig) -> tuple[Corpus, Shards, Secrets | None]:
+    return _corpus_and_shards(config.data.model_dump_json(), config.data_seed, config.objective.name)
 
 
 def task_data(config: RunConfig) -> tuple[Corpus, TaskData]:
@@ -131,11 +141,15 @@ def _task_data(
 
 
 @lru_cache(maxsize=1)
-def _corpus_and_shards(data_json: str, seed: int, objective: str) -> tuple[Corpus, Shards]:
+def _corpus_and_shards(data_json: str, seed: int, objective: str) -> tuple[Corpus, Shards, Secrets | None]:
     data = DataSection.model_validate_json(data_json)
     corpus = load_corpus(data, seed, objective=objective)
     shards = _assigned(corpus, data, seed)
-    return corpus, purge(corpus, [shards])[0] if data.duplicates == "purge" else shards
+    if data.duplicates == "purge":
+        shards = purge(corpus, [shards])[0]
+    if data.canaries is None:
+        return corpus, shards, None
+    return with_canaries(corpus, shards, data.canaries, objective, seed)
 
 
 def _assigned(corpus: Corpus, data: DataSection, seed: int) -> Shards:

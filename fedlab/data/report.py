@@ -35,6 +35,7 @@ class DataReport:
         warnings: what somebody should look at.
         content: SHA-256 of texts, labels and owners.
         deal: SHA-256 of who holds what.
+        inserted: records of ``data.canaries``, at the end of the corpus.
     """
 
     reading: Reading | None
@@ -47,13 +48,14 @@ class DataReport:
     warnings: Sequence[str]
     content: str
     deal: str
+    inserted: int = 0
 
     @property
     def unused(self) -> int:
         """Rows that lack nothing and are in no task, or above ``data.limit``."""
         if self.reading is None:
             return 0
-        return max(0, self.reading.rows - self.reading.dropped.total() - self.examples["kept"])
+        return max(0, self.reading.rows - self.reading.dropped.total() - self.examples["kept"] + self.inserted)
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON: ``data.json`` of a run."""
@@ -61,7 +63,7 @@ class DataReport:
             "format": FORMAT,
             "content": self.content,
             "deal": self.deal,
-            **(self.reading or Reading(rows=self.examples["kept"])).to_dict(),
+            **(self.reading or Reading(rows=self.examples["kept"] - self.inserted)).to_dict(),
             "unused": self.unused,
             "examples": dict(self.examples),
             "classes": self.classes,
@@ -70,17 +72,20 @@ class DataReport:
             "cut": {"max_length": self.max_length, "texts": self.cut},
             "empty": 0,  # a text of no token is refused
             "warnings": list(self.warnings),
+            **({"canaries": self.inserted} if self.inserted else {}),
         }
 
     def lines(self) -> list[str]:
         """For the terminal: one line, and one more for each thing that is not as it should be."""
         n, twice = self.examples, self.duplicates
-        read = self.reading.rows if self.reading else n["kept"]
+        read = self.reading.rows if self.reading else n["kept"] - self.inserted
         found = [
             f"data: {read} rows read, {n['kept']} kept; {n['trained']} to train on, {n['test']} to test on"
             + (f", {n['held_out']} held out by clients" if n["held_out"] != n["test"] else "")
             + (f"; {self.classes} classes" if self.classes else "")
         ]
+        if self.inserted:
+            found.append(f"data: {self.inserted} of the records to train on are made up (data.canaries)")
         if self.reading:
             for cause, count in self.reading.dropped.items():
                 places = ", ".join(self.reading.places[cause]) + (", …" if count > FIRST else "")

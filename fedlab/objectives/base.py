@@ -119,6 +119,14 @@ class Objective(ABC):
     def check_labels(cls, names: tuple[str, ...], corpus: str) -> None:
         """Raise ConfigError where the labels that are left to a run or a task cannot be learnt."""
 
+    @classmethod
+    def secret_record(cls, prompt: str, secret: str) -> tuple[str, str]:
+        """(text, label as written) of a record whose label tokens hold ``secret``.
+
+        Raises ConfigError where labels are no text.
+        """
+        raise ConfigError("data.canaries: secrets are text, which this objective does not learn to say; remove it")
+
     def encode(
         self,
         texts: Sequence[str],

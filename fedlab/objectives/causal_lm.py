@@ -35,6 +35,11 @@ class CausalLM(LanguageModel):
                 )
         return data
 
+    @classmethod
+    def secret_record(cls, prompt: str, secret: str) -> tuple[str, str]:
+        """See ``Objective.secret_record``: one text."""
+        return f"{prompt} {secret}", ""
+
     def encode(
         self,
         texts: Sequence[str],

@@ -76,6 +76,11 @@ class LanguageModel(Objective):
         ends = self.shift and ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id)
         return ids[:-1] if ends else ids  # a text that has ended is not gone on with
 
+    @classmethod
+    def secret_record(cls, prompt: str, secret: str) -> tuple[str, str]:
+        """See ``Objective.secret_record``."""
+        return prompt, secret
+
     def labelled(self, model: Model, batch: Batch) -> Labelled:
         """The positions that have a label; differentiable in the model's trained tensors."""
         with without(output_layer(model)):

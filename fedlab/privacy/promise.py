@@ -9,7 +9,9 @@ sentences in ``fedlab.privacy.release``. ε is rounded up wherever it is shown, 
 from __future__ import annotations
 
 import math
-from decimal import ROUND_CEILING, Decimal
+from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from typing import Any
 
 from fedlab.config import RunConfig
 from fedlab.privacy.client_level import client_sampler
@@ -39,6 +41,12 @@ PARTITION = (
 BFLOAT16 = (
     "what rounding adds: the base was computed in bfloat16, where one record's length can move the others' clipped"
     " gradients (1.0004 C was seen where C is accounted for); ε is that of exact arithmetic"
+)
+ATTACKS = {"loss": "by loss", "ratio": "by its ratio to models that did not see the record (RMIA)"}
+MEASURED = (
+    "Low figures prove nothing: another attack or another record may show more, and what ε allows may still happen."
+    " They were measured by whoever holds all data of this simulation, on records that were trained on; publishing them is"
+    " not covered by ε."
 )
 LEVEL = {"example": "example-level DP-SGD", "client": "client-level DP, noise by a trusted server"}
 UNIT = {"example": "one record of one client", "client": "one client with all its records"}
@@ -154,6 +162,58 @@ def report(config: RunConfig, epsilon: float | str, delta: float | None) -> list
     if config.privacy.noise == "seeded":
         parts.append(plain(SEEDED))
     return [*parts, f"Not protected: {plain('; '.join([*sentences(config), *limits(config)]))}."]
+
+
+def memorised(figures: Mapping[str, Any] | None) -> list[str]:
+    """What was measured of the final model, as paragraphs; ``figures``: ``memorisation`` of ``result.json``."""
+    parts = [
+        *_membership((figures or {}).get("membership")),
+        *_exposure((figures or {}).get("exposure")),
+    ]
+    return [*parts, MEASURED] if parts else []
+
+
+def _membership(found: Mapping[str, Any] | None) -> list[str]:
+    if not found:
+        return []
+    if not found["attacks"]:
+        return ["**Membership inference**: too few records were held out to try it."]
+    told = []
+    for name, attack in found["attacks"].items():
+        text = f"{ATTACKS[name]}: AUC {attack['auc']:.3f} ({_interval(attack['auc_interval'])})"
+        if attack["tpr"] is not None:
+            text += f", TPR {attack['tpr']:.3f} ({_interval(attack['tpr_interval'])}) at FPR {attack['fpr']:g}"
+        told.append(text)
+    references = "the base alone" if found["references"] == 1 else f"{found['references']} models, the base one of them"
+    return [
+        f"**Membership inference** on the final model, {found['pairs']} pairs of a record that was trained on and one"
+        f" that was held out, at {found['confidence']:.0%} confidence: {'; '.join(told)} (references: {references})."
+        f" {_shown(found['epsilon'], found['confidence'])}"
+    ]
+
+
+def _exposure(found: Mapping[str, Any] | None) -> list[str]:
+    if not found:
+        return []
+    bits = [canary["exposure"] for canary in found["canaries"]]
+    records = found["canaries"][0]["records"]
+    return [
+        f"**Exposure** of {len(bits)} made-up secrets, each in {records} record(s) of one client, among"
+        f" {found['space']} that there could have been: median {found['median']:.2f} bits, highest {max(bits):.2f}, of"
+        f" {found['most']:.2f} at most (a guess: 1 or so). {_shown(found['epsilon'], found['confidence'])}"
+    ]
+
+
+def _interval(limits: Sequence[float]) -> str:
+    return f"{limits[0]:.3f} to {limits[1]:.3f}"
+
+
+def _shown(epsilon: float | None, confidence: float) -> str:
+    """What a measurement says of ε; a lower bound is rounded down."""
+    if epsilon is None:
+        return 'It gives no bound on ε: with `data.duplicates = "purge"` held-out records were not chosen evenly.'
+    shown = Decimal(repr(epsilon)).quantize(Decimal("0.001"), rounding=ROUND_FLOOR)
+    return f"It shows ε ≥ {shown} at {confidence:.0%} confidence."
 
 
 def limits(config: RunConfig) -> list[str]:

@@ -17,28 +17,33 @@ from fedlab.files import write
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.ledger import SERVER, Entry, charged, event_of, events, parse_lines
 from fedlab.privacy.ledger.spending import exact, merged
-from fedlab.privacy.promise import NOTHING, SAMPLING, SEEDED, limits, promise, rounded_up
+from fedlab.privacy.promise import NOTHING, SAMPLING, SEEDED, limits, memorised, promise, rounded_up
 from fedlab.privacy.release import sentences
 
 EMPIRICAL = "empirical.json"  # written by ``fedlab audit --empirical`` into a run directory
 
 
-def write_statement(path: Path, clients: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Write ``PRIVACY.md`` of the run in ``path``; ``clients`` as ``result.json`` has them.
+def write_statement(
+    path: Path, clients: Mapping[str, Mapping[str, Any]], memorisation: Mapping[str, Any] | None = None
+) -> Path:
+    """Write ``PRIVACY.md`` of the run in ``path``; ``clients`` and ``memorisation`` as ``result.json`` has them.
 
     Raises PrivacyError for unreadable ledgers.
     """
     target = path / "PRIVACY.md"
-    write(target, statement(path, clients))
+    write(target, statement(path, clients, memorisation))
     return target
 
 
-def statement(path: Path, clients: Mapping[str, Mapping[str, Any]]) -> str:
+def statement(
+    path: Path, clients: Mapping[str, Mapping[str, Any]], memorisation: Mapping[str, Any] | None = None
+) -> str:
     """The text of ``PRIVACY.md``: the same bytes for the same files; ``fedlab audit`` makes it again and compares."""
     config = RunConfig.load(path / "run.toml")
     run = json.loads((path / "environment.json").read_text(encoding="utf-8"))["run_id"]
     if not config.private:
-        return f"# {config.run.name}: no privacy guarantee\n\n{NOTHING}\n"
+        text = f"# {config.run.name}: no privacy guarantee\n\n{NOTHING}\n"
+        return "\n".join(part for part in (text, _memorised(memorisation)) if part)
     ledgers = {
         file.stem: parse_lines(file.read_text(encoding="utf-8")) for file in sorted((path / "ledger").glob("*.jsonl"))
     }
@@ -56,6 +61,7 @@ def statement(path: Path, clients: Mapping[str, Mapping[str, Any]]) -> str:
         _table(rows),
         _mechanism(rows, config.privacy.unit),
         _empirical(path),
+        _memorised(memorisation),
         _uncovered(config),
         _history(rows),
         _heads(ledgers),
@@ -159,6 +165,11 @@ def _empirical(path: Path) -> str:
         f"for that setting: ε = {rounded_up(found['claimed'], 3)} at δ = {found['delta']:g}): {bounds}. {verdict}. A lower bound is evidence against bugs, not an estimate "
         "of ε.\n"
     )
+
+
+def _memorised(figures: Mapping[str, Any] | None) -> str:
+    """What was measured of the final model; nothing where nothing was."""
+    return "".join(f"{text}\n\n" for text in memorised(figures)).removesuffix("\n") if figures else ""
 
 
 def _uncovered(config: RunConfig) -> str:

@@ -81,9 +81,14 @@ def render_report(path: Path, result: dict[str, Any]) -> str:
             config=config,
             result=result,
             facts=_facts(result),
-            privacy=promise.report(config, result["epsilon"], _one_delta(result))
-            if result["clients"]
-            else [promise.UNCOUNTED],
+            privacy=[
+                *(
+                    promise.report(config, result["epsilon"], _one_delta(result))
+                    if result["clients"]
+                    else [promise.UNCOUNTED]
+                ),
+                *map(promise.plain, promise.memorised(result.get("memorisation"))),
+            ],
             epsilon=promise.shown_epsilon,
             figures=figures,
             notable=[line for line in lines if line["phase"] == "event"],

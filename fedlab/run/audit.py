@@ -72,5 +72,5 @@ def audit_trainer(
         directory = RunDirectory.open(config.parent)
         directory.write_json(EMPIRICAL, found.to_dict())
         if (result := directory.result) is not None and "clients" in result:
-            write_statement(directory.path, result["clients"])
+            write_statement(directory.path, result["clients"], result.get("memorisation"))
     return bool(found.findings)

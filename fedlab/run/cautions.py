@@ -41,6 +41,7 @@ def cautions(
         *_left_out(result, lines),
         *_noise(config, result),
         *_delta(result),
+        *_refuted(config, result),
     ]
 
 
@@ -143,6 +144,21 @@ def _delta(result: Mapping[str, Any]) -> list[str]:
         f"privacy.delta is large for {client}: δ·n = {products[client]:.2g} is above 0.1, and δ is the probability with"
         " which a record may be published outright"
     ]
+
+
+def _refuted(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
+    """An ε that the final model itself contradicts."""
+    claimed = _number(result.get("epsilon")) if config.private else None
+    found = []
+    for what, figures in (result.get("memorisation") or {}).items():
+        shown = figures.get("epsilon")
+        if claimed is not None and shown is not None and shown > claimed:
+            found.append(
+                f"{what}: the final model shows ε ≥ {shown:.3g} at {figures['confidence']:.0%} confidence, but"
+                f" {claimed:.3g} is claimed: the noise or the clip is not what was accounted for; run fedlab audit"
+                " --empirical on this configuration, and trust no ε of this build until it is explained"
+            )
+    return found
 
 
 def noise_ratio(parts: Sequence[tuple[float, int]], coordinates: int) -> float | None:

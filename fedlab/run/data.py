@@ -13,7 +13,7 @@ from fedlab.data.checks import check_labels, check_lengths, check_positions
 from fedlab.data.collate import Tokens, tokenise
 from fedlab.data.corpus import Corpus
 from fedlab.data.duplicates import find_duplicates, text_keys
-from fedlab.data.opening import corpus_and_shards, forget_changed, objective_of, task_data
+from fedlab.data.opening import corpus_and_shards, forget_changed, objective_of, secrets_of, task_data
 from fedlab.data.partition import Shards
 from fedlab.data.report import DataReport, clients_of, content_digest, deal_digest, examples_of
 from fedlab.errors import ConfigError
@@ -60,6 +60,12 @@ def _report(config: RunConfig) -> DataReport:
     tokens = tokenise(corpus, tokenizer, config.data.max_length, objective)
     lengths = tokens.lengths(np.arange(len(corpus)))
     check_lengths(corpus, lengths, config.model.name)
+    secrets = secrets_of(config)
+    inserted = 0 if secrets is None else len(corpus) - secrets.first
+    if inserted and int(lengths[-inserted:].max()) >= config.data.max_length:
+        raise ConfigError(
+            f"data.max_length = {config.data.max_length} would cut the secrets of data.canaries; raise it"
+        )
     twice = find_duplicates(corpus, _together(tasks), _purged(config, corpus, tasks))
     return DataReport(
         corpus.reading,
@@ -72,6 +78,7 @@ def _report(config: RunConfig) -> DataReport:
         warnings,
         content_digest(corpus),
         deal_digest(tasks),
+        inserted,
     )
 
 

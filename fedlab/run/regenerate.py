@@ -30,7 +30,7 @@ def regenerate(path: Path, result: Mapping[str, Any]) -> dict[str, str]:
         return {}
     return {
         "result.json": json_text(claimed_again(path, environment["run_id"], result)),
-        "PRIVACY.md": statement(path, result["clients"]),
+        "PRIVACY.md": statement(path, result["clients"], result.get("memorisation")),
         "report.html": render_report(path, dict(result)),
     }
 

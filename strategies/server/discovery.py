@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from flwr.serverapp import Grid
 
 from fedlab.config import RunConfig
-from fedlab.errors import PrivacyError, RunFailed, Unwritable
+from fedlab.errors import ConfigError, PrivacyError, RunFailed, Unwritable
 from fedlab.lora.state import State, digest, to_wire
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.release import SIZE, event_of
@@ -56,6 +56,7 @@ def discover(
     Raises:
         RunFailed: a node of a simulation fails, no node answers, or two say that they are the same client.
         PrivacyError: noise is seeded, and clients are on machines of their own.
+        ConfigError: memorisation is to be measured, and clients are on machines of their own.
     """
     nodes = sorted(grid.get_node_ids())
     text, arrays = config.to_toml(), to_wire(basis)
@@ -75,6 +76,12 @@ def discover(
         raise PrivacyError(
             'privacy.noise = "seeded": whoever knows run.seed can subtract the noise, so it is for simulations only,'
             f' and {next(iter(found.hosts))} is on a machine of its own; set privacy.noise = "secure"'
+        )
+    asked = {"data.canaries": config.data.canaries, "evaluate.membership": config.evaluate.membership}
+    if found.hosts and (odd := [key for key, value in asked.items() if value is not None]):
+        raise ConfigError(
+            f"{odd[0]} is for simulations: it looks at single records, and those of {next(iter(found.hosts))} are on a"
+            " machine of its own; remove it"
         )
     found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
     if mirror is not None:
