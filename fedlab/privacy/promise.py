@@ -45,8 +45,8 @@ BFLOAT16 = (
 ATTACKS = {"loss": "by loss", "ratio": "by its ratio to models that did not see the record (RMIA)"}
 MEASURED = (
     "Low figures prove nothing: another attack or another record may show more, and what ε allows may still happen."
-    " They were measured by whoever holds all data of this simulation, on records that were trained on; publishing them is"
-    " not covered by ε."
+    " They were measured by whoever holds all data of this simulation, on records that were trained on; publishing them"
+    " is not covered by ε."
 )
 LEVEL = {"example": "example-level DP-SGD", "client": "client-level DP, noise by a trusted server"}
 UNIT = {"example": "one record of one client", "client": "one client with all its records"}

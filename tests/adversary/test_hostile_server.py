@@ -21,7 +21,7 @@ from fedlab.privacy.ledger.ledger import charged
 from fedlab.privacy.release import PUBLIC
 
 # Keys of [data] that name no place and no column: what they change, the plan's ``content`` sees.
-ELSEWHERE = {"clients", "partition", "min_client_size", "max_length", "test_fraction", "limit"}
+ELSEWHERE = {"clients", "partition", "min_client_size", "max_length", "test_fraction", "limit", "canaries"}
 RULES_OFF = (
     {"unit": "none"},
     {"unit": "client", "sigma": 0.001, "clip": 1000.0, "noise": "secure"},

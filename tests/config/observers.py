@@ -19,6 +19,7 @@ from fedlab.data import corpus_and_shards
 from fedlab.data.partition import describe
 from fedlab.errors import ConfigError
 from fedlab.evaluate import evaluate
+from fedlab.evaluate.memorisation import memorisation
 from fedlab.lora.state import digest
 from fedlab.models.adapters import initial_state
 from fedlab.privacy.client_level import make_client_plan
@@ -93,6 +94,13 @@ def answered(config: RunConfig, path: Path) -> Any:
     finally:
         del module.generate
     return asked
+
+
+def memorised(config: RunConfig, path: Path) -> Any:
+    """What a model that learnt nothing knows by heart."""
+    own = session(config)
+    state = initial_state(own.model, config.lora, config.run.seed)
+    return memorisation(own, state, state, lambda _: strategy_of(config).trained_names(state), None)
 
 
 def strategy_of(config: RunConfig) -> Strategy:

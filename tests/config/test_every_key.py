@@ -32,6 +32,7 @@ spec.loader.exec_module(look)
 Observer = Callable[[RunConfig, Path], Any]
 NO_DP = "privacy={{unit='none'}}"
 CALIBRATED = "privacy={{unit='example', epsilon=6.0, clip=1.0}}"
+SECRETS = "data.canaries={{count=1, space=50}}"
 SHARDS = "data.partition={{kind='shard', shards_per_client=3}}"
 UNEQUAL = "data.partition={{kind='linear'}}"
 TASKS = "[[tasks]]\nname = 'a'\nlabels = ['fruit', 'metal']\n[[tasks]]\nname = 'b'\nlabels = ['metal', 'ocean']\n"
@@ -147,6 +148,9 @@ ROWS = {
     "data.min_client_size": Row("200", refused("data.min_client_size = 200", look.partition)),
     "data.max_length": Row("4", look.lengths),
     "data.test_fraction": Row("0.4", look.partition),
+    "data.canaries.count": Row("2", look.partition, (SECRETS, "objective={generative}", *DECODER)),
+    "data.canaries.records": Row("2", look.partition, (SECRETS, "objective={generative}", *DECODER)),
+    "data.canaries.space": Row("60", look.partition, (SECRETS, "objective={generative}", *DECODER)),
     "data.limit": Row("200", look.partition),
     "data.seed": Row("4", look.partition),
     "data.on_bad_row": Row("drop", refused("have nothing in column", look.partition), ("data={gaps}",)),
@@ -195,6 +199,8 @@ ROWS = {
     "evaluate.batch_size": Row("7", look.forward_passes, ("run.rounds=1",)),
     "evaluate.generations": Row("1", look.answered, ("objective={generative}", *DECODER)),
     "evaluate.new_tokens": Row("1", look.answered, ("objective={generative}", *DECODER)),
+    "evaluate.membership.pairs": Row("2", look.memorised, ("evaluate.membership={{pairs=3}}",)),
+    "evaluate.membership.references": Row("1", look.memorised, ("evaluate.membership={{pairs=3}}", "run.rounds=1")),
     "tasks.name": Row(TASKS.replace("'b'", "'c'"), look.folders, STREAM, TASKS),
     "tasks.labels": Row(TASKS.replace("'metal', 'o", "'fruit', 'o"), look.partition, (*STREAM, SECOND), TASKS),
     "tasks.rounds": Row(TASKS + "rounds = 4\n", look.folders, STREAM, TASKS),

@@ -20,10 +20,18 @@ from fedlab.errors import ConfigError
 from fedlab.privacy.audit.claims import RESULT, amount, load_json
 from fedlab.privacy.audit.completeness import check_run, unclosed
 from fedlab.privacy.audit.coverage import Regenerate, check_coverage
-from fedlab.privacy.audit.directory import AuditedDirectory, Evidence, ledger_names, read_evidence, read_result
+from fedlab.privacy.audit.directory import (
+    FINISHED,
+    AuditedDirectory,
+    Evidence,
+    ledger_names,
+    read_evidence,
+    read_result,
+)
 from fedlab.privacy.audit.files import TABLE
 from fedlab.privacy.audit.kept import Kept, check_kept
 from fedlab.privacy.audit.lines import Finding
+from fedlab.privacy.audit.memorisation import check_memorisation
 from fedlab.privacy.audit.numbers import Row, check_numbers
 from fedlab.privacy.audit.receipts import WHERE, compare
 from fedlab.privacy.audit.rounds import check_rounds
@@ -99,7 +107,7 @@ def audit_run(
     unit = _unit(audit, config)
     result = read_result(audit)
     if unit == "none":
-        return _without_dp(audit, result, began)
+        return _without_dp(audit, config, result, began)
     evidence = read_evidence(audit, unit, config, result, keys)
     check_run(audit, evidence)
     check_terms(audit, evidence)
@@ -113,6 +121,8 @@ def audit_run(
         audit.findings += check_rounds(evidence.receipts, evidence.ledgers, evidence.finished)
     held = check_kept(audit, evidence, kept) if kept is not None else None
     per_client, delta = check_numbers(audit, evidence)
+    if evidence.finished:
+        audit.findings += check_memorisation(evidence.result, config)
     if evidence.receipts is None or evidence.receipts.current:
         check_coverage(audit, evidence, regenerate)
         check_adapter(audit, evidence)
@@ -218,7 +228,9 @@ def _unit(audit: AuditedDirectory, config: Mapping[str, Any]) -> str:
     return str(unit)
 
 
-def _without_dp(audit: AuditedDirectory, result: Mapping[str, Any], began: float) -> RunAudit:
+def _without_dp(
+    audit: AuditedDirectory, config: Mapping[str, Any], result: Mapping[str, Any], began: float
+) -> RunAudit:
     """Without DP nothing may claim or show otherwise: ``unit = "none"`` must not hide a ledger."""
     if names := ledger_names(audit.files):
         audit.find("run.toml", f'says privacy.unit = "none", but there are ledgers: {", ".join(map(ascii, names))}')
@@ -226,6 +238,8 @@ def _without_dp(audit: AuditedDirectory, result: Mapping[str, Any], began: float
         audit.find("run.toml", f'says privacy.unit = "none", but there is a {WHERE}')
     if result and result.get("epsilon") not in (None, "no DP"):
         audit.find(RESULT, f"claims an ε of {result['epsilon']!a} for a run without DP")
+    if result.get("status") in FINISHED:
+        audit.findings += check_memorisation(result, config)
     verdict: Verdict = "failed" if audit.findings else "no-dp"
     return RunAudit(
         verdict, "none", None, None, None, None, None, {}, tuple(audit.findings),
