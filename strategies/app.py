@@ -31,7 +31,7 @@ from fedlab.run.progress import make_progress
 from fedlab.run.seal import ADAPTER, UNSEALED_ADAPTER, measure
 from strategies.server.epilogue import epilogue
 from strategies.server.loop import Rounds
-from strategies.server.memorised import memorised
+from strategies.server.memorised import announced, memorised
 from strategies.server.task_boundary import end_stage
 
 app = ServerApp()
@@ -57,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
         with progress:
             progress.note("preparing model and data")
             report = record_data(directory.path, config)
-            for line in report.lines():
+            for line in [*report.lines(), *announced(config)]:
                 logger.info("%s", line)
                 progress.remark(line)
             record_deals(config, directory.path)

@@ -16,6 +16,20 @@ from strategies.server.loop import Rounds
 logger = logging.getLogger("fedlab")
 
 
+def announced(config: RunConfig) -> list[str]:
+    """What will be measured and what it takes, for the terminal before round 1."""
+    settings, canaries, found = config.evaluate.membership, config.data.canaries, list[str]()
+    if settings is not None:
+        cost = f", {settings.references} reference models, each as long as one client's part in all rounds"
+        found.append(
+            f"memorisation: the losses of up to {2 * settings.pairs} records per client after the last round"
+            + (cost if settings.references else "")
+        )
+    if canaries is not None:
+        found.append(f"memorisation: the losses of {canaries.space} made-up secrets after the last round")
+    return found
+
+
 def memorised(rounds: Rounds, result: Mapping[str, Any]) -> dict[str, Any]:
     """``memorisation`` of ``result.json`` in a dictionary of its own; empty where nothing of it was asked for.
 
