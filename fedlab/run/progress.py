@@ -191,9 +191,10 @@ def closing(config: RunConfig, result: dict[str, Any], path: Path) -> str:
             " evaluation"
         )
     )
+    learnt = "".join(f"{promise.plain(text)}\n" for text in promise.memorised(result.get("memorisation")))
     warnings = "".join(f"\nwarning: {text}" for text in result.get("warnings", ()))
     return (
-        f"{result['status']}: {scores or 'not evaluated'}, {spent}{warnings}\n"
+        f"{result['status']}: {scores or 'not evaluated'}, {spent}{warnings}\n{learnt}"
         f"{clients}{result['bytes_up'] / 1e6:.2f} MB up,"
         f" {result['bytes_down'] / 1e6:.2f} MB down, {result['seconds']:.1f} s{overhead}\nadapter:"
         f" {path / 'adapter'}\nreport:  {path / 'report.html'}"

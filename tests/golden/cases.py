@@ -99,7 +99,7 @@ class Case:
 
 def cases() -> list[Case]:
     """Every golden configuration, the slow ones last. Raises ValueError if two have one name."""
-    groups = (strategies, options, means, ranks, training, lora, running, privacy, client_level, data, models)
+    groups = (strategies, options, means, ranks, training, lora, running, privacy, client_level, data, models, language)
     found = [case for group in (*groups, streams, private_streams, cut_off, on_ray) for case in group()]
     names = [case.name for case in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -315,6 +315,24 @@ def models() -> Iterator[Case]:
         yield Case(f"model/{name}-fedsvd", (*settings, "strategy.name=fedsvd"), extra=True)
         yield Case(f"model/{name}-fedavg+dp", (*settings, "strategy.name=fedavg", DP), extra=True)
         yield Case(f"model/{name}-flora", (*settings, "strategy.name=flora"), extra=True)
+
+
+def language() -> Iterator[Case]:
+    """A decoder that answers each text with its topic, or learns the texts themselves."""
+    llama = ("model.name=$INPUTS/models/llama", "lora.target_modules=['q_proj', 'v_proj']")
+    quick = "evaluate={every=1, evaluators=['language']}"
+    answers = (*llama, "objective={name='instruction'}", quick)
+    for name in ("fedsvd", "fedavg", "flexlora"):
+        yield Case(f"language/{name}", (*answers, f"strategy.name={name}"), extra=name != "fedavg")
+        yield Case(f"language/{name}+dp", (*answers, f"strategy.name={name}", DP), extra=name == "flexlora")
+    yield Case("language/hooks-sum+dp", (*answers, "objective.loss=sum", "train.gradients=hooks", DP))
+    yield Case(
+        "language/bfloat16-upper+dp", (*answers, "run.dtype=bfloat16", UPPER, "run.cache_hidden_states=true", DP)
+    )
+    texts = "data={source='files', path='$INPUTS/data/topics.jsonl', text='text', clients=3, max_length=16}"
+    yield Case("language/texts+dp", (*llama, "objective={name='causal-lm'}", texts, DP))
+    measured = ("evaluate.membership={pairs=20, references=1}", "data.canaries={count=2, space=40}")
+    yield Case("language/by-heart+dp", (*answers, *measured, DP))
 
 
 def in_stream(name: str) -> str:

@@ -24,7 +24,7 @@ SITES = 5  # values of the column "site", for the natural partition
 
 
 def make_inputs(folder: Path) -> None:
-    """Write ``models/{bert,gpt2,encoder}``, ``data/*.jsonl`` and ``public.txt`` below ``folder``."""
+    """Write ``models/{bert,gpt2,encoder,llama}``, ``data/*.jsonl`` and ``public.txt`` below ``folder``."""
     make_texts(folder)
     make_models(folder / "models")
 
@@ -61,7 +61,7 @@ def write_rows(path: Path, found: list[dict[str, str]]) -> None:
 
 
 def make_models(folder: Path) -> None:
-    """Write a BERT, a GPT-2 (Conv1D layers) and a sentence encoder with mean pooling, of random weights."""
+    """Write a BERT, a GPT-2 (Conv1D layers), a sentence encoder with mean pooling and a Llama, of random weights."""
     import torch
     from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
     from transformers.utils import logging
@@ -81,6 +81,7 @@ def make_models(folder: Path) -> None:
     gpt2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=2, eos_token_id=3)
     save(GPT2Model(gpt2), folder / "gpt2")
     make_encoder(folder / "bert", folder / "encoder")
+    make_llama(folder / "llama")
 
 
 def make_encoder(bert: Path, path: Path) -> None:
@@ -91,6 +92,18 @@ def make_encoder(bert: Path, path: Path) -> None:
     (path / "1_Pooling").mkdir()
     pooling = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
     (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
+def make_llama(path: Path) -> None:
+    """A decoder with an output layer over the words, of weights that signals pass through."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    save(LlamaForCausalLM(LlamaConfig(vocab_size=64, initializer_range=0.2, **shape, **heads, **ends)), path)
 
 
 def save(model: Any, path: Path) -> None:

@@ -12,11 +12,14 @@ from fedlab.data.collate import by_length
 from fedlab.models.loaded import LoadedModel
 from fedlab.objectives.base import Batch
 
+MOST = 1e9
+
 
 def record_losses(
     model: LoadedModel, lengths: np.ndarray, batch: Callable[[np.ndarray, int], Batch], size: int
 ) -> np.ndarray:
-    """The objective's loss of each record under the model as it is loaded, [N] float64.
+    """The objective's loss of each record under the model as it is loaded, [N] float64 and finite: what is no number,
+    of a model that diverged, is the largest there is and tells nothing.
 
     Args:
         model: with its adapter.
@@ -30,4 +33,4 @@ def record_losses(
         for chunk in by_length(lengths, size):
             losses = model.objective.per_example_loss(model, batch(chunk, pad))
             found[chunk] = losses.double().cpu().numpy()
-    return found
+    return np.nan_to_num(found, nan=MOST, posinf=MOST, neginf=MOST)

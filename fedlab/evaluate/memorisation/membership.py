@@ -16,6 +16,7 @@ otherwise: after ``data.duplicates = "purge"``, which takes out those whose text
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,14 +26,16 @@ import numpy as np
 
 from fedlab.data import FederatedData
 from fedlab.data.opening import secrets_of
+from fedlab.errors import Diverged
 from fedlab.evaluate.memorisation.losses import record_losses
 from fedlab.evaluate.memorisation.rates import auc, auc_interval, clopper_pearson, false_alarms, hits_at
 from fedlab.evaluate.memorisation.references import train_reference
 from fedlab.lora.state import State
 from fedlab.seeds import random_stream
 from fedlab.session import Session
-from fedlab.trainer_audit.bounds import lower_bounds
+from fedlab.trainer_audit.bounds import FRACTIONS, one_run_guesses, steinke_epsilon
 
+logger = logging.getLogger("fedlab")
 CONFIDENCE = 0.95
 NO_CLAIM = 1e-5  # δ at which a bound is given where nothing is promised
 LEAST = 2  # pairs
@@ -91,7 +94,11 @@ def measure_membership(
         first = rng.random(len(pairs)) < 0.5
         inside = np.concatenate([first, ~first])
         rest = np.setdiff1d(np.concatenate([data.train(client) for client in data.clients]), pairs.members)
-        model = train_reference(session, start, np.sort(np.concatenate([rest, both[inside]])), trained, number)
+        try:
+            model = train_reference(session, start, np.sort(np.concatenate([rest, both[inside]])), trained, number)
+        except Diverged as error:  # what is measured after a run must not fail it
+            logger.warning("membership: a reference model is left out: %s", error)
+            continue
         outside.append((~inside, _losses(session, model, both)))
     ratio = log_ratio(final, np.array([known for _, known in outside]), np.array([out for out, _ in outside]))
     sound = config.data.duplicates != "purge"
@@ -133,8 +140,9 @@ def epsilon_bound(scores: np.ndarray, pairs: Pairs, claim: Claim | None) -> floa
     delta = NO_CLAIM if claim is None else (1 + math.exp(min(claim.epsilon, 700.0))) * claim.delta
     if delta >= 1:
         return 0.0
-    bounds = lower_bounds(difference, earlier, delta, CONFIDENCE)
-    return next(bound.epsilon for bound in bounds if bound.name == "steinke") / 2
+    level = 1 - (1 - CONFIDENCE) / len(FRACTIONS)
+    tried = [one_run_guesses(difference, earlier, max(1, int(fraction * count))) for fraction in FRACTIONS]
+    return max(steinke_epsilon(count, guesses, right, delta, level) for guesses, right in tried) / 2
 
 
 def _losses(session: Session, state: State, positions: np.ndarray) -> np.ndarray:

@@ -7,11 +7,12 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from fedlab.evaluate.memorisation import exposure, membership, rates
+from fedlab.evaluate.memorisation import exposure, losses, membership, rates
 from fedlab.evaluate.memorisation.membership import Claim, Pairs
 
 few = st.lists(st.integers(0, 6), min_size=1, max_size=25)  # with many ties
@@ -83,6 +84,23 @@ def test_rmias_own_score_orders_records_as_the_ratio_does():
 
     scores = np.array([score(x) for x in range(60)])
     assert rates.auc(scores[:30], scores[30:]) == pytest.approx(rates.auc(ratio[:30], ratio[30:]))
+
+
+def test_what_is_no_number_is_a_loss_that_tells_nothing():
+    class Model:
+        class tokenizer:
+            pad_token_id = 0
+
+        class objective:
+            @staticmethod
+            def per_example_loss(model: object, batch: torch.Tensor) -> torch.Tensor:
+                return batch
+
+    known = torch.tensor([1.0, math.nan, math.inf, 2.0])
+    found = losses.record_losses(Model(), np.array([3, 1, 2, 4]), lambda chunk, pad: known[chunk], 2)  # type: ignore
+    assert found.tolist() == [1.0, losses.MOST, losses.MOST, 2.0]
+    nothing = membership.log_ratio(np.full(4, losses.MOST), found[None], np.ones((1, 4), dtype=bool))
+    assert np.isfinite(nothing).all()
 
 
 def test_large_losses_make_no_overflow():
