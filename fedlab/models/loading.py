@@ -167,7 +167,9 @@ def adapt(
     sixteen_bits = next(base.parameters()).dtype == torch.bfloat16
     own_padding = getattr(base.config, "pad_token_id", None)
     base.config.pad_token_id = tokenizer.pad_token_id
-    base.config.use_cache = False  # keys and values are never read again: nothing is generated
+    for part in base.modules():  # T5's stacks have configurations of their own
+        if hasattr(getattr(part, "config", None), "use_cache"):
+            part.config.use_cache = False  # keys and values are never read again: training generates nothing
     if sixteen_bits and device.type == "cpu":
         attend_in_float32(base)
     base.to(device)  # before the adapter is made: moving afterwards would detach what optimisers hold

@@ -82,7 +82,7 @@ class _Adapted(torch.autograd.Function):
             y = _add_product(layer.base(flat), cast(Tensor, h) @ own_b.mT, layer.basis, layer.scale)
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(h if layer.train_b else None, dropped if layer.train_a else None, drop, own_a, own_b)
-        return y.view(*x.shape[:-1], -1)
+        return y  # [N, T, m]; as a view, what comes after could not change it in place (Falcon does)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -196,7 +196,9 @@ class AdaptedLayer:
         return torch.addmm(self.weight_mn, B if self.basis is None else self.basis.mT @ B, A, alpha=self.scale)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return cast(Tensor, _Adapted.apply(x, self._tick, self, self._tensors[self.name_a], self._tensors[self.name_b]))  # type: ignore[no-untyped-call]
+        A, B = self._tensors[self.name_a], self._tensors[self.name_b]
+        y = cast(Tensor, _Adapted.apply(x, self._tick, self, A, B))  # type: ignore[no-untyped-call]
+        return y if x.ndim == 3 else y.view(*x.shape[:-1], -1)
 
 
 class WholeLayer:
