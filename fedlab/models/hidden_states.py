@@ -49,6 +49,11 @@ def cache_hidden_states(model: LoadedModel, data: FederatedData) -> FederatedDat
     Raises ConfigError if the lowest block is adapted, if the model's blocks cannot be stepped over, or if the disk is
     too small.
     """
+    if getattr(model.module.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{SETTING} = true is for models with one stack of blocks; this one has an encoder and a decoder that reads"
+            f" it: set {SETTING} = false"
+        )
     adapted = [PEFT_PREFIX + name for name in model.scale]
     blocks, lowest = find_blocks(model.module, adapted, SETTING)
     if lowest == 0:

@@ -80,7 +80,7 @@ def _batched(base: nn.Module, name: str) -> str:
     for full, module in base.named_modules():
         held = any(p.ndim == 3 and len(p) > 1 for p in module.parameters(recurse=False))
         if held and (full.endswith(f".{name}") or any(leaf == name for leaf, _ in module.named_parameters())):
-            return f" ({full} keeps all its experts in one parameter, which is fed the tokens of several examples together)"
+            return f" ({full} keeps all experts in one parameter, which is fed tokens of several examples together)"
     return ""
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from fedlab.config.sections import ObjectiveSection
 from fedlab.errors import ConfigError
 from fedlab.objectives.base import NO_LOSS, Batch, Model, Objective
-from fedlab.objectives.vocabulary import OutputLayer, most_probable, token_losses
+from fedlab.objectives.vocabulary import OutputLayer, chunk_bytes, most_probable, token_losses
 
 AGREES = 1e-3  # relative difference of logits by the output layer alone to those of the whole model; bfloat16 has 4e-3
 
@@ -110,6 +110,10 @@ class LanguageModel(Objective):
             where[:, 0] = False
         answer[where] = most_probable(found.hidden, layer.weight, layer.bias)
         return answer
+
+    def loss_bytes(self, model: Model, positions: int) -> int:
+        """See ``Objective.loss_bytes``: logits of a chunk."""
+        return chunk_bytes(output_layer(model).weight, positions)
 
     def check_model(self, model: Model, batch: Batch) -> None:
         """Raise ConfigError unless the base's logits are its output layer's alone: whatever comes after it (soft caps,

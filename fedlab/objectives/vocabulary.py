@@ -89,6 +89,12 @@ def chunk_of(weight: Tensor) -> int:
     return max(1, CHUNK_BYTES // (4 * len(weight)))
 
 
+def chunk_bytes(weight: Tensor, positions: int) -> int:
+    """Most bytes of logits that ``token_losses`` has alive at once: in float32, and 16 bits twice for such a base."""
+    own = 2 * weight.element_size() if weight.element_size() < 4 else 0
+    return min(positions, chunk_of(weight)) * len(weight) * (4 + own)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,10 +6,8 @@ The default suite takes one family for each kind of trap; the whole table is slo
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +27,7 @@ from fedlab.train.dp import PerExampleGradients
 from fedlab.train.fused import CohortLayers
 from fedlab.train.opacus import OpacusGradients
 
-_spec = importlib.util.spec_from_file_location("generative", Path(__file__).with_name("generative.py"))
-assert _spec is not None
-assert _spec.loader is not None
-generative = importlib.util.module_from_spec(_spec)
-sys.modules["generative"] = generative
-_spec.loader.exec_module(generative)
-
-SETTINGS = ("run.rounds=1", "strategy.name=fedavg", "lora.target_modules=auto", "evaluate.evaluators=['language']")
+generative = sys.modules["generative"]
 LENGTHS = (3, 9, 5)
 # (family, target modules) → what the refusal says; under DP alone where it is a PrivacyError
 REFUSED: dict[tuple[str, str], tuple[type[fedlab.FedlabError], str]] = {
@@ -63,30 +54,10 @@ QUICK = {  # a trap each
     ("m2m-100", "auto"),  # nothing of its own to make decoder inputs by
 }
 QUICK_RUNS = {("gpt2", "all-linear"), ("opt", "all-linear"), ("gemma2", "auto"), ("bart", "auto")}
-Family = Callable[[str], Path]
 
 
 def cells(quick: set[tuple[str, str]]) -> list[Any]:
     return [pytest.param(*cell, id="-".join(cell), marks=[] if cell in quick else pytest.mark.slow) for cell in CELLS]
-
-
-@pytest.fixture(scope="session")
-def generative_files(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: Path) -> Family:
-    """A function: family → its model directory, made once."""
-    root = tmp_path_factory.mktemp("generative")
-    return cache(lambda family: generative.save_generative(family, tokenizer_files, root / family))
-
-
-@pytest.fixture
-def config_of(tiny_toml: str, tiny_bert: Path, generative_files: Family) -> Callable[..., RunConfig]:
-    """A function: family, overrides → a configuration of one round that trains both factors."""
-
-    def made(family: str, *overrides: str) -> RunConfig:
-        text = tiny_toml.replace(str(tiny_bert), str(generative_files(family)))
-        text += f'[objective]\nname = "{generative.objective_of(family)}"\n'
-        return RunConfig.parse(text, [*SETTINGS, *overrides])
-
-    return made
 
 
 def loaded_from(config: RunConfig, dtype: str = "float32") -> LoadedModel:
