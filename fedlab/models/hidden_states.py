@@ -34,6 +34,7 @@ from fedlab.errors import ConfigError
 from fedlab.files import replacing
 from fedlab.models.blocks import find_blocks, stepping_over
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
+from fedlab.models.quantised import kind_of
 from fedlab.models.watch import watching
 
 PART = 4096  # texts per file
@@ -53,6 +54,11 @@ def cache_hidden_states(model: LoadedModel, data: FederatedData) -> FederatedDat
         raise ConfigError(
             f"{SETTING} = true is for models with one stack of blocks; this one has an encoder and a decoder that reads"
             f" it: set {SETTING} = false"
+        )
+    if any(kind_of(layer) is not None for layer in model.module.modules()):
+        raise ConfigError(
+            f"{SETTING} = true keeps what weights of a base give by the weights' bytes, which quantised ones"
+            f' (model.quantize) do not tell alone; set {SETTING} = false, or model.quantize = "none"'
         )
     adapted = [PEFT_PREFIX + name for name in model.scale]
     blocks, lowest = find_blocks(model.module, adapted, SETTING)

@@ -9,6 +9,7 @@ from torch import nn
 from fedlab.config.sections import LoraSection
 from fedlab.errors import ConfigError
 from fedlab.models.loaded import LoadedModel
+from fedlab.models.quantised import shape_of
 
 # families that peft has no default for: the projections to queries and values, or those that hold them
 DEFAULTS: dict[str, tuple[str, ...]] = {
@@ -103,13 +104,13 @@ def check_adapted(loaded: LoadedModel, base: nn.Module, lora: LoraSection) -> No
             owners.setdefault(id(parameter), []).append(name)
     for name in adapted:
         adapted_layer: Any = base.get_submodule(name)
-        weight = adapted_layer.base_layer.weight
+        weight, sides = adapted_layer.base_layer.weight, shape_of(adapted_layer.base_layer)
         if len(shared := owners[id(weight)]) > 1:
             raise ConfigError(
                 f"lora: {name} shares its weight with {len(shared) - 1} other module(s) (tied); adapt other modules"
             )
-        if lora.rank > min(weight.shape):
+        if lora.rank > min(sides):
             raise ConfigError(
-                f"lora.rank = {lora.rank} exceeds {name}'s smaller side, {min(weight.shape)}; lower it, or name"
+                f"lora.rank = {lora.rank} exceeds {name}'s smaller side, {min(sides)}; lower it, or name"
                 " lora.target_modules without this one"
             )

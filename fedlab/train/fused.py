@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedlab.errors import ConfigError
 from fedlab.lora.state import BASIS
 from fedlab.models.loaded import LoadedModel
+from fedlab.models.quantised import dense, kind_of
 from fedlab.train.dropout import Masks
 
 
@@ -173,8 +174,8 @@ class AdaptedLayer:
 
     @property
     def weight_mn(self) -> Tensor:
-        """The base weight as [m, n]."""
-        weight: Tensor = self.layer.base_layer.weight
+        """The base weight as [m, n]; of a quantised one the numbers that it stands for."""
+        weight = dense(self.layer.base_layer)
         return weight.mT if self._transposed else weight
 
     @property
@@ -186,8 +187,10 @@ class AdaptedLayer:
     def merges(self, x: Tensor) -> bool:
         """Whether forming W + s·B·A is the cheaper way for the rows x [N, T, n].
 
-        Never in 16 bits, where a small B·A would be lost.
+        Never in 16 bits, where a small B·A would be lost, nor for a quantised weight, which would be unpacked twice.
         """
+        if kind_of(self.layer.base_layer) is not None:
+            return False
         m, n = self.weight_mn.shape
         return self.weight_mn.dtype == self._tensors[self.name_a].dtype and x.shape[0] * x.shape[1] * (m + n) > m * n
 

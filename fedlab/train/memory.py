@@ -25,6 +25,7 @@ from fedlab.errors import ConfigError
 from fedlab.lora.state import BASIS, State, part_of
 from fedlab.models.blocks import blocks_in_gradient, checkpointed
 from fedlab.models.loaded import PEFT_PREFIX
+from fedlab.models.quantised import parts_of, stored
 from fedlab.objectives.base import Batch
 from fedlab.session import Session, torch_threads
 from fedlab.train.cohort import CHECKPOINTING
@@ -72,7 +73,7 @@ def plan_memory(session: Session, state: State, trained: Iterable[str], clients:
     fits.
     """
     config, model, names = session.config, session.model, sorted(trained)
-    base = sum(t.nbytes for t in [*model.module.parameters(), *model.module.buffers()])
+    base = sum(stored(t) for t in [*model.module.parameters(), *model.module.buffers()])
     numbers = sum(state[name].numel() for name in names)
     moments = 2 if config.train.optimizer == "adamw" else int(config.train.momentum > 0)
     # start, values, gradients and moments in float32, sums in float64
@@ -139,12 +140,12 @@ def _trial(session: Session, state: State, names: list[str]) -> _Trial:
 @contextmanager
 def _counting(kept: dict[int, int], frozen: Iterable[Tensor]) -> Iterator[None]:
     """While open, ``kept`` gets what autograd keeps beside ``frozen``: where it lies → its bytes."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in frozen}
+    known = {part.untyped_storage().data_ptr() for tensor in frozen for part in parts_of(tensor)}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        for storage in (part.untyped_storage() for part in parts_of(tensor)):
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
