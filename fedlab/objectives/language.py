@@ -111,6 +111,11 @@ class LanguageModel(Objective):
         answer[where] = most_probable(found.hidden, layer.weight, layer.bias)
         return answer
 
+    def visit(self, model: Model, batch: Batch) -> None:
+        """See ``Objective.visit``; without logits, which no layer below them sees."""
+        with output_layer(model).left_out():
+            model.outputs(batch)
+
     def loss_bytes(self, model: Model, positions: int) -> int:
         """See ``Objective.loss_bytes``: logits of a chunk."""
         return chunk_bytes(output_layer(model).weight, positions)

@@ -2,10 +2,10 @@
 
     python simulations/benchmarks/instruct_table.py [--seeds 3] [--methods ffa fedsvd …] [--json FILE]
 
-Runs ``simulations/instruct-wordnet.toml`` for every method, with its own privacy and without any. Without DP the same
-are spent as a client would spend them who need not hide them: AdamW in steps of 8 instead of one step of 48. Learning
-rates were chosen with a seed that is not reported. "Kept" is the share of the non-private gain in held-out loss that
-remains under DP. Finished runs are found again in ``--out``, those that were cut off are resumed.
+Runs ``simulations/instruct-wordnet.toml`` for every method, with its own privacy and without any. Without DP as many
+rows are spent as a client would spend them who need not hide them: AdamW in steps of 8, not one step of 48. The
+learning rates were chosen with a seed that is not reported. "Kept" is the share of the non-private gain in held-out
+loss that remains under DP. Finished runs are found again in ``--out``, those that were cut off are resumed.
 """
 
 from __future__ import annotations
