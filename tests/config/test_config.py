@@ -153,7 +153,7 @@ def test_flowertunes_federations_are_valid_up_to_the_first_download(name: str, r
     with pytest.raises(ConfigError) as caught:
         check(config)
     missing = ("needs the package bitsandbytes", "run.gpus_per_node", "on the Hub", "from the hub", "load from hub")
-    found = str(caught.value).removeprefix("3 problems; nothing was started\n").splitlines()
+    found = [line for line in str(caught.value).splitlines() if not line.endswith("nothing was started")]
     assert found
     assert [problem for problem in found if not any(words in problem for words in missing)] == []
 
