@@ -22,6 +22,7 @@ data: ## install WordNet's text (Debian, Ubuntu) for simulations/wordnet.toml
 
 bench: setup data ## speed: rounds beside plain Flower, WordNet's by every way, shared passes, the DP step, many clients; JSON in runs/bench
 	$(BIN)/python simulations/benchmarks/dp_step.py --json runs/bench/dp_step.json
+	$(BIN)/python simulations/benchmarks/lm_step.py --json runs/bench/lm_step.json
 	$(BIN)/python simulations/benchmarks/cohort.py --json runs/bench/cohort.json
 	$(BIN)/python simulations/benchmarks/rounds.py --json runs/bench/rounds.json
 	$(BIN)/python simulations/benchmarks/curves.py --seeds 1 --json runs/bench/curves.json
@@ -33,9 +34,10 @@ bench: setup data ## speed: rounds beside plain Flower, WordNet's by every way, 
 	$(BIN)/python simulations/benchmarks/boundary.py --json runs/bench/boundary.json
 	$(BIN)/python simulations/benchmarks/plots.py
 
-bench-accuracy: setup ## WordNet, three seeds: strategies × (no DP, ε = 6), and what a stream of tasks forgets
+bench-accuracy: setup ## WordNet, three seeds: strategies × (no DP, ε = 6), what a stream of tasks forgets, and instruction tuning
 	$(BIN)/python simulations/benchmarks/wordnet_table.py
 	$(BIN)/python simulations/benchmarks/continual_table.py --json runs/bench/continual.json
+	$(BIN)/python simulations/benchmarks/instruct_table.py --json runs/bench/instruct.json
 
 setup: $(VENV)/.ready
 

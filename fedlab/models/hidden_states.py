@@ -34,7 +34,9 @@ from fedlab.errors import ConfigError
 from fedlab.files import replacing
 from fedlab.models.blocks import find_blocks, stepping_over
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
+from fedlab.models.quantised import kind_of
 from fedlab.models.watch import watching
+from fedlab.objectives.base import Batch
 
 PART = 4096  # texts per file
 BATCH = 64  # texts per forward pass
@@ -49,6 +51,16 @@ def cache_hidden_states(model: LoadedModel, data: FederatedData) -> FederatedDat
     Raises ConfigError if the lowest block is adapted, if the model's blocks cannot be stepped over, or if the disk is
     too small.
     """
+    if getattr(model.module.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{SETTING} = true is for models with one stack of blocks; this one has an encoder and a decoder that reads"
+            f" it: set {SETTING} = false"
+        )
+    if any(kind_of(layer) is not None for layer in model.module.modules()):
+        raise ConfigError(
+            f"{SETTING} = true keeps what weights of a base give by the weights' bytes, which quantised ones"
+            f' (model.quantize) do not tell alone; set {SETTING} = false, or model.quantize = "none"'
+        )
     adapted = [PEFT_PREFIX + name for name in model.scale]
     blocks, lowest = find_blocks(model.module, adapted, SETTING)
     if lowest == 0:
@@ -133,14 +145,31 @@ def _compute(model: LoadedModel, tokens: Tokens, last: nn.Module, indices: np.nd
     rows: list[Tensor] = []
     for first in range(0, len(indices), BATCH):
         batch = tokens.batch(indices[first : first + BATCH], model.tokenizer.pad_token_id)
-        seen: list[Any] = []
-        with torch.inference_mode(), watching({0: last}, partial(_append, seen)):
-            model.objective.visit(model, batch)
-        rows.append(_hidden(seen[0])[batch["attention_mask"].to(model.device).bool()].cpu())
+        hidden = _below(model, batch, last)
+        rows.append(hidden[batch["attention_mask"].to(model.device).bool()].cpu())
     flat = torch.cat(rows)
     if not bool(torch.isfinite(flat).all()):
         raise ConfigError(f'{SETTING}: hidden states are NaN or infinite; use run.dtype = "float32"')
     return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
+
+
+def _below(model: LoadedModel, batch: Batch, last: nn.Module) -> Tensor:
+    """What a block gives for a batch; nothing above it is computed."""
+
+    def enough(_: int, x: Tensor | None, output: Any) -> None:
+        raise _Seen(_hidden(output))
+
+    with torch.inference_mode(), watching({0: last}, enough):
+        try:
+            model.objective.visit(model, batch)
+        except _Seen as seen:
+            return seen.hidden
+    raise RuntimeError("a block that was to be watched is not run")
+
+
+class _Seen(Exception):  # it ends a forward pass
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
 
 
 def _identity(model: LoadedModel, tokens: Tokens, upper: list[nn.Module]) -> str:

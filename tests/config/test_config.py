@@ -144,6 +144,20 @@ def test_presets_are_valid(preset: str, request: pytest.FixtureRequest):
     check_strategy(config)
 
 
+@pytest.mark.parametrize("name", ["general", "finance", "medical", "code"])
+def test_flowertunes_federations_are_valid_up_to_the_first_download(name: str, request: pytest.FixtureRequest):
+    """What is missing here is a GPU, what makes 4 bits, and the hub; nothing else is wrong with them."""
+    from fedlab.run.launch import check
+
+    config = RunConfig.load(request.config.rootpath / "simulations" / "flowertune" / f"{name}.toml")
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    missing = ("needs the package bitsandbytes", "run.gpus_per_node", "on the Hub", "from the hub", "load from hub")
+    found = [line for line in str(caught.value).splitlines() if not line.endswith("nothing was started")]
+    assert found
+    assert [problem for problem in found if not any(words in problem for words in missing)] == []
+
+
 def test_importing_fedlab_and_rejecting_a_key_imports_nothing_heavy():
     code = (
         "import sys, fedlab\n"

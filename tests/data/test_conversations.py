@@ -109,7 +109,7 @@ def test_context_may_be_empty_and_a_prompt_may_not(tmp_path: Path):
     data = DataSection.model_validate({"source": "files", "path": str(path), **columns})
     corpus = load_corpus(data, 0, objective="instruction")
     assert (corpus.texts, corpus.pairs, corpus.labels.tolist()) == (["Add.", "Hi"], ["1 2", ""], ["3", "Ho"])
-    with pytest.raises(ConfigError, match="read by objective.name = .instruction. alone"):
+    with pytest.raises(ConfigError, match=r"read by objective.name = .instruction. alone"):
         load_corpus(data, 0, objective="classification")
     turned = DataSection.model_validate({**data.model_dump(), "text": "input", "context": "instruction"})
     with pytest.raises(ConfigError, match="1 of 2 rows have nothing in column 'input', the text"):

@@ -49,7 +49,9 @@ def outcomes(session: Session) -> tuple[list[dict[str, torch.Tensor]], float]:
     )["client-0"]
     assert isinstance(together, Trained)
     session.model.load(state)
-    return [alone.update, together.update], classify(session.model, session.data, session.data.test, 16)["loss"]
+    return [alone.update, together.update], classify(
+        session.model, session.data, session.data.test, session.config.evaluate
+    )["loss"]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -181,3 +183,26 @@ def test_a_run_with_the_prefix_gives_the_same_accuracy_on_any_number_of_nodes(ti
     )
     assert one["adapter_digest"] == two["adapter_digest"]
     assert one["scores"] == pytest.approx(plain["scores"], rel=1e-4)
+
+
+@pytest.mark.parametrize("toml", ["llama_toml", "causal_toml"])
+def test_a_decoder_goes_on_from_what_is_kept(toml: str, request: pytest.FixtureRequest, monkeypatch):
+    """Equal losses, and neither logits nor the blocks above are computed for what is kept."""
+    upper = ["lora.layers_to_transform=[1]"]
+    plain, kept = (
+        open_session(
+            RunConfig.parse(request.getfixturevalue(toml), [*upper, f"run.cache_hidden_states={on}"]).to_toml()
+        )
+        for on in ("false", "true")
+    )
+    pad = kept.model.tokenizer.pad_token_id
+    with torch.no_grad():
+        found = kept.model.objective.per_example_loss(kept.model, kept.data.batch(kept.data.test[:6], pad))
+        wanted = plain.model.objective.per_example_loss(plain.model, plain.data.batch(plain.data.test[:6], pad))
+    assert torch.allclose(found, wanted, rtol=1e-5)
+    assert "hidden" in kept.data.batch(kept.data.test[:1], pad)
+    module = kept.model.module.get_base_model()
+    monkeypatch.setattr(module.model.layers[1], "forward", None)
+    monkeypatch.setattr(module.lm_head, "forward", None)
+    again = prefix._below(kept.model, kept.data.tokens.batch(kept.data.test[:2], pad), module.model.layers[0])
+    assert again.shape[-1] == module.config.hidden_size

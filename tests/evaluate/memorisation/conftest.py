@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 WORDS = ["wave", "tide", "iron", "rust", "plum", "the", "old", "deep", "salt", "near"]
-STEPS = 50
+STEPS = 40
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +29,9 @@ def learner(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def noise_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """240 prompts of three random words with answers of two others: to be learnt by heart or not at all."""
+    """160 prompts of three random words with answers of two others: to be learnt by heart or not at all."""
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("noise") / "pairs.jsonl"
-    rows = ({"text": " ".join(rng.choice(WORDS, 3)), "topic": " ".join(rng.choice(WORDS, 2))} for _ in range(240))
+    rows = ({"text": " ".join(rng.choice(WORDS, 3)), "topic": " ".join(rng.choice(WORDS, 2))} for _ in range(160))
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -63,13 +63,13 @@ max_length = 48
 test_fraction = 0.5
 [data.canaries]
 count = 3
-space = 400
+space = 300
 [strategy]
 name = "fedavg"
 [train]
 steps = {STEPS}
-batch_size = 100
-physical_batch = 128
+batch_size = 70
+physical_batch = 80
 optimizer = "adamw"
 lr = 0.05
 [privacy]
@@ -79,5 +79,5 @@ clip = 1.0
 [evaluate]
 evaluators = ["language"]
 [evaluate.membership]
-pairs = 200
+pairs = 80
 """

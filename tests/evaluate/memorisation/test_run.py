@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,9 @@ def test_figures_that_were_edited_are_seen(tiny_toml: str, tmp_path: Path):
 
 
 def test_data_on_other_machines_are_not_measured(heart_toml: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    import clients.owner as owner
+    import clients.node as node
 
-    monkeypatch.setattr(owner.SimulatedOwners, "exclusive", True)
+    made = node.simulated_owners
+    monkeypatch.setattr(node, "simulated_owners", lambda *given: replace(made(*given), exclusive=True))
     with pytest.raises(ConfigError, match="is for simulations: it looks at single records"):
         simulate(heart_toml, tmp_path / "run", "privacy={unit='none'}")
