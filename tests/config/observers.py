@@ -17,6 +17,7 @@ import fedlab
 from fedlab.config import RunConfig
 from fedlab.data import corpus_and_shards
 from fedlab.data.partition import describe
+from fedlab.data.report import content_digest
 from fedlab.errors import ConfigError
 from fedlab.evaluate import evaluate
 from fedlab.evaluate.memorisation import memorisation
@@ -49,6 +50,11 @@ def partition(config: RunConfig, path: Path) -> Any:
     """Texts, labels, and who holds what."""
     corpus, shards = corpus_and_shards(config)
     return corpus.texts, corpus.pairs, describe(shards, corpus)
+
+
+def content(config: RunConfig, path: Path) -> Any:
+    """Texts and labels by their hash."""
+    return content_digest(corpus_and_shards(config)[0])
 
 
 def session(config: RunConfig) -> Session:

@@ -151,7 +151,7 @@ ROWS = {
     "data.test_fraction": Row("0.4", look.partition),
     "data.canaries.count": Row("2", look.partition, (SECRETS, "objective={generative}", *DECODER)),
     "data.canaries.records": Row("2", look.partition, (SECRETS, "objective={generative}", *DECODER)),
-    "data.canaries.space": Row("500", look.partition, (SECRETS, "objective={generative}", *DECODER)),
+    "data.canaries.space": Row("500", look.content, (SECRETS, "objective={generative}", *DECODER)),
     "data.limit": Row("200", look.partition),
     "data.seed": Row("4", look.partition),
     "data.on_bad_row": Row("drop", refused("have nothing in column", look.partition), ("data={gaps}",)),
