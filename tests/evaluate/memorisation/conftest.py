@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 WORDS = ["wave", "tide", "iron", "rust", "plum", "the", "old", "deep", "salt", "near"]
-STEPS = 40
+STEPS = 28
 
 
 @pytest.fixture(scope="session")
@@ -29,16 +29,16 @@ def learner(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def noise_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """160 prompts of three random words with answers of two others: to be learnt by heart or not at all."""
+    """120 prompts of three random words with answers of two others: to be learnt by heart or not at all."""
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("noise") / "pairs.jsonl"
-    rows = ({"text": " ".join(rng.choice(WORDS, 3)), "topic": " ".join(rng.choice(WORDS, 2))} for _ in range(160))
+    rows = ({"text": " ".join(rng.choice(WORDS, 3)), "topic": " ".join(rng.choice(WORDS, 2))} for _ in range(120))
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
 @pytest.fixture
 def heart_toml(learner: Path, noise_data: Path) -> str:
-    """One client and one long round, under an ε below 1 that a build without noise cannot keep."""
+    """One client and one long round, under an ε below 0.2 that a build without noise cannot keep."""
     return f"""
 [run]
 name = "heart"
@@ -63,21 +63,21 @@ max_length = 48
 test_fraction = 0.5
 [data.canaries]
 count = 3
-space = 300
+space = 200
 [strategy]
 name = "fedavg"
 [train]
 steps = {STEPS}
-batch_size = 70
-physical_batch = 80
+batch_size = 55
+physical_batch = 64
 optimizer = "adamw"
 lr = 0.05
 [privacy]
 unit = "example"
-sigma = 60.0
+sigma = 120.0
 clip = 1.0
 [evaluate]
 evaluators = ["language"]
 [evaluate.membership]
-pairs = 80
+pairs = 60
 """
