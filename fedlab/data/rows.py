@@ -80,6 +80,9 @@ def corpus_of(
             _check_there(table, own)
             kept, problems = _kept(table, own, numeric, reading, unlabelled, data.on_bad_row == "drop")
             bad += problems
+            reading.kept.append((table.path.name, table.unit, [table.lines[i] for i in kept]))
+            if (at := table.lists.get(columns.label)) is not None:
+                reading.lists.setdefault(columns.label, f"{str(table.path)!r}, {table.unit} {at}")
             for values, column in zip(texts, own.texts, strict=True):
                 values += [table.columns[column][i] or "" for i in kept]
             labels += _stripped(table.columns.get(own.label, []), kept, own.label, reading)

@@ -16,7 +16,9 @@ import numpy as np
 from fedlab.config.data import DataSection
 from fedlab.data import docstrings, pairs, tables, wordnet
 from fedlab.data.corpus import Corpus
+from fedlab.data.table import shown
 from fedlab.data.tasks import with_labels
+from fedlab.data.unfit import fit_labels
 from fedlab.errors import ConfigError
 from fedlab.seeds import random_stream
 
@@ -104,6 +106,13 @@ def load_corpus(
     from fedlab.objectives import objective_class  # here: torch comes with it
 
     learnt, source = objective_class(objective), SOURCES[data.source].load(data)
+    if source.reading is not None and source.reading.lists and not learnt.several:
+        column, place = next(iter(source.reading.lists.items()))
+        raise ConfigError(
+            f"{place}: column {shown([column])} holds a list, want text, a number or true/false; objective.name ="
+            ' "multi-label" learns lists'
+        )
+    source = fit_labels(source, learnt.unfit, data)
     values, names = learnt.encode_labels(source.labels.tolist(), source.label_names, source.name)
     corpus = with_labels(replace(source, labels=values, label_names=names), labels, task)
     if task:

@@ -11,7 +11,7 @@ import numpy as np
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
 from fedlab.errors import ConfigError
-from fedlab.evaluate import classification, generation, language
+from fedlab.evaluate import classification, generation, language, multi_label, regression
 from fedlab.evaluate.base import Evaluator
 from fedlab.models.loaded import LoadedModel
 from fedlab.objectives import objective_class
@@ -20,6 +20,8 @@ EVALUATORS: dict[str, Evaluator] = {
     "classification": classification.EVALUATOR,
     "generation": generation.EVALUATOR,
     "language": language.EVALUATOR,
+    "multi-label": multi_label.EVALUATOR,
+    "regression": regression.EVALUATOR,
 }
 
 

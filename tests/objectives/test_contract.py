@@ -28,6 +28,8 @@ WORDS = ["apple", "pear", "iron", "rust", "wave", "tide", "the", "old"]
 # name → the label of a text of so many words, as a file would have it
 ROWS: dict[str, Callable[[int], str]] = {
     "classification": lambda words: ("short", "middling", "long")[words % 3],
+    "multi-label": lambda words: json.dumps([name for i, name in enumerate(("even", "three")) if not words % (i + 2)]),
+    "regression": lambda words: str(words / 10 - 0.5),
 }
 
 
