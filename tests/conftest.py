@@ -148,11 +148,40 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A T5 of two blocks in each stack with ``tiny_llama``'s tokenizer; saved as a local model directory."""
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    torch.manual_seed(0)
+    ends = {"pad_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 0}
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, **ends)
+    path = tmp_path_factory.mktemp("t5")
+    T5ForConditionalGeneration(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def t5_toml(llama_toml: str, tiny_llama: Path, tiny_t5: Path) -> str:
+    """``llama_toml`` with an encoder-decoder."""
+    text = llama_toml.replace(str(tiny_llama), str(tiny_t5)).replace('["q_proj", "v_proj"]', '["q", "v"]')
+    return text.replace('"instruction"', '"seq2seq"')
+
+
 @pytest.fixture
 def llama_toml(tiny_toml: str, tiny_bert: Path, tiny_llama: Path) -> str:
     """``tiny_toml`` with a decoder that answers each sentence with its topic."""
     text = tiny_toml.replace(str(tiny_bert), str(tiny_llama)).replace('["query", "value"]', '["q_proj", "v_proj"]')
     return text.replace("max_length = 16", "max_length = 64") + '[objective]\nname = "instruction"\n'
+
+
+@pytest.fixture
+def causal_toml(llama_toml: str) -> str:
+    """``llama_toml`` that learns the sentences themselves."""
+    return llama_toml.replace('"instruction"', '"causal-lm"').replace('label = "topic"\n', "")
 
 
 @pytest.fixture(scope="session")

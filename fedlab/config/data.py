@@ -119,7 +119,23 @@ class DataSection(Section):
     text: str | tuple[str, ...] | None = Field(
         default=None, description="files, hub: the text column, or two for sentence pairs; default: known for GLUE sets"
     )
-    label: str | None = Field(default=None, description='files, hub: the label column; default for the hub: "label"')
+    label: str | None = Field(
+        default=None,
+        description='files, hub: the column of labels, or of answers; default for the hub: "label"; none for causal-lm',
+    )
+    messages: str | None = Field(
+        default=None,
+        description=(
+            'files, hub: the column of whole conversations, lists of messages with "role" and "content", in place of'
+            " text and label; for objective instruction"
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> DataSection:
+        if self.messages is not None and (self.text is not None or self.label is not None):
+            raise ValueError("messages takes the place of text and label; remove those, or messages")
+        return self
 
 
 class ClientsSection(Section):

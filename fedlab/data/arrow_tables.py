@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlab.data.conversations import structured
 from fedlab.data.table import Column, Table, canonical, check_names, listed, refuse, shown
 
 
-def read_parquet(path: Path, wanted: Sequence[str] | None, lists: Sequence[str] = ()) -> Table:
+def read_parquet(
+    path: Path, wanted: Sequence[str] | None, nested: str | None = None, lists: str | None = None
+) -> Table:
     """The table of a parquet file; ``wanted`` as for ``from_arrow``. Raises ConfigError for one that cannot be read."""
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import parquet
@@ -25,10 +28,10 @@ def read_parquet(path: Path, wanted: Sequence[str] | None, lists: Sequence[str] 
         table = file.read(columns=names if wanted is None else [name for name in names if name in wanted])
     except (pa.ArrowException, OSError, ValueError) as error:
         refuse(path, f"no readable Parquet file ({type(error).__name__}); write it again")
-    return from_arrow(path, table, wanted, names, lists)
+    return from_arrow(path, table, wanted, names, nested, lists)
 
 
-def read_arrow(path: Path, wanted: Sequence[str] | None, lists: Sequence[str] = ()) -> Table:
+def read_arrow(path: Path, wanted: Sequence[str] | None, nested: str | None = None, lists: str | None = None) -> Table:
     """The table of an Arrow file or stream (also Feather, version 2); as ``read_parquet``."""
     import pyarrow as pa
 
@@ -40,7 +43,7 @@ def read_arrow(path: Path, wanted: Sequence[str] | None, lists: Sequence[str] = 
                 source.seek(0)
                 table = pa.ipc.open_stream(source).read_all()
             check_names(path, table.column_names)
-            return from_arrow(path, table, wanted, None, lists)
+            return from_arrow(path, table, wanted, nested=nested, lists=lists)
     except (pa.ArrowException, OSError, ValueError) as error:
         refuse(path, f"no readable Arrow file ({type(error).__name__}); write it again")
 
@@ -50,7 +53,8 @@ def from_arrow(
     table: Any,
     wanted: Sequence[str] | None,
     names: Sequence[str] | None = None,
-    lists: Sequence[str] = (),
+    nested: str | None = None,
+    lists: str | None = None,
 ) -> Table:
     """An Arrow table as strings.
 
@@ -59,7 +63,8 @@ def from_arrow(
         table: of pyarrow.
         wanted: columns to keep, refused if they hold lists or bytes; None for all that hold single values.
         names: of all columns, if the table has not all of them.
-        lists: wanted columns that may hold lists of single values, which are kept as JSON.
+        nested: the column whose lists are kept, as JSON.
+        lists: the column whose lists of single values are kept, as JSON.
 
     Raises:
         ConfigError: a wanted column holds neither text nor single values.
@@ -73,12 +78,15 @@ def from_arrow(
             continue
         kind = table.schema.field(name).type
         plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if name in lists and (pa.types.is_list(plain) or pa.types.is_large_list(plain)):
+        if name == lists and (pa.types.is_list(plain) or pa.types.is_large_list(plain)):
             columns[name] = _as_text(path, name, table.column(name).to_pylist())
             if any(there := [value is not None for value in columns[name]]):
                 first[name] = 1 + there.index(True)
             continue
         bytes_ = pa.types.is_binary(plain) or pa.types.is_large_binary(plain) or pa.types.is_fixed_size_binary(plain)
+        if name == nested and pa.types.is_nested(plain):
+            columns[name] = [None if v is None else structured(v) for v in table.column(name).to_pylist()]
+            continue
         if bytes_ or pa.types.is_nested(plain):
             if wanted is not None:
                 held = "bytes, not UTF-8 text" if bytes_ else "lists or objects"

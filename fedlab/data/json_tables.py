@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlab.data.conversations import nothing_nested, structured
 from fedlab.data.table import Column, Table, canonical, listed, refuse, shown
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -18,14 +19,17 @@ class _Twice(ValueError):
     """A key that an object has twice."""
 
 
-def read_json(path: Path, text: str, wanted: Sequence[str] | None, lists: Sequence[str] = ()) -> Table:
+def read_json(
+    path: Path, text: str, wanted: Sequence[str] | None, nested: str | None = None, lists: str | None = None
+) -> Table:
     """The table of a json or jsonl file; a key that an object lacks has no value there.
 
     Args:
         path: the file.
         text: what it holds.
         wanted: columns to keep; None for all.
-        lists: those of them whose values may be lists, which are kept as JSON.
+        nested: the column whose lists and objects are kept, as JSON.
+        lists: the column whose lists of single values are kept, as JSON.
 
     Raises:
         ConfigError: at the first line that is no object, or has a list or an object for a value that is wanted.
@@ -41,9 +45,10 @@ def read_json(path: Path, text: str, wanted: Sequence[str] | None, lists: Sequen
     unit = "row" if text.lstrip(" \t\r\n").startswith("[") else "line"
     if unit == "row":  # of an array, which may be all on one line
         lines = list(range(1, len(rows) + 1))
-    first = {name: at for name in kept if name in lists and (at := _as_text(name, rows, lines)) is not None}
-    columns = {name: _column(path, name, rows, lines, unit if wanted is not None else "") for name in kept}
-    return Table(path, list(names), columns, lines, unit, first)
+    found = {name: at for name in kept if name == lists and (at := _as_text(name, rows, lines)) is not None}
+    counted = unit if wanted is not None else ""
+    columns = {name: _column(path, name, rows, lines, counted, name == nested) for name in kept}
+    return Table(path, list(names), columns, lines, unit, found)
 
 
 def _as_text(name: str, rows: Sequence[Row], lines: Sequence[int]) -> int | None:
@@ -56,16 +61,15 @@ def _as_text(name: str, rows: Sequence[Row], lines: Sequence[int]) -> int | None
     return first
 
 
-def _column(path: Path, name: str, rows: Sequence[Row], lines: Sequence[int], unit: str) -> Column:
+def _column(path: Path, name: str, rows: Sequence[Row], lines: Sequence[int], unit: str, nested: bool) -> Column:
     """Values of one key; lists and objects are refused where a ``unit`` says what is counted, else left out."""
     values: Column = []
     for row, line in zip(rows, lines, strict=True):
         value = row.get(name)
         if isinstance(value, dict | list):
-            if unit:
-                kind = "an object" if isinstance(value, dict) else "a list"
-                refuse(path, f"column {shown([name])} holds {kind}, want text, a number or true/false", line, unit)
-            value = None
+            if unit and not nested:
+                nothing_nested(path, name, "an object" if isinstance(value, dict) else "a list", line, unit)
+            value = structured(value) if nested else None
         values.append(value if value is None or isinstance(value, str) else canonical(value))
     return values
 

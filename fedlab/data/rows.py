@@ -9,9 +9,10 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedlab.config.data import DataSection
+from fedlab.data.conversations import conversations
 from fedlab.data.corpus import Corpus, written
 from fedlab.data.reading import FIRST, Reading
 from fedlab.data.table import Column, Table, check_text, shown
@@ -24,25 +25,44 @@ UNLABELLED = "unlabelled (−1 at the hub)"
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table are what."""
+    """Which columns of a table are what.
+
+    Args:
+        texts: one or two; conversations are one.
+        label: None where nothing but the text is learnt.
+        owner: names the client; None where none does.
+        conversations: whether the text column holds lists of messages.
+    """
 
     texts: Sequence[str]
-    label: str
+    label: str | None
     owner: str | None
+    conversations: bool = False
 
     @property
     def all(self) -> list[str]:
         """Their names."""
-        return list(dict.fromkeys([*self.texts, self.label, *([self.owner] if self.owner else [])]))
+        return list(dict.fromkeys([*self.texts, *self.coded]))
 
     @property
     def coded(self) -> list[str]:
         """Those of few different values."""
-        return [self.label, *([self.owner] if self.owner else [])]
+        return [column for column in (self.label, self.owner) if column]
+
+    @property
+    def nested(self) -> str | None:
+        """The column that may hold lists and objects."""
+        return self.texts[0] if self.conversations else None
 
 
-def columns_of(texts: Sequence[str], label: str, owner: str | None) -> Columns:
-    """The columns of a configuration. Raises ConfigError for none or three columns of text."""
+def columns_of(data: DataSection, texts: Sequence[str], label: str | None) -> Columns:
+    """The columns of a configuration; ``texts`` and ``label`` unless there are whole conversations.
+
+    Raises ConfigError for none or three columns of text.
+    """
+    owner = data.partition.column
+    if data.messages is not None:
+        return Columns([data.messages], None, owner, conversations=True)
     if not 1 <= len(texts) <= 2:
         raise ConfigError(f"data.text = {list(texts)}: want one text column, or two for sentence pairs")
     return Columns(texts, label, owner)
@@ -71,21 +91,26 @@ def corpus_of(
     Raises:
         ConfigError: a column is not there; a row lacks something, unless such rows are to be left out.
     """
-    numeric = _numeric([value for split in splits for table in split for value in table.columns.get(columns.label, [])])
+    named = columns.label
+    numeric = named is not None and numeric_labels(
+        [value for split in splits for table in split for value in table.columns.get(named, [])]
+    )
     texts, labels, owners = [list[str]() for _ in columns.texts], list[str](), list[str]()
     sizes, bad = list[int](), list[str]()
     for test, tables in enumerate(splits):
-        own = Columns(columns.texts, columns.label, None) if test else columns
+        own = replace(columns, owner=None) if test else columns
         for table in tables:
             _check_there(table, own)
+            if own.conversations and table.columns:
+                table.columns[own.texts[0]] = conversations(table, own.texts[0])
             kept, problems = _kept(table, own, numeric, reading, unlabelled, data.on_bad_row == "drop")
             bad += problems
             reading.kept.append((table.path.name, table.unit, [table.lines[i] for i in kept]))
-            if (at := table.lists.get(columns.label)) is not None:
-                reading.lists.setdefault(columns.label, f"{str(table.path)!r}, {table.unit} {at}")
+            for column, at in table.lists.items():
+                reading.lists.setdefault(column, f"{str(table.path)!r}, {table.unit} {at}")
             for values, column in zip(texts, own.texts, strict=True):
                 values += [table.columns[column][i] or "" for i in kept]
-            labels += _stripped(table.columns.get(own.label, []), kept, own.label, reading)
+            labels += _stripped(table.columns[own.label], kept, own.label, reading) if own.label else [""] * len(kept)
             owners += (
                 _stripped(table.columns.get(own.owner, []), kept, own.owner, reading) if own.owner else [""] * len(kept)
             )
@@ -94,7 +119,6 @@ def corpus_of(
     if bad:
         fix = 'fill them in, or set data.on_bad_row = "drop" to leave such rows out'
         raise ConfigError("\n".join(bad) + f"\n{fix}")
-    reading.warnings += warnings_of(labels, "label", columns.label, numeric)
     if columns.owner:
         reading.warnings += warnings_of(owners[: sizes[0]], "owner", columns.owner, True)
     return Corpus(
@@ -124,10 +148,10 @@ def _kept(
     for column in columns.all:
         for value, line in zip(table.columns.get(column, []), table.lines, strict=True):
             check_text(table.path, column, value, line, table.unit)
-    tests = [(columns.label, "label"), *((c, "text") for c in columns.texts)]
-    tests += [(columns.owner, "owner")] if columns.owner else []
+    tests = [(columns.label, "label")] if columns.label else []
+    tests += [(c, "text") for c in columns.texts] + ([(columns.owner, "owner")] if columns.owner else [])
     for i in range(len(table)):
-        if unlabelled is not None and table.columns[columns.label][i] == unlabelled:
+        if unlabelled is not None and columns.label and table.columns[columns.label][i] == unlabelled:
             reading.drop(UNLABELLED, f"{table.path.name}: {table.unit} {table.lines[i]}")
             continue
         gap = next((column for column, what in tests if is_gap(table.columns[column][i], what, numeric)), None)
@@ -146,6 +170,7 @@ def _kept(
 def _lack(table: Table, column: str, rows: Sequence[int], columns: Columns) -> str:
     what = {columns.label: "the label", columns.owner: "which names the client"}.get(column, "the text")
     places = ", ".join(str(table.lines[i]) for i in rows[:FIRST]) + (", …" if len(rows) > FIRST else "")
+    what = "the conversation" if columns.conversations and column == columns.texts[0] else what
     return (
         f"{str(table.path)!r}: {len(rows)} of {len(table)} rows have nothing in column {column!r}, {what}"
         f" ({table.unit} {places})"
@@ -182,7 +207,7 @@ def _stripped(values: Column, kept: Sequence[int], column: str, reading: Reading
     return found
 
 
-def _numeric(values: Sequence[str | None]) -> bool:
+def numeric_labels(values: Sequence[str | None]) -> bool:
     """Whether all labels but those that may stand for nothing are numbers."""
     plain = {value.strip().lower() for value in set(values) if value}
     rest = plain - {"", *NOT_A_NUMBER, *NO_VALUE}

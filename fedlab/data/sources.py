@@ -16,6 +16,7 @@ import numpy as np
 from fedlab.config.data import DataSection
 from fedlab.data import docstrings, pairs, tables, wordnet
 from fedlab.data.corpus import Corpus
+from fedlab.data.rows import numeric_labels, warnings_of
 from fedlab.data.table import shown
 from fedlab.data.tasks import with_labels
 from fedlab.data.unfit import fit_labels
@@ -105,7 +106,9 @@ def load_corpus(
     """
     from fedlab.objectives import objective_class  # here: torch comes with it
 
-    learnt, source = objective_class(objective), SOURCES[data.source].load(data)
+    learnt = objective_class(objective)
+    data = learnt.columns(data)
+    source = SOURCES[data.source].load(data)
     if source.reading is not None and source.reading.lists and not learnt.several:
         column, place = next(iter(source.reading.lists.items()))
         raise ConfigError(
@@ -113,6 +116,9 @@ def load_corpus(
             ' "multi-label" learns lists'
         )
     source = fit_labels(source, learnt.unfit, data)
+    if learnt.named and source.reading is not None and data.label is not None:
+        written = source.labels.tolist()
+        source.reading.warnings += warnings_of(written, "label", data.label, numeric_labels(written))
     values, names = learnt.encode_labels(source.labels.tolist(), source.label_names, source.name)
     corpus = with_labels(replace(source, labels=values, label_names=names), labels, task)
     if task:

@@ -20,7 +20,7 @@ from fedlab.data.rows import Columns, columns_of, corpus_of
 from fedlab.data.table import Column, Table, decoded, listed, refuse
 from fedlab.errors import ConfigError
 
-TABLE_KEYS = frozenset({"text", "label", "on_bad_row"})  # of [data]
+TABLE_KEYS = frozenset({"text", "label", "messages", "on_bad_row"})  # of [data]
 FILES_KEYS = TABLE_KEYS | {"path", "test_path"}
 HUB_KEYS = TABLE_KEYS | {"path", "subset", "split", "test_split", "revision"}
 READERS = {
@@ -113,18 +113,18 @@ def check_files(data: DataSection) -> None:
             f"data.test_path = {data.test_path!r} is, or holds, all of data.path: the test split would be trained on;"
             " leave it out, or give another"
         )
-    if data.text is None or data.label is None:
-        raise ConfigError('data.source = "files" needs data.text and data.label: the names of the columns')
+    if data.text is None and data.messages is None:
+        raise ConfigError(
+            'data.source = "files" needs data.text and data.label: the names of the columns; or data.messages, that of'
+            " whole conversations"
+        )
 
 
 def load_files(data: DataSection) -> Corpus:
     """Rows of local files; ``data.test_path``, if given, is the official test split."""
     check_files(data)
     assert data.path is not None
-    assert data.text is not None
-    assert data.label is not None
-    texts = [data.text] if isinstance(data.text, str) else list(data.text)
-    columns = columns_of(texts, data.label, data.partition.column)
+    columns = columns_of(data, _named(data.text), data.label)
     training, left_out = training_files(data)
     reading = Reading(left_out=left_out)
     splits = [_tables(training, columns, reading, "train")]
@@ -134,10 +134,15 @@ def load_files(data: DataSection) -> Corpus:
     return corpus_of(Path(data.path).name, splits, columns, data, reading)
 
 
+def _named(text: str | tuple[str, ...] | None) -> list[str]:
+    """Text columns as a list."""
+    return [text] if isinstance(text, str) else list(text or ())
+
+
 def _tables(files: Sequence[Path], columns: Columns, reading: Reading, split: str) -> list[Table]:
     tables = []
     for path in files:
-        table, content = read_table(path, columns.all, columns.coded, [columns.label])
+        table, content = read_table(path, columns.all, columns.coded, columns.nested, columns.label)
         found = SourceFile(str(path.resolve()), len(table), content[0], content[1], split)
         reading.files.append(found)
         tables.append(table)
@@ -156,7 +161,11 @@ def _check_copies(data: DataSection, reading: Reading) -> None:
 
 
 def read_table(
-    path: Path, wanted: Sequence[str] | None = None, coded: Sequence[str] = (), lists: Sequence[str] = ()
+    path: Path,
+    wanted: Sequence[str] | None = None,
+    coded: Sequence[str] = (),
+    nested: str | None = None,
+    lists: str | None = None,
 ) -> tuple[Table, tuple[int, str]]:
     """A local file as strings, and its size and SHA-256: no cache that could be stale, nothing but the file itself.
 
@@ -164,7 +173,8 @@ def read_table(
         path: its suffix says what it is.
         wanted: columns to keep, which must hold single values; None for all that do.
         coded: those of few different values.
-        lists: those that may hold lists of single values, which are kept as JSON.
+        nested: the one that may hold lists and objects, which are kept as JSON.
+        lists: the one that may hold lists of single values, which are kept as JSON.
 
     Raises:
         ConfigError: it cannot be read in one way only.
@@ -178,9 +188,9 @@ def read_table(
     if kind == "csv":
         return read_delimited(path, decoded(path, data), "\t" if path.suffix.lower() == ".tsv" else ",", coded), content
     if kind == "json":
-        return read_json(path, decoded(path, data), wanted, lists), content
+        return read_json(path, decoded(path, data), wanted, nested, lists), content
     del data
-    return (read_parquet if kind == "parquet" else read_arrow)(path, wanted, lists), content
+    return (read_parquet if kind == "parquet" else read_arrow)(path, wanted, nested, lists), content
 
 
 def read_columns(path: str) -> dict[str, Column]:
@@ -207,10 +217,10 @@ def load_hub(data: DataSection) -> Corpus:
     """
     assert data.path is not None
     key = data.subset if data.subset in TEXT_COLUMNS else data.path.rpartition("/")[2]
-    texts = [data.text] if isinstance(data.text, str) else list(data.text or TEXT_COLUMNS.get(key or "", []))
-    if not texts:
-        raise ConfigError(f"data.path = {data.path!r}: its text columns are not known; set data.text")
-    columns = columns_of(texts, data.label or "label", data.partition.column)
+    texts = _named(data.text) or TEXT_COLUMNS.get(key or "", [])
+    if not texts and data.messages is None:
+        raise ConfigError(f"data.path = {data.path!r}: its text columns are not known; set data.text, or data.messages")
+    columns = columns_of(data, texts, data.label)
     test_split = data.test_split or TEST_SPLITS.get(key or "", "validation")
     found = _downloaded(data, columns)
     if data.split not in found:
@@ -261,8 +271,8 @@ def _downloaded(data: DataSection, columns: Columns) -> Any:
 def _hub_table(name: str, part: Any, columns: Columns, names: Sequence[str] | None) -> Table:
     """One split as strings; numbers of classes as the classes' names, "-1" where there is none."""
     there = [column for column in part.column_names if column in columns.all]
-    arrow = part.select_columns(there).with_format("arrow")[:]
-    table = from_arrow(Path(name), arrow, columns.all, part.column_names, [columns.label])
+    whole = part.select_columns(there).with_format("arrow")[:]
+    table = from_arrow(Path(name), whole, columns.all, part.column_names, columns.nested, columns.label)
     if names is not None and columns.label in table.lists:
         values = table.columns[columns.label]
         table.columns[columns.label] = [v and listed([names[int(n)] for n in json.loads(v)]) for v in values]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedlab.config.data import DataSection
 from fedlab.config.sections import ObjectiveSection
 from fedlab.errors import ConfigError
 
@@ -35,6 +36,19 @@ class Model(Protocol):
 
     def outputs(self, batch: Batch, **options: Any) -> Any:
         """The base model's own output object for a padded batch; ``options`` go to its forward pass."""
+
+
+def with_label(data: DataSection) -> DataSection:
+    """[data] of an objective that learns a column of labels; at the hub its name is usually "label".
+
+    Raises ConfigError for local files without data.label.
+    """
+    if data.source == "files" and data.label is None:
+        raise ConfigError(
+            'data.source = "files" needs data.text and data.label: the names of the columns of texts, and of labels or'
+            " answers"
+        )
+    return data.model_copy(update={"label": "label"}) if data.source == "hub" and data.label is None else data
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,19 @@ class Objective(ABC):
             if getattr(section, key) != type(section).model_fields[key].default:
                 raise ConfigError(f'objective.{key} is not read by objective.name = "{section.name}"; remove it')
         return cls(labels, groups)
+
+    @classmethod
+    def columns(cls, data: DataSection) -> DataSection:
+        """[data] with the columns that this objective reads, defaults filled in.
+
+        Raises ConfigError for a column that is missing, or that it does not read.
+        """
+        if data.messages is not None:
+            raise ConfigError(
+                f'data.messages = {data.messages!r} is read by objective.name = "instruction" alone; give data.text'
+                " and data.label"
+            )
+        return with_label(data)
 
     @classmethod
     def unfit(cls, label: str) -> str | None:

@@ -10,18 +10,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlab.config.data import DataSection
+from fedlab.errors import ConfigError
 from fedlab.objectives.base import NO_LOSS
 from fedlab.objectives.language import LanguageModel
 
 
 @dataclass(frozen=True)
 class CausalLM(LanguageModel):
-    """Text is its own label; the label column, if there is one, is not learnt."""
+    """Text is its own label."""
 
     auto_class = "AutoModelForCausalLM"
     task_type = "CAUSAL_LM"
     encoding = "causal-lm/1"
-    labelled_by = "none"
+
+    @classmethod
+    def columns(cls, data: DataSection) -> DataSection:
+        """See ``Objective.columns``; there is no column but the text."""
+        for key in ("label", "messages"):
+            if getattr(data, key) is not None:
+                raise ConfigError(
+                    f'data.{key} = {getattr(data, key)!r} is not read by objective.name = "causal-lm", which learns the'
+                    ' text itself; remove it, or take objective.name = "instruction"'
+                )
+        return data
 
     def encode(
         self,

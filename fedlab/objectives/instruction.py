@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlab.config.data import DataSection
 from fedlab.config.sections import ObjectiveSection
 from fedlab.errors import ConfigError
-from fedlab.objectives.base import NO_LOSS
+from fedlab.objectives.base import NO_LOSS, with_label
 from fedlab.objectives.causal_lm import ended
 from fedlab.objectives.language import LanguageModel
 
@@ -39,6 +40,11 @@ class Instruction(LanguageModel):
     auto_class = "AutoModelForCausalLM"
     task_type = "CAUSAL_LM"
     evaluators = ("language", "generation")
+
+    @classmethod
+    def columns(cls, data: DataSection) -> DataSection:
+        """See ``Objective.columns``: prompts and answers, or whole conversations."""
+        return data if data.messages is not None else with_label(data)
 
     @property
     def encoding(self) -> str:  # type: ignore[override]

@@ -18,6 +18,7 @@ from fedlab.config import RunConfig
 from fedlab.data import corpus_and_shards
 from fedlab.data.partition import describe
 from fedlab.errors import ConfigError
+from fedlab.evaluate import evaluate
 from fedlab.lora.state import digest
 from fedlab.models.adapters import initial_state
 from fedlab.privacy.client_level import make_client_plan
@@ -74,6 +75,24 @@ def update(config: RunConfig, path: Path) -> Any:
     names = strategy_of(config).sent_names(state, 2)
     found = train_client(own.model, own.data, client, state, names, config, 2, own.plan(client))
     return digest(found.update)
+
+
+def answered(config: RunConfig, path: Path) -> Any:
+    """How many prompts a model answers in an evaluation, and in how many tokens at most."""
+    own, asked = session(config), []
+    module: Any = own.model.module
+    known = module.generate
+
+    def note(**options: Any) -> Any:
+        asked.append((len(options["input_ids"]), options["max_new_tokens"]))
+        return known(**options)
+
+    module.generate = note
+    try:
+        evaluate(own.model, own.data, own.data.test[:12], config)
+    finally:
+        del module.generate
+    return asked
 
 
 def strategy_of(config: RunConfig) -> Strategy:

@@ -37,6 +37,7 @@ UNEQUAL = "data.partition={{kind='linear'}}"
 TASKS = "[[tasks]]\nname = 'a'\nlabels = ['fruit', 'metal']\n[[tasks]]\nname = 'b'\nlabels = ['metal', 'ocean']\n"
 STREAM = (NO_DP, "strategy={{name='osft'}}", "run.rounds=1")
 SECOND = "stage={{task=1}}"
+DECODER = ("model.name={tiny_llama}", "lora.target_modules=['q_proj', 'v_proj']", "data.max_length=64")
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,9 @@ ROWS = {
     "model.revision": Row("v2", refused("the hub did not give it"), ("model.name='some/model'",)),
     "objective.name": Row("regresion", refused("regresion")),
     "objective.labels": Row("['ocean', 'metal', 'fruit']", look.adapters),
+    "objective.loss": Row("sum", look.update, ("objective={generative}", *DECODER)),
+    "objective.template": Row("'{{prompt}} ->'", look.lengths, ("objective={generative}", *DECODER)),
+    "objective.system": Row("'the old tide'", look.lengths, ("objective={generative}", *DECODER)),
     "lora.rank": Row("2", look.adapters),
     "lora.alpha": Row("4", look.adapters),
     "lora.target_modules": Row("['query']", look.adapters),
@@ -155,6 +159,7 @@ ROWS = {
     "data.revision": Row("v2", look.partition, ("data={hub}",)),
     "data.text": Row("site", look.partition),
     "data.label": Row("site", look.partition),
+    "data.messages": Row("again", look.partition, ("data={chats}", "objective.name=instruction")),
     "clients.rank": Row("{{client-1 = 2}}", sent_back),
     "clients.lr": Row("{{client-0 = 2.0}}", look.update),
     "strategy.name": Row("ffa", look.result, ("run.rounds=1",)),
@@ -188,6 +193,8 @@ ROWS = {
     "evaluate.every": Row("2", look.lines, ("run.rounds=2",)),
     "evaluate.clients": Row("never", look.result, ("run.rounds=1",)),
     "evaluate.batch_size": Row("7", look.forward_passes, ("run.rounds=1",)),
+    "evaluate.generations": Row("1", look.answered, ("objective={generative}", *DECODER)),
+    "evaluate.new_tokens": Row("1", look.answered, ("objective={generative}", *DECODER)),
     "tasks.name": Row(TASKS.replace("'b'", "'c'"), look.folders, STREAM, TASKS),
     "tasks.labels": Row(TASKS.replace("'metal', 'o", "'fruit', 'o"), look.partition, (*STREAM, SECOND), TASKS),
     "tasks.rounds": Row(TASKS + "rounds = 4\n", look.folders, STREAM, TASKS),
@@ -212,12 +219,14 @@ def test_every_key_says_what_it_means():
 
 
 @pytest.fixture(scope="session")
-def places(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny_gpt2: Path) -> dict[str, str]:
+def places(
+    tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny_gpt2: Path, tiny_llama: Path
+) -> dict[str, str]:
     """Files that rows name."""
     root = tmp_path_factory.mktemp("keys")
     rows = [json.loads(line) for line in tiny_data.read_text(encoding="utf-8").splitlines()]
 
-    def write(name: str, kept: list[dict[str, str]]) -> str:
+    def write(name: str, kept: list[Any]) -> str:
         (root / name).write_text("\n".join(map(json.dumps, kept)), encoding="utf-8")
         return str(root / name)
 
@@ -225,10 +234,21 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny_gpt2:
     for part, numbers in (("noun", (5, 6)), ("verb", (29, 30))):
         lines = [synset.format(numbers[i % 2], part, i) for i in range(60)]
         (root / f"data.{part}").write_text("\n".join(lines), encoding="utf-8")
+    turns = [(row["text"], [{"role": "assistant", "content": row["topic"]}]) for row in rows]
+    chats = [
+        {
+            "chat": [{"role": "user", "content": text}, *answer],
+            "again": [{"role": "user", "content": text.upper()}, *answer],
+        }
+        for text, answer in turns
+    ]
     named = [row | {"site": f"s{i % 3}", "kind": f"k{i % 3}"} for i, row in enumerate(rows)]
     table = "source='files', text='text', label='topic', test_fraction=0.2, max_length=16"
     return {
         "tiny_gpt2": str(tiny_gpt2),
+        "tiny_llama": str(tiny_llama),
+        "generative": "{name='instruction'}",
+        "chats": f"{{source='files', path='{write('chats.jsonl', chats)}', messages='chat'}}",
         "other": write("other.jsonl", [row | {"text": row["text"].upper()} for row in rows]),
         "public": write("public.jsonl", [{"text": row["text"]} for row in rows[:40]]),
         "named": f"{{{table}, path='{write('named.jsonl', named)}'}}",

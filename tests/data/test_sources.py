@@ -270,7 +270,7 @@ def test_file_errors(change: dict[str, object], expected: str, rows: list[dict[s
     data = DataSection(**{"source": "files", "path": str(tmp_path / "d.jsonl"), "text": "a", "label": "y", **change})
     with pytest.raises(ConfigError, match=expected):  # load_corpus begins with what check_source checks
         load_corpus(data, 0)
-    if "nope" not in change.values():
+    if "label" not in change:  # which columns there must be, the objective says
         with pytest.raises(ConfigError, match=expected):
             check_source(data)
 
@@ -343,5 +343,5 @@ def test_a_key_that_the_source_does_not_read_is_refused(tmp_path: Path):
     (tmp_path / "d.csv").write_text("a,y\nx,1\nz,2\n")
     with pytest.raises(ConfigError, match=r"data\.subset = 'sst2' is not read by data\.source = \"files\""):
         check_source(_files(tmp_path / "d.csv").model_copy(update={"subset": "sst2"}))
-    with pytest.raises(ConfigError, match=r"data\.path = .* only by \"wordnet\" and \"files\" and \"hub\""):
+    with pytest.raises(ConfigError, match=r"data\.path = .* only by \"wordnet\" and \"definitions\" and \"files\" and"):
         check_source(DataSection(path=str(tmp_path)))

@@ -27,20 +27,32 @@ from fedlab.train.trainer import train_client
 WORDS = ["apple", "pear", "iron", "rust", "wave", "tide", "the", "old"]
 # name → the label of a text of so many words, as a file would have it
 ROWS: dict[str, Callable[[int], str]] = {
+    "causal-lm": lambda words: "",
     "classification": lambda words: ("short", "middling", "long")[words % 3],
+    "instruction": lambda words: ("short", "middling", "a long one")[words % 3],
     "multi-label": lambda words: json.dumps([name for i, name in enumerate(("even", "three")) if not words % (i + 2)]),
     "regression": lambda words: str(words / 10 - 0.5),
+    "seq2seq": lambda words: ("short", "middling", "a long one")[words % 3],
 }
+GENERATIVE = {"causal-lm": "causal_toml", "instruction": "llama_toml", "seq2seq": "t5_toml"}
+Open = Callable[..., Session]
 
 
-def session_of(name: str, tiny_toml: str, tiny_data: Path, tmp_path: Path, *overrides: str) -> Session:
+@pytest.fixture
+def session_of(request: pytest.FixtureRequest, tiny_toml: str, tiny_data: Path, tmp_path: Path) -> Open:
+    """A function: name of an objective, overrides → a session on a small file."""
+    return lambda name, *overrides: opened(name, request, tiny_data, tmp_path, *overrides)
+
+
+def opened(name: str, request: pytest.FixtureRequest, tiny_data: Path, tmp_path: Path, *overrides: str) -> Session:
+    toml = str(request.getfixturevalue(GENERATIVE.get(name, "tiny_toml")))
     rng, lines = np.random.default_rng(2), []
     for _ in range(90):
         words = int(rng.integers(2, 12))
         lines.append(json.dumps({"text": " ".join(rng.choice(WORDS, words)), "topic": ROWS[name](words)}))
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(lines))
-    toml = tiny_toml.replace(str(tiny_data), str(path))
+    toml = toml.replace(str(tiny_data), str(path))
     return open_session(RunConfig.parse(toml, [f"objective.name={name}", *overrides]).to_toml())
 
 
@@ -59,8 +71,8 @@ def test_every_objective_has_a_row_here_and_a_line_in_the_docs():
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_an_examples_loss_is_its_own(name: str, tiny_toml: str, tiny_data: Path, tmp_path: Path):
-    session = session_of(name, tiny_toml, tiny_data, tmp_path)
+def test_an_examples_loss_is_its_own(name: str, session_of: Open):
+    session = session_of(name)
     model, data = session.model, session.data
     model.load(moved(session))
     some = data.train("client-0")[:6]
@@ -78,10 +90,8 @@ def test_an_examples_loss_is_its_own(name: str, tiny_toml: str, tiny_data: Path,
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_one_client_alone_and_in_a_shared_pass_release_the_same(
-    name: str, tiny_toml: str, tiny_data: Path, tmp_path: Path
-):
-    session = session_of(name, tiny_toml, tiny_data, tmp_path)
+def test_one_client_alone_and_in_a_shared_pass_release_the_same(name: str, session_of: Open):
+    session = session_of(name)
     state = moved(session)
     names = [n for n in state if n.endswith("lora_B") or n.startswith("head.")]
     trainings = [LocalTraining(client, state, session.plan(client)) for client in session.data.clients]
@@ -95,8 +105,8 @@ def test_one_client_alone_and_in_a_shared_pass_release_the_same(
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_what_it_says_of_itself_holds(name: str, tiny_toml: str, tiny_data: Path, tmp_path: Path):
-    session = session_of(name, tiny_toml, tiny_data, tmp_path)
+def test_what_it_says_of_itself_holds(name: str, session_of: Open):
+    session = session_of(name)
     model, objective, config = session.model, session.model.objective, session.config
     head = [name for name in model.parameters if name.startswith("head.")]
     assert bool(head) == (objective.head_width is not None)
@@ -117,7 +127,10 @@ def test_unknown_names_are_refused_by_name(tiny_toml: str):
     import fedlab
 
     for overrides, expected in (
-        (["objective.name=classifcation"], 'objective.name = "classifcation" is unknown; known: classification'),
+        (
+            ["objective.name=classifcation"],
+            'objective.name = "classifcation" is unknown; known: causal-lm, classification',
+        ),
         (["evaluate.evaluators=['perplexity']"], '"perplexity" cannot judge objective.name = "classification"'),
     ):
         with pytest.raises(ConfigError, match=expected):

@@ -107,11 +107,11 @@ def test_what_is_cut(prompt: int, answer: int, longest: int):
         assert row[longest - len(kept) - 1 if len(ids) > longest else prompt - 1] == prompt - 1
 
 
-@pytest.mark.parametrize("name", ["causal-lm", "instruction"])
-def test_a_loss_is_that_of_transformers(name: str, tiny_llama: Path, llama_toml: str):
+@pytest.mark.parametrize("toml", ["causal_toml", "llama_toml", "t5_toml"])
+def test_a_loss_is_that_of_transformers(toml: str, request: pytest.FixtureRequest):
     from fedlab.session import open_session
 
-    session = open_session(RunConfig.parse(llama_toml, [f"objective.name={name}"]).to_toml())
+    session = open_session(RunConfig.parse(request.getfixturevalue(toml)).to_toml())
     model, data = session.model, session.data
     some = data.train("client-0")[:5]
     batch = data.batch(some, model.tokenizer.pad_token_id)

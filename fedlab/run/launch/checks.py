@@ -101,12 +101,11 @@ def _look_at_names(found: Problems, config: RunConfig, whole: Whole, there: bool
     from fedlab.evaluate import evaluators_of
     from fedlab.models.hub import check_model
     from fedlab.models.loading import device_of
-    from fedlab.objectives import objective_class
 
     if there and whole("lora"):
         found.of(lambda: check_public(config))
     model = whole("model") and found.fine(lambda: check_model(config.model))
-    objective = whole("objective") and found.fine(lambda: objective_class(config.objective.name))
+    objective = whole("objective", "data", "tasks") and found.fine(lambda: _check_objective(config))
     if whole("run.device"):
         found.of(lambda: device_of(config.run.device))
     if whole("run.backend", "run.ray_address", "run.cpus_per_node", "run.gpus_per_node"):
@@ -114,6 +113,17 @@ def _look_at_names(found: Problems, config: RunConfig, whole: Whole, there: bool
     if objective and whole("evaluate"):
         found.of(lambda: evaluators_of(config))
     return model, objective
+
+
+def _check_objective(config: RunConfig) -> None:
+    """There is such an objective, with such settings, and the data name the columns that it reads."""
+    from fedlab.data.opening import sections
+    from fedlab.objectives import objective_class
+
+    objective = objective_class(config.objective.name)
+    objective.of(config.objective, config.objective.labels, ())
+    for data in sections(config):
+        objective.columns(data)
 
 
 def _look_at_texts(found: Problems, config: RunConfig) -> None:
