@@ -87,12 +87,22 @@ def higher_is_better(config: RunConfig) -> bool:
 
 
 def spread(scores: Iterable[float], higher: bool) -> dict[str, float | None]:
-    """Mean, worst and population standard deviation over clients, NaN left out; None of none.
+    """Mean, worst, mean of the worst tenth (rounded up to whole clients) and population standard deviation over
+    clients, NaN left out; None of none.
 
     ``higher``: whether higher scores are better; the worst is then the lowest.
     """
-    values = [score for score in scores if not math.isnan(score)]
+    values = worst_first(scores, higher)
     if not values:
-        return {"mean": None, "worst": None, "std": None}
-    worst = min(values) if higher else max(values)
-    return {"mean": statistics.fmean(values), "worst": worst, "std": statistics.pstdev(values)}
+        return dict.fromkeys(("mean", "worst", "worst_decile", "std"))
+    return {
+        "mean": statistics.fmean(values),
+        "worst": values[0],
+        "worst_decile": statistics.fmean(values[: -(-len(values) // 10)]),
+        "std": statistics.pstdev(values),
+    }
+
+
+def worst_first(scores: Iterable[float], higher: bool) -> list[float]:
+    """Scores in order, the worst first, NaN left out: the curve over clients."""
+    return sorted((score for score in scores if not math.isnan(score)), reverse=not higher)

@@ -179,7 +179,7 @@ def closing(config: RunConfig, result: dict[str, Any], path: Path) -> str:
     """What came out, in a few lines."""
     spent = promise.closing(config, result["epsilon"])
     spread = result["client_scores"]
-    figures = ", ".join(f"{name} {shown(value)}" for name, value in spread.items())
+    figures = ", ".join(f"{name} {shown(value)}" for name, value in spread.items() if name != "curve")
     clients = "" if spread["mean"] is None else f"clients' {result['primary']}: {figures}\n"
     scores = ", ".join(f"{name} {shown(value)}" for name, value in (result["scores"] or {}).items())
     per_round = result["seconds_per_round"]
