@@ -142,6 +142,47 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], debug: D
 
 
 @app.command()
+def merge(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    out: Annotated[Path, typer.Argument(metavar="OUT")],
+    debug: DebugOption = False,
+) -> None:
+    """Add a run's adapter to its base, and write that as a plain transformers model."""
+
+    def run() -> None:
+        from fedlab.models.finished import merge as write
+
+        say(str(write(run_dir, out)))
+
+    _guarded(run, debug)
+
+
+@app.command()
+def generate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="what is asked; may be repeated", metavar="TEXT")],
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="longest answer, in tokens")] = 128,
+    json_: Annotated[bool, typer.Option("--json", help="print a JSON object per answer")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Ask a run's model; prompts are written as the run wrote them, answers are greedy."""
+
+    def run() -> None:
+        import json
+
+        from fedlab.evaluate.generation import generate as answer
+        from fedlab.models.finished import open_run, prompts_of
+
+        model = open_run(run_dir)
+        answers = answer(model, prompts_of(model, prompt), new_tokens, 8)
+        for asked, said in zip(prompt, answers, strict=True):
+            text = json.dumps({"prompt": asked, "answer": said}, ensure_ascii=False)
+            say(text if json_ else said if len(prompt) == 1 else f"{asked}\n{said}\n")
+
+    _guarded(run, debug)
+
+
+@app.command()
 def strategies(
     config: Annotated[
         Path | None,

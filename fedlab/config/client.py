@@ -34,6 +34,7 @@ class DataPolicy(Section):
     revision: str | None = Field(default=None, description="hub: commit, tag or branch")
     text: str | tuple[str, ...] | None = Field(default=None, description="text column, or two")
     label: str | None = Field(default=None, description="label column")
+    context: str | None = Field(default=None, description="column that follows the prompt")
     messages: str | None = Field(default=None, description="column of whole conversations")
     seed: int | None = Field(default=None, description="of which records are held out (data.seed)")
     on_bad_row: str = Field(default="refuse", description='rows that lack something: "refuse" or "drop"')

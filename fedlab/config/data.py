@@ -123,6 +123,13 @@ class DataSection(Section):
         default=None,
         description='files, hub: the column of labels, or of answers; default for the hub: "label"; none for causal-lm',
     )
+    context: str | None = Field(
+        default=None,
+        description=(
+            "files, hub: a column that follows the prompt after an empty line, where it is not empty (Alpaca's"
+            ' "input"); for objective instruction'
+        ),
+    )
     messages: str | None = Field(
         default=None,
         description=(
@@ -133,8 +140,10 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _one_form(self) -> DataSection:
-        if self.messages is not None and (self.text is not None or self.label is not None):
-            raise ValueError("messages takes the place of text and label; remove those, or messages")
+        if self.messages is not None and any(key is not None for key in (self.text, self.label, self.context)):
+            raise ValueError("messages takes the place of text, context and label; remove those, or messages")
+        if self.context is not None and isinstance(self.text, tuple):
+            raise ValueError("context goes with one text column, not with a pair")
         return self
 
 

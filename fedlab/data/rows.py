@@ -28,16 +28,23 @@ class Columns:
     """Which columns of a table are what.
 
     Args:
-        texts: one or two; conversations are one.
+        texts: one or two, of which the second may be context; conversations are one.
         label: None where nothing but the text is learnt.
         owner: names the client; None where none does.
         conversations: whether the text column holds lists of messages.
+        context: whether the second text may be empty.
     """
 
     texts: Sequence[str]
     label: str | None
     owner: str | None
     conversations: bool = False
+    context: bool = False
+
+    @property
+    def needed(self) -> Sequence[str]:
+        """Text columns that must hold something."""
+        return self.texts[:1] if self.context else self.texts
 
     @property
     def all(self) -> list[str]:
@@ -65,6 +72,8 @@ def columns_of(data: DataSection, texts: Sequence[str], label: str | None) -> Co
         return Columns([data.messages], None, owner, conversations=True)
     if not 1 <= len(texts) <= 2:
         raise ConfigError(f"data.text = {list(texts)}: want one text column, or two for sentence pairs")
+    if data.context is not None:
+        return Columns([*texts, data.context], label, owner, context=True)
     return Columns(texts, label, owner)
 
 
@@ -149,7 +158,7 @@ def _kept(
         for value, line in zip(table.columns.get(column, []), table.lines, strict=True):
             check_text(table.path, column, value, line, table.unit)
     tests = [(columns.label, "label")] if columns.label else []
-    tests += [(c, "text") for c in columns.texts] + ([(columns.owner, "owner")] if columns.owner else [])
+    tests += [(c, "text") for c in columns.needed] + ([(columns.owner, "owner")] if columns.owner else [])
     for i in range(len(table)):
         if unlabelled is not None and columns.label and table.columns[columns.label][i] == unlabelled:
             reading.drop(UNLABELLED, f"{table.path.name}: {table.unit} {table.lines[i]}")

@@ -20,7 +20,7 @@ from fedlab.data.rows import Columns, columns_of, corpus_of
 from fedlab.data.table import Column, Table, decoded, listed, refuse
 from fedlab.errors import ConfigError
 
-TABLE_KEYS = frozenset({"text", "label", "messages", "on_bad_row"})  # of [data]
+TABLE_KEYS = frozenset({"text", "label", "context", "messages", "on_bad_row"})  # of [data]
 FILES_KEYS = TABLE_KEYS | {"path", "test_path"}
 HUB_KEYS = TABLE_KEYS | {"path", "subset", "split", "test_split", "revision"}
 READERS = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+from fedlab.config import RunConfig
 from fedlab.models.encoder import SentenceClassifier
 from fedlab.models.loaded import LoadedModel
 
@@ -45,5 +47,25 @@ def model_card(loaded: LoadedModel) -> str:
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, fedlab]\n---\n# LoRA adapter of {base}",
         *(["Labels, in the order of the outputs (`labels.json`):", "\n".join(rows)] if names else []),
         f"```python\n{load}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def merged_card(config: RunConfig, result: Mapping[str, Any]) -> str:
+    """What a merged model is, what it was scored, and what it cost in privacy, in Markdown."""
+    base = json.dumps(config.model.name)
+    scores = [f"- {name}: {value:.4f}" for name, value in (result.get("scores") or {}).items() if value is not None]
+    privacy = (
+        f"Trained under differential privacy with ε = {result['epsilon']:.4g}; `PRIVACY.md` says for which δ, what of"
+        " whom that protects, and against whom."
+        if isinstance(result.get("epsilon"), int | float)
+        else "Trained without differential privacy."
+    )
+    parts = [
+        f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [fedlab]\n---\n# {base}, fine-tuned federated",
+        f"A LoRA adapter of rank {config.lora.rank} ({config.strategy.name}, {config.run.rounds} rounds,"
+        f" objective {config.objective.name}), merged into its base by fedlab.",
+        privacy,
+        *(["Scores on held-out examples:", "\n".join(scores)] if scores else []),
     ]
     return "\n\n".join(parts) + "\n"

@@ -90,11 +90,12 @@ class Objective(ABC):
 
         Raises ConfigError for a column that is missing, or that it does not read.
         """
-        if data.messages is not None:
-            raise ConfigError(
-                f'data.messages = {data.messages!r} is read by objective.name = "instruction" alone; give data.text'
-                " and data.label"
-            )
+        for key in ("messages", "context"):
+            if getattr(data, key) is not None:
+                raise ConfigError(
+                    f'data.{key} = {getattr(data, key)!r} is read by objective.name = "instruction" alone; give'
+                    " data.text and data.label"
+                )
         return with_label(data)
 
     @classmethod

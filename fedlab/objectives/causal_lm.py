@@ -27,7 +27,7 @@ class CausalLM(LanguageModel):
     @classmethod
     def columns(cls, data: DataSection) -> DataSection:
         """See ``Objective.columns``; there is no column but the text."""
-        for key in ("label", "messages"):
+        for key in ("label", "messages", "context"):
             if getattr(data, key) is not None:
                 raise ConfigError(
                     f'data.{key} = {getattr(data, key)!r} is not read by objective.name = "causal-lm", which learns the'

@@ -82,7 +82,7 @@ class Instruction(LanguageModel):
         messages = self._opening(prompt)
         if self._chats(tokenizer):
             return _templated(tokenizer, messages, True)
-        return list(tokenizer(self._filled(prompt), truncation=False)["input_ids"])
+        return super().prompt_ids(self._filled(prompt), tokenizer)
 
     def _chats(self, tokenizer: Any) -> bool:
         return self.template is None and getattr(tokenizer, "chat_template", None) is not None
@@ -105,8 +105,7 @@ class Instruction(LanguageModel):
                     " objective.template; give prompt and answer columns instead"
                 )
             return _conversation_row(messages, tokenizer)
-        ids = list(tokenizer(self._filled(prompt), truncation=False)["input_ids"])
-        ids = ids[:-1] if ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else ids
+        ids = super().prompt_ids(self._filled(prompt), tokenizer)
         said = ended(list(tokenizer(answer, truncation=False, add_special_tokens=False)["input_ids"]), tokenizer)
         return ids + said, [NO_LOSS] * len(ids) + said
 

@@ -69,6 +69,12 @@ class LanguageModel(Objective):
         kept[:] = values
         return kept, ()
 
+    def prompt_ids(self, prompt: str, tokenizer: Any) -> list[int]:
+        """What a model reads before it answers."""
+        ids = list(tokenizer(prompt, truncation=False)["input_ids"])
+        ends = self.shift and ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id)
+        return ids[:-1] if ends else ids  # a text that has ended is not gone on with
+
     def labelled(self, model: Model, batch: Batch) -> Labelled:
         """The positions that have a label; differentiable in the model's trained tensors."""
         with without(output_layer(model)):

@@ -86,7 +86,7 @@ def test_other_objectives_and_other_columns_beside_it_are_refused(tmp_path: Path
         load_corpus(section(path), 0, objective="classification")
     with pytest.raises(ConfigError, match=r'not read by objective.name = "causal-lm"'):
         load_corpus(section(path), 0, objective="causal-lm")
-    with pytest.raises(ValueError, match="takes the place of text and label"):
+    with pytest.raises(ValueError, match="takes the place of text, context and label"):
         section(path, text="id")
 
 
@@ -99,3 +99,18 @@ def test_plain_text_needs_no_label(tmp_path: Path):
         load_corpus(data, 0, objective="instruction")
     with pytest.raises(ConfigError, match=r"not read by objective.name"):
         load_corpus(data.model_copy(update={"label": "text"}), 0, objective="causal-lm")
+
+
+def test_context_may_be_empty_and_a_prompt_may_not(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Ho"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    columns = {"text": "instruction", "context": "input", "label": "output"}
+    data = DataSection.model_validate({"source": "files", "path": str(path), **columns})
+    corpus = load_corpus(data, 0, objective="instruction")
+    assert (corpus.texts, corpus.pairs, corpus.labels.tolist()) == (["Add.", "Hi"], ["1 2", ""], ["3", "Ho"])
+    with pytest.raises(ConfigError, match="read by objective.name = .instruction. alone"):
+        load_corpus(data, 0, objective="classification")
+    turned = DataSection.model_validate({**data.model_dump(), "text": "input", "context": "instruction"})
+    with pytest.raises(ConfigError, match="1 of 2 rows have nothing in column 'input', the text"):
+        load_corpus(turned, 0, objective="instruction")
