@@ -264,6 +264,9 @@ class EvaluateSection(Section):
     batch_size: int = Field(default=128, gt=0, description="examples per forward pass of an evaluation")
     generations: int = Field(default=64, gt=0, description="generation: held-out prompts that are answered, at most")
     new_tokens: int = Field(default=48, gt=0, description="generation, prompts: longest answer, in tokens")
+    choices: tuple[str, ...] = Field(
+        default=(), description="choice: the answers of which a model holds one for the most probable, two or more"
+    )
     drift: str | None = Field(
         default=None,
         description=(

@@ -11,14 +11,17 @@ import numpy as np
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
 from fedlab.errors import ConfigError
-from fedlab.evaluate import classification, generation, language, multi_label, regression
+from fedlab.evaluate import calibration, choice, classification, generation, glue, language, multi_label, regression
 from fedlab.evaluate.base import Evaluator
 from fedlab.models.loaded import LoadedModel
 from fedlab.objectives import objective_class
 
 EVALUATORS: dict[str, Evaluator] = {
     "classification": classification.EVALUATOR,
+    "calibration": calibration.EVALUATOR,
+    "choice": choice.EVALUATOR,
     "generation": generation.EVALUATOR,
+    "glue": glue.EVALUATOR,
     "language": language.EVALUATOR,
     "multi-label": multi_label.EVALUATOR,
     "regression": regression.EVALUATOR,
@@ -44,6 +47,11 @@ def evaluators_of(config: RunConfig) -> dict[str, Evaluator]:
     names = [score for evaluator in found.values() for score in evaluator.scores]
     if twice := sorted({score for score in names if names.count(score) > 1}):
         raise ConfigError(f"evaluate.evaluators: two of {', '.join(found)} give {twice[0]!r}; leave one out")
+    if ("choice" in found) != (len(config.evaluate.choices) > 1):
+        raise ConfigError(
+            f"evaluate.choices = {list(config.evaluate.choices)}: the evaluator choice needs two answers or more to"
+            ' choose from, as ["yes", "no"], and nothing else reads them'
+        )
     if objective.primary not in names:
         raise ConfigError(
             f"evaluate.evaluators = {list(found)}: none gives {objective.primary!r}, the score by which runs are"

@@ -35,7 +35,7 @@ def answers(
     """
     count = min(len(indices), settings.generations)
     some = indices[np.arange(count) * len(indices) // count]
-    prompts, written = zip(*(_prompt_and_answer(model, data, i) for i in some), strict=True)
+    prompts, written = zip(*(prompt_and_answer(model, data, i) for i in some), strict=True)
     found = generate(model, list(prompts), settings.new_tokens, settings.batch_size)
     return scores_of(found, written)
 
@@ -131,7 +131,8 @@ def _ends(model: LoadedModel) -> list[int]:
     return sorted(found - {None})
 
 
-def _prompt_and_answer(model: LoadedModel, data: FederatedData, index: int) -> tuple[list[int], str]:
+def prompt_and_answer(model: LoadedModel, data: FederatedData, index: int) -> tuple[list[int], str]:
+    """Tokens of what a model reads before it answers an example, and the written answer, of a conversation the first."""
     batch = data.batch(np.array([index]), cast(int, model.tokenizer.pad_token_id))
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].numpy()
     if isinstance(model.objective, Seq2Seq):
