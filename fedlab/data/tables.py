@@ -273,9 +273,10 @@ def _hub_table(name: str, part: Any, columns: Columns, names: Sequence[str] | No
     there = [column for column in part.column_names if column in columns.all]
     whole = part.select_columns(there).with_format("arrow")[:]
     table = from_arrow(Path(name), whole, columns.all, part.column_names, columns.nested, columns.label)
-    if names is not None and columns.label in table.lists:
-        values = table.columns[columns.label]
-        table.columns[columns.label] = [v and listed([names[int(n)] for n in json.loads(v)]) for v in values]
+    if names is not None and table.lists:
+        for column in table.lists:
+            values = table.columns[column]
+            table.columns[column] = [v and listed([names[int(n)] for n in json.loads(v)]) for v in values]
     elif names is not None and columns.label in table.columns:
         values = table.columns[columns.label]
         for row, value in enumerate(values, 1):

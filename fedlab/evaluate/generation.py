@@ -132,7 +132,7 @@ def _ends(model: LoadedModel) -> list[int]:
 
 
 def prompt_and_answer(model: LoadedModel, data: FederatedData, index: int) -> tuple[list[int], str]:
-    """Tokens of what a model reads before it answers an example, and the written answer, of a conversation the first."""
+    """Tokens that a model reads before it answers an example, and the written answer; of a conversation the first."""
     batch = data.batch(np.array([index]), cast(int, model.tokenizer.pad_token_id))
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].numpy()
     if isinstance(model.objective, Seq2Seq):

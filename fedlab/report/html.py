@@ -79,9 +79,9 @@ def render_report(path: Path, result: dict[str, Any]) -> str:
         spent = ([t["round"] for t in trained], [t["epsilon"] for t in trained])
         figures.append(line_chart("Privacy spent", {"ε": spent}, "ε of the worst client"))
     scores = {c: info["score"] for c, info in result["clients"].items() if info["score"] is not None}
-    curve = result["client_scores"].get("curve") or []
-    if len(curve) > 1:
-        figures.append(_curve_over_clients(curve, result["client_scores"]["worst_decile"], result["primary"]))
+    spread = result["client_scores"]
+    if len(spread.get("curve") or []) > 1:
+        figures.append(_curve_over_clients(spread["curve"], spread["worst_decile"], result["primary"]))
     if scores:
         figures.append(bar_chart(f"{result['primary']} per client", list(scores), list(scores.values()), "held-out"))
     return (
