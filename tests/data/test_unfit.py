@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from fedlab.config.data import DataSection
-from fedlab.data.corpus import Corpus, written
+from fedlab.data.corpus import Corpus, renumbered, written
 from fedlab.data.several import unpacked
 from fedlab.data.sources import load_corpus
 from fedlab.data.unfit import fit_labels
-from fedlab.errors import ConfigError
+from fedlab.errors import ConfigError, LabelError
 from fedlab.objectives import Regression
 
 
@@ -68,6 +68,26 @@ def test_several_labels_in_each_of_their_forms(tmp_path: Path):
         load_corpus(section(bad), 0, objective="multi-label")
     assert "begins with [ and is no JSON list of names (b.csv: line 3, b.csv: line 6)" in str(caught.value)
     assert "has an empty name in it (b.csv: line 4, b.csv: line 5)" in str(caught.value)
+
+
+def test_lists_of_classes_of_the_hub(monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    names = ["joy", "anger", "fear"]
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "labels": datasets.Sequence(datasets.ClassLabel(names=names))}
+    )
+    rows = {"text": ["a", "b", "c"], "labels": [[2, 0], [], [1]]}
+    found = {"train": datasets.Dataset.from_dict(rows, features=features)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+    data = DataSection(source="hub", path="some/emotions", text="text", label="labels", clients=2)
+    corpus = load_corpus(data, 0, objective="multi-label")
+    assert corpus.label_names == tuple(names)
+    assert [unpacked(label)[1] for label in corpus.labels] == [["fear", "joy"], [], ["anger"]]
+    other = renumbered(corpus, ("fear", "anger", "joy", "surprise"))
+    assert other.label_counts(np.arange(3)).tolist() == [1, 1, 1, 0]
+    with pytest.raises(LabelError, match="has the label 'fear', which is not among the 2"):
+        renumbered(corpus, ("joy", "anger"))
 
 
 def test_lists_of_files_are_labels_of_several_and_of_nothing_else(tmp_path: Path):

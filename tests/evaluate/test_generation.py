@@ -20,9 +20,9 @@ HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_positi
 PROMPTS = [[10], [11, 12, 13], list(range(20, 37)), [14, 15], list(range(9, 20)), list(range(30, 39))]
 
 
-def loaded(path: Path, objective: LanguageModel) -> LoadedModel:
+def loaded(path: Path, objective: LanguageModel, dtype: torch.dtype = torch.float32) -> LoadedModel:
     section = ModelSection(name=str(path))
-    base, head = load_base(section, objective)
+    base, head = load_base(section, objective, dtype)
     lora = LoraSection(rank=2, alpha=4, target_modules="all-linear")
     return adapt(base, head, load_tokenizer(section), lora, str(path), torch.device("cpu"), objective)
 
@@ -78,6 +78,15 @@ def test_a_long_prompt_does_not_shorten_the_answers_of_others(models: dict[str, 
     """GPT-2 has 48 positions: of the longest prompt three are left, of its neighbours more."""
     model, prompts = models["gpt2"], [[10], list(range(20, 65)), list(range(20, 58)), list(range(3, 51))]
     assert generate(model, prompts, 12, 4) == [generate(model, [prompt], 12, 1)[0] for prompt in prompts]
+
+
+def test_in_16_bits_too(models: dict[str, LoadedModel]):
+    """With attention of our own, which a CPU has in 16 bits."""
+    name = str(models["llama"].module.peft_config["default"].base_model_name_or_path)
+    model = loaded(Path(name), CausalLM(), torch.bfloat16)
+    alone = [generate(model, [prompt], 12, 1)[0] for prompt in PROMPTS]
+    assert len(set(alone)) > 2
+    assert generate(model, PROMPTS, 12, len(PROMPTS)) == alone
 
 
 def greedy(model: LoadedModel, prompt: list[int], count: int) -> list[int]:

@@ -14,7 +14,7 @@ from fedlab.config import RunConfig
 from fedlab.data.public import prompts, texts_at
 from fedlab.errors import ConfigError
 from fedlab.evaluate.generation import generate
-from fedlab.evaluate.public import drift
+from fedlab.evaluate.public import drift, sample_answers
 from fedlab.privacy.audit.run import audit_run
 from fedlab.run.regenerate import regenerate
 from fedlab.session import open_session
@@ -53,6 +53,18 @@ def test_drift_is_the_perplexity_of_each_token_after_the_first(files: tuple[Path
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     few = RunConfig.parse(llama_toml, [*asking(files), "evaluate.drift_texts=2"])
     assert drift(session.model, few)["texts"] == 2
+
+
+@pytest.mark.parametrize("toml", ["causal_toml", "t5_toml"])
+def test_every_objective_that_generates_answers(toml: str, files: tuple[Path, Path], request: pytest.FixtureRequest):
+    settings = [asking(files)[1], "evaluate.new_tokens=6"]
+    session = open_session(RunConfig.parse(request.getfixturevalue(toml), settings).to_toml())
+    model = session.model
+    asked = model.objective.prompt_ids(PROMPTS[1], model.tokenizer)
+    assert asked == model.objective.encode(PROMPTS[1:], None, None, model.tokenizer, 64)["input_ids"][0]
+    found = sample_answers(model, session.config)
+    assert [one["prompt"] for one in found] == PROMPTS
+    assert all(isinstance(one["answer"], str) for one in found)
 
 
 def test_a_run_keeps_seals_and_shows_both(
