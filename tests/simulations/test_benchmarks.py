@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +43,23 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path):
         assert all(figures[way] > 0 for way in module.WAYS)
         assert 0 < figures["share"] < 1
         assert figures["overhead"] == figures["bare"] / figures["cohort"]
+
+
+@pytest.mark.slow  # five processes, each with a model of its own
+def test_a_step_of_a_language_model_is_measured_in_every_way(tiny_llama: Path, tmp_path: Path):
+    done = subprocess.run(
+        [
+            *(sys.executable, str(SCRIPTS / "lm_step.py"), "--model", str(tiny_llama), "--repeats", "1"),
+            *("--batch", "2", "--length", "16", "--json", str(tmp_path / "out.json")),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["seconds"].keys() == found["memory"].keys()
+    assert {"stock peft, no privacy", "fedlab DP, fused", "fedlab DP, hooks"} <= found["seconds"].keys()
+    assert all(value > 0 for value in found["memory"].values())
 
 
 def test_the_noise_benchmark_measures_every_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
