@@ -11,7 +11,12 @@ from fedlab.lora.state import State, residual_of, with_residual
 
 
 def require_float32(config: RunConfig) -> None:
-    """Raises ConfigError where the base is kept in 16 bits: it would round a residual away."""
+    """Raises ConfigError where the base is kept in 16 bits or fewer: it would round a residual away."""
+    if config.model.quantize != "none":
+        raise ConfigError(
+            f'strategy.name = "{config.strategy.name}" adds a residual to the base, whose weights model.quantize ='
+            f' "{config.model.quantize}" keeps in few bits; set model.quantize = "none"'
+        )
     if config.run.dtype != "float32":
         raise ConfigError(
             f'strategy.name = "{config.strategy.name}" adds a residual to the base, which run.dtype ='

@@ -117,6 +117,12 @@ class ModelSection(Section):
         description="a directory in Hugging Face's format, an installed package that carries one, or a hub id",
     )
     revision: str | None = Field(default=None, description="hub: commit, tag or branch of the model")
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        default="none",
+        description=(
+            "keep the frozen linear layers of a language model in 4 bits (nf4, by bitsandbytes) or 8 (int8, by torchao)"
+        ),
+    )
 
 
 class ObjectiveSection(Section):

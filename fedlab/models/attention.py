@@ -38,6 +38,8 @@ def _attention(
 
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
+    if options.get("position_bias") is not None:  # T5's, which is added to the scores
+        options["position_bias"] = options["position_bias"].float()
     output, _ = sdpa_attention_forward(
         module, query.float(), key.float(), value.float(), attention_mask, *args, **options
     )

@@ -19,6 +19,33 @@ def find_blocks(module: nn.Module, adapted: Sequence[str], setting: str) -> tupl
 
     Raises ConfigError, naming the ``setting`` that needs them, unless the adapters sit in the blocks of one list.
     """
+    places = _places(module, adapted)
+    if len(places) != 1:
+        found = ", ".join(sorted(places)) or "none"
+        raise ConfigError(f"{setting} needs a model with one list of blocks that carries all adapters; found {found}")
+    ((parent, positions),) = places.items()
+    return list(cast(nn.ModuleList, module.get_submodule(parent))), min(positions)
+
+
+def blocks_in_gradient(module: nn.Module, adapted: Sequence[str], setting: str) -> list[nn.Module]:
+    """The blocks that a backward pass goes through: of each list those from its lowest one with an adapter; of a
+    decoder that reads an adapted encoder all, since each of them passes gradients to the encoder.
+
+    Raises ConfigError, naming the ``setting`` that needs them, unless the adapters sit in such lists.
+    """
+    places = _places(module, adapted)
+    if len(places) == 1 or not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        blocks, lowest = find_blocks(module, adapted, setting)
+        return blocks[lowest:]
+    found = []
+    for parent, positions in sorted(places.items()):
+        blocks = list(cast(nn.ModuleList, module.get_submodule(parent)))
+        found += blocks if "decoder" in parent.split(".") else blocks[min(positions) :]
+    return found
+
+
+def _places(module: nn.Module, adapted: Sequence[str]) -> dict[str, set[int]]:
+    """Lists of blocks that carry adapters → the positions of those blocks."""
     places: dict[str, set[int]] = {}
     for name in adapted:
         path = name.split(".")
@@ -27,11 +54,7 @@ def find_blocks(module: nn.Module, adapted: Sequence[str], setting: str) -> tupl
             if isinstance(module.get_submodule(parent), nn.ModuleList):
                 places.setdefault(parent, set()).add(int(path[depth]))
                 break
-    if len(places) != 1:
-        found = ", ".join(sorted(places)) or "none"
-        raise ConfigError(f"{setting} needs a model with one list of blocks that carries all adapters; found {found}")
-    ((parent, positions),) = places.items()
-    return list(cast(nn.ModuleList, module.get_submodule(parent))), min(positions)
+    return places
 
 
 @contextmanager

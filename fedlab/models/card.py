@@ -14,9 +14,9 @@ LABELS = "labels.json"  # beside the adapter: what from_pretrained has to be tol
 LOAD = """import json
 from peft import {auto}
 
-told = json.load(open("adapter/labels.json"))  # what the base is to be told: outputs, and their names if they have any
-{names}model = {auto}.from_pretrained("adapter", **told)"""
-NAMES = 'told["id2label"] = {int(i): name for i, name in told["id2label"].items()}  # keys of JSON are strings\n'
+told = json.load(open("adapter/labels.json"))  # {told}
+{keys}model = {auto}.from_pretrained("adapter", **told)"""
+KEYS = 'told["id2label"] = {int(i): name for i, name in told["id2label"].items()}  # keys of JSON are strings\n'
 # such a base has pooling of its own, which transformers does not know
 LOAD_ENCODER = """from fedlab.models.plain import load_run
 
@@ -25,14 +25,16 @@ model = load_run(".")  # the directory that holds run.toml and adapter/"""
 
 def arguments(loaded: LoadedModel) -> dict[str, Any]:
     """What ``from_pretrained`` has to be told of the base: the head's outputs with their names if they have any, what
-    they are, and padding that it does not know.
+    they are, padding that it does not know, and in how many bits it was.
     """
     names = loaded.objective.labels
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     padding = {"pad_token_id": loaded.tokenizer.pad_token_id}
     unnamed = {} if names or loaded.objective.head_width is None else {"num_labels": loaded.objective.head_width}
     problem = {} if loaded.objective.problem is None else {"problem_type": loaded.objective.problem}
-    return (labels if names else unnamed) | problem | (padding if loaded.told_padding else {})
+    kept: Any = getattr(loaded.module.config, "quantization_config", None)
+    quantised = {} if kept is None else {"quantization_config": kept.to_dict()}
+    return (labels if names else unnamed) | problem | (padding if loaded.told_padding else {}) | quantised
 
 
 def model_card(loaded: LoadedModel) -> str:
@@ -41,14 +43,18 @@ def model_card(loaded: LoadedModel) -> str:
     base, names = json.dumps(config.base_model_name_or_path), loaded.objective.labels
     auto = f"AutoPeft{loaded.objective.auto_class.removeprefix('Auto')}"
     encoder = isinstance(loaded.module.get_base_model(), SentenceClassifier)
-    load = LOAD_ENCODER if encoder else LOAD.format(auto=auto, names=NAMES if names else "")
     rows = [f"- {i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(names)]
     parts = [
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, fedlab]\n---\n# LoRA adapter of {base}",
         *(["Labels, in the order of the outputs (`labels.json`):", "\n".join(rows)] if names else []),
-        f"```python\n{load}\n```",
+        f"```python\n{LOAD_ENCODER if encoder else _loading(auto, bool(names))}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _loading(auto: str, named: bool) -> str:
+    told = "names of the outputs, and so the size of the head" if named else "what the base is loaded with"
+    return LOAD.format(auto=auto, told=told, keys=KEYS if named else "")
 
 
 def merged_card(config: RunConfig, result: Mapping[str, Any]) -> str:

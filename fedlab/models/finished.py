@@ -34,7 +34,8 @@ def open_run(run: str | Path) -> LoadedModel:
     config, labels = saved(path)
     objective = objective_class(config.objective.name).of(config.objective, labels, ())
     dtype = torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
-    plain, device = load_plain(config.model, objective, path / "adapter", dtype), device_of(config.run.device)
+    device = device_of(config.run.device)
+    plain = load_plain(config.model, objective, path / "adapter", dtype, device)
     return LoadedModel(cast(Any, plain.to(device)), load_tokenizer(config.model), device, objective)
 
 
@@ -66,6 +67,11 @@ def merge(run: str | Path, out: str | Path) -> Path:
     config, _ = saved(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{str(out)!r} is there already; give another directory")
+    if config.model.quantize != "none":
+        raise ConfigError(
+            f'model.quantize = "{config.model.quantize}": an adapter that is merged into weights of few bits would be'
+            " rounded to them; load both with peft, as adapter/README.md shows"
+        )
     model = open_run(path)
     if isinstance(model.module.get_base_model(), SentenceClassifier):
         raise ConfigError(

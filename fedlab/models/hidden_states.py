@@ -34,6 +34,7 @@ from fedlab.errors import ConfigError
 from fedlab.files import replacing
 from fedlab.models.blocks import find_blocks, stepping_over
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
+from fedlab.models.quantised import kind_of
 from fedlab.models.watch import watching
 
 PART = 4096  # texts per file
@@ -49,6 +50,16 @@ def cache_hidden_states(model: LoadedModel, data: FederatedData) -> FederatedDat
     Raises ConfigError if the lowest block is adapted, if the model's blocks cannot be stepped over, or if the disk is
     too small.
     """
+    if getattr(model.module.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{SETTING} = true is for models with one stack of blocks; this one has an encoder and a decoder that reads"
+            f" it: set {SETTING} = false"
+        )
+    if any(kind_of(layer) is not None for layer in model.module.modules()):
+        raise ConfigError(
+            f"{SETTING} = true keeps what weights of a base give by the weights' bytes, which quantised ones"
+            f' (model.quantize) do not tell alone; set {SETTING} = false, or model.quantize = "none"'
+        )
     adapted = [PEFT_PREFIX + name for name in model.scale]
     blocks, lowest = find_blocks(model.module, adapted, SETTING)
     if lowest == 0:

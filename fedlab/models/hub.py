@@ -32,6 +32,9 @@ def locate(model: ModelSection) -> str:
 
 def check_model(model: ModelSection) -> None:
     """Raise ConfigError if the model cannot be had, without importing torch models or loading a weight."""
+    from fedlab.models.quantised import check_quantiser  # here: torch comes with it
+
+    check_quantiser(model)
     location = locate(model)
     if Path(location).is_dir():
         if not (Path(location) / "config.json").is_file():

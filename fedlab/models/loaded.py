@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedlab.lora.state import BASIS, RESIDUAL, UNTRAINED, State, digest, outer_b, part_of, residual_of
 from fedlab.lora.svd import principal_rows
 from fedlab.models.blocks import stepping_over
+from fedlab.models.quantised import dense, kind_of
 from fedlab.objectives.base import Objective
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ class LoadedModel:
                 raise ValueError(f"residual of {module!r}, which has no adapter")
             factors = residual_of(residual, module)
             assert factors is not None
+            if (kind := kind_of(self._base_layer(module))) is not None:
+                raise ValueError(f"residual of {module!r}, whose weight is quantised ({kind}) and cannot take it")
             weight = self._weight(module)
             if module not in self._pristine:
                 self._pristine[module] = weight.clone()
@@ -104,9 +107,12 @@ class LoadedModel:
             weight.copy_(pristine.float() + (delta.mT if self.transposed(module) else delta))
         self._folded = name
 
+    def _base_layer(self, module: str) -> nn.Module:
+        layer: nn.Module = cast(Any, self.layer(module)).base_layer
+        return layer
+
     def _weight(self, module: str) -> Tensor:
-        layer: Any = self.layer(module)
-        weight: Tensor = layer.base_layer.weight
+        weight: Tensor = cast(Any, self._base_layer(module)).weight
         return weight
 
     def transposed(self, module: str) -> bool:
@@ -126,8 +132,9 @@ class LoadedModel:
         }
 
     def pristine(self, module: str) -> Tensor:
-        """A module's weight [m, n] as it was loaded, without any residual; float64 on the CPU."""
-        weight = self._pristine.get(module, self._weight(module)).detach().to("cpu", torch.float64)
+        """A module's weight [m, n] as it was loaded, without any residual, dequantised; float64 on the CPU."""
+        own = self._pristine[module] if module in self._pristine else dense(self._base_layer(module))
+        weight = own.detach().to("cpu", torch.float64)
         return weight.mT if self.transposed(module) else weight
 
     def leading_inputs(self, module: str, rank: int) -> Tensor:

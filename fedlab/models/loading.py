@@ -28,6 +28,7 @@ from fedlab.models.encoder import SentenceClassifier, pooling_of
 from fedlab.models.head import nested_copies, whole_modules
 from fedlab.models.hub import locate
 from fedlab.models.loaded import LoadedModel
+from fedlab.models.quantised import quantisation, require_plain
 from fedlab.models.targets import check_adapted, target_modules
 from fedlab.objectives.base import Objective
 
@@ -53,7 +54,7 @@ def quiet_seeded(seed: int) -> Iterator[None]:
 
 
 def load_base(
-    model: ModelSection, objective: Objective, dtype: torch.dtype = torch.float32
+    model: ModelSection, objective: Objective, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> tuple[nn.Module, list[str]]:
     """The base as an objective needs it, and the names of its head's modules, which are trained whole; none for an
     objective without a head.
@@ -61,13 +62,22 @@ def load_base(
     This is the object to give to ``PeftModel.from_pretrained(base, RUN_DIR/"adapter")``: what the objective's Auto
     class returns; for a sentence encoder under an objective with a head, a ``SentenceClassifier``.
 
+    A quantised base goes to ``device`` at once, others stay on the CPU.
+
     Raises ConfigError for a model that cannot be loaded, has no head where one is to be trained, or lacks weights where
-    none is.
+    none is; for a quantised one with a head.
     """
     import transformers
 
     location, width = locate(model), objective.head_width
     options: dict[str, Any] = {"revision": model.revision, "dtype": dtype, "local_files_only": Path(location).is_dir()}
+    if model.quantize != "none":
+        if width is not None:
+            raise ConfigError(
+                f'model.quantize = "{model.quantize}" is for language models: this objective trains a head, which would'
+                ' be quantised too; set model.quantize = "none"'
+            )
+        options |= quantisation(model, dtype) | {"device_map": {"": device or torch.device("cpu")}}
     sized = {} if width is None else {"num_labels": width, "ignore_mismatched_sizes": True}
     try:
         with quiet_seeded(0):
@@ -80,6 +90,7 @@ def load_base(
             )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name = {model.name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    require_plain(base, model)
     fresh = {
         *info["missing_keys"],
         *(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]),
@@ -145,8 +156,9 @@ def build(config: RunConfig, objective: Objective) -> LoadedModel:
 @lru_cache(maxsize=1)
 def _build(model: ModelSection, lora: LoraSection, objective: Objective, dtype: str, device_name: str) -> LoadedModel:
     tokenizer = load_tokenizer(model)
-    base, head = load_base(model, objective, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    return adapt(base, head, tokenizer, lora, model.name, device_of(device_name), objective, model.revision)
+    device = device_of(device_name)
+    base, head = load_base(model, objective, torch.bfloat16 if dtype == "bfloat16" else torch.float32, device)
+    return adapt(base, head, tokenizer, lora, model.name, device, objective, model.revision)
 
 
 def adapt(
@@ -169,10 +181,13 @@ def adapt(
     sixteen_bits = next(base.parameters()).dtype == torch.bfloat16
     own_padding = getattr(base.config, "pad_token_id", None)
     base.config.pad_token_id = tokenizer.pad_token_id
-    base.config.use_cache = False  # keys and values are never read again: nothing is generated
+    for part in base.modules():  # T5's stacks have configurations of their own
+        if hasattr(getattr(part, "config", None), "use_cache"):
+            part.config.use_cache = False  # keys and values are never read again: training generates nothing
     if sixteen_bits and device.type == "cpu":
         attend_in_float32(base)
-    base.to(device)  # before the adapter is made: moving afterwards would detach what optimisers hold
+    if getattr(base, "hf_quantizer", None) is None:  # a quantised one is there
+        base.to(device)  # before the adapter is made: moving afterwards would detach what optimisers hold
     settings = LoraConfig(
         task_type=TaskType[objective.task_type],
         r=lora.rank,

@@ -36,14 +36,18 @@ REJECTED = ".rejected"  # what the directory of an adapter that differs is calle
 
 
 def load_plain(
-    model: ModelSection, objective: Objective, adapter: Path, dtype: torch.dtype = torch.float32
+    model: ModelSection,
+    objective: Objective,
+    adapter: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """The base from its own files with the adapter of a directory, as ``PeftModel.from_pretrained`` loads it; on the
-    CPU. In 16 bits it attends and ends in float32, as a run does.
+    CPU, a quantised one on ``device``. In 16 bits it attends and ends in float32, as a run does.
     """
     from peft import PeftModel
 
-    base, head = load_base(model, objective, dtype)
+    base, head = load_base(model, objective, dtype, device)
     told = json.loads((adapter / LABELS).read_text(encoding="utf-8"))
     if "pad_token_id" in told:
         cast(Any, base).config.pad_token_id = told["pad_token_id"]
@@ -96,7 +100,9 @@ def save_checked(
     shutil.rmtree(rejected, ignore_errors=True)
     save_adapter(loaded, state, rejected)
     try:
-        plain = load_plain(config.model, loaded.objective, rejected, next(loaded.module.parameters()).dtype)
+        plain = load_plain(
+            config.model, loaded.objective, rejected, next(loaded.module.parameters()).dtype, loaded.device
+        )
         other = differing(plain, loaded, state)
         gap, limit = logits_gap(plain, loaded, state)
     except Exception as error:

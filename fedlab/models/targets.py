@@ -9,6 +9,31 @@ from torch import nn
 from fedlab.config.sections import LoraSection
 from fedlab.errors import ConfigError
 from fedlab.models.loaded import LoadedModel
+from fedlab.models.quantised import shape_of
+
+# families that peft has no default for: the projections to queries and values, or those that hold them
+DEFAULTS: dict[str, tuple[str, ...]] = {
+    "albert": ("query", "value"),
+    "blenderbot": ("q_proj", "v_proj"),
+    "cohere": ("q_proj", "v_proj"),
+    "distilbert": ("q_lin", "v_lin"),
+    "granite": ("q_proj", "v_proj"),
+    "led": ("query", "value", "q_proj", "v_proj"),
+    "longt5": ("q", "v"),
+    "m2m_100": ("q_proj", "v_proj"),
+    "marian": ("q_proj", "v_proj"),
+    "mbart": ("q_proj", "v_proj"),
+    "modernbert": ("Wqkv",),
+    "mpnet": ("q", "v"),
+    "olmo2": ("q_proj", "v_proj"),
+    "pegasus": ("q_proj", "v_proj"),
+    "phi3": ("qkv_proj",),
+    "qwen2_moe": ("q_proj", "v_proj"),
+    "qwen3_moe": ("q_proj", "v_proj"),
+    "smollm3": ("q_proj", "v_proj"),
+    "starcoder2": ("q_proj", "v_proj"),
+    "umt5": ("q", "v"),
+}
 
 
 def linear_names(base: nn.Module, head: list[str]) -> list[str]:
@@ -34,19 +59,30 @@ def target_modules(base: nn.Module, lora: LoraSection, head: list[str]) -> list[
         return linear if layers is None else [n for n in linear if not {*n.split(".")}.isdisjoint(map(str, layers))]
     if asked == "auto":
         model_type = getattr(base.config, "model_type", "")
-        if model_type not in known:
+        defaults = {**DEFAULTS, **known}
+        if model_type not in defaults:
             raise ConfigError(
                 f'lora.target_modules = "auto" knows no default for {model_type!r}; name modules, or use "all-linear"'
             )
-        asked = tuple(known[model_type])
+        asked = tuple(defaults[model_type])
     names = [asked] if isinstance(asked, str) else list(asked)
     for name in names:
         if not any(n == name or n.endswith(f".{name}") for n in linear):
             short = sorted({n.rpartition(".")[2] for n in linear})
             raise ConfigError(
-                f"lora.target_modules: {name!r} matches no linear module; this model has {', '.join(short)}"
+                f"lora.target_modules: {name!r} matches no linear module{_batched(base, name)}; this model has"
+                f" {', '.join(short)}"
             )
     return names
+
+
+def _batched(base: nn.Module, name: str) -> str:
+    """Why a name that holds a mixture's experts matches nothing."""
+    for full, module in base.named_modules():
+        held = any(p.ndim == 3 and len(p) > 1 for p in module.parameters(recurse=False))
+        if held and (full.endswith(f".{name}") or any(leaf == name for leaf, _ in module.named_parameters())):
+            return f" ({full} keeps all experts in one parameter, which is fed tokens of several examples together)"
+    return ""
 
 
 def check_adapted(loaded: LoadedModel, base: nn.Module, lora: LoraSection) -> None:
@@ -68,10 +104,13 @@ def check_adapted(loaded: LoadedModel, base: nn.Module, lora: LoraSection) -> No
             owners.setdefault(id(parameter), []).append(name)
     for name in adapted:
         adapted_layer: Any = base.get_submodule(name)
-        weight = adapted_layer.base_layer.weight
+        weight, sides = adapted_layer.base_layer.weight, shape_of(adapted_layer.base_layer)
         if len(shared := owners[id(weight)]) > 1:
             raise ConfigError(
                 f"lora: {name} shares its weight with {len(shared) - 1} other module(s) (tied); adapt other modules"
             )
-        if lora.rank > min(weight.shape):
-            raise ConfigError(f"lora.rank = {lora.rank} exceeds {name}'s smaller side, {min(weight.shape)}")
+        if lora.rank > min(sides):
+            raise ConfigError(
+                f"lora.rank = {lora.rank} exceeds {name}'s smaller side, {min(sides)}; lower it, or name"
+                " lora.target_modules without this one"
+            )

@@ -178,6 +178,10 @@ class Objective(ABC):
         """Run the model over a batch for what its layers see; ``labels`` may be missing from it."""
         model.outputs(batch)
 
+    def loss_bytes(self, model: Model, positions: int) -> int:
+        """Bytes that the loss of so many tokens takes at once beside what autograd keeps; for the memory plan."""
+        return 0
+
     @abstractmethod
     def per_example_loss(self, model: Model, batch: Batch) -> Tensor:
         """Loss of each example of a padded batch, [N], differentiable.

@@ -14,13 +14,13 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from fedlab.config.sections import ObjectiveSection
 from fedlab.errors import ConfigError
 from fedlab.objectives.base import NO_LOSS, Batch, Model, Objective
-from fedlab.objectives.vocabulary import most_probable, token_losses, without
+from fedlab.objectives.vocabulary import OutputLayer, chunk_bytes, most_probable, token_losses
 
 AGREES = 1e-3  # relative difference of logits by the output layer alone to those of the whole model; bfloat16 has 4e-3
 
@@ -77,7 +77,7 @@ class LanguageModel(Objective):
 
     def labelled(self, model: Model, batch: Batch) -> Labelled:
         """The positions that have a label; differentiable in the model's trained tensors."""
-        with without(output_layer(model)):
+        with output_layer(model).left_out():
             hidden: Tensor = model.outputs(batch).logits
         labels = batch["labels"].to(hidden.device)
         if self.shift:
@@ -88,7 +88,7 @@ class LanguageModel(Objective):
     def per_token_loss(self, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
         """(losses in nats [M], rows [M]) of the labelled positions."""
         found = self.labelled(model, batch)
-        layer = cast(Any, output_layer(model))
+        layer = output_layer(model)
         return token_losses(found.hidden, found.targets, layer.weight, layer.bias), found.rows
 
     def per_example_loss(self, model: Model, batch: Batch) -> Tensor:
@@ -102,7 +102,7 @@ class LanguageModel(Objective):
     def predict(self, model: Model, batch: Batch) -> Tensor:
         """The most probable token where there is a label, −100 elsewhere, [N, T], as ``labels`` are."""
         found = self.labelled(model, batch)
-        layer = cast(Any, output_layer(model))
+        layer = output_layer(model)
         labels = batch["labels"].to(model.device)
         answer = torch.full_like(labels, NO_LOSS)
         where = labels != NO_LOSS
@@ -111,20 +111,25 @@ class LanguageModel(Objective):
         answer[where] = most_probable(found.hidden, layer.weight, layer.bias)
         return answer
 
+    def loss_bytes(self, model: Model, positions: int) -> int:
+        """See ``Objective.loss_bytes``: logits of a chunk."""
+        return chunk_bytes(output_layer(model).weight, positions)
+
     def check_model(self, model: Model, batch: Batch) -> None:
         """Raise ConfigError unless the base's logits are its output layer's alone: whatever comes after it (soft caps,
         scales) would be missing from the loss.
         """
-        layer = cast(Any, output_layer(model))
+        layer, cap = output_layer(model), _cap(model)
         with torch.no_grad():
             wanted: Tensor = model.outputs(batch).logits.float()
-            with without(layer):
+            with layer.left_out():
                 found = linear(model.outputs(batch).logits, layer.weight, layer.bias).float()
         limit = AGREES if layer.weight.dtype == torch.float32 else 20 * AGREES
-        if found.shape != wanted.shape or not (found - wanted).norm() <= limit * wanted.norm():
+        if cap or found.shape != wanted.shape or not (found - wanted).norm() <= limit * wanted.norm():
+            family = type(cast(Any, model).module.get_base_model()).__name__
             raise ConfigError(
-                "model.name: this model does more to its logits than its output layer (a soft cap or a scale), which"
-                " losses by chunks would miss; take another model"
+                f"model.name: {family} does more to its logits than its output layer{cap}, which losses by chunks would"
+                " miss; take another model"
             )
 
     @abstractmethod
@@ -132,9 +137,16 @@ class LanguageModel(Objective):
         """See ``Objective.probe_labels``."""
 
 
-def output_layer(model: Model) -> nn.Module:
-    """The base's output layer. Raises ConfigError if it has none, or one that is adapted."""
-    layer = cast(Any, model).module.get_base_model().get_output_embeddings()
+def _cap(model: Model) -> str:
+    """The soft cap of a model's configuration, for messages."""
+    cap = getattr(cast(Any, model).module.config, "final_logit_softcapping", None)
+    return "" if cap is None else f" (a soft cap, final_logit_softcapping = {cap:g})"
+
+
+def output_layer(model: Model) -> OutputLayer:
+    """The base's output layer. Raises ConfigError if it has none."""
+    base = cast(Any, model).module.get_base_model()
+    layer = base.get_output_embeddings()
     if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
         raise ConfigError("model.name: this model has no output layer over its vocabulary")
-    return cast(nn.Module, layer)
+    return OutputLayer.of(base, layer)

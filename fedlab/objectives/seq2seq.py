@@ -50,8 +50,20 @@ class Seq2Seq(LanguageModel):
         labels = batch.get("labels")
         if labels is None:
             labels = torch.full_like(batch["input_ids"][:, :1], NO_LOSS)
-        return own | {"decoder_input_ids": base.prepare_decoder_input_ids_from_labels(labels=labels)}
+        return own | {"decoder_input_ids": decoder_inputs(base, labels)}
 
     def probe_labels(self, input_ids: Tensor) -> Tensor:
         """The tokens themselves."""
         return input_ids.clone()
+
+
+def decoder_inputs(base: Any, labels: Tensor) -> Tensor:
+    """What a decoder reads where it is to say ``labels`` [N, T]: its start, and the labels but the last, −100 as
+    padding. A family's own way (mBART begins with the language) comes first.
+    """
+    own = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        return cast(Tensor, own(labels=labels))
+    config = base.config
+    start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
+    return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == NO_LOSS, config.pad_token_id)], 1)

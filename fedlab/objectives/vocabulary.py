@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +19,50 @@ from torch.nn.functional import linear
 CHUNK_BYTES = 2**26  # of float32 logits that are alive at once
 
 
-@contextmanager
-def without(layer: nn.Module) -> Iterator[None]:
-    """Let a layer give back what it is fed, so that a model's "logits" are the hidden states before it."""
-    own = layer.__dict__.get("forward")
-    layer.forward = lambda hidden, *_, **__: hidden
-    try:
-        yield
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own
+ADDED = "final_logits_bias"  # a buffer that BART and its kin add to the logits of their output layer
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """A base model's frozen output layer, with whatever bias comes after it.
+
+    Args:
+        base: the model that has it.
+        module: the layer.
+        weight: [V, d].
+        bias: [V], or None.
+    """
+
+    base: nn.Module
+    module: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, base: nn.Module, module: nn.Module) -> Self:
+        """The output layer ``module`` of a base."""
+        weight, own, added = module.weight, getattr(module, "bias", None), getattr(base, ADDED, None)
+        if added is not None:
+            own = added.flatten() if own is None else own + added.flatten()
+        return cls(base, module, cast(Tensor, weight), own)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """While open, the model's "logits" are the hidden states that the layer is fed."""
+        layer, base, added = self.module, cast(Any, self.base), getattr(self.base, ADDED, None)
+        own = layer.__dict__.get("forward")
+        layer.forward = lambda hidden, *_, **__: hidden
+        try:
+            if added is not None:
+                setattr(base, ADDED, added.new_zeros(()))
+            yield
+        finally:
+            if added is not None:
+                setattr(base, ADDED, added)
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
 
 
 def token_losses(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,6 +87,12 @@ def most_probable(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 def chunk_of(weight: Tensor) -> int:
     """Positions whose logits are alive at once."""
     return max(1, CHUNK_BYTES // (4 * len(weight)))
+
+
+def chunk_bytes(weight: Tensor, positions: int) -> int:
+    """Most bytes of logits that ``token_losses`` has alive at once: in float32, and 16 bits twice for such a base."""
+    own = 2 * weight.element_size() if weight.element_size() < 4 else 0
+    return min(positions, chunk_of(weight)) * len(weight) * (4 + own)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

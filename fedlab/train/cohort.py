@@ -29,7 +29,7 @@ from fedlab.data.collate import by_length
 from fedlab.errors import FedlabError, RunFailed
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, PAST, State, part_of
-from fedlab.models.blocks import checkpointed, find_blocks
+from fedlab.models.blocks import blocks_in_gradient, checkpointed
 from fedlab.models.hardware import return_large_blocks
 from fedlab.models.loaded import PEFT_PREFIX, LoadedModel
 from fedlab.privacy.clipping import clip_factors, joint_norms
@@ -135,8 +135,8 @@ def _memory(model: LoadedModel, checkpointing: bool) -> AbstractContextManager[N
         return nullcontext()
     if model.device.type == "cpu":
         return_large_blocks()
-    blocks, lowest = find_blocks(model.module, [PEFT_PREFIX + name for name in model.scale], CHECKPOINTING)
-    return checkpointed(blocks[lowest:])
+    adapted = [PEFT_PREFIX + name for name in model.scale]
+    return checkpointed(blocks_in_gradient(model.module, adapted, CHECKPOINTING))
 
 
 def _stack(clients: list[LocalSteps], names: list[str], device: torch.device) -> _Stack:

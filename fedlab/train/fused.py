@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedlab.errors import ConfigError
 from fedlab.lora.state import BASIS
 from fedlab.models.loaded import LoadedModel
+from fedlab.models.quantised import dense, kind_of
 from fedlab.train.dropout import Masks
 
 
@@ -82,7 +83,7 @@ class _Adapted(torch.autograd.Function):
             y = _add_product(layer.base(flat), cast(Tensor, h) @ own_b.mT, layer.basis, layer.scale)
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(h if layer.train_b else None, dropped if layer.train_a else None, drop, own_a, own_b)
-        return y.view(*x.shape[:-1], -1)
+        return y  # [N, T, m]; as a view, what comes after could not change it in place (Falcon does)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,8 +174,8 @@ class AdaptedLayer:
 
     @property
     def weight_mn(self) -> Tensor:
-        """The base weight as [m, n]."""
-        weight: Tensor = self.layer.base_layer.weight
+        """The base weight as [m, n]; of a quantised one the numbers that it stands for."""
+        weight = dense(self.layer.base_layer)
         return weight.mT if self._transposed else weight
 
     @property
@@ -186,8 +187,10 @@ class AdaptedLayer:
     def merges(self, x: Tensor) -> bool:
         """Whether forming W + s·B·A is the cheaper way for the rows x [N, T, n].
 
-        Never in 16 bits, where a small B·A would be lost.
+        Never in 16 bits, where a small B·A would be lost, nor for a quantised weight, which would be unpacked twice.
         """
+        if kind_of(self.layer.base_layer) is not None:
+            return False
         m, n = self.weight_mn.shape
         return self.weight_mn.dtype == self._tensors[self.name_a].dtype and x.shape[0] * x.shape[1] * (m + n) > m * n
 
@@ -196,7 +199,9 @@ class AdaptedLayer:
         return torch.addmm(self.weight_mn, B if self.basis is None else self.basis.mT @ B, A, alpha=self.scale)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return cast(Tensor, _Adapted.apply(x, self._tick, self, self._tensors[self.name_a], self._tensors[self.name_b]))  # type: ignore[no-untyped-call]
+        A, B = self._tensors[self.name_a], self._tensors[self.name_b]
+        y = cast(Tensor, _Adapted.apply(x, self._tick, self, A, B))  # type: ignore[no-untyped-call]
+        return y if x.ndim == 3 else y.view(*x.shape[:-1], -1)
 
 
 class WholeLayer:

@@ -134,7 +134,9 @@ def test_default_cap_is_what_balanced_sampling_needs(clients: int, fraction: flo
     assert config.participations == expected
 
 
-@pytest.mark.parametrize("preset", ["quickstart", "wordnet", "glue", "continual-wordnet", "instruct", "instruct-wordnet"])
+@pytest.mark.parametrize(
+    "preset", ["quickstart", "wordnet", "glue", "continual-wordnet", "instruct", "instruct-wordnet"]
+)
 def test_presets_are_valid(preset: str, request: pytest.FixtureRequest):
     config = RunConfig.load(request.config.rootpath / "simulations" / f"{preset}.toml")
     from fedlab.run.launch import check_strategy

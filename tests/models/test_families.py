@@ -26,7 +26,7 @@ sys.modules["families"] = families
 _spec.loader.exec_module(families)
 
 NO_DEFAULT = 'lora.target_modules = "auto" knows no default for'
-WITHOUT_DEFAULT = {"distilbert", "albert", "mpnet", "modernbert", "xlnet"}
+WITHOUT_DEFAULT = {"xlnet"}
 # under DP: (family, target modules, head) → what the refusal says
 REFUSED = {
     ("deberta", "all-linear", head): "pos_proj, pos_q_proj cannot tell texts apart" for head in ("train", "freeze")
@@ -41,7 +41,8 @@ REFUSED = {
         ("xlnet", "all-linear", "layer_1, layer_2.* cannot tell texts apart"),
     )
 }
-REFUSED["modernbert", "all-linear", "train"] = "head.head.norm.weight belongs to a LayerNorm"
+for how in ("auto", "all-linear"):
+    REFUSED["modernbert", how, "train"] = "head.head.norm.weight belongs to a LayerNorm"
 CELLS = [
     (family, targets, head, unit)
     for family in families.FAMILIES

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 from fedlab.objectives import vocabulary
-from fedlab.objectives.vocabulary import most_probable, token_losses, without
+from fedlab.objectives.vocabulary import OutputLayer, most_probable, token_losses
 
 
 @settings(max_examples=40, deadline=None)
@@ -49,10 +49,23 @@ def test_no_more_logits_are_alive_than_a_chunk_holds(monkeypatch: pytest.MonkeyP
 
 
 def test_a_layer_is_itself_again_afterwards():
-    layer = nn.Linear(2, 3)
+    layer, base = nn.Linear(2, 3), nn.Module()
     x = torch.randn(4, 2)
     before = layer(x)
-    with without(layer):
+    with OutputLayer.of(base, layer).left_out():
         assert layer(x) is x
     assert torch.equal(layer(x), before)
     assert "forward" not in layer.__dict__
+
+
+def test_a_bias_that_a_family_adds_to_its_logits_belongs_to_the_layer():
+    """BART and its kin: a buffer of the model, which hidden states have no place for."""
+    layer, base = nn.Linear(2, 3), nn.Module()
+    base.final_logits_bias = nn.Buffer(torch.tensor([[1.0, 2.0, 3.0]]))
+    found = OutputLayer.of(base, layer)
+    x = torch.randn(4, 2)
+    assert torch.equal(found.bias, layer.bias + torch.tensor([1.0, 2.0, 3.0]))
+    with found.left_out():
+        assert torch.equal(layer(x) + base.final_logits_bias, x)
+    assert torch.equal(base.final_logits_bias, torch.tensor([[1.0, 2.0, 3.0]]))
+    assert "final_logits_bias" in dict(base.named_buffers())

@@ -121,6 +121,24 @@ def test_a_run_splits_its_cohort_to_fit_says_so_and_resumes_with_the_same_split(
     assert "2 clients per pass" in capsys.readouterr().out
 
 
+def test_the_plan_says_how_long_a_round_trains_and_how_many_logits_are_alive(tiny_toml: str, llama_toml: str):
+    """Time grows with steps and with clients of a round; a classifier has no vocabulary."""
+    settings = ["run.nodes=1", "run.threads=1"]
+    plain, longer = plan_of(tiny_toml, *settings), plan_of(tiny_toml, *settings, "train.steps=3000")
+    assert 0 < plain.seconds < 100
+    assert longer.seconds > 50 * plain.seconds, "a thousand times as many steps, each timed anew"
+    assert plain.loss == 0
+    assert "training takes about" in str(plain)
+    assert "logits" not in str(plain)
+    words = plan_of(llama_toml, *settings)
+    model = session_of(llama_toml).model
+    assert words.loss == 8 * 64 * len(model.module.get_output_embeddings().weight) * 4, "all of them fit into a chunk"
+    assert "logits of" in str(words)
+    assert words.total == words.base + words.loss + (plain.total - plain.base) - int(
+        1.6 * (plain.rows * plain.row + plain.clients * plain.client)
+    ) + int(1.6 * (words.rows * words.row + words.clients * words.client))
+
+
 def test_references_have_no_checkpointing(tiny_toml: str):
     with pytest.raises(ConfigError, match=r"checkpointing = true needs train\.gradients"):
         RunConfig.parse(tiny_toml, ["run.checkpointing=true", "train.gradients=hooks"])
