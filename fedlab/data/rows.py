@@ -119,7 +119,9 @@ def corpus_of(
                 reading.lists.setdefault(column, f"{str(table.path)!r}, {table.unit} {at}")
             for values, column in zip(texts, own.texts, strict=True):
                 values += [table.columns[column][i] or "" for i in kept]
-            labels += _stripped(table.columns[own.label], kept, own.label, reading) if own.label else [""] * len(kept)
+            labels += (
+                _stripped(table.columns.get(own.label, []), kept, own.label, reading) if own.label else [""] * len(kept)
+            )
             owners += (
                 _stripped(table.columns.get(own.owner, []), kept, own.owner, reading) if own.owner else [""] * len(kept)
             )

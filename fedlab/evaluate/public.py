@@ -59,10 +59,12 @@ def drift(model: LoadedModel, config: RunConfig) -> dict[str, float]:
 
 def sample_answers(model: LoadedModel, config: RunConfig) -> list[dict[str, Any]]:
     """Each prompt of ``evaluate.prompts`` with the model's answer, by the model's own generation config; where that
-    samples, from a seed of the run's.
+    samples, from a seed of the run's. A prompt is cut to ``data.max_length`` tokens.
     """
     asked, objective = prompts(config.evaluate), cast(LanguageModel, model.objective)
-    ids = [objective.prompt_ids(prompt, model.tokenizer)[-config.data.max_length :] for prompt in asked]
+    most = config.data.max_length
+    whole = [objective.prompt_ids(prompt, model.tokenizer) for prompt in asked]
+    ids = [row[-most:] if objective.shift else row[:most] for row in whole]  # a decoder goes on from a prompt's end
     seed = stream_seed(config.run.seed, "prompts")
     answers = generate(model, ids, config.evaluate.new_tokens, config.evaluate.batch_size, seed)
     return [{"prompt": prompt, "answer": answer} for prompt, answer in zip(asked, answers, strict=True)]

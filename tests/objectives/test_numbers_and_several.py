@@ -66,6 +66,7 @@ def test_it_is_learnt(name: str, learnable_toml: str, tiny_data: Path, mixed_dat
     assert run.result["primary"] == {"regression": "rmse", "multi-label": "micro_f1"}[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_under_dp_each_way_of_training_ends_at_the_same_place(
     name: str, tiny_toml: str, tiny_data: Path, mixed_data: Path, tmp_path: Path
@@ -129,7 +130,14 @@ def test_plain_peft_and_a_pipeline_answer_as_the_run_scores(
             assert [own[label] for label in ("fruit", "metal")] == pytest.approx(logits[i].sigmoid().tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize(("name", "heads"), [("regression", "own"), ("multi-label", "own"), ("multi-label", "shared")])
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        pytest.param("regression", "own", marks=pytest.mark.slow),
+        ("multi-label", "own"),
+        pytest.param("multi-label", "shared", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stream(name: str, heads: str, learnable_toml: str, tiny_data: Path, mixed_data: Path, tmp_path: Path):
     renamed = tmp_path / "renamed.jsonl"
     text = mixed_data.read_text()
