@@ -197,6 +197,12 @@ ROWS = {
     "evaluate.batch_size": Row("7", look.forward_passes, ("run.rounds=1",)),
     "evaluate.generations": Row("1", look.answered, ("objective={generative}", *DECODER)),
     "evaluate.new_tokens": Row("1", look.answered, ("objective={generative}", *DECODER)),
+    "evaluate.choices": Row("['fruit', 'metal']", look.chosen, ("objective={generative}", *DECODER)),
+    "evaluate.drift": Row("'{public}'", look.drifted, ("objective={generative}", *DECODER)),
+    "evaluate.drift_texts": Row(
+        "4", look.drifted, ("objective={generative}", *DECODER, "evaluate.drift='{public}'", "evaluate.batch_size=8")
+    ),
+    "evaluate.prompts": Row("'{public}'", look.asked, ("objective={generative}", *DECODER)),
     "tasks.name": Row(TASKS.replace("'b'", "'c'"), look.folders, STREAM, TASKS),
     "tasks.labels": Row(TASKS.replace("'metal', 'o", "'fruit', 'o"), look.partition, (*STREAM, SECOND), TASKS),
     "tasks.rounds": Row(TASKS + "rounds = 4\n", look.folders, STREAM, TASKS),
