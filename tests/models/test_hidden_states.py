@@ -49,7 +49,9 @@ def outcomes(session: Session) -> tuple[list[dict[str, torch.Tensor]], float]:
     )["client-0"]
     assert isinstance(together, Trained)
     session.model.load(state)
-    return [alone.update, together.update], classify(session.model, session.data, session.data.test, session.config.evaluate)["loss"]
+    return [alone.update, together.update], classify(
+        session.model, session.data, session.data.test, session.config.evaluate
+    )["loss"]
 
 
 @pytest.mark.parametrize("model", MODELS)
