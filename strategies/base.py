@@ -119,6 +119,12 @@ class Strategy:
                 f'{key} with strategy.name = "{config.strategy.name}": clients keep {", ".join(sorted(cls.personal))},'
                 " so there is no one model that it could be measured of; remove it"
             )
+        for key in ("drift", "prompts"):
+            if cls.personal and getattr(config.evaluate, key) is not None:
+                raise ConfigError(
+                    f'evaluate.{key} with strategy.name = "{config.strategy.name}": clients keep'
+                    f" {', '.join(sorted(cls.personal))}, so the server has no whole model to measure; remove it"
+                )
         if config.lora.public is not None and config.lora.init_a != "eva" and not cls.reads_public_texts(config):
             raise ConfigError(
                 f'lora.public is read for init_a = "eva" (it is "{config.lora.init_a}"), and this strategy reads no'

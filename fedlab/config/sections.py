@@ -285,7 +285,25 @@ class EvaluateSection(Section):
     )
     batch_size: int = Field(default=128, gt=0, description="examples per forward pass of an evaluation")
     generations: int = Field(default=64, gt=0, description="generation: held-out prompts that are answered, at most")
-    new_tokens: int = Field(default=48, gt=0, description="generation: longest answer, in tokens")
+    new_tokens: int = Field(default=48, gt=0, description="generation, prompts: longest answer, in tokens")
+    choices: tuple[str, ...] = Field(
+        default=(), description="choice: the answers of which a model holds one for the most probable, two or more"
+    )
+    drift: str | None = Field(
+        default=None,
+        description=(
+            "public texts (lines, or a csv, jsonl or parquet file) whose perplexity the server measures before the"
+            " first round and after the last: what the model forgets; objectives causal-lm and instruction"
+        ),
+    )
+    drift_texts: int = Field(default=128, gt=0, description="drift: texts that are measured at most, spread evenly")
+    prompts: str | None = Field(
+        default=None,
+        description=(
+            "public prompts (lines, or a column prompt or text) that the model answers before the first round and after"
+            " the last, for the report; objectives that generate"
+        ),
+    )
     membership: Membership | None = Field(
         default=None,
         description="simulations: what membership inference by loss finds out at the end; default: not measured",

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.data.conversations import structured
-from fedlab.data.table import Column, Table, canonical, check_names, refuse, shown
+from fedlab.data.table import Column, Table, canonical, check_names, listed, refuse, shown
 
 
-def read_parquet(path: Path, wanted: Sequence[str] | None, nested: str | None = None) -> Table:
+def read_parquet(
+    path: Path, wanted: Sequence[str] | None, nested: str | None = None, lists: str | None = None
+) -> Table:
     """The table of a parquet file; ``wanted`` as for ``from_arrow``. Raises ConfigError for one that cannot be read."""
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import parquet
@@ -26,10 +28,10 @@ def read_parquet(path: Path, wanted: Sequence[str] | None, nested: str | None = 
         table = file.read(columns=names if wanted is None else [name for name in names if name in wanted])
     except (pa.ArrowException, OSError, ValueError) as error:
         refuse(path, f"no readable Parquet file ({type(error).__name__}); write it again")
-    return from_arrow(path, table, wanted, names, nested)
+    return from_arrow(path, table, wanted, names, nested, lists)
 
 
-def read_arrow(path: Path, wanted: Sequence[str] | None, nested: str | None = None) -> Table:
+def read_arrow(path: Path, wanted: Sequence[str] | None, nested: str | None = None, lists: str | None = None) -> Table:
     """The table of an Arrow file or stream (also Feather, version 2); as ``read_parquet``."""
     import pyarrow as pa
 
@@ -41,7 +43,7 @@ def read_arrow(path: Path, wanted: Sequence[str] | None, nested: str | None = No
                 source.seek(0)
                 table = pa.ipc.open_stream(source).read_all()
             check_names(path, table.column_names)
-            return from_arrow(path, table, wanted, nested=nested)
+            return from_arrow(path, table, wanted, nested=nested, lists=lists)
     except (pa.ArrowException, OSError, ValueError) as error:
         refuse(path, f"no readable Arrow file ({type(error).__name__}); write it again")
 
@@ -52,6 +54,7 @@ def from_arrow(
     wanted: Sequence[str] | None,
     names: Sequence[str] | None = None,
     nested: str | None = None,
+    lists: str | None = None,
 ) -> Table:
     """An Arrow table as strings.
 
@@ -61,6 +64,7 @@ def from_arrow(
         wanted: columns to keep, refused if they hold lists or bytes; None for all that hold single values.
         names: of all columns, if the table has not all of them.
         nested: the column whose lists are kept, as JSON.
+        lists: the column whose lists of single values are kept, as JSON.
 
     Raises:
         ConfigError: a wanted column holds neither text nor single values.
@@ -68,11 +72,17 @@ def from_arrow(
     import pyarrow as pa
 
     columns: dict[str, Column] = {}
+    first: dict[str, int] = {}
     for name in table.column_names:
         if wanted is not None and name not in wanted:
             continue
         kind = table.schema.field(name).type
         plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if name == lists and (pa.types.is_list(plain) or pa.types.is_large_list(plain)):
+            columns[name] = _as_text(path, name, table.column(name).to_pylist())
+            if any(there := [value is not None for value in columns[name]]):
+                first[name] = 1 + there.index(True)
+            continue
         bytes_ = pa.types.is_binary(plain) or pa.types.is_large_binary(plain) or pa.types.is_fixed_size_binary(plain)
         if name == nested and pa.types.is_nested(plain):
             columns[name] = [None if v is None else structured(v) for v in table.column(name).to_pylist()]
@@ -83,7 +93,16 @@ def from_arrow(
                 refuse(path, f"column {shown([name])} holds {held}; want text, numbers or true/false")
             continue
         columns[name] = _strings(path, name, table.column(name), plain)
-    return Table(path, list(names or table.column_names), columns, range(1, table.num_rows + 1), "row")
+    return Table(path, list(names or table.column_names), columns, range(1, table.num_rows + 1), "row", first)
+
+
+def _as_text(path: Path, name: str, values: Sequence[list[Any] | None]) -> Column:
+    """Lists of single values as JSON."""
+    found = [None if value is None else listed(value) for value in values]
+    for row, (value, text) in enumerate(zip(values, found, strict=True), 1):
+        if value is not None and text is None:
+            refuse(path, f"column {shown([name])} holds lists of other things than texts and numbers", row, "row")
+    return found
 
 
 def _strings(path: Path, name: str, column: Any, kind: Any) -> Column:

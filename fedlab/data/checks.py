@@ -9,6 +9,7 @@ import numpy as np
 from fedlab.data.corpus import Corpus
 from fedlab.data.partition import Shards
 from fedlab.data.rows import alike
+from fedlab.data.several import unpacked
 from fedlab.errors import ConfigError
 
 FEW_CLASSES = 10  # so many may be in ever so few examples
@@ -25,36 +26,44 @@ def check_labels(corpus: Corpus, shards: Shards) -> list[str]:
     """
     if not corpus.label_names or not len(shards.test):
         return []
-    trained = corpus.labels[np.concatenate(list(shards.train.values()))]
-    tested = corpus.labels[shards.test]
-    warnings = _check_number(corpus, trained)
-    learnt, asked = ({corpus.label_names[i] for i in np.unique(part)} for part in (trained, tested))
+    trained = np.concatenate(list(shards.train.values()))
+    counts = corpus.label_counts(trained)
+    warnings = _check_number(corpus, counts[counts > 0], len(trained))
+    learnt, asked = (
+        {corpus.label_names[i] for i in np.flatnonzero(found)} for found in (counts, corpus.label_counts(shards.test))
+    )
     if not learnt & asked:
         raise ConfigError(
             f"{corpus.name}: the test split has none of the labels that are trained on: {_some(asked)} against"
             f" {_some(learnt)}; {_cause(sorted(learnt), sorted(asked))}"
         )
     if unknown := asked - learnt:
-        rows = int(np.isin(tested, [i for i, name in enumerate(corpus.label_names) if name in unknown]).sum())
+        rows = _having(corpus, shards.test, unknown)
         warnings.append(
             f"{len(unknown)} of {len(asked)} classes of the test split are in nobody's training examples:"
-            f" {_some(unknown)} ({rows} of {len(tested)} test examples, which nobody can learn)"
+            f" {_some(unknown)} ({rows} of {len(shards.test)} test examples, which nobody can learn)"
         )
     return warnings
 
 
-def _check_number(corpus: Corpus, trained: np.ndarray) -> list[str]:
-    counts = np.bincount(trained, minlength=len(corpus.label_names))
-    counts = counts[counts > 0]
-    single, few = int((counts == 1).sum()), f"{len(counts)} classes in {len(trained)} training examples"
+def _having(corpus: Corpus, positions: np.ndarray, names: set[str]) -> int:
+    """How many of the examples have one of these labels."""
+    if corpus.several:
+        return sum(not names.isdisjoint(unpacked(label)[1]) for label in corpus.labels[positions])
+    return int(np.isin(corpus.labels[positions], [i for i, n in enumerate(corpus.label_names) if n in names]).sum())
+
+
+def _check_number(corpus: Corpus, counts: np.ndarray, trained: int) -> list[str]:
+    """``counts``: of each class that occurs in the ``trained`` examples."""
+    single, few = int((counts == 1).sum()), f"{len(counts)} classes in {trained} training examples"
     if len(counts) <= FEW_CLASSES:
         return []
-    if len(trained) < LEAST * len(counts) or 2 * single > len(counts):
+    if trained < LEAST * len(counts) or 2 * single > len(counts):
         raise ConfigError(
             f"{corpus.name}: {few}, {single} of them with one example: a column of free text or of numbers? Name the"
             " column of classes in data.label, or put classes together"
         )
-    return [f"{few}: few examples to learn each from"] if len(trained) < ENOUGH * len(counts) else []
+    return [f"{few}: few examples to learn each from"] if trained < ENOUGH * len(counts) else []
 
 
 def check_lengths(corpus: Corpus, lengths: np.ndarray, model: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlab.data.reading import Reading
+from fedlab.data.several import unpacked
 from fedlab.errors import LabelError
 
 
@@ -25,6 +26,21 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def several(self) -> bool:
+        """Whether an example has any number of labels (``fedlab.data.several``)."""
+        return bool(self.label_names) and self.labels.dtype == object
+
+    def label_counts(self, positions: np.ndarray) -> np.ndarray:
+        """How many of the examples have each label, [names]; () where labels have no names."""
+        if not self.label_names:
+            return np.zeros(0, dtype=np.int64)
+        if not self.several:
+            return np.bincount(self.labels[positions], minlength=len(self.label_names))
+        number = {name: i for i, name in enumerate(self.label_names)}
+        held = [number[name] for label in self.labels[positions] for name in unpacked(label)[1]]
+        return np.bincount(np.array(held, dtype=np.int64), minlength=len(number))
 
     @property
     def label_bytes(self) -> bytes:
@@ -64,6 +80,8 @@ def renumbered(corpus: Corpus, names: tuple[str, ...]) -> Corpus:
         raise LabelError(
             f"data: {corpus.name} has the label {unknown[0]!r}, which is not among the {len(names)} of objective.labels"
         )
+    if corpus.several:
+        return replace(corpus, label_names=names)
     position = {name: i for i, name in enumerate(names)}
     numbers = np.array([position[name] for name in corpus.label_names], dtype=corpus.labels.dtype)
     return replace(corpus, labels=numbers[corpus.labels], label_names=names)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.data.conversations import nothing_nested, structured
-from fedlab.data.table import Column, Table, canonical, refuse, shown
+from fedlab.data.table import Column, Table, canonical, listed, refuse, shown
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 Row = dict[str, Any]
@@ -19,7 +19,9 @@ class _Twice(ValueError):
     """A key that an object has twice."""
 
 
-def read_json(path: Path, text: str, wanted: Sequence[str] | None, nested: str | None = None) -> Table:
+def read_json(
+    path: Path, text: str, wanted: Sequence[str] | None, nested: str | None = None, lists: str | None = None
+) -> Table:
     """The table of a json or jsonl file; a key that an object lacks has no value there.
 
     Args:
@@ -27,6 +29,7 @@ def read_json(path: Path, text: str, wanted: Sequence[str] | None, nested: str |
         text: what it holds.
         wanted: columns to keep; None for all.
         nested: the column whose lists and objects are kept, as JSON.
+        lists: the column whose lists of single values are kept, as JSON.
 
     Raises:
         ConfigError: at the first line that is no object, or has a list or an object for a value that is wanted.
@@ -42,9 +45,20 @@ def read_json(path: Path, text: str, wanted: Sequence[str] | None, nested: str |
     unit = "row" if text.lstrip(" \t\r\n").startswith("[") else "line"
     if unit == "row":  # of an array, which may be all on one line
         lines = list(range(1, len(rows) + 1))
+    found = {name: at for name in kept if name == lists and (at := _as_text(name, rows, lines)) is not None}
     counted = unit if wanted is not None else ""
     columns = {name: _column(path, name, rows, lines, counted, name == nested) for name in kept}
-    return Table(path, list(names), columns, lines, unit)
+    return Table(path, list(names), columns, lines, unit, found)
+
+
+def _as_text(name: str, rows: Sequence[Row], lines: Sequence[int]) -> int | None:
+    """Put JSON in the place of lists of single values under one key; the line of the first, None if there is none."""
+    first = None
+    for row, line in zip(rows, lines, strict=True):
+        if isinstance(values := row.get(name), list):
+            first = first or line
+            row[name] = listed(values) or values
+    return first
 
 
 def _column(path: Path, name: str, rows: Sequence[Row], lines: Sequence[int], unit: str, nested: bool) -> Column:

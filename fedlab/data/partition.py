@@ -99,7 +99,7 @@ def describe(shards: Shards, corpus: Corpus) -> str:
     clients: dict[str, dict[str, Any]] = {}
     for client, positions in shards.train.items():
         names = corpus.label_names
-        counts = np.bincount(corpus.labels[positions], minlength=len(names)) if names else ()
+        counts = corpus.label_counts(positions)
         clients[client] = {
             **({"name": shards.names[client]} if client in shards.names else {}),
             "examples": len(positions),
@@ -149,6 +149,11 @@ def _by_chance(corpus: Corpus, trainable: int, data: DataSection, seed: int) -> 
         raise ConfigError(
             f"data.partition = {data.partition.kind} assigns by label, but the labels of {corpus.name} have no names;"
             " use another kind"
+        )
+    if data.partition.kind in BY_LABEL and corpus.several:
+        raise ConfigError(
+            f"data.partition = {data.partition.kind} assigns by the one label of a text, but those of {corpus.name}"
+            " have several; use another kind"
         )
     if count > trainable:
         raise ConfigError(

@@ -32,6 +32,8 @@ class Reading:
         places: cause → where the first of them are.
         stripped: column → values that lost surrounding white space.
         warnings: what somebody should look at.
+        kept: file, unit and line numbers of the rows that were kept of it, in the order of the examples.
+        lists: column → where the first list of several values is.
     """
 
     files: list[SourceFile] = field(default_factory=list)
@@ -41,12 +43,22 @@ class Reading:
     places: dict[str, list[str]] = field(default_factory=dict)
     stripped: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
+    kept: list[tuple[str, str, list[int]]] = field(default_factory=list)
+    lists: dict[str, str] = field(default_factory=dict)
 
     def drop(self, cause: str, place: str) -> None:
         """Count a row that is left out."""
         self.dropped[cause] += 1
         if len(named := self.places.setdefault(cause, [])) < FIRST:
             named.append(place)
+
+    def place(self, example: int) -> str:
+        """Where an example was read, as the source gave it."""
+        for file, unit, lines in self.kept:
+            if example < len(lines):
+                return f"{file}: {unit} {lines[example]}"
+            example -= len(lines)
+        raise IndexError(f"no row was kept for example {example} beyond the last")
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON."""

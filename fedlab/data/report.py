@@ -137,7 +137,7 @@ def clients_of(corpus: Corpus, tasks: Sequence[Shards]) -> dict[str, dict[str, i
         held = sum(len(shards.local_test[client]) for shards in tasks)
         found[client] = {"examples": len(own), "held_out": held}
         if corpus.label_names:
-            found[client]["classes"] = len(np.unique(corpus.labels[own]))
+            found[client]["classes"] = int((corpus.label_counts(own) > 0).sum())
     return found
 
 

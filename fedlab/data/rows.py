@@ -114,9 +114,14 @@ def corpus_of(
                 table.columns[own.texts[0]] = conversations(table, own.texts[0])
             kept, problems = _kept(table, own, numeric, reading, unlabelled, data.on_bad_row == "drop")
             bad += problems
+            reading.kept.append((table.path.name, table.unit, [table.lines[i] for i in kept]))
+            for column, at in table.lists.items():
+                reading.lists.setdefault(column, f"{str(table.path)!r}, {table.unit} {at}")
             for values, column in zip(texts, own.texts, strict=True):
                 values += [table.columns[column][i] or "" for i in kept]
-            labels += _stripped(table.columns[own.label], kept, own.label, reading) if own.label else [""] * len(kept)
+            labels += (
+                _stripped(table.columns.get(own.label, []), kept, own.label, reading) if own.label else [""] * len(kept)
+            )
             owners += (
                 _stripped(table.columns.get(own.owner, []), kept, own.owner, reading) if own.owner else [""] * len(kept)
             )

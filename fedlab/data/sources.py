@@ -17,7 +17,9 @@ from fedlab.config.data import DataSection
 from fedlab.data import docstrings, pairs, tables, wordnet
 from fedlab.data.corpus import Corpus
 from fedlab.data.rows import numeric_labels, warnings_of
+from fedlab.data.table import shown
 from fedlab.data.tasks import with_labels
+from fedlab.data.unfit import fit_labels
 from fedlab.errors import ConfigError
 from fedlab.seeds import random_stream
 
@@ -107,6 +109,13 @@ def load_corpus(
     learnt = objective_class(objective)
     data = learnt.columns(data)
     source = SOURCES[data.source].load(data)
+    if source.reading is not None and source.reading.lists and not learnt.several:
+        column, place = next(iter(source.reading.lists.items()))
+        raise ConfigError(
+            f"{place}: column {shown([column])} holds a list, want text, a number or true/false; objective.name ="
+            ' "multi-label" learns lists'
+        )
+    source = fit_labels(source, learnt.unfit, data)
     if learnt.named and source.reading is not None and data.label is not None:
         written = source.labels.tolist()
         source.reading.warnings += warnings_of(written, "label", data.label, numeric_labels(written))

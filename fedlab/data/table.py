@@ -7,9 +7,10 @@ name the file, the line, the cause and the fix, and quote no row.
 from __future__ import annotations
 
 import codecs
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,6 +40,7 @@ class Table:
         columns: name → value of each row as a string, None where there is none.
         lines: where each row begins, counted from 1: lines of a text file, rows of any other.
         unit: "line" or "row".
+        lists: column → line of the first value in it that is a list, which stands there as JSON.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Table:
     columns: dict[str, Column]
     lines: Sequence[int]
     unit: str = "line"
+    lists: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -87,6 +90,12 @@ def canonical(value: bool | int | float) -> str | None:
     if isinstance(value, float):
         return None if math.isnan(value) else repr(value)
     return str(value)
+
+
+def listed(values: Sequence[object]) -> str | None:
+    """A list of texts and numbers as JSON; None for a list that holds anything else."""
+    found = [v if isinstance(v, str) else canonical(v) if isinstance(v, bool | int | float) else None for v in values]
+    return None if None in found else json.dumps(found, ensure_ascii=False)
 
 
 def check_text(path: Path, column: str, value: str | None, at: int, unit: str) -> None:

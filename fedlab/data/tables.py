@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fedlab.data.delimited import read_delimited
 from fedlab.data.json_tables import read_json
 from fedlab.data.reading import Reading, SourceFile
 from fedlab.data.rows import Columns, columns_of, corpus_of
-from fedlab.data.table import Column, Table, decoded, refuse
+from fedlab.data.table import Column, Table, decoded, listed, refuse
 from fedlab.errors import ConfigError
 
 TABLE_KEYS = frozenset({"text", "label", "context", "messages", "on_bad_row"})  # of [data]
@@ -44,6 +45,7 @@ TEXT_COLUMNS: dict[str, list[str]] = {
     "mrpc": ["sentence1", "sentence2"],
     "rte": ["sentence1", "sentence2"],
     "wnli": ["sentence1", "sentence2"],
+    "stsb": ["sentence1", "sentence2"],
 }
 TEST_SPLITS = {"mnli": "validation_matched"}
 
@@ -140,7 +142,7 @@ def _named(text: str | tuple[str, ...] | None) -> list[str]:
 def _tables(files: Sequence[Path], columns: Columns, reading: Reading, split: str) -> list[Table]:
     tables = []
     for path in files:
-        table, content = read_table(path, columns.all, columns.coded, columns.nested)
+        table, content = read_table(path, columns.all, columns.coded, columns.nested, columns.label)
         found = SourceFile(str(path.resolve()), len(table), content[0], content[1], split)
         reading.files.append(found)
         tables.append(table)
@@ -159,7 +161,11 @@ def _check_copies(data: DataSection, reading: Reading) -> None:
 
 
 def read_table(
-    path: Path, wanted: Sequence[str] | None = None, coded: Sequence[str] = (), nested: str | None = None
+    path: Path,
+    wanted: Sequence[str] | None = None,
+    coded: Sequence[str] = (),
+    nested: str | None = None,
+    lists: str | None = None,
 ) -> tuple[Table, tuple[int, str]]:
     """A local file as strings, and its size and SHA-256: no cache that could be stale, nothing but the file itself.
 
@@ -168,6 +174,7 @@ def read_table(
         wanted: columns to keep, which must hold single values; None for all that do.
         coded: those of few different values.
         nested: the one that may hold lists and objects, which are kept as JSON.
+        lists: the one that may hold lists of single values, which are kept as JSON.
 
     Raises:
         ConfigError: it cannot be read in one way only.
@@ -181,9 +188,9 @@ def read_table(
     if kind == "csv":
         return read_delimited(path, decoded(path, data), "\t" if path.suffix.lower() == ".tsv" else ",", coded), content
     if kind == "json":
-        return read_json(path, decoded(path, data), wanted, nested), content
+        return read_json(path, decoded(path, data), wanted, nested, lists), content
     del data
-    return (read_parquet if kind == "parquet" else read_arrow)(path, wanted, nested), content
+    return (read_parquet if kind == "parquet" else read_arrow)(path, wanted, nested, lists), content
 
 
 def read_columns(path: str) -> dict[str, Column]:
@@ -225,7 +232,8 @@ def load_hub(data: DataSection) -> Corpus:
             f"data.test_split = {data.test_split!r} is data.split: it would be trained on; leave it out, or give"
             " another"
         )
-    names = getattr(found[data.split].features.get(columns.label), "names", None)
+    kind = found[data.split].features.get(columns.label)
+    names = getattr(getattr(kind, "feature", kind), "names", None)  # of classes, or of lists of classes
     splits = [
         [_hub_table(f"{data.path}, split {split}", found[split], columns, names)]
         for split in (data.split, test_split)
@@ -264,8 +272,12 @@ def _hub_table(name: str, part: Any, columns: Columns, names: Sequence[str] | No
     """One split as strings; numbers of classes as the classes' names, "-1" where there is none."""
     there = [column for column in part.column_names if column in columns.all]
     whole = part.select_columns(there).with_format("arrow")[:]
-    table = from_arrow(Path(name), whole, columns.all, part.column_names, columns.nested)
-    if names is not None and columns.label in table.columns:
+    table = from_arrow(Path(name), whole, columns.all, part.column_names, columns.nested, columns.label)
+    if names is not None and table.lists:
+        for column in table.lists:
+            values = table.columns[column]
+            table.columns[column] = [v and listed([names[int(n)] for n in json.loads(v)]) for v in values]
+    elif names is not None and columns.label in table.columns:
         values = table.columns[columns.label]
         for row, value in enumerate(values, 1):
             if value not in (None, "-1") and not 0 <= int(value) < len(names):

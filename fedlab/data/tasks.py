@@ -9,9 +9,10 @@ from itertools import accumulate
 
 import numpy as np
 
-from fedlab.data.corpus import Corpus
+from fedlab.data.corpus import Corpus, written
 from fedlab.data.partition import Shards
 from fedlab.data.reading import joined as joined_readings
+from fedlab.data.several import moved
 from fedlab.errors import ConfigError
 from fedlab.seeds import random_stream
 
@@ -110,14 +111,22 @@ def joined(parts: Sequence[Corpus], space: LabelSpace) -> tuple[Corpus, list[int
     corpus = Corpus(
         "+".join(dict.fromkeys(part.name for part in parts)),
         [text for part in parts for text in part.texts],
-        np.concatenate(
-            [own[part.labels] if len(own) else part.labels for part, own in zip(parts, space.positions, strict=True)]
-        ),
+        np.concatenate([_in_space(part, space, i) for i, part in enumerate(parts)]),
         space.names,
         None if parts[0].pairs is None else [pair for part in parts for pair in part.pairs or []],
         reading=joined_readings([part.reading for part in parts if part.reading is not None]),
     )
     return corpus, [0, *accumulate(len(part) for part in parts[:-1])]
+
+
+def _in_space(part: Corpus, space: LabelSpace, task: int) -> np.ndarray:
+    """One task's labels in the label space of all."""
+    own = space.positions[task]
+    if part.several:
+        names = {name: space.names[position] for name, position in zip(part.label_names, own, strict=True)}
+        return written([moved(label, names, task if space.groups is not None else 0) for label in part.labels])
+    found: np.ndarray = own[part.labels] if len(own) else part.labels
+    return found
 
 
 def check_same_clients(tasks: Sequence[str], shards: Sequence[Shards]) -> None:
@@ -140,6 +149,11 @@ def with_labels(corpus: Corpus, patterns: Sequence[str], task: str) -> Corpus:
         return corpus
     if not corpus.label_names:
         raise ConfigError(f"tasks: {task}: labels = {list(patterns)} are names, but this objective's labels have none")
+    if corpus.several:
+        raise ConfigError(
+            f"tasks: {task}: labels = {list(patterns)} choose texts by their one label; those of {corpus.name} have"
+            " several, give each task data of its own"
+        )
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in corpus.label_names):
             shown = ", ".join(corpus.label_names[:8])

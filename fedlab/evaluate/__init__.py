@@ -11,15 +11,20 @@ import numpy as np
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
 from fedlab.errors import ConfigError
-from fedlab.evaluate import classification, generation, language
+from fedlab.evaluate import calibration, choice, classification, generation, glue, language, multi_label, regression
 from fedlab.evaluate.base import Evaluator
 from fedlab.models.loaded import LoadedModel
 from fedlab.objectives import objective_class
 
 EVALUATORS: dict[str, Evaluator] = {
     "classification": classification.EVALUATOR,
+    "calibration": calibration.EVALUATOR,
+    "choice": choice.EVALUATOR,
     "generation": generation.EVALUATOR,
+    "glue": glue.EVALUATOR,
     "language": language.EVALUATOR,
+    "multi-label": multi_label.EVALUATOR,
+    "regression": regression.EVALUATOR,
 }
 
 
@@ -42,6 +47,11 @@ def evaluators_of(config: RunConfig) -> dict[str, Evaluator]:
     names = [score for evaluator in found.values() for score in evaluator.scores]
     if twice := sorted({score for score in names if names.count(score) > 1}):
         raise ConfigError(f"evaluate.evaluators: two of {', '.join(found)} give {twice[0]!r}; leave one out")
+    if ("choice" in found) != (len(config.evaluate.choices) > 1):
+        raise ConfigError(
+            f"evaluate.choices = {list(config.evaluate.choices)}: the evaluator choice needs two answers or more to"
+            ' choose from, as ["yes", "no"], and nothing else reads them'
+        )
     if objective.primary not in names:
         raise ConfigError(
             f"evaluate.evaluators = {list(found)}: none gives {objective.primary!r}, the score by which runs are"
@@ -85,12 +95,22 @@ def higher_is_better(config: RunConfig) -> bool:
 
 
 def spread(scores: Iterable[float], higher: bool) -> dict[str, float | None]:
-    """Mean, worst and population standard deviation over clients, NaN left out; None of none.
+    """Mean, worst, mean of the worst tenth (rounded up to whole clients) and population standard deviation over
+    clients, NaN left out; None of none.
 
     ``higher``: whether higher scores are better; the worst is then the lowest.
     """
-    values = [score for score in scores if not math.isnan(score)]
+    values = worst_first(scores, higher)
     if not values:
-        return {"mean": None, "worst": None, "std": None}
-    worst = min(values) if higher else max(values)
-    return {"mean": statistics.fmean(values), "worst": worst, "std": statistics.pstdev(values)}
+        return dict.fromkeys(("mean", "worst", "worst_decile", "std"))
+    return {
+        "mean": statistics.fmean(values),
+        "worst": values[0],
+        "worst_decile": statistics.fmean(values[: -(-len(values) // 10)]),
+        "std": statistics.pstdev(values),
+    }
+
+
+def worst_first(scores: Iterable[float], higher: bool) -> list[float]:
+    """Scores in order, the worst first, NaN left out: the curve over clients."""
+    return sorted((score for score in scores if not math.isnan(score)), reverse=not higher)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from fedlab.data import FederatedData
 from fedlab.data.collate import by_length
 from fedlab.evaluate.base import Evaluator
 from fedlab.models.loaded import LoadedModel
-from fedlab.objectives.base import NO_LOSS
+from fedlab.objectives.base import NO_LOSS, Batch
 from fedlab.objectives.language import LanguageModel, output_layer
 from fedlab.objectives.vocabulary import most_probable, token_losses
 
@@ -28,12 +29,17 @@ def tokens(model: LoadedModel, data: FederatedData, indices: np.ndarray, setting
     text, which tokenizers of unlike vocabularies can be compared by. ``token_accuracy``: share of label tokens that are
     the most probable ones.
     """
-    objective, pad = cast(LanguageModel, model.objective), cast(int, model.tokenizer.pad_token_id)
+    pad = cast(int, model.tokenizer.pad_token_id)
+    chunks = by_length(data.tokens.lengths(indices), settings.batch_size)
+    return over(model, cast(LanguageModel, model.objective), (data.batch(indices[chunk], pad) for chunk in chunks))
+
+
+def over(model: LoadedModel, objective: LanguageModel, batches: Iterable[Batch]) -> dict[str, float]:
+    """The scores of ``tokens`` over padded batches, whose labels the objective learns."""
     layer = cast(Any, output_layer(model))
     nats, count, size, hits = 0.0, 0, 0, 0
     with torch.inference_mode():
-        for chunk in by_length(data.tokens.lengths(indices), settings.batch_size):
-            batch = data.batch(indices[chunk], pad)
+        for batch in batches:
             found = objective.labelled(model, batch)
             losses = token_losses(found.hidden, found.targets, layer.weight, layer.bias)
             nats, count = nats + float(losses.double().sum()), count + len(losses)

@@ -24,15 +24,17 @@ model = load_run(".")  # the directory that holds run.toml and adapter/"""
 
 
 def arguments(loaded: LoadedModel) -> dict[str, Any]:
-    """What ``from_pretrained`` has to be told of the base: the labels' names, padding that it does not know, and in how
-    many bits it was.
+    """What ``from_pretrained`` has to be told of the base: the head's outputs with their names if they have any, what
+    they are, padding that it does not know, and in how many bits it was.
     """
     names = loaded.objective.labels
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     padding = {"pad_token_id": loaded.tokenizer.pad_token_id}
+    unnamed = {} if names or loaded.objective.head_width is None else {"num_labels": loaded.objective.head_width}
+    problem = {} if loaded.objective.problem is None else {"problem_type": loaded.objective.problem}
     kept: Any = getattr(loaded.module.config, "quantization_config", None)
     quantised = {} if kept is None else {"quantization_config": kept.to_dict()}
-    return (labels if names else {}) | (padding if loaded.told_padding else {}) | quantised
+    return (labels if names else unnamed) | problem | (padding if loaded.told_padding else {}) | quantised
 
 
 def model_card(loaded: LoadedModel) -> str:

@@ -107,9 +107,11 @@ def load_base(
 
 
 def named(base: nn.Module, objective: Objective) -> nn.Module:
-    """The base, whose configuration knows the labels' names, so that a pipeline answers with them."""
+    """The base, whose configuration knows the labels' names and what they are, so that a pipeline answers with them."""
+    config: Any = base.config
+    if objective.problem is not None:
+        config.problem_type = objective.problem
     if objective.labels:
-        config: Any = base.config
         config.id2label = dict(enumerate(objective.labels))
         config.label2id = {label: i for i, label in enumerate(objective.labels)}
     return base

@@ -8,12 +8,16 @@ from fedlab.objectives.base import Objective
 from fedlab.objectives.causal_lm import CausalLM
 from fedlab.objectives.classification import Classification
 from fedlab.objectives.instruction import Instruction
+from fedlab.objectives.multi_label import MultiLabel
+from fedlab.objectives.regression import Regression
 from fedlab.objectives.seq2seq import Seq2Seq
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "causal-lm": CausalLM,
     "classification": Classification,
     "instruction": Instruction,
+    "multi-label": MultiLabel,
+    "regression": Regression,
     "seq2seq": Seq2Seq,
 }
 

@@ -70,6 +70,8 @@ class Objective(ABC):
     higher_is_better: ClassVar[bool] = True  # of the primary score
     has_head: ClassVar[bool] = True  # whether a head is trained beside the adapter; then ``head_width`` says how wide
     named: ClassVar[bool] = False  # whether labels have names, on which all clients must agree
+    several: ClassVar[bool] = False  # whether an example may have any number of labels (``fedlab.data.several``)
+    problem: ClassVar[str | None] = None  # transformers' ``problem_type``, for objectives that it has to be told
     encoding: ClassVar[str] = ""  # names what ``encode`` makes beside plain tokens; "" if labels are one number each
 
     @classmethod
@@ -96,6 +98,14 @@ class Objective(ABC):
                     " data.text and data.label"
                 )
         return with_label(data)
+
+    @classmethod
+    def unfit(cls, label: str) -> str | None:
+        """What is wrong with a label as it is written, in words that follow "a label that"; None if it can be learnt.
+
+        Such rows are refused, or left out, by ``fedlab.data.unfit``.
+        """
+        return None
 
     @classmethod
     @abstractmethod

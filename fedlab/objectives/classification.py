@@ -33,10 +33,7 @@ class Classification(Objective):
         cls, written: Sequence[str], names: tuple[str, ...], corpus: str
     ) -> tuple[np.ndarray, tuple[str, ...]]:
         """Positions [N] int64 in the source's names, or in the sorted ones; integers sort as numbers."""
-        if not names:
-            distinct = set(written)
-            numeric = all(value.removeprefix("-").isdecimal() for value in distinct)
-            names = tuple(sorted(distinct, key=(lambda value: (int(value), value)) if numeric else None))
+        names = names or in_order(set(written))
         position = {name: i for i, name in enumerate(names)}
         return np.array([position[value] for value in written], dtype=np.int64), names
 
@@ -71,3 +68,9 @@ class Classification(Objective):
     def probe_labels(self, input_ids: Tensor) -> Tensor:
         """One label after the other."""
         return torch.arange(len(input_ids)) % len(self.labels)
+
+
+def in_order(names: set[str]) -> tuple[str, ...]:
+    """Names of labels, sorted; integers as numbers."""
+    numeric = all(name.removeprefix("-").isdecimal() for name in names)
+    return tuple(sorted(names, key=(lambda name: (int(name), name)) if numeric else None))

@@ -15,12 +15,14 @@ matplotlib.rcParams["svg.hashsalt"] = "fedlab"  # the same figure is the same by
 INK, LINE, SECOND = "#333333", "#2563eb", "#c2410c"
 
 
-def line_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> str:
-    """SVG of one or two curves over rounds; ``series`` maps a label to (rounds, values)."""
+def line_chart(
+    title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str, xlabel: str = "round"
+) -> str:
+    """SVG of one or two curves over rounds, or something else; ``series`` maps a label to (rounds, values)."""
     figure, axes = _figure()
     for (label, (x, y)), color in zip(series.items(), (LINE, SECOND, INK), strict=False):
         axes.plot(x, y, marker="o", markersize=3, linewidth=1.4, color=color, label=label)
-    axes.set(title=title, xlabel="round", ylabel=ylabel)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if len(series) > 1:
         axes.legend(frameon=False)
     return _svg(figure)

@@ -32,7 +32,7 @@ FORMAT = 3  # of the files of a run; raise when a run of before could not be res
 # What a start makes before the first round, and what only a run has that got further.
 STARTED = {
     *("run.toml", "environment.json", "result.json", "partition.json", "data.json", "metrics.jsonl"),
-    *("log.txt", "report.html", "PRIVACY.md", "receipts.jsonl", "ledger", "tensorboard", "bases"),
+    *("log.txt", "report.html", "samples.json", "PRIVACY.md", "receipts.jsonl", "ledger", "tensorboard", "bases"),
 }
 KEPT = {"checkpoints", "adapter", "personal", "memory.safetensors", "task.json", "empirical.json"}
 FINISHED = ("completed", "budget-exhausted")  # the states of a run that ended by itself

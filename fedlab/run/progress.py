@@ -179,7 +179,7 @@ def closing(config: RunConfig, result: dict[str, Any], path: Path) -> str:
     """What came out, in a few lines."""
     spent = promise.closing(config, result["epsilon"])
     spread = result["client_scores"]
-    figures = ", ".join(f"{name} {shown(value)}" for name, value in spread.items())
+    figures = ", ".join(f"{name} {shown(value)}" for name, value in spread.items() if name != "curve")
     clients = "" if spread["mean"] is None else f"clients' {result['primary']}: {figures}\n"
     scores = ", ".join(f"{name} {shown(value)}" for name, value in (result["scores"] or {}).items())
     per_round = result["seconds_per_round"]
@@ -191,11 +191,14 @@ def closing(config: RunConfig, result: dict[str, Any], path: Path) -> str:
             " evaluation"
         )
     )
+    drift = result.get("drift") or {}
+    perplexities = ", ".join(f"{shown(one['perplexity'])} {when}" for when, one in drift.items())
+    public = f"perplexity of public text: {perplexities}\n" if perplexities else ""
     learnt = "".join(f"{promise.plain(text)}\n" for text in promise.memorised(result.get("memorisation")))
     warnings = "".join(f"\nwarning: {text}" for text in result.get("warnings", ()))
     return (
         f"{result['status']}: {scores or 'not evaluated'}, {spent}{warnings}\n{learnt}"
-        f"{clients}{result['bytes_up'] / 1e6:.2f} MB up,"
+        f"{clients}{public}{result['bytes_up'] / 1e6:.2f} MB up,"
         f" {result['bytes_down'] / 1e6:.2f} MB down, {result['seconds']:.1f} s{overhead}\nadapter:"
         f" {path / 'adapter'}\nreport:  {path / 'report.html'}"
     )

@@ -45,9 +45,11 @@ def _noise_ratio(rounds: Rounds) -> float | None:
 
 
 def _held_out(rounds: Rounds) -> tuple[dict[str, int], int]:
-    """Label → texts that the model is scored on, and how many labels a text is told apart among."""
+    """Label → texts that the model is scored on, and how many labels a text is told apart among; nothing where a text
+    has no one label.
+    """
     corpus, shards = corpus_and_shards(rounds.config)
-    if not corpus.label_names:
+    if not corpus.label_names or corpus.several:
         return {}, 0
     counted = Counter(corpus.labels[shards.test].tolist())
     groups = rounds.session.model.objective.groups

@@ -130,10 +130,14 @@ class Rounds:
         if self.done == 0:
             self._warn_of_products()
             self._evaluate_model(0)
+            self.scoring.measure_public("before", 0, self.state, self.directory)
+        status = "completed"
         for round_number in range(self.done + 1, self.config.run.rounds + 1):
             if not self._round(round_number):
-                return "budget-exhausted"
-        return "completed"
+                status = "budget-exhausted"
+                break
+        self.scoring.measure_public("after", self.done, self.state, self.directory)
+        return status
 
     def _round(self, number: int) -> bool:
         """One round; False if too few clients may still take part."""

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.config import RunConfig
-from fedlab.evaluate import evaluate, higher_is_better, primary_name, primary_score, spread
+from fedlab.evaluate import evaluate, higher_is_better, primary_name, primary_score, spread, worst_first
+from fedlab.evaluate.public import drift, sample_answers
 from fedlab.lora.state import State
 from fedlab.models.plain import save_checked
+from fedlab.run.directory import RunDirectory
 from fedlab.run.metrics import MetricsLog
 from fedlab.run.personal import load_personal
+from fedlab.run.samples import SAMPLES, add_samples
 from fedlab.session import Session, torch_threads
 
 
@@ -40,6 +43,7 @@ class Scoring:
         self._kept, self._personal = kept, personal
         self.scores: dict[str, float] | None = None  # of the global model; None before it was scored
         self.client_scores: dict[str, float] = {}  # client → primary score
+        self._drift: dict[str, dict[str, float]] = {}  # "before" and "after" → scores of public text
 
     def score_model(self, number: int, state: State) -> float:
         """Score the global model on the held-out test split, with all cores. Returns the seconds it took.
@@ -55,6 +59,19 @@ class Scoring:
             self.scores = evaluate(session.model, session.data, session.data.test, self._config)
         self._events.write("evaluate", number, examples=len(session.data.test), scores=self.scores)
         return time.perf_counter() - started
+
+    def measure_public(self, when: str, number: int, state: State, directory: RunDirectory) -> None:
+        """What the model makes of public texts "before" the first round or "after" the last, if that is asked for."""
+        model, config = self._session.model, self._config
+        if config.evaluate.drift is None and config.evaluate.prompts is None:
+            return
+        with torch_threads(os.cpu_count() or 1):
+            model.load(state)
+            if config.evaluate.drift is not None:
+                self._drift[when] = drift(model, config)
+                self._events.write("drift", number, when=when, scores=self._drift[when])
+            if config.evaluate.prompts is not None:
+                directory.write_json(SAMPLES, add_samples(directory.path, when, sample_answers(model, config)))
 
     def score_clients(self, number: int, state: State, clients: Iterable[str]) -> float:
         """Score simulated clients here, each on its held-out examples. Returns the seconds it took."""
@@ -101,12 +118,19 @@ class Scoring:
 
     def result(self) -> dict[str, Any]:
         """What ``result.json`` says of scores."""
-        return {"scores": self.scores, "primary": primary_name(self._config), "client_scores": self._spread()}
+        curve = worst_first(self.client_scores.values(), higher_is_better(self._config))
+        found = {
+            "scores": self.scores,
+            "primary": primary_name(self._config),
+            "client_scores": {**self._spread(), "curve": curve},
+        }
+        return found if self._config.evaluate.drift is None else {**found, "drift": self._drift}
 
     def kept(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"scores": self.scores, "client_scores": self.client_scores}
+        return {"scores": self.scores, "client_scores": self.client_scores, "drift": self._drift}
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Go on from what ``kept`` gave."""
         self.scores, self.client_scores = kept["scores"], kept["client_scores"]
+        self._drift = dict(kept.get("drift", {}))

@@ -21,6 +21,7 @@ from fedlab.data.report import content_digest
 from fedlab.errors import ConfigError
 from fedlab.evaluate import evaluate
 from fedlab.evaluate.memorisation import memorisation
+from fedlab.evaluate.public import drift, sample_answers
 from fedlab.lora.state import digest
 from fedlab.models.adapters import initial_state
 from fedlab.privacy.client_level import make_client_plan
@@ -82,6 +83,23 @@ def update(config: RunConfig, path: Path) -> Any:
     names = strategy_of(config).sent_names(state, 2)
     found = train_client(own.model, own.data, client, state, names, config, 2, own.plan(client))
     return digest(found.update)
+
+
+def chosen(config: RunConfig, path: Path) -> Any:
+    """What the evaluators say of some examples; with choices the one that reads them is among them."""
+    wanted = ("language", "choice") if config.evaluate.choices else ("language",)
+    judged = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"evaluators": wanted})})
+    return evaluate(session(config).model, session(config).data, session(config).data.test[:6], judged)
+
+
+def drifted(config: RunConfig, path: Path) -> Any:
+    """What the model makes of public text."""
+    return drift(session(config).model, config) if config.evaluate.drift else None
+
+
+def asked(config: RunConfig, path: Path) -> Any:
+    """What it answers to public prompts."""
+    return sample_answers(session(config).model, config) if config.evaluate.prompts else None
 
 
 def answered(config: RunConfig, path: Path) -> Any:

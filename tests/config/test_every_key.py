@@ -201,6 +201,12 @@ ROWS = {
     "evaluate.batch_size": Row("7", look.forward_passes, ("run.rounds=1",)),
     "evaluate.generations": Row("1", look.answered, ("objective={generative}", *DECODER)),
     "evaluate.new_tokens": Row("1", look.answered, ("objective={generative}", *DECODER)),
+    "evaluate.choices": Row("['fruit', 'metal']", look.chosen, ("objective={generative}", *DECODER)),
+    "evaluate.drift": Row("'{public}'", look.drifted, ("objective={generative}", *DECODER)),
+    "evaluate.drift_texts": Row(
+        "4", look.drifted, ("objective={generative}", *DECODER, "evaluate.drift='{public}'", "evaluate.batch_size=8")
+    ),
+    "evaluate.prompts": Row("'{public}'", look.asked, ("objective={generative}", *DECODER)),
     "evaluate.membership.pairs": Row("2", look.memorised, ("evaluate.membership={{pairs=3}}",)),
     "evaluate.membership.references": Row("1", look.memorised, ("evaluate.membership={{pairs=3}}", "run.rounds=1")),
     "tasks.name": Row(TASKS.replace("'b'", "'c'"), look.folders, STREAM, TASKS),

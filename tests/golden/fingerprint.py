@@ -64,7 +64,8 @@ def first_edition(result: Mapping[str, Any]) -> Mapping[str, Any]:
         return result
     scores = result.get("scores") or dict.fromkeys(("accuracy", "macro_f1", "loss"))
     clients = {name: {**own, "accuracy": own.get("score")} for name, own in result.get("clients", {}).items()}
-    return {**result, **scores, "client_accuracy": result["client_scores"], "clients": clients}
+    spread = {name: result["client_scores"][name] for name in ("mean", "worst", "std")}
+    return {**result, **scores, "client_accuracy": spread, "clients": clients}
 
 
 def tensor_files(folder: Path) -> Iterator[Path]:

@@ -30,6 +30,8 @@ ROWS: dict[str, Callable[[int], str]] = {
     "causal-lm": lambda words: "",
     "classification": lambda words: ("short", "middling", "long")[words % 3],
     "instruction": lambda words: ("short", "middling", "a long one")[words % 3],
+    "multi-label": lambda words: json.dumps([name for i, name in enumerate(("even", "three")) if not words % (i + 2)]),
+    "regression": lambda words: str(words / 10 - 0.5),
     "seq2seq": lambda words: ("short", "middling", "a long one")[words % 3],
 }
 GENERATIVE = {"causal-lm": "causal_toml", "instruction": "llama_toml", "seq2seq": "t5_toml"}
@@ -107,7 +109,7 @@ def test_what_it_says_of_itself_holds(name: str, session_of: Open):
     session = session_of(name)
     model, objective, config = session.model, session.model.objective, session.config
     head = [name for name in model.parameters if name.startswith("head.")]
-    assert bool(head) == (objective.head_width is not None)
+    assert bool(head) == (objective.head_width is not None) == objective.has_head
     probe = probe_batch(model.tokenizer, objective, 2, 9)
     assert probe["input_ids"].shape == (2, 9)
     assert objective.per_example_loss(model, probe).isfinite().all()
@@ -136,6 +138,7 @@ def test_unknown_names_are_refused_by_name(tiny_toml: str):
 
 
 def test_the_worst_client_is_the_one_of_the_worst_score():
-    assert spread([0.2, 0.6, math.nan], higher=True) == pytest.approx({"mean": 0.4, "worst": 0.2, "std": 0.2})
+    wanted = {"mean": 0.4, "worst": 0.2, "worst_decile": 0.2, "std": 0.2}
+    assert spread([0.2, 0.6, math.nan], higher=True) == pytest.approx(wanted)
     assert spread([0.2, 0.6], higher=False)["worst"] == 0.6
-    assert spread([math.nan], higher=True) == {"mean": None, "worst": None, "std": None}
+    assert spread([math.nan], higher=True) == dict.fromkeys(wanted)

@@ -99,10 +99,11 @@ def _look_at_names(found: Problems, config: RunConfig, whole: Whole, there: bool
     """What can be told without reading much. Returns whether there are such a model and such an objective."""
     from fedlab.data.public import check_public
     from fedlab.evaluate import evaluators_of
+    from fedlab.evaluate.public import check_measures
     from fedlab.models.hub import check_model
     from fedlab.models.loading import device_of
 
-    if there and whole("lora"):
+    if there and whole("lora", "evaluate"):
         found.of(lambda: check_public(config))
     model = whole("model") and found.fine(lambda: check_model(config.model))
     objective = whole("objective", "data", "tasks") and found.fine(lambda: _check_objective(config))
@@ -112,6 +113,7 @@ def _look_at_names(found: Problems, config: RunConfig, whole: Whole, there: bool
         found.of(lambda: _check_backend(config))
     if objective and whole("evaluate"):
         found.of(lambda: evaluators_of(config))
+        found.of(lambda: check_measures(config))
     return model, objective
 
 

@@ -53,6 +53,8 @@ def test_a_clients_score_is_that_of_its_held_out_examples(privacy: str, learnabl
     assert scored[-1]["per_client"] == pytest.approx(wanted)
     assert {client: info["score"] for client, info in run.result["clients"].items()} == pytest.approx(wanted)
     assert run.result["client_scores"]["worst"] == pytest.approx(min(wanted.values()))
+    assert run.result["client_scores"]["curve"] == pytest.approx(sorted(wanted.values()))
+    assert "the worst first" in (run.path / "report.html").read_text()
     assert run.result["scores"] == pytest.approx(
         evaluate(session.model, session.data, session.data.test, session.config)
     )

@@ -1,0 +1,95 @@
+"""Multiple choice by log-likelihood: which of the answers in ``evaluate.choices`` a model holds for the most probable.
+
+As lm-eval's ``multiple_choice`` does: the likelihood of each whole answer after the prompt, with its end, and once more
+divided by the answer's length in bytes, so that short answers are not preferred for being short. Nothing is generated.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from fedlab.config.sections import EvaluateSection
+from fedlab.data import FederatedData
+from fedlab.data.collate import by_length
+from fedlab.evaluate.base import Evaluator
+from fedlab.evaluate.generation import prompt_and_answer
+from fedlab.models.loaded import LoadedModel
+from fedlab.objectives.base import NO_LOSS, Batch
+from fedlab.objectives.language import LanguageModel, output_layer
+from fedlab.objectives.seq2seq import Seq2Seq
+from fedlab.objectives.vocabulary import token_losses
+
+LONG = 2**20  # tokens that no answer has
+
+
+def chosen(model: LoadedModel, data: FederatedData, indices: np.ndarray, settings: EvaluateSection) -> dict[str, float]:
+    """Scores of the examples ``indices`` [N]; one whose answer is none of the choices is never right.
+
+    ``choice_accuracy``: share whose answer is the most probable choice. ``choice_accuracy_norm``: the same by
+    log-likelihood per byte.
+    """
+    answers = [answer_ids(model, choice) for choice in settings.choices]
+    names = [_text(model, ids) for ids in answers]
+    prompts, written = zip(*(prompt_and_answer(model, data, i) for i in indices), strict=True)
+    found = likelihoods(model, list(prompts), answers, settings.batch_size)
+    sizes = np.array([max(1, len(name.encode())) for name in names])
+    right = np.array([names.index(text.strip()) if text.strip() in names else -1 for text in written])
+    return {
+        "choice_accuracy": float((found.argmax(1) == right).mean()),
+        "choice_accuracy_norm": float(((found / sizes).argmax(1) == right).mean()),
+    }
+
+
+def answer_ids(model: LoadedModel, choice: str) -> list[int]:
+    """Tokens of an answer, with its end, as the objective learns it."""
+    answer = np.empty(1, dtype=object)
+    answer[0] = choice
+    labels = model.objective.encode(["a"], None, answer, model.tokenizer, LONG)["labels"][0]
+    return [token for token in labels if token != NO_LOSS]
+
+
+def likelihoods(model: LoadedModel, prompts: list[list[int]], answers: list[list[int]], batch_size: int) -> np.ndarray:
+    """Log-likelihood of each answer after each prompt in nats, [prompts, answers]; a prompt that leaves too few
+    positions loses its beginning.
+    """
+    objective, layer = cast(LanguageModel, model.objective), cast(Any, output_layer(model))
+    pairs = [(prompt, answer) for prompt in prompts for answer in answers]
+    found = np.zeros(len(pairs))
+    with torch.inference_mode():
+        for rows in by_length(np.array([len(prompt) + len(answer) for prompt, answer in pairs]), batch_size):
+            at = objective.labelled(model, _batch(model, [pairs[i] for i in rows]))
+            losses = token_losses(at.hidden, at.targets, layer.weight, layer.bias).double().cpu().numpy()
+            found[rows] = -np.bincount(at.rows.cpu().numpy(), losses, minlength=len(rows))
+    return found.reshape(len(prompts), len(answers))
+
+
+def _batch(model: LoadedModel, pairs: list[tuple[list[int], list[int]]]) -> Batch:
+    """Prompts and answers as a padded batch with labels on the answers."""
+    if isinstance(model.objective, Seq2Seq):
+        ids, labels = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
+    else:
+        places = getattr(model.module.config, "max_position_embeddings", None) or LONG
+        cut = [(prompt[max(0, len(prompt) + len(answer) - places) :], answer) for prompt, answer in pairs]
+        ids = [prompt + answer for prompt, answer in cut]
+        labels = [[NO_LOSS] * len(prompt) + answer for prompt, answer in cut]
+    return {
+        "input_ids": _padded(ids, cast(int, model.tokenizer.pad_token_id)),
+        "attention_mask": _padded([[1] * len(row) for row in ids], 0),
+        "labels": _padded(labels, NO_LOSS),
+    }
+
+
+def _padded(rows: list[list[int]], fill: int) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+
+def _text(model: LoadedModel, ids: list[int]) -> str:
+    """An answer as the examples' answers are read back."""
+    return str(model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+EVALUATOR = Evaluator(("choice_accuracy", "choice_accuracy_norm"), frozenset({"instruction", "seq2seq"}), chosen)
