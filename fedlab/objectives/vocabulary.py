@@ -50,7 +50,7 @@ class OutputLayer:
     def left_out(self) -> Iterator[None]:
         """While open, the model's "logits" are the hidden states that the layer is fed."""
         layer, base, added = self.module, cast(Any, self.base), getattr(self.base, ADDED, None)
-        own = layer.__dict__.get("forward")
+        replaced, own = "forward" in layer.__dict__, cast(Any, layer.__dict__.get("forward"))
         layer.forward = lambda hidden, *_, **__: hidden
         try:
             if added is not None:
@@ -59,10 +59,10 @@ class OutputLayer:
         finally:
             if added is not None:
                 setattr(base, ADDED, added)
-            if own is None:
-                del layer.forward
-            else:
+            if replaced:
                 layer.forward = own
+            else:
+                del layer.forward
 
 
 def token_losses(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
