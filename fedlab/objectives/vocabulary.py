@@ -50,7 +50,7 @@ class OutputLayer:
     def left_out(self) -> Iterator[None]:
         """While open, the model's "logits" are the hidden states that the layer is fed."""
         layer, base, added = self.module, cast(Any, self.base), getattr(self.base, ADDED, None)
-        replaced, own = "forward" in layer.__dict__, cast(Any, layer.__dict__.get("forward"))
+        before = {key: value for key, value in vars(layer).items() if key == "forward"}
         layer.forward = lambda hidden, *_, **__: hidden
         try:
             if added is not None:
@@ -59,10 +59,8 @@ class OutputLayer:
         finally:
             if added is not None:
                 setattr(base, ADDED, added)
-            if replaced:
-                layer.forward = own
-            else:
-                del layer.forward
+            del layer.forward
+            vars(layer).update(before)
 
 
 def token_losses(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -107,7 +107,9 @@ def by_engine(model: LoadedModel, batch: dict[str, Tensor], engine: str) -> dict
 
 @pytest.mark.parametrize(("family", "targets"), cells(QUICK))
 def test_three_engines_give_what_each_row_gives_alone(family: str, targets: str, config_of: Callable[..., RunConfig]):
-    """In float64, on a padded batch, against a loop that shares no code with the objective."""
+    """In float64, on a padded batch, against a loop that shares no code with the objective. Some families take softmax
+    in float32 whatever comes in; what breaks leaves 1e-2 and more.
+    """
     if (family, targets) in REFUSED:
         pytest.skip("refused")
     model = loaded_in_float64(config_of(family, f"lora.target_modules={targets}"))
@@ -122,7 +124,7 @@ def test_three_engines_give_what_each_row_gives_alone(family: str, targets: str,
         for i, row in enumerate(wanted):
             for name, gradient in row.items():
                 gap = float((found[name][i] - gradient).norm())
-                assert gap <= 1e-9 * max(1.0, float(gradient.norm())), f"{engine}, row {i}, {name}: {gap}"
+                assert gap <= 1e-6 * max(1.0, float(gradient.norm())), f"{engine}, row {i}, {name}: {gap}"
                 assert float(gradient.norm()) > 0, name
 
 

@@ -163,5 +163,5 @@ def test_a_sentence_encoder_loads_by_its_card(
     assert "load_run" in (run.path / "adapter" / "README.md").read_text()
     model = load_run(run.path)
     assert model.config.id2label == dict(enumerate(NAMES))
-    with pytest.raises(fedlab.ConfigError, match="no finished run"):
+    with pytest.raises(fedlab.ConfigError, match="is no run directory"):
         load_run(tmp_path)
