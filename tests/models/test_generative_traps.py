@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 import fedlab
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError
+from fedlab.evaluate.generation import generate
 from fedlab.lora.state import State
 from fedlab.models.adapters import initial_state
 from fedlab.models.trial import together, trial_rows
@@ -128,6 +130,22 @@ def test_a_16_bit_base_trains_and_reloads(family: str, config_of: Make, tmp_path
     run = fedlab.simulate(config_of(family, "run.dtype=bfloat16"), tmp_path / "run", quiet=True)
     assert run.result["status"] == "completed"
     assert run.result["excluded"] == 0
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if family in ("gpt2", "bart") else pytest.mark.slow)
+        for family in sys.modules["generative"].GENERATIVE
+    ],
+)
+def test_a_prompt_among_longer_ones_is_answered_as_alone(family: str, config_of: Make):
+    """A decoder's prompts are padded where they begin, an encoder's where they end; positions count from the first
+    token in both.
+    """
+    model = session_of(config_of(family)).model
+    prompts = [[2, *range(4, 4 + length), 3] for length in (3, 9, 5)]
+    assert generate(model, prompts, 8, 3) == generate(model, prompts, 8, 1)
 
 
 def test_experts_cannot_be_named(config_of: Make):
