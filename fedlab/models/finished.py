@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -95,11 +96,19 @@ def merge(run: str | Path, out: str | Path) -> Path:
         result = json.loads((path / "result.json").read_text(encoding="utf-8"))
         (temporary / "README.md").write_text(merged_card(config, result), encoding="utf-8")
         _check(model, temporary, batch, wanted)
-        temporary.chmod(0o755)
+        _readable(temporary)
         temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _readable(directory: Path) -> None:
+    """Give a directory and its files the modes that the user's umask gives: some writers keep theirs to their owner."""
+    os.umask(umask := os.umask(0))
+    directory.chmod(0o777 & ~umask)
+    for file in directory.iterdir():
+        file.chmod(0o666 & ~umask)
 
 
 def plainly_named(merged: Any) -> None:

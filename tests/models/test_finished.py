@@ -78,6 +78,7 @@ def test_a_merged_model_is_the_adapted_one(toml: str, auto: str, overrides: tupl
     assert ("without differential privacy" in card) == (not private)
     assert not private or f"ε = {result['epsilon']:.4g}" in card
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model"], "nothing half written is left"
+    assert len({p.stat().st_mode for p in found.iterdir()}) == 1, "whoever may read one file may read all"
 
 
 def test_a_model_that_cannot_be_merged_is_refused_and_nothing_is_left(
