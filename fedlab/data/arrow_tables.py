@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlab.data.conversations import structured
-from fedlab.data.table import Column, Table, canonical, check_names, listed, refuse, shown
+from fedlab.data.table import Column, Table, canonical, check_names, listed, refuse, shown, structured
 
 
 def read_parquet(

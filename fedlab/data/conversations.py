@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fedlab.data.table import Column, Table, refuse, shown
@@ -36,16 +35,6 @@ def conversations(table: Table, column: str) -> Column:
             refuse(table.path, f"column {shown([column])}: {problem}", line, table.unit)
         found.append(_written(messages))
     return found
-
-
-def structured(value: Any) -> str:
-    """A list or an object as JSON text, for ``conversations``."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def nothing_nested(path: Path, column: str, kind: str, line: int | None, unit: str) -> None:
-    """Raise ConfigError for a column that holds lists or objects where single values are wanted."""
-    refuse(path, f"column {shown([column])} holds {kind}, want text, a number or true/false", line, unit)
 
 
 def _problem(messages: Any) -> str | None:

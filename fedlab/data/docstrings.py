@@ -91,19 +91,31 @@ def _collect() -> tuple[list[str], list[str]]:
 
 
 def _sentences(library: str) -> list[str]:
-    """Up to PER_LIBRARY distinct masked sentences; files are visited in the order of a hash of their path, so no folder
-    dominates.
-    """
+    """Up to PER_LIBRARY distinct masked sentences."""
     mask = mask_of(library)
-    files = [f for f in metadata.distribution(library).files or [] if f.suffix == ".py" and not is_test(f.parts)]
-    files.sort(key=lambda f: hashlib.sha256(f.as_posix().encode()).digest())
     found: dict[str, None] = {}  # a set that keeps its order
-    for file in files:
-        for sentence in _docstrings(Path(str(file.locate()))):
+    for tree in trees(library):
+        for sentence in _docstrings(tree):
             found.setdefault(mask.sub("library", sentence))
             if len(found) == PER_LIBRARY:
                 return list(found)
     return list(found)
+
+
+def trees(library: str) -> Iterator[ast.Module]:
+    """Every source file of a library that can be parsed, less its tests, in the order of a hash of their path, so that
+    no folder dominates.
+    """
+    files = [f for f in metadata.distribution(library).files or [] if f.suffix == ".py" and not is_test(f.parts)]
+    files.sort(key=lambda f: hashlib.sha256(f.as_posix().encode()).digest())
+    for file in files:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(Path(str(file.locate())).read_text(encoding="utf-8"))
+        except (OSError, ValueError, SyntaxError, RecursionError):
+            continue
+        yield tree
 
 
 def mask_of(library: str) -> re.Pattern[str]:
@@ -119,19 +131,13 @@ def is_test(parts: tuple[str, ...]) -> bool:
     return any(part.startswith(("test", "_test", "conftest")) or part == "_vendor" for part in parts)
 
 
-def _docstrings(path: Path) -> list[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, SyntaxError, RecursionError):
-        return []
+def _docstrings(tree: ast.Module) -> list[str]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in _blocks(tree) if isinstance(node, kinds))
+    found = (ast.get_docstring(node) for node in blocks(tree) if isinstance(node, kinds))
     return [sentence for text in found if text and (sentence := first_sentence(text))]
 
 
-def _blocks(tree: ast.Module) -> Iterator[ast.AST]:
+def blocks(tree: ast.Module) -> Iterator[ast.AST]:
     """The nodes of ``ast.walk`` in its order (breadth first), less expressions: they are most of a tree and hold no
     docstring.
     """

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlab.data.conversations import nothing_nested, structured
-from fedlab.data.table import Column, Table, canonical, listed, refuse, shown
+from fedlab.data.table import Column, Table, canonical, listed, refuse, shown, structured
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 Row = dict[str, Any]
@@ -68,7 +67,8 @@ def _column(path: Path, name: str, rows: Sequence[Row], lines: Sequence[int], un
         value = row.get(name)
         if isinstance(value, dict | list):
             if unit and not nested:
-                nothing_nested(path, name, "an object" if isinstance(value, dict) else "a list", line, unit)
+                kind = "an object" if isinstance(value, dict) else "a list"
+                refuse(path, f"column {shown([name])} holds {kind}, want text, a number or true/false", line, unit)
             value = structured(value) if nested else None
         values.append(value if value is None or isinstance(value, str) else canonical(value))
     return values

@@ -7,10 +7,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
-import warnings
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 
@@ -54,16 +50,17 @@ def check_definitions(data: DataSection) -> None:
 
 def load_definitions(data: DataSection) -> Corpus:
     """A word of every synset and its gloss; the first gloss of a word only, so that a prompt has one answer."""
-    parts = wordnet.parts_of(data.subset)
-    directory, seen = wordnet.find(data.path, parts), dict[str, tuple[str, str]]()
-    for part in parts:
-        for line in (directory / f"data.{part}").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line[:1].isdigit():
-                gloss, owner = wordnet.parse(line)
-                seen.setdefault(line.split(" ", 5)[4].replace("_", " ").partition("(")[0], (gloss, owner))
-    texts = [f"{WORD}{word}" for word in seen]
-    glosses, owners = zip(*seen.values(), strict=True)
-    return Corpus("definitions", texts, written(list(glosses)), natural=list(owners))
+    seen: dict[str, tuple[str, str]] = {}
+    for line in wordnet.synsets(data):
+        gloss, owner = wordnet.parse(line)
+        if gloss:
+            seen.setdefault(line.split(" ", 5)[4].replace("_", " ").partition("(")[0], (gloss, owner))
+    return Corpus(
+        "definitions",
+        [f"{WORD}{word}" for word in seen],
+        written([gloss for gloss, _ in seen.values()]),
+        natural=[owner for _, owner in seen.values()],
+    )
 
 
 def _check_owner(data: DataSection, column: str) -> None:
@@ -84,30 +81,18 @@ def _collect() -> dict[str, np.ndarray]:
 
 
 def _functions(library: str) -> list[tuple[str, str]]:
-    """(code without its docstring, first sentence of it) of a library's short functions, in the order of a hash of
-    their file's path.
-    """
-    files = [
-        f for f in metadata.distribution(library).files or [] if f.suffix == ".py" and not docstrings.is_test(f.parts)
-    ]
-    files.sort(key=lambda f: hashlib.sha256(f.as_posix().encode()).digest())
+    """(code without its docstring, first sentence of it) of a library's short functions."""
     found: dict[tuple[str, str], None] = {}
-    for file in files:
-        for pair in _of_file(Path(str(file.locate()))):
+    for tree in docstrings.trees(library):
+        try:
+            pairs = [pair for node in docstrings.blocks(tree) if (pair := _pair(node)) is not None]
+        except RecursionError:  # a file of nesting that cannot be written again
+            continue
+        for pair in pairs:
             found.setdefault(pair)
             if len(found) == 2 * docstrings.PER_LIBRARY:
                 return list(found)
     return list(found)
-
-
-def _of_file(path: Path) -> list[tuple[str, str]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            return [pair for node in ast.walk(tree) if (pair := _pair(node)) is not None]
-    except (OSError, ValueError, SyntaxError, RecursionError):
-        return []
 
 
 def _pair(node: ast.AST) -> tuple[str, str] | None:

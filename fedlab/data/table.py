@@ -98,6 +98,11 @@ def listed(values: Sequence[object]) -> str | None:
     return None if None in found else json.dumps(found, ensure_ascii=False)
 
 
+def structured(value: object) -> str:
+    """A list or an object as JSON, whatever it holds."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def check_text(path: Path, column: str, value: str | None, at: int, unit: str) -> None:
     """Raise ConfigError for a value that is no text: a null character, or half of a surrogate pair."""
     if value is None or value.isascii():

@@ -5,6 +5,7 @@ Debian's ``wordnet-base`` has the files.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedlab.config.data import DataSection
@@ -71,15 +72,18 @@ def place(data: DataSection) -> str | None:
 
 def load(data: DataSection) -> Corpus:
     """All glosses of the subset, one example per synset."""
+    found = [parse(line) for line in synsets(data)]
+    return Corpus("wordnet", [text for text, _ in found], written([label for _, label in found]))
+
+
+def synsets(data: DataSection) -> Iterator[str]:
+    """The lines of the subset's files that hold a synset each."""
     parts = parts_of(data.subset)
-    directory, texts, labels = find(data.path, parts), [], []
+    directory = find(data.path, parts)
     for part in parts:
         for line in (directory / f"data.{part}").read_text(encoding="utf-8", errors="replace").splitlines():
             if line[:1].isdigit():  # the licence's lines start with blanks
-                text, label = parse(line)
-                texts.append(text)
-                labels.append(label)
-    return Corpus("wordnet", texts, written(labels))
+                yield line
 
 
 def parse(line: str) -> tuple[str, str]:

@@ -49,7 +49,7 @@ class Instruction(LanguageModel):
     @property
     def encoding(self) -> str:  # type: ignore[override]
         """With the template, which decides the tokens."""
-        return json.dumps(["instruction/1", self.template, self.system])
+        return json.dumps(["instruction/2", self.template, self.system])
 
     @classmethod
     def of(cls, section: ObjectiveSection, labels: tuple[str, ...], groups: tuple[int, ...]) -> Self:
@@ -79,51 +79,40 @@ class Instruction(LanguageModel):
 
     def prompt_ids(self, prompt: str, tokenizer: Any) -> list[int]:
         """What a model reads before it answers."""
-        messages = self._opening(prompt)
         if self._chats(tokenizer):
-            return _templated(tokenizer, messages, True)
+            return _templated(tokenizer, self._opened([{"role": "user", "content": prompt}]), True)
         return super().prompt_ids(self._filled(prompt), tokenizer)
 
     def _chats(self, tokenizer: Any) -> bool:
         return self.template is None and getattr(tokenizer, "chat_template", None) is not None
 
-    def _opening(self, prompt: str) -> list[dict[str, str]]:
-        messages = [{"role": "user", "content": prompt}]
-        return messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
+    def _opened(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Messages after what the system says, unless they say it themselves."""
+        own = messages[0]["role"] == "system"
+        return messages if self.system is None or own else [{"role": "system", "content": self.system}, *messages]
 
     def _filled(self, prompt: str) -> str:
         before = f"{self.system}\n\n" if self.system else ""
         return before + (self.template or "{prompt}\n").replace("{prompt}", prompt)
 
     def _row(self, prompt: str, answer: str, tokenizer: Any) -> Row:
-        conversation = conversation_of(prompt)
-        if conversation is not None or self._chats(tokenizer):
-            messages = conversation or [*self._opening(prompt), {"role": "assistant", "content": answer}]
-            if not self._chats(tokenizer):
-                raise ConfigError(
-                    'objective.name = "instruction" with conversations needs a tokenizer with a chat template, and no'
-                    " objective.template; give prompt and answer columns instead"
-                )
-            return _conversation_row(messages, tokenizer)
+        whole = not answer  # of data.messages: a conversation has no column of answers
+        if whole and not self._chats(tokenizer):
+            raise ConfigError(
+                'objective.name = "instruction" with conversations needs a tokenizer with a chat template, and no'
+                " objective.template; give prompt and answer columns instead"
+            )
+        if self._chats(tokenizer):
+            said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            return _conversation_row(self._opened(json.loads(prompt) if whole else said), tokenizer)
         ids = super().prompt_ids(self._filled(prompt), tokenizer)
-        said = ended(list(tokenizer(answer, truncation=False, add_special_tokens=False)["input_ids"]), tokenizer)
-        return ids + said, [NO_LOSS] * len(ids) + said
+        own = ended(list(tokenizer(answer, truncation=False, add_special_tokens=False)["input_ids"]), tokenizer)
+        return ids + own, [NO_LOSS] * len(ids) + own
 
     def probe_labels(self, input_ids: Tensor) -> Tensor:
         """The last half of the tokens."""
         before = input_ids.shape[1] // 2
         return torch.cat([torch.full_like(input_ids[:, :before], NO_LOSS), input_ids[:, before:]], dim=1)
-
-
-def conversation_of(text: str) -> list[dict[str, str]] | None:
-    """The messages of a record that holds a whole conversation as JSON; None for a plain prompt."""
-    if not text.startswith('[{"role"'):
-        return None
-    try:
-        messages = json.loads(text)
-    except ValueError:
-        return None
-    return messages if isinstance(messages, list) and all({"role", "content"} <= set(m) for m in messages) else None
 
 
 def _conversation_row(messages: list[dict[str, str]], tokenizer: Any) -> Row:

@@ -65,9 +65,8 @@ class LanguageModel(Objective):
         cls, written: Sequence[str], names: tuple[str, ...], corpus: str
     ) -> tuple[np.ndarray, tuple[str, ...]]:
         """Answers as they are written; ``encode`` makes tokens of them."""
-        values = [names[int(value)] if names else value for value in written] if names else list(written)
-        kept = np.empty(len(values), dtype=object)
-        kept[:] = values
+        kept = np.empty(len(written), dtype=object)
+        kept[:] = list(written)
         return kept, ()
 
     def prompt_ids(self, prompt: str, tokenizer: Any) -> list[int]:

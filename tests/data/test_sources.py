@@ -102,7 +102,7 @@ match 1:
     tree = ast.parse(source)
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
     wanted = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-    assert [node for node in docstrings._blocks(tree) if isinstance(node, kinds)] == wanted
+    assert [node for node in docstrings.blocks(tree) if isinstance(node, kinds)] == wanted
     assert len(wanted) > 10
 
 

@@ -64,6 +64,30 @@ def test_every_turn_of_the_assistant_is_learnt(chat: Any):
     assert learnt(row, chat) == "new<|im_end|>wave<|im_end|>"
 
 
+def test_a_prompt_that_looks_like_a_conversation_is_a_prompt(chat: Any):
+    """What a record is, its columns say, never its text."""
+    told = json.dumps([{"role": "user", "content": "old"}, {"role": "assistant", "content": "new"}])
+    row = Instruction().encode([told], None, written("tide"), chat, 256)
+    assert learnt(row, chat) == "tide<|im_end|>"
+    assert told in chat.decode(row["input_ids"][0])
+
+
+def test_what_the_system_says_goes_before_conversations_that_do_not_say_it(chat: Any):
+    turns = [{"role": "user", "content": "old"}, {"role": "assistant", "content": "new"}]
+    own = [{"role": "system", "content": "wave"}, *turns]
+    rows = Instruction(system="tide").encode([json.dumps(turns), json.dumps(own)], None, written("", ""), chat, 99)
+    for ids, said in zip(rows["input_ids"], ("tide", "wave"), strict=True):
+        assert chat.decode(ids) == f"<|im_start|>system\n{said}<|im_end|>\n" + (
+            "<|im_start|>user\nold<|im_end|>\n<|im_start|>assistant\nnew<|im_end|>"
+        )
+
+
+def test_answers_that_have_names_at_the_hub_are_those_names():
+    """Classes of a hub's data set come as their names."""
+    kept, names = Instruction.encode_labels(["yes", "no", "yes"], ("no", "yes"), "set")
+    assert (kept.tolist(), names) == (["yes", "no", "yes"], ())
+
+
 def test_a_template_of_the_run_and_a_tokenizer_without_one(chat: Any, plain: Any):
     own = Instruction(template="Q: {prompt}\nA: ", system="Be brief.")
     row = own.encode(["the tide"], None, written("a wave"), chat, 64)
