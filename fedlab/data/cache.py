@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +43,32 @@ def cached_arrays(
     if (found := _load(target)) is not None:
         return found
     arrays = make()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}."))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {target.parent}: {error.strerror}; set FEDLAB_CACHE to a directory that can be written"
-        ) from None
-    try:
+    with beside(target) as temporary:
         with naming(target):
             for array_name, array in arrays.items():
                 np.save(temporary / f"{array_name}.npy", array, allow_pickle=False)
             (temporary / "whole.json").write_text(json.dumps({a: v.nbytes for a, v in arrays.items()}))
         _publish(temporary, target)
+    return _load(target) or arrays
+
+
+@contextlib.contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A directory to make an entry of the cache in, to be renamed to ``target``; whatever is left of it goes.
+
+    Raises ConfigError where the cache cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {target.parent}: {error.strerror}; set FEDLAB_CACHE to a directory that can be written"
+        ) from None
+    try:
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return _load(target) or arrays
 
 
 def _publish(temporary: Path, target: Path) -> None:

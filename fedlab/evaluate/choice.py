@@ -6,7 +6,7 @@ divided by the answer's length in bytes, so that short answers are not preferred
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def likelihoods(model: LoadedModel, prompts: list[list[int]], answers: list[list
     """Log-likelihood of each answer after each prompt in nats, [prompts, answers]; a prompt that leaves too few
     positions loses its beginning.
     """
-    objective, layer = cast(LanguageModel, model.objective), cast(Any, output_layer(model))
+    objective, layer = cast(LanguageModel, model.objective), output_layer(model)
     pairs = [(prompt, answer) for prompt in prompts for answer in answers]
     found = np.zeros(len(pairs))
     with torch.inference_mode():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fedlab.evaluate.base import Evaluator
 from fedlab.models.loaded import LoadedModel
 from fedlab.objectives.base import NO_LOSS, Batch
 from fedlab.objectives.language import LanguageModel, output_layer
-from fedlab.objectives.vocabulary import most_probable, token_losses
+from fedlab.objectives.vocabulary import scored
 
 GENERATIVE = frozenset({"causal-lm", "instruction", "seq2seq"})
 MOST = 700.0  # nats; the exponential of more is no float
@@ -36,14 +36,14 @@ def tokens(model: LoadedModel, data: FederatedData, indices: np.ndarray, setting
 
 def over(model: LoadedModel, objective: LanguageModel, batches: Iterable[Batch]) -> dict[str, float]:
     """The scores of ``tokens`` over padded batches, whose labels the objective learns."""
-    layer = cast(Any, output_layer(model))
+    layer = output_layer(model)
     nats, count, size, hits = 0.0, 0, 0, 0
     with torch.inference_mode():
         for batch in batches:
             found = objective.labelled(model, batch)
-            losses = token_losses(found.hidden, found.targets, layer.weight, layer.bias)
+            losses, best = scored(found.hidden, found.targets, layer.weight, layer.bias)
             nats, count = nats + float(losses.double().sum()), count + len(losses)
-            hits += int((most_probable(found.hidden, layer.weight, layer.bias) == found.targets).sum())
+            hits += int((best == found.targets).sum())
             size += sum(len(said(model, row.numpy()).encode()) for row in batch["labels"])
     loss = nats / max(count, 1)
     return {

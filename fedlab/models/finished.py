@@ -20,7 +20,6 @@ from fedlab.models.loaded import LoadedModel
 from fedlab.models.loading import device_of, load_tokenizer, quiet_seeded
 from fedlab.models.plain import EXACT, load_plain, saved
 from fedlab.models.trial import together, trial_rows
-from fedlab.objectives import objective_class
 from fedlab.objectives.language import LanguageModel
 
 STATEMENT = "PRIVACY.md"  # of a run; goes with what was made of it
@@ -32,8 +31,7 @@ def open_run(run: str | Path) -> LoadedModel:
     Raises ConfigError for a directory that holds no run or no adapter.
     """
     path = Path(run)
-    config, labels = saved(path)
-    objective = objective_class(config.objective.name).of(config.objective, labels, ())
+    config, objective = saved(path)
     dtype = torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
     device = device_of(config.run.device)
     plain = load_plain(config.model, objective, path / "adapter", dtype, device)

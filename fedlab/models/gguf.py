@@ -7,13 +7,12 @@ on these. Loading such a file takes half a minute for 135 M parameters, its conv
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedlab.data.cache import cache_directory
+from fedlab.data.cache import beside, cache_directory
 from fedlab.errors import ConfigError
+from fedlab.files import naming
 
 FORMAT = 1  # raise when the meaning of a converted directory changes
 
@@ -26,25 +25,16 @@ def converted(file: Path) -> Path:
     target = cache_directory() / "gguf" / f"{_content(file)}-{FORMAT}"
     if (target / "config.json").is_file():
         return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {target.parent}: {error.strerror}; set FEDLAB_CACHE to a directory that can be written"
-        ) from None
-    try:
-        _convert(file, temporary)
-        if not (target / "config.json").is_file():
+    with beside(target) as temporary:
+        model, tokenizer = _read(file)
+        with naming(target):
+            tokenizer.save_pretrained(temporary)
+            model.save_pretrained(temporary)
+        try:
             temporary.rename(target)
-    except FileExistsError:  # another process was first
-        pass
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if not (target / "config.json").is_file():
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"{str(file)!r} cannot be read as a GGUF model: {reason}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was first
+                raise
     return target
 
 
@@ -53,14 +43,19 @@ def _content(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
-def _convert(file: Path, target: Path) -> None:
+def _read(file: Path) -> tuple[Any, Any]:
+    """Model and tokenizer, float32. Raises ConfigError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **place)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **place)
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **place)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{str(file)!r} cannot be read as a GGUF model: {reason}") from None
     for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, name):  # it is not quantised any more, but would refuse to be saved
             delattr(holder, name)
-    AutoTokenizer.from_pretrained(str(file.parent), **place).save_pretrained(target)
-    model.save_pretrained(target)
+    return model, tokenizer

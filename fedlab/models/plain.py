@@ -65,16 +65,21 @@ def load_plain(
     return plain
 
 
-def saved(path: Path) -> tuple[RunConfig, tuple[str, ...]]:
-    """The configuration of a run that has saved an adapter, and the names of its labels, or ()."""
+def saved(path: Path) -> tuple[RunConfig, Objective]:
+    """The configuration of a run that has saved an adapter, and its objective over the labels that it had.
+
+    Raises ConfigError for a directory that holds no run or no adapter.
+    """
     if not (path / "run.toml").is_file():
         raise ConfigError(f"{str(path)!r} is no run directory: it has no run.toml")
     if not (path / "adapter" / LABELS).is_file():
         config = RunConfig.load(path / "run.toml")
         why = "give one of its tasks' directories" if config.is_stream else "the run is not finished, or saved none"
         raise ConfigError(f"{str(path)!r} has no adapter/{LABELS}: {why}")
+    config = RunConfig.load(path / "run.toml")
     names = json.loads((path / "adapter" / LABELS).read_text(encoding="utf-8")).get("id2label", {})
-    return RunConfig.load(path / "run.toml"), tuple(names[key] for key in sorted(names, key=int))
+    labels = tuple(names[key] for key in sorted(names, key=int))
+    return config, objective_class(config.objective.name).of(config.objective, labels, ())
 
 
 def load_run(run: str | Path) -> nn.Module:
@@ -83,8 +88,7 @@ def load_run(run: str | Path) -> nn.Module:
     Raises ConfigError for a directory that holds no run or no adapter.
     """
     path = Path(run)
-    config, labels = saved(path)
-    objective = objective_class(config.objective.name).of(config.objective, labels, ())
+    config, objective = saved(path)
     return load_plain(config.model, objective, path / "adapter")
 
 

@@ -76,6 +76,25 @@ def token_losses(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor |
     return losses
 
 
+def scored(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``token_losses`` and ``most_probable`` of the same positions from logits that are made once; no gradients."""
+    losses = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    best = torch.empty_like(targets)
+    size = chunk_of(weight)
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
+        logits = linear(hidden[part], weight, bias).to(losses.dtype)
+        losses[part] = _at_targets(logits, targets[part, None])[0]
+        best[part] = logits.argmax(-1)
+    return losses, best
+
+
+def _at_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy at targets [M, 1] of logits [M, V], [M]; and log Σ exp of each row, [M, 1]."""
+    total = logits.logsumexp(-1, keepdim=True)
+    return (total - logits.gather(-1, targets))[:, 0], total
+
+
 def most_probable(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The token of the largest logit at each position, [M]."""
     found = [linear(part, weight, bias).argmax(-1) for part in hidden.split(chunk_of(weight))]
@@ -102,9 +121,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits = linear(hidden[part], weight, bias).to(losses.dtype)
-            total = logits.logsumexp(-1, keepdim=True)
             at_target = targets[part, None]
-            losses[part] = (total - logits.gather(-1, at_target))[:, 0]
+            losses[part], total = _at_targets(logits, at_target)
             if gradient is not None:
                 slope = logits.sub_(total).exp_()  # softmax, in place
                 slope.scatter_add_(-1, at_target, torch.full_like(total, -1.0))

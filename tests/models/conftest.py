@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -12,12 +11,9 @@ import pytest
 
 from fedlab.config import RunConfig
 
-_spec = importlib.util.spec_from_file_location("generative", Path(__file__).with_name("generative.py"))
-assert _spec is not None
-assert _spec.loader is not None
-generative = importlib.util.module_from_spec(_spec)
-sys.modules["generative"] = generative
-_spec.loader.exec_module(generative)
+sys.path.insert(0, str(Path(__file__).parent))
+
+import generative
 
 SETTINGS = ("run.rounds=1", "strategy.name=fedavg", "lora.target_modules=auto", "evaluate.evaluators=['language']")
 

@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import families
+import generative
 import numpy as np
 import peft
 import pytest
@@ -23,14 +23,6 @@ import fedlab
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, NotPerExample
 from fedlab.session import open_session
-
-generative = sys.modules["generative"]
-_spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-assert _spec is not None
-assert _spec.loader is not None
-families = importlib.util.module_from_spec(_spec)
-sys.modules["families"] = families
-_spec.loader.exec_module(families)
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 COLUMNS = ("family", "objective", '`"auto"` adapts', "works", '`"all-linear"` adapts', "works")

@@ -5,25 +5,17 @@ The default suite runs those that went wrong; the whole table is slow.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from functools import cache
 from pathlib import Path
 
+import families
 import pytest
 import torch
 
 import fedlab
 from fedlab.config import RunConfig
 from fedlab.session import open_session
-
-_spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-assert _spec is not None
-assert _spec.loader is not None
-families = importlib.util.module_from_spec(_spec)
-sys.modules["families"] = families
-_spec.loader.exec_module(families)
 
 NO_DEFAULT = 'lora.target_modules = "auto" knows no default for'
 WITHOUT_DEFAULT = {"xlnet"}

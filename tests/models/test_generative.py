@@ -7,11 +7,11 @@ The default suite takes one family for each kind of trap; all engines are slow, 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import generative
 import numpy as np
 import pytest
 import torch
@@ -28,7 +28,6 @@ from fedlab.train.dp import PerExampleGradients
 from fedlab.train.fused import CohortLayers
 from fedlab.train.opacus import OpacusGradients
 
-generative = sys.modules["generative"]
 LENGTHS = (3, 9, 5)
 # (family, target modules) → what the refusal says; under DP alone where it is a PrivacyError
 REFUSED: dict[tuple[str, str], tuple[type[fedlab.FedlabError], str]] = {

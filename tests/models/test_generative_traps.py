@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import generative
 import pytest
 import torch
 
@@ -136,7 +136,7 @@ def test_a_16_bit_base_trains_and_reloads(family: str, config_of: Make, tmp_path
     "family",
     [
         pytest.param(family, marks=[] if family in ("gpt2", "bart") else pytest.mark.slow)
-        for family in sys.modules["generative"].GENERATIVE
+        for family in generative.GENERATIVE
     ],
 )
 def test_a_prompt_among_longer_ones_is_answered_as_alone(family: str, config_of: Make):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 from fedlab.objectives import vocabulary
-from fedlab.objectives.vocabulary import OutputLayer, most_probable, token_losses
+from fedlab.objectives.vocabulary import OutputLayer, most_probable, scored, token_losses
 
 
 @settings(max_examples=40, deadline=None)
@@ -29,7 +29,11 @@ def test_equal_to_the_whole_in_float64(count: int, width: int, words: int, chunk
         found = token_losses(hidden, targets, weight, bias)
         assert torch.allclose(found, wanted, atol=1e-12)
         assert torch.allclose(torch.autograd.grad(found @ outer, hidden)[0], slope, atol=1e-12)
-        assert torch.equal(most_probable(hidden.detach(), weight, bias), linear(hidden, weight, bias).argmax(-1))
+        best = most_probable(hidden.detach(), weight, bias)
+        assert torch.equal(best, linear(hidden, weight, bias).argmax(-1))
+        once = scored(hidden.detach(), targets, weight, bias)
+        assert torch.equal(once[0], found.detach())
+        assert torch.equal(once[1], best)
 
 
 def test_a_certain_token_has_a_finite_loss_and_a_hopeless_one_too():
