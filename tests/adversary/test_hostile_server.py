@@ -339,13 +339,13 @@ def test_a_malformed_row_is_not_quoted(
 ):
     path = tmp_path / "notes.csv"
     rows = "".join(f"note {i},{helpers.LABELS[i % 3]}\n" for i in range(200))
-    path.write_text(f"text,topic\n{rows}patient 4711,ocean,surplus\n")
+    path.write_text(f"text,topic\n{rows}patient Quillfeather,ocean,surplus\n")
     hostile = server({str(tiny_data): str(path)})
     config = helpers.config_of(tiny_toml, f"data.path={path}")
     assert helpers.codes_of(hostile.send(helpers.describe(config))) == ["configuration"]
     assert "line 202: 3 field(s), but the header has 2" in hostile.log, "its owner's log says what is wrong"
-    assert "4711" not in hostile.log
-    assert not any(b"4711" in sent for sent in hostile.bytes)
+    assert "Quillfeather" not in hostile.log
+    assert not any(b"Quillfeather" in sent for sent in hostile.bytes)
 
 
 @pytest.mark.parametrize("kind", ["describe", "train", "evaluate", "receipts", "keys", "gram"])
@@ -357,15 +357,15 @@ def test_no_text_of_an_exception_leaves(
     request = helpers.requests_of(config, config)[kind]
 
     def breaks(*_: object, **__: object) -> None:
-        raise error("patient 4711 has a NaN")
+        raise error("patient Quillfeather has a NaN")
 
     monkeypatch.setitem(clients.app.ANSWERS, kind, breaks)
     reply = hostile.send(request)
     if kind not in ("evaluate", "keys", "gram"):  # those are not even admitted
         assert helpers.codes_of(reply) in (["failed"], ["configuration"])
-        assert "4711" in hostile.log
-    assert not any(b"4711" in sent for sent in hostile.bytes)
-    assert not any("4711" in str(entry) for entry in hostile.entries)
+        assert "Quillfeather" in hostile.log
+    assert not any(b"Quillfeather" in sent for sent in hostile.bytes)
+    assert not any("Quillfeather" in str(entry) for entry in hostile.entries)
 
 
 def test_bytes_that_are_no_request_are_answered_with_a_code(signed: tuple[Any, RunConfig], helpers: Any):

@@ -73,7 +73,7 @@ def test_other_steps_than_were_charged_are_not_released_and_a_failure_counts_in_
 def test_a_failure_leaves_as_a_code_of_the_closed_list_with_and_without_dp():
     for guarded in (True, False):
         pending = PendingRelease("update", guarded)
-        pending.fail(ValueError("patient 4711"))
+        pending.fail(ValueError("patient Quillfeather"))
         assert pending.failure == Failure("failed")
 
 

@@ -170,14 +170,14 @@ def test_an_owner_looks_for_its_own_in_its_own_configuration(tmp_path: Path):
 
 def test_error_texts_that_may_quote_data_stay_on_the_client(ask: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch):
     def quote(*_: object, **__: object) -> None:
-        raise ValueError("patient 4711 has a NaN")
+        raise ValueError("patient Quillfeather has a NaN")
 
     monkeypatch.setattr(clients.train, "train_cohort", quote)
     asked = ask()
     assert asked.reply.failure == Failure("failed")
     assert asked.reply.lines is not None
     assert '"type":"ABORT"' in asked.reply.lines
-    assert "4711" not in asked.reply.lines, "nor may the ledger carry it out"
+    assert "Quillfeather" not in asked.reply.lines, "nor may the ledger carry it out"
 
 
 def test_local_scores_are_refused_under_dp(tiny_toml: str, tmp_path: Path, helpers: Any):
