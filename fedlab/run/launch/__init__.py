@@ -18,6 +18,7 @@ from fedlab.files import unwritable
 from fedlab.run.deployment import Deployment
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch.checks import check, check_strategy, load, look, look_at_deployed, with_labels
+from fedlab.run.launch.environment import QUIET_ENVIRONMENT
 from fedlab.run.launch.problems import Problems
 from fedlab.run.launch.reference import CLIENT_APP, SERVER_APP, STRATEGIES, load_reference
 
@@ -36,21 +37,6 @@ __all__ = [
     "simulate",
     "simulate_or_resume",
 ]
-
-# Set before flwr or ray is imported: no telemetry, no update check, no installing at run time.
-QUIET_ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a late call after shutdown must not start a second Ray
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 @dataclass(frozen=True)
