@@ -1,14 +1,15 @@
 """A client as its own machine sees it: budget, requests, refusals. These figures are for its owner alone.
 
-The resident trainer writes (``ClientMonitor``), the process that supervises it reads (``client_values``,
-``client_problem``), so that a trainer needs no network.
+The resident trainer writes them to a file; the process that supervises it shows them (``endpoints.client_endpoint``),
+so that a trainer needs no network.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fedlab.privacy.ledger.ledger import events, parse_lines
 from fedlab.protocol.failures import SENTENCES
 from fedlab.protocol.messages import REQUESTS
 from fedlab.run.monitor.logs import tell
-from fedlab.run.monitor.snapshot import SnapshotFile, read
+from fedlab.run.monitor.snapshot import SnapshotFile
 
 
 class ClientMonitor:
@@ -31,6 +32,7 @@ class ClientMonitor:
 
     def __init__(self, client: str, path: Path | None = None) -> None:
         self._client, self._file = client, SnapshotFile(path) if path is not None else None
+        self._lock = threading.Lock()
         self._values: dict[str, Any] = {
             "ready": False,
             "requests": dict.fromkeys(REQUESTS, 0),
@@ -49,15 +51,16 @@ class ClientMonitor:
             codes: failures in the reply (``fedlab.protocol.failures``); none if everything was given.
             round_number: of the request, where it has one.
         """
-        values, given = self._values, [code if code in SENTENCES else "failed" for code in codes]
-        for code in given:
-            values["refusals"][code] += 1
-        if kind in REQUESTS:
-            values["requests"][kind] += 1
-            values["request_seconds"][kind] = round(seconds, 3)
-        values["rounds_answered"] += kind == "train" and not given
-        values["last_request"] = time.time()
-        self._write()
+        given = [code if code in SENTENCES else "failed" for code in codes]
+        with self._lock:
+            values = self._values
+            for code in given:
+                values["refusals"][code] += 1
+            if kind in REQUESTS:
+                values["requests"][kind] += 1
+                values["request_seconds"][kind] = round(seconds, 3)
+            values["rounds_answered"] += kind == "train" and not given
+            self._write(last_request=time.time())
         name = kind if kind in REQUESTS else "something unknown"
         what = f"asked to {name}: {', '.join(given)}" if given else f"answered {name}"
         tell(f"{what} ({seconds:.1f} s)", client=self._client, round=round_number)
@@ -74,22 +77,23 @@ class ClientMonitor:
         with contextlib.suppress(PrivacyError):  # whoever is asked for a round says what is wrong with it
             spent = ledger_epsilon(ledger, delta)
         left = None if limit is None or spent is None else max(0.0, limit - spent)
-        self._values |= {"budget": limit, "spent": spent, "left": left}
-        self._write()
+        with self._lock:
+            self._write(budget=limit, spent=spent, left=left)
 
     def ready(self, ready: bool) -> None:
         """Whether model and data are there and a request would be answered."""
-        self._values["ready"] = ready
-        self._write()
+        with self._lock:
+            self._write(ready=ready)
 
     def close(self) -> None:
         """The trainer ends."""
-        self._values["ready"] = False
-        self._write()
-        if self._file is not None:
-            self._file.close()
+        with self._lock:
+            self._write(ready=False)
+            if self._file is not None:
+                self._file.close()
 
-    def _write(self) -> None:
+    def _write(self, **values: Any) -> None:
+        self._values |= values
         if self._file is not None:
             self._file.write(self._values)
 
@@ -110,20 +114,3 @@ def ledger_epsilon(ledger: Path, delta: float) -> float:
         return spent_of_budget(events(parse_lines(text[: text.rfind("\n") + 1])), delta)
     except (KeyError, TypeError) as error:
         raise PrivacyError(f"{ledger}: a line lacks {error}") from None
-
-
-def client_values(path: Path, **values: Any) -> dict[str, Any]:
-    """Key → value of ``metrics.CLIENT`` from a trainer's snapshot; ``values``: what its supervisor knows itself."""
-    found = read(path)
-    if found is None:
-        return {"up": False, "ready": False, **values}
-    shown: Mapping[str, Any] = found.values
-    return {**shown, "up": found.alive, "ready": found.alive and bool(shown.get("ready")), **values}
-
-
-def client_problem(path: Path) -> str | None:
-    """Why a client would answer no request now; None if it would."""
-    values = client_values(path)
-    if not values["up"]:
-        return "the trainer is not running"
-    return None if values["ready"] else "the trainer has not opened its model and data yet"

@@ -135,6 +135,22 @@ SERVER = (
         label="process",
     ),
     Metric(
+        "fedlab_server_requests_total",
+        "requests",
+        "requests of nodes at the front, passed on or refused",
+        "that somebody is there, and how busy",
+        "counter",
+        "result",
+    ),
+    Metric(
+        "fedlab_server_bytes_total",
+        "bytes",
+        "bytes of bodies that the front passed on",
+        "sizes of messages, which whoever sees the line sees too",
+        "counter",
+        "direction",
+    ),
+    Metric(
         "fedlab_server_certificate_expires_timestamp_seconds",
         "certificate_expires",
         "until when the server's certificate is valid",

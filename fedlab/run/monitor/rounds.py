@@ -1,6 +1,6 @@
 """A run as others see it: what the round loop reports anyway, kept in a snapshot that the server's endpoint reads.
 
-``watched`` is the one call of the server's app; ``run_values`` is what the endpoint shows of the file.
+``watched`` is the one call of the server's app; ``fedlab.run.monitor.endpoints`` shows what is in the file.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from fedlab.errors import Interrupted
 from fedlab.protocol.failures import SENTENCES
 from fedlab.run.directory import RunDirectory
 from fedlab.run.metrics import MetricsLog
+from fedlab.run.monitor.endpoints import ENDED
 from fedlab.run.monitor.logs import FIELDS
-from fedlab.run.monitor.snapshot import SnapshotFile, read
+from fedlab.run.monitor.snapshot import SnapshotFile
 from fedlab.run.progress import Progress, RoundLine
 
 logger = logging.getLogger("fedlab")
-STATUSES = ("none", "starting", "running", "completed", "budget-exhausted", "interrupted", "failed", "killed")
-ENDED = {"completed", "budget-exhausted", "interrupted", "failed"}
 MONITOR, JSON = "monitor", "log-json"  # keys of the app's run configuration: a path, a bool
 
 
@@ -161,16 +160,6 @@ class JsonProgress(Progress):
 def _log(message: str, **fields: Any) -> None:
     shown = {name: value for name, value in fields.items() if value is not None}
     logging.getLogger("fedlab").info("%s", message, extra={FIELDS: shown})
-
-
-def run_values(path: Path) -> dict[str, Any]:
-    """Key → value of ``metrics.RUN``, of the run that writes this snapshot, or did last."""
-    found = read(path)
-    values = dict(found.values) if found is not None else {}
-    status = values.get("status", "none")
-    if found is not None and not found.alive and status not in ENDED:
-        status = "killed"
-    return {**values, "status": {name: int(name == status) for name in STATUSES}}
 
 
 def _count(nodes: Callable[[], Iterable[object]]) -> int | None:

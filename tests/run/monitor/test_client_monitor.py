@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
 
 import fedlab
 from fedlab.config import RunConfig
 from fedlab.errors import PrivacyError
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.ledger.guard import affordable, spent_of_budget
-from fedlab.run.monitor.client import ClientMonitor, client_problem, client_values, ledger_epsilon
-from fedlab.run.monitor.metrics import CLIENT, Figures
+from fedlab.run.monitor.client import ClientMonitor, ledger_epsilon
+from fedlab.run.monitor.endpoints import client_endpoint, client_problem, client_values
 
 
 def test_requests_and_refusals_are_counted_by_closed_lists(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -29,7 +29,7 @@ def test_requests_and_refusals_are_counted_by_closed_lists(tmp_path: Path, caplo
         monitor.answered("train", 0.01, ["budget-exhausted"], 5)
         monitor.answered("describe", 0.2)
         monitor.answered("John Smith", 0.1, ["John Smith"])
-    values = client_values(file, restarts={"transport": 1})
+    values = client_values(file)
     assert (values["rounds_answered"], values["requests"]["train"], values["requests"]["describe"]) == (1, 2, 1)
     assert (values["refusals"]["budget-exhausted"], values["refusals"]["failed"]) == (1, 1)
     assert values["request_seconds"] == {"train": 0.01, "describe": 0.2}
@@ -40,11 +40,12 @@ def test_requests_and_refusals_are_counted_by_closed_lists(tmp_path: Path, caplo
         "answered describe (0.2 s)",
         "asked to something unknown: failed (0.1 s)",
     ]
-    registry = CollectorRegistry()
-    registry.register(Figures(CLIENT, lambda: client_values(file, restarts={"transport": 1})))
-    text = generate_latest(registry).decode()
-    assert 'fedlab_client_refusals_total{code="budget-exhausted"} 1.0' in text
-    assert 'fedlab_client_restarts_total{process="transport"} 1.0' in text
+    with client_endpoint("127.0.0.1:0", file, lambda: {"restarts": {"transport": 1}}) as exporter:
+        assert exporter is not None
+        text = urlopen(f"http://{exporter.address}/metrics", timeout=10).read().decode()
+        assert 'fedlab_client_refusals_total{code="budget-exhausted"} 1.0' in text
+        assert 'fedlab_client_restarts_total{process="transport"} 1.0' in text
+        assert urlopen(f"http://{exporter.address}/ready", timeout=10).read() == b"ready\n"
     monitor.close()
     assert client_problem(file) == "the trainer is not running"
     assert (client_values(file)["up"], client_values(file)["ready"]) == (False, False)

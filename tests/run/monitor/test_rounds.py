@@ -18,9 +18,9 @@ from fedlab.run.directory import RunDirectory
 from fedlab.run.launch import CLIENT_APP, SERVER_APP, load_reference, prepared
 from fedlab.run.launch.local import LocalGrid
 from fedlab.run.monitor import logs
+from fedlab.run.monitor.endpoints import STATUSES, run_values
 from fedlab.run.monitor.exporter import Exporter
 from fedlab.run.monitor.metrics import RUN, Figures
-from fedlab.run.monitor.rounds import STATUSES, run_values
 from fedlab.run.output import settle
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
