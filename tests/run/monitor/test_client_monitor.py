@@ -13,7 +13,20 @@ from fedlab.config import RunConfig
 from fedlab.errors import PrivacyError
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.ledger.guard import affordable, spent_of_budget
-from fedlab.run.monitor.client import ClientMonitor, ledger_epsilon
+from fedlab.protocol import encode
+from fedlab.protocol.messages import (
+    NODE_FAILURE,
+    ClientReply,
+    DescribeReply,
+    Enrolment,
+    Failure,
+    GramReply,
+    KeysReply,
+    NodeFailure,
+    ReceiptsReply,
+    TrainReply,
+)
+from fedlab.run.monitor.client import ClientMonitor, failure_codes, ledger_epsilon
 from fedlab.run.monitor.endpoints import client_endpoint, client_problem, client_values
 
 
@@ -49,6 +62,28 @@ def test_requests_and_refusals_are_counted_by_closed_lists(tmp_path: Path, caplo
     monitor.close()
     assert client_problem(file) == "the trainer is not running"
     assert (client_values(file)["up"], client_values(file)["ready"]) == (False, False)
+
+
+def test_codes_are_taken_from_the_reply_itself(tmp_path: Path):
+    refused, given = ClientReply("north", failure=Failure("policy", True)), ClientReply("north")
+    replies: list[tuple[str, object, list[str]]] = [
+        ("describe", DescribeReply((Enrolment(refused),), True), ["policy"]),
+        ("train", TrainReply(1.0, 2.0, (given,)), []),
+        ("train", TrainReply(1.0, 2.0, (refused, given)), ["policy"]),
+        ("gram", GramReply(1.0, 2.0, (refused,), None), ["policy"]),
+        ("receipts", ReceiptsReply((given,)), []),
+        ("keys", KeysReply({}), []),
+        (NODE_FAILURE, NodeFailure("request"), ["request"]),
+    ]
+    file = tmp_path / "monitor.json"
+    monitor = ClientMonitor("north", file)
+    for kind, reply, codes in replies:
+        frame = encode(kind, reply)
+        assert failure_codes(frame) == codes, kind
+        monitor.replied([kind] if kind == NODE_FAILURE else kind, 0.1, frame)
+    values = client_values(file)
+    assert (values["rounds_answered"], values["refusals"]["policy"], values["refusals"]["request"]) == (1, 3, 1)
+    monitor.close()
 
 
 def test_what_is_left_of_the_budget_is_what_the_ledger_says(tiny_toml: str, tmp_path: Path):
