@@ -121,7 +121,9 @@ class ServerFile(Section):
 
     server: ServerSection = ServerSection()
     rounds: RoundsSection = RoundsSection()
-    test: PublicTest | None = None
+    test: PublicTest | None = Field(
+        default=None, description="public records of the coordinator's, to score the model on; else clients' shares are"
+    )
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
 

@@ -29,7 +29,7 @@ __all__ = [
     "Run",
     "check",
     "check_strategy",
-    "deploy",
+    "deploy_run",
     "load",
     "load_reference",
     "prepared",
@@ -62,7 +62,7 @@ def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = Fal
     return _launch(RunDirectory.create(prepared(config, out), Path(out) if out is not None else None), quiet)
 
 
-def deploy(
+def deploy_run(
     config: RunConfig, deployment: Deployment, out: str | Path | None = None, quiet: bool = False, backend: Any = None
 ) -> Run:
     """Run a configuration with clients on machines of their own, and return it.
@@ -198,7 +198,7 @@ def _launch(directory: RunDirectory, quiet: bool, backend: Any = None) -> Run:
 def _backend(directory: RunDirectory) -> Any:
     """What carries the messages of the run in this directory."""
     if Deployment.of(directory.path) is not None:
-        from fedlab.run.launch.deploy import run_deployed
+        from fedlab.run.launch.deploy.submit import run_deployed
 
         return run_deployed
     if directory.config.run.backend == "local":

@@ -17,7 +17,7 @@ import pytest
 
 from fedlab.config.server import ServerFile
 from fedlab.run.launch.deploy import keys
-from fedlab.run.launch.environment import QUIET_ENVIRONMENT
+from fedlab.run.launch.environment import QUIET_ENVIRONMENT, flower_environment
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -106,6 +106,78 @@ def make_folder(folder: Path) -> Path:
         f'[server]\naddress = "127.0.0.1:{outer}"\ninner_port = {inner}\n', encoding="utf-8"
     )
     return folder
+
+
+ECHO = """
+import os, time
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+@app.query()
+@app.train()
+def answer(message, context):
+    asked = dict(message.content.config_records["fedlab"])
+    time.sleep(asked.get("seconds", 0))
+    reply = ConfigRecord({"said": asked["said"], "node": context.node_config["name"], "pid": os.getpid()})
+    return Message(RecordDict({"fedlab": reply}), reply_to=message)
+"""
+
+
+def flower_program(name: str) -> str:
+    return str(Path(sys.executable).parent / name)
+
+
+class Nodes:
+    """Flower's own SuperNodes and executors, whose app answers what it was asked."""
+
+    def __init__(self, live: LiveServer, folder: Path) -> None:
+        self.live, self.folder = live, folder
+        self.processes: dict[str, list[subprocess.Popen[bytes]]] = {}
+        (folder / "apps").mkdir(exist_ok=True)
+        (folder / "apps" / "fedlab_echo.py").write_text(ECHO, encoding="utf-8")
+
+    def start(self, name: str, key: Path) -> None:
+        """A node and its executor, in process isolation."""
+        port = free_ports(1)[0]
+        ca = str(self.live.file.keys / "ca.crt")
+        secret = self.folder / f"{name}.secret"
+        secret.write_bytes(os.urandom(32))
+        common = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
+        node = ["--superlink", self.live.address, "--root-certificates", ca, "--auth-supernode-private-key", str(key)]
+        config = ["--node-config", f'name="{name}"', "--host", "127.0.0.1", "--port", str(port)]
+        runtime = ["--insecure", "--runtime-api-address", f"127.0.0.1:{port}", *common[2:]]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = [
+                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment(home))
+                for command, home in (
+                    ([flower_program("flower-supernode"), *node, *common, *config], f"{name}-node"),
+                    ([flower_program("flower-superexec"), *runtime], f"{name}-exec"),
+                )
+            ]
+
+    def environment(self, home: str) -> dict[str, str]:
+        path = os.pathsep.join([str(self.folder / "apps"), str(ROOT)])
+        return flower_environment(self.folder / home, {"PYTHONPATH": path, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"})
+
+    def stop(self) -> None:
+        for process in [one for both in self.processes.values() for one in reversed(both)]:
+            process.terminate()
+        for process in [one for both in self.processes.values() for one in both]:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def nodes(live: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """One node, ``north``, of the live server."""
+    found = Nodes(live, tmp_path_factory.mktemp("nodes"))
+    found.start("north", live.folder / "north.key")
+    yield found
+    found.stop()
 
 
 @pytest.fixture(scope="module")
