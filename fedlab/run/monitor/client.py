@@ -15,6 +15,7 @@ from typing import Any
 
 from fedlab.config.client import ClientFile
 from fedlab.errors import PrivacyError
+from fedlab.files import below
 from fedlab.privacy.ledger.guard import spent_of_budget
 from fedlab.privacy.ledger.ledger import events, parse_lines
 from fedlab.protocol import Frame, decode
@@ -92,6 +93,12 @@ class ClientMonitor:
         left = None if limit is None or spent is None else max(0.0, limit - spent)
         with self._lock:
             self._write(budget=limit, spent=spent, left=left)
+
+    def look_up(self, file: ClientFile) -> None:
+        """What is spent and left of the budget in a client's file; nothing where there is none."""
+        if file.budget is not None and file.policy.unit == "example":
+            delta = file.budget.delta or file.policy.max_delta
+            self.budget(file.budget.epsilon, delta, below(file.home / "ledger", f"{file.client.id}.jsonl"))
 
     def ready(self, ready: bool) -> None:
         """Whether model and data are there and a request would be answered."""

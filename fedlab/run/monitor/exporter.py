@@ -21,6 +21,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.registry import Collector
 
+from fedlab.config.monitor import host_and_port
 from fedlab.errors import ConfigError
 
 logger = logging.getLogger("fedlab")
@@ -83,22 +84,11 @@ class Exporter:
         self.close()
 
 
-def check_address(address: str) -> None:
-    """Raise ConfigError for what is no ``host:port``. Looks nothing up."""
-    _split(address)
-
-
-def _split(address: str) -> tuple[str, int]:
-    host, colon, port = address.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    number = int(port) if port.isascii() and port.isdigit() else 65536
-    if not colon or not host or number > 65535 or (":" in host and not bracketed):
-        raise ConfigError(f'{KEY} = "{address}": expected host:port, for example "{EXAMPLE}"')
-    return host[1:-1] if bracketed else host, number
-
-
 def _resolved(address: str) -> tuple[socket.AddressFamily, str, int]:
-    host, port = _split(address)
+    try:
+        host, port = host_and_port(address)
+    except ValueError as error:
+        raise ConfigError(f"{KEY}: {error}") from None
     try:
         family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError):

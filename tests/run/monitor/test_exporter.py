@@ -6,12 +6,14 @@ import http.client
 import socket
 from collections.abc import Iterable
 
+import pydantic
 import pytest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from fedlab.config.monitor import MetricsSection
 from fedlab.errors import ConfigError
-from fedlab.run.monitor.exporter import Exporter, check_address
+from fedlab.run.monitor.exporter import Exporter
 
 
 class One(Collector):
@@ -62,8 +64,10 @@ def test_a_port_can_be_had_again_at_once():
 
 @pytest.mark.parametrize("address", ["9464", ":9464", "127.0.0.1", "127.0.0.1:", "127.0.0.1:65536", "::1:9464", "a:²"])
 def test_what_is_no_address(address: str):
-    with pytest.raises(ConfigError, match="expected host:port, for example"):
-        check_address(address)
+    with pytest.raises(ConfigError, match=r"metrics\.address: expected host:port, for example"):
+        Exporter(address, [])
+    with pytest.raises(pydantic.ValidationError, match="expected host:port, for example"):
+        MetricsSection(address=address)
 
 
 def test_off_loopback_only_where_that_is_said():
