@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fedlab.config.base import Section
-from fedlab.config.client import OwnData
+from fedlab.config.data import DataSection
 from fedlab.config.load import parse_model, read_text
 from fedlab.config.monitor import LogSection, MetricsSection
 
@@ -91,6 +92,27 @@ class RoundsSection(Section):
     retries: int = Field(default=1, ge=0, description="how often a round that fell short is tried again")
 
 
+class PublicTest(Section):
+    """[test]: a public file of the coordinator's, to score the model on; else clients' held-out shares are used."""
+
+    source: Literal["files", "hub", "docstrings", "wordnet", "code", "definitions"] = Field(
+        default="files", description="kind of the source (as data.source of a run)"
+    )
+    path: str | None = Field(default=None, description="file or directory; hub: id of the data set")
+    subset: str | None = Field(default=None, description="hub: configuration; wordnet: part of speech")
+    split: str = Field(default="test", description="hub: the split that is scored on")
+    revision: str | None = Field(default=None, description="hub: commit, tag or branch")
+    text: str | tuple[str, ...] | None = Field(default=None, description="text column, or two")
+    label: str | None = Field(default=None, description="label column, or that of the answer")
+    context: str | None = Field(default=None, description="column that follows the prompt")
+    messages: str | None = Field(default=None, description="column of whole conversations")
+    limit: int | None = Field(default=None, gt=0, description="score on at most this many records; default: all")
+
+    def section(self, max_length: int) -> DataSection:
+        """The ``[data]`` that reads these records, with texts of at most so many tokens."""
+        return DataSection.model_validate({**self.model_dump(), "max_length": max_length})
+
+
 class ServerFile(Section):
     """The whole file. Every section has a default: an empty file is a server with TLS on port 8443.
 
@@ -99,7 +121,7 @@ class ServerFile(Section):
 
     server: ServerSection = ServerSection()
     rounds: RoundsSection = RoundsSection()
-    test: OwnData | None = Field(
+    test: PublicTest | None = Field(
         default=None, description="public records of the coordinator's, to score the model on; else clients' shares are"
     )
     metrics: MetricsSection = MetricsSection()
