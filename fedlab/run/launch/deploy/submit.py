@@ -46,6 +46,9 @@ from fedlab.run.launch.deploy.keys import SECRET
 from fedlab.run.launch.deploy.superlink import Inner
 from fedlab.run.launch.environment import without_proxy
 from fedlab.run.launch.reference import SERVER_APP
+from fedlab.run.monitor import logs
+from fedlab.run.monitor.endpoints import RUN_FILE
+from fedlab.run.monitor.rounds import JSON, MONITOR
 
 SHIM = "clients.shim:app"
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -65,8 +68,17 @@ def run_deployed(server_app: Any, client_app: Any, config: RunConfig, run_config
     if deployment is None:
         raise ConfigError(f"{run_config['run-dir']} is not of a deployed run")
     with deployed_grid(inner_of(deployment)) as (grid, context):
-        context.run_config = run_config
+        context.run_config = {**run_config, **_seen_from_outside(deployment)}
         server_app(grid, context)
+
+
+def _seen_from_outside(deployment: Deployment) -> dict[str, Any]:
+    """What the server's app is told of the server's endpoint and log; nothing where the server's file is not known."""
+    if is_address(deployment.server):
+        return {}
+    file = ServerFile.load(deployment.server)
+    logs.configure(file.log.format)
+    return {MONITOR: str(file.state / RUN_FILE), JSON: file.log.format == "json"}
 
 
 def deployment_of(server: str, keys: Path | None, rehearsal: bool = False) -> Deployment:
