@@ -28,8 +28,11 @@ from fedlab.run.launch.deploy import keys
 from fedlab.run.launch.deploy.certificates import read_certificate
 from fedlab.run.launch.deploy.front import Doorkeeper, Front
 from fedlab.run.launch.deploy.processes import Supervisor
+from fedlab.run.launch.deploy.seen import server_values
 from fedlab.run.launch.deploy.superlink import Inner, register, superlink
-from fedlab.run.output import complain, say
+from fedlab.run.monitor.endpoints import RUN_FILE, server_endpoint
+from fedlab.run.monitor.logs import configure, tell
+from fedlab.run.output import complain
 
 NODES_SECONDS = 1.0  # between two looks at who is let in
 AGAIN_SECONDS = 60.0  # nodes are registered again, in case that the SuperLink lost some
@@ -61,6 +64,7 @@ def serve(file: ServerFile, ready: Callable[[], object] = lambda: None) -> None:
         ConfigError: keys, ports or directories cannot be used.
         RunFailed: a part of it does not start.
     """
+    configure(file.log.format)
     for warning in check(file):
         complain(f"fedlab: warning: {warning}")
     with _alone(file.state), _listening(file) as socket_, contextlib.suppress(KeyboardInterrupt):
@@ -69,15 +73,15 @@ def serve(file: ServerFile, ready: Callable[[], object] = lambda: None) -> None:
             doorkeeper = Doorkeeper()
             nodes = _Nodes(file, doorkeeper)
             nodes.look()
-            with FrontThread(file, doorkeeper, socket_) as front:
-                say(_ready_line(file, nodes))
+            with FrontThread(file, doorkeeper, socket_) as front, _endpoint(file, programs, front, nodes):
+                tell(_ready_line(file, nodes))
                 ready()
                 while True:
                     programs.watch(NODES_SECONDS)
                     interrupt.check()
                     nodes.look()
                     front.look()
-    say("stopped")
+    tell("stopped")
 
 
 class FrontThread:
@@ -161,10 +165,23 @@ class _Nodes:
             logger.warning("%s", error)
             return
         for name in new if self._state is not None else ():
-            say(f"let in: {name}")
+            tell(f"let in: {name}", client=name)
         if gone and self._state is not None:
-            say(f"shut out: {gone} node{'' if gone == 1 else 's'}")
+            tell(f"shut out: {gone} node{'' if gone == 1 else 's'}")
         self._state, self._registered, self.count = state, time.monotonic(), len(found)
+
+
+def _endpoint(
+    file: ServerFile, programs: Supervisor, front: FrontThread, nodes: _Nodes
+) -> contextlib.AbstractContextManager[object]:
+    """What is seen of the server from outside, if its file asks for it."""
+    inner = Inner.of(file)
+    values = server_values(file, programs, front.front.seen, lambda: nodes.count)
+
+    def problem() -> str | None:
+        return None if inner.answers() else "the SuperLink does not answer"
+
+    return server_endpoint(file.metrics.address, file.state / RUN_FILE, values, problem, file.metrics.exposed)
 
 
 def _state_of(directory: Path) -> object:

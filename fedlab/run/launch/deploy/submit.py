@@ -42,6 +42,7 @@ from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed
 from fedlab.run.deployment import Deployment
 from fedlab.run.launch.deploy.grid import DeployedGrid, Heartbeat
 from fedlab.run.launch.deploy.keys import SECRET
+from fedlab.run.launch.deploy.seen import run_settings
 from fedlab.run.launch.deploy.superlink import Inner
 from fedlab.run.launch.environment import without_proxy
 from fedlab.run.launch.reference import SERVER_APP
@@ -64,7 +65,7 @@ def run_deployed(server_app: Any, client_app: Any, config: RunConfig, run_config
     if deployment is None:
         raise ConfigError(f"{run_config['run-dir']} is not of a deployed run")
     with deployed_grid(inner_of(deployment)) as (grid, context):
-        context.run_config = run_config
+        context.run_config = {**run_config, **run_settings(deployment)}
         server_app(grid, context)
 
 
