@@ -99,10 +99,10 @@ def serve(path: Path, only: str | None = None, ready: Callable[[], object] = lam
 
         snapshot = file.socket.with_name(CLIENT_FILE)
         with client_endpoint(file.metrics.address, snapshot, restarts, file.metrics.exposed):
-            what = {"trainer": f"the trainer listens at {file.socket}", "transport": "messages are carried"}
-            tell(
-                f"fedlab client: {file.client.id} is ready: {what.get(only or '', f'it works for {file.client.server}')}"
+            does = (
+                f"the trainer listens at {file.socket}" if only == "trainer" else f"it works for {file.client.server}"
             )
+            tell(f"fedlab client: {file.client.id} is ready, {does}")
             ready()
             while True:
                 running.watch(WATCH_SECONDS)
