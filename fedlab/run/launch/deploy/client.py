@@ -43,8 +43,8 @@ INSECURE = (
     " anybody can pretend to be the server. For tests on networks of your own only"
 )
 UNCONFINED = (
-    "this system cannot confine Flower's executor (Linux 5.13 or later can), which runs whatever app the server submits:"
-    " it could read what this user can read. Set client.transport_user, or use the containers of docker/"
+    "this system cannot confine Flower's executor (Linux 5.13 or later can), which runs whatever app the server"
+    " submits: it could read what this user can read. Set client.transport_user, or use the containers of docker/"
 )
 
 
@@ -59,8 +59,8 @@ def check(file: ClientFile, only: str | None = None) -> list[str]:
         warnings.append(INSECURE)
     elif file.client.ca is None or file.client.key is None:
         raise ConfigError(
-            "client.ca and client.key are needed: the server's ca.crt from the coordinator, and the key that fedlab keys"
-            f" node {file.client.id} made here; or client.insecure = true, on networks of your own"
+            "client.ca and client.key are needed: the server's ca.crt from the coordinator, and the key that fedlab"
+            f" keys node {file.client.id} made here; or client.insecure = true, on networks of your own"
         )
     else:
         warnings += keys.check_client(Path(file.client.ca), Path(file.client.key))
@@ -190,7 +190,7 @@ def _executor(file: ClientFile, port: int, secret: Path, place: Path, logs: Path
 
 
 def allowances(flower: Path, secret: Path) -> dict[str, list[str]]:
-    """What the executor and the apps it runs may open: Python and the installed packages; its own directory to write."""
+    """What the executor and the apps it runs may open: Python, the installed packages, its own directory to write."""
     roots = [entry for entry in sys.path if entry and Path(entry).is_dir()]
     installed = [entry for entry in roots if Path(entry).name in ("site-packages", "dist-packages")]
     own = Path(fedlab.__file__).parents[1]
