@@ -12,9 +12,7 @@ from urllib.request import urlopen
 import httpx
 import pytest
 
-from fedlab.run.deployment import Deployment
-from fedlab.run.launch.deploy import keys
-from fedlab.run.launch.deploy.seen import run_settings
+from fedlab.run.launch.deploy import certificates, keys
 from fedlab.run.launch.deploy.superlink import Inner
 
 from .conftest import LiveServer, Nodes, free_ports, make_folder, start_server, wait_for
@@ -49,7 +47,7 @@ def test_what_a_server_shows(live: LiveServer, nodes: Nodes, port: int, tmp_path
     first = figures(port)
     assert first["fedlab_server_ready"] == first["fedlab_server_nodes_registered"] == 1
     until = first["fedlab_server_certificate_expires_timestamp_seconds"]
-    assert until == pytest.approx(keys.read_certificate(live.file.keys / keys.SERVER).until.timestamp())
+    assert until == pytest.approx(certificates.read_certificate(live.file.keys / keys.SERVER).until.timestamp())
     assert first['fedlab_run_status{status="none"}'] == 1
     assert first['fedlab_server_restarts_total{process="flower-superlink"}'] == 0
     refused = first['fedlab_server_requests_total{result="refused"}']
@@ -78,14 +76,3 @@ def test_a_part_that_died_is_counted_and_every_line_is_an_object(live: LiveServe
     assert any("was ended by SIGKILL" in message for message in told)
     assert told[-1] == "stopped"
     assert [line["client"] for line in lines if "client" in line] in ([], ["south"])
-
-
-def test_a_run_is_told_where_to_write(tmp_path: Path):
-    folder = make_folder(tmp_path)
-    file = folder / "server.toml"
-    assert run_settings(Deployment(server=str(file))) == {"log-json": False}
-    with file.open("a") as more:
-        more.write('[metrics]\naddress = "127.0.0.1:9464"\n')
-    expected = {"log-json": False, "monitor": str(folder / "state" / "run.monitor.json")}
-    assert run_settings(Deployment(server=str(file))) == expected
-    assert run_settings(Deployment(server="127.0.0.1:8444", keys=str(folder / "keys"))) == {}

@@ -2,5 +2,5 @@
 
 ``keys`` and ``certificates`` (who is who), ``reach`` (what a server answers with, in words), ``processes`` (children
 that are watched), ``superlink`` and ``front`` (what the server consists of), ``server`` (both, supervised), ``submit``
-(a run on it), ``seen`` (what a server shows of itself).
+(a run on it).
 """
