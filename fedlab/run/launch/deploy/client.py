@@ -29,6 +29,7 @@ from fedlab.run.launch.deploy.reach import check_server_certificate
 from fedlab.run.launch.environment import flower_environment
 from fedlab.run.launch.programs import program_file
 from fedlab.run.monitor.endpoints import CLIENT_FILE, client_endpoint
+from fedlab.run.monitor.logs import configure, tell
 from fedlab.run.output import complain, say
 
 CONFINE = Path(confine.__file__)
@@ -81,6 +82,7 @@ def serve(path: Path, only: str | None = None, ready: Callable[[], object] = lam
         RunFailed: a part of it does not start.
     """
     file = ClientFile.load(path)
+    configure(file.log.format)
     for warning in check(file, only):
         complain(f"fedlab: warning: {warning}")
     if only != "trainer" and not file.client.insecure:
@@ -100,12 +102,12 @@ def serve(path: Path, only: str | None = None, ready: Callable[[], object] = lam
             does = (
                 f"the trainer listens at {file.socket}" if only == "trainer" else f"it works for {file.client.server}"
             )
-            say(f"fedlab client: {file.client.id} is ready, {does}")
+            tell(f"fedlab client: {file.client.id} is ready, {does}")
             ready()
             while True:
                 running.watch(WATCH_SECONDS)
                 interrupt.check()
-    say("stopped")
+    tell("stopped")
 
 
 def trainer(file: ClientFile, path: Path) -> Program:
@@ -120,9 +122,8 @@ def trainer(file: ClientFile, path: Path) -> Program:
         return ConfigError(told[-1].removeprefix("fedlab: error: ")) if code == ConfigError.exit_code and told else None
 
     command = [sys.executable, "-m", "clients.serve", str(path.absolute())]
-    return Program(
-        "trainer", command, dict(os.environ), file.home / "logs" / "trainer.log", ready=listens, hopeless=hopeless
-    )
+    log = file.home / "logs" / "trainer.log"
+    return Program("trainer", command, dict(os.environ), log, ready=listens, on_line=say, hopeless=hopeless)
 
 
 def transport(file: ClientFile) -> list[Program]:
