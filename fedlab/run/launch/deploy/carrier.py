@@ -1,10 +1,11 @@
-"""What carries messages between a client's SuperNode and its resident trainer: ``python -m …carrier ADDRESS SECRET
-SOCKET``.
+"""The executor of a client: takes each task of its SuperNode and passes the message's bytes to the resident trainer.
 
-Flower's own executor would run the app that the server submits, in a new process for every message. This one runs no
-app: it takes the SuperNode's tasks, passes each message's bytes to the trainer, and its answer's bytes back. So no code
-that a server sends runs on a client, and nothing is loaded per message. It holds no data and no key but the secret that
-lets it take tasks, and is confined besides.
+Flower's own executor installs the bundle that a server submits, and starts a process for every message that runs what
+is in it. This one does neither: no code of a server runs on a client's machine, and a message costs no start of a
+process. It holds no data and no key, only the SuperNode's secret and the way to the trainer's socket, and is confined
+besides (``confine``).
+
+``python -m fedlab.run.launch.deploy.carrier HOST:PORT SECRET_FILE SOCKET`` (or MODULE:APP of an app that is installed)
 """
 
 from __future__ import annotations
@@ -14,77 +15,99 @@ import logging
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.common.constant import SubStatus
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode, SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from fedlab.protocol.pipe import receive, send
+from fedlab.run.launch.deploy.heartbeat import Heartbeat
+from fedlab.run.launch.reference import load_reference
 
 RECORD = "fedlab"  # of a message
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-POLL_SECONDS = 0.1
+LOOK_SECONDS = 0.1  # between two looks for a task, on loopback
+AWAY_SECONDS = 1.0  # between two tries while the SuperNode is away
+CALL_SECONDS = 60.0
 PATIENCE = 60.0  # seconds to wait for a trainer that is being started again
 FAILED = {"kind": "node-failure", "header": b'{"code":"failed"}', "table": b"[]", "body": b""}
+App = Callable[[Message, Context], Message]
 logger = logging.getLogger("fedlab")
 
 
-def carry(address: str, secret: bytes, trainer: Path) -> None:
-    """Carry messages for ever.
+class Carrier:
+    """Executes the tasks of one SuperNode, one after the other.
 
     Args:
-        address: host:port of the SuperNode's runtime interface, on loopback.
-        secret: lets its holder take tasks.
-        trainer: the resident trainer's socket.
+        address: host:port of its runtime interface, on loopback.
+        secret: of its executors.
+        app: answers messages, whatever bundle they came with.
     """
-    allowed = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({ACQUIRE}))
-    with _client(address, allowed) as client:
+
+    def __init__(self, address: str, secret: bytes, app: App) -> None:
+        self._address, self._app = address, app
+        signing = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({ACQUIRE}))
+        self._executor = self._client(signing)
+
+    def run(self) -> None:
+        """Work until the process ends."""
         while True:
             try:
-                found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-            except httpx.HTTPError as error:
-                logger.warning("the SuperNode does not answer (%s)", type(error).__name__)
-                time.sleep(1.0)
+                worked = self.work()
+            except Exception as error:  # a task that is lost is noticed by its node; the next one may be well
+                logger.warning("a task of the SuperNode at %s was lost: %s", self._address, type(error).__name__)
+                time.sleep(AWAY_SECONDS)
                 continue
-            if found.HasField("task") and found.token:
-                _execute(address, found.token, trainer)
-            else:
-                time.sleep(POLL_SECONDS)
+            if not worked:
+                time.sleep(LOOK_SECONDS)
+
+    def work(self) -> bool:
+        """Take a task and answer its message; whether there was one. Raises httpx.HTTPError where nobody answers."""
+        found = self._executor.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+        if not found.HasField("task") or not found.token:
+            return False
+        token = found.token
+        with self._client(RuntimeTokenHttpInterceptor(token)) as client:
+            with Heartbeat(lambda: self._client(RuntimeTokenHttpInterceptor(token))):
+                message, context, _, _ = pull_task_input(client)
+                status = SubStatus.COMPLETED
+                try:
+                    reply = self._app(message, context)
+                except Exception as error:  # its text stays here
+                    logger.warning("a message could not be answered: %s", type(error).__name__)
+                    status = SubStatus.FAILED
+                    reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "failed"), reply_to=message)
+                push_message(client, reply, context)
+            with contextlib.suppress(httpx.HTTPError):  # the reply is there; the node has noticed
+                push_task_output(client, context, status, "")
+        return True
+
+    def _client(self, interceptor: ProtobufClientInterceptor) -> RuntimeHttpClient:
+        version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
+        return RuntimeHttpClient(f"http://{self._address}", interceptors=[version, interceptor], timeout=CALL_SECONDS)
 
 
-def _execute(address: str, token: str, trainer: Path) -> None:
-    """One task: one message there, one answer back. What goes wrong ends this task and no other."""
-    context: Context | None = None
-    outcome, details = SubStatus.FAILED, "failed"
-    with _client(address, RuntimeTokenHttpInterceptor(token)) as client:
-        alive = HeartbeatSender(make_task_heartbeat_fn_http(client))
-        alive.start()
-        try:
-            message, context, _, _ = pull_task_input(client)
-            fields = pass_on(message.content, trainer)
-            reply = Message(RecordDict({RECORD: ConfigRecord(fields)}), reply_to=message)
-            push_message(client, reply, context)
-            outcome, details = SubStatus.COMPLETED, ""
-        except Exception as error:
-            logger.warning("a message was not carried: %s: %s", type(error).__name__, error)
-        finally:
-            with contextlib.suppress(httpx.HTTPError):
-                push_task_output(client, context, outcome, details)
-            if alive.is_running:
-                alive.stop()
+def to_trainer(place: Path) -> App:
+    """An app that passes every message to the trainer whose socket this is."""
+
+    def app(message: Message, context: Context) -> Message:
+        del context
+        return Message(RecordDict({RECORD: ConfigRecord(pass_on(message.content, place))}), reply_to=message)
+
+    return app
 
 
 def pass_on(content: RecordDict, trainer: Path, patience: float = PATIENCE) -> dict[str, Any]:
@@ -117,23 +140,12 @@ def _connected(trainer: Path, patience: float) -> socket.socket:
             time.sleep(0.1)
 
 
-def _client(address: str, interceptor: Any) -> RuntimeHttpClient:
-    """A client of the SuperNode's runtime interface, which is on loopback, without TLS, behind the secret."""
-    return RuntimeHttpClient.from_server_address(
-        server_address=address,
-        insecure=True,
-        root_certificates=None,
-        interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), interceptor],
-        retry_invoker=make_simple_http_retry_invoker(),
-    )
-
-
 def main() -> None:
-    """Carry messages until told to stop."""
-    address, secret, trainer = sys.argv[1:]
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request
-    carry(address, Path(secret).read_bytes(), Path(trainer))
+    address, secret, app = sys.argv[1:]
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    Carrier(
+        address, Path(secret).read_bytes(), to_trainer(Path(app)) if app.startswith("/") else load_reference(app)
+    ).run()
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ from fedlab.config.server import ServerFile
 from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed
 from fedlab.run.deployment import Deployment
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch.deploy.grid import DeployedGrid, Heartbeat
+from fedlab.run.launch.deploy.grid import DeployedGrid
+from fedlab.run.launch.deploy.heartbeat import Heartbeat
 from fedlab.run.launch.deploy.keys import SECRET
 from fedlab.run.launch.deploy.superlink import Inner
 from fedlab.run.launch.environment import without_proxy
