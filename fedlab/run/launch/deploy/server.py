@@ -31,7 +31,7 @@ from fedlab.run.launch.deploy.processes import Supervisor
 from fedlab.run.launch.deploy.superlink import Inner, live_nodes, register, superlink
 from fedlab.run.monitor import logs
 from fedlab.run.monitor.endpoints import RUN_FILE, server_endpoint
-from fedlab.run.output import complain, say
+from fedlab.run.output import complain
 
 NODES_SECONDS = 1.0  # between two looks at who is let in
 AGAIN_SECONDS = 60.0  # nodes are registered again, in case that the SuperLink lost some
@@ -73,14 +73,14 @@ def serve(file: ServerFile, ready: Callable[[], object] = lambda: None) -> None:
             nodes = _Nodes(file, doorkeeper)
             nodes.look()
             with FrontThread(file, doorkeeper, socket_) as front, _endpoint(file, programs, nodes, front):
-                say(_ready_line(file, nodes))
+                logs.tell(_ready_line(file, nodes))
                 ready()
                 while True:
                     programs.watch(NODES_SECONDS)
                     interrupt.check()
                     nodes.look()
                     front.look()
-    say("stopped")
+    logs.tell("stopped")
 
 
 class FrontThread:
@@ -168,9 +168,9 @@ class _Nodes:
             logger.warning("%s", error)
             return
         for name in new if self._state is not None else ():
-            say(f"let in: {name}")
+            logs.tell(f"let in: {name}", client=name)
         if gone and self._state is not None:
-            say(f"shut out: {gone} node{'' if gone == 1 else 's'}")
+            logs.tell(f"shut out: {gone} node{'' if gone == 1 else 's'}")
         self._state, self._registered, self.count = state, time.monotonic(), len(found)
 
 
@@ -181,10 +181,9 @@ def _endpoint(file: ServerFile, programs: Supervisor, nodes: _Nodes, front: Fron
     until = read_certificate(file.keys / keys.SERVER).until.timestamp()
 
     def values() -> dict[str, object]:
-        try:
+        live: int | None = None
+        with contextlib.suppress(RunFailed):  # then it is not known, and not shown
             live = live_nodes(inner)
-        except RunFailed:
-            live = 0
         return {
             "nodes_live": live,
             "nodes_registered": nodes.count,

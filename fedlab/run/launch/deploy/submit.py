@@ -48,13 +48,13 @@ from fedlab.run.launch.deploy.heartbeat import Heartbeat
 from fedlab.run.launch.deploy.keys import SECRET
 from fedlab.run.launch.deploy.superlink import Inner
 from fedlab.run.launch.environment import without_proxy
-from fedlab.run.launch.reference import SERVER_APP
+from fedlab.run.launch.reference import CLIENT_APP, SERVER_APP
 from fedlab.run.monitor import logs
 from fedlab.run.monitor.endpoints import RUN_FILE
 from fedlab.run.monitor.rounds import JSON, MONITOR
 from fedlab.run.output import complain
 
-SHIM = "clients.shim:app"
+SHIM = CLIENT_APP  # named because Flower wants a name: clients run no app that comes from a server
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 ACQUIRE_SECONDS = 30.0
 ANSWER_SECONDS = 10.0
