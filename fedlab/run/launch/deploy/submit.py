@@ -36,7 +36,6 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlab import __version__
 from fedlab.config import RunConfig
 from fedlab.config.server import ServerFile
 from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed
@@ -197,7 +196,7 @@ def make_bundle(client_app: str = SHIM) -> bytes:
     It holds no module: a package in it would take the place of the installed one of that name.
     """
     project = {
-        "project": {"name": "fedlab-run", "version": __version__, "description": "", "license": "Apache-2.0"},
+        "project": {"name": "fedlab-run", "version": "1.0.0", "description": "", "license": "Apache-2.0"},
         "tool": {
             "flwr": {
                 "app": {
