@@ -19,6 +19,8 @@ from fedlab.protocol.messages import NODE_FAILURE, REPLIES, NodeFailure
 from fedlab.run import interrupt
 
 POLL_SECONDS = 0.02
+LOOK_SECONDS = 5.0  # between two looks whether a node that has not answered was started again
+NOT_TAKEN = "the server did not take the message for it: it was shut out, or the message is larger than server.max_body"
 RECORD = "fedlab"  # of a message
 TYPES = {"train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}  # others are queries
 R = TypeVar("R")
@@ -62,7 +64,9 @@ def ask(
     ]
     answers: Answers[R] = Answers()
     kinds: dict[str, Any] = {kind: reply_type, NODE_FAILURE: NodeFailure}
-    for message in exchange(grid, messages, timeout, on_reply, meanwhile):
+    replies, refused = exchange(grid, messages, timeout, on_reply, meanwhile)
+    answers.failed |= dict.fromkeys(refused, NOT_TAKEN)
+    for message in replies:
         node = message.metadata.src_node_id
         if node not in requests or node in answers.replies or node in answers.failed:
             continue  # nobody asked, or a duplicate: the first counts
@@ -90,22 +94,56 @@ def exchange(
     timeout: float,
     on_reply: Callable[[], object] = lambda: None,
     meanwhile: Callable[[], object] = lambda: None,
-) -> list[Message]:
-    """Replies that arrived within ``timeout`` seconds, in no particular order."""
-    pending = set(grid.push_messages(messages))
-    deadline = time.monotonic() + timeout
+) -> tuple[list[Message], set[int]]:
+    """Send each node its message, one at most.
+
+    A node that is started again has lost what it was asked, so it is asked again; a client that had answered gives the
+    same answer, for no further charge.
+
+    Returns:
+        Replies that arrived within ``timeout`` seconds, in no particular order, and nodes whose message was not taken.
+    """
+    asked = {message.metadata.dst_node_id: message for message in messages}
+    started = _started(grid)
+    pending = _push(grid, asked.values())
+    refused = set(asked) - set(pending.values())
+    deadline, look = time.monotonic() + timeout, time.monotonic() + LOOK_SECONDS
     meanwhile()
     replies: list[Message] = []
     while pending and time.monotonic() < deadline:
         interrupt.check()
-        arrived = list(grid.pull_messages(pending))
+        arrived = list(grid.pull_messages(set(pending)))
         for reply in arrived:
-            pending.discard(reply.metadata.reply_to_message_id)
+            node = pending.get(reply.metadata.reply_to_message_id)
+            pending = {message: other for message, other in pending.items() if other != node}
             replies.append(reply)
             on_reply()
         if pending and not arrived:
             time.sleep(POLL_SECONDS)
-    return replies
+        if pending and time.monotonic() >= look:
+            now, look = _started(grid), time.monotonic() + LOOK_SECONDS
+            again = {node for node in pending.values() if node in now and now[node] != started.get(node)}
+            started |= now
+            pending |= _push(grid, [_same(asked[node]) for node in again])
+    return replies, refused
+
+
+def _push(grid: Grid, messages: Iterable[Message]) -> dict[str, int]:
+    """Send messages; id → node of those that were taken."""
+    sent = list(messages)
+    taken = set(grid.push_messages(sent)) if sent else set()
+    found = [message.metadata for message in sent]
+    return {one.message_id: one.dst_node_id for one in found if one.message_id in taken}
+
+
+def _started(grid: Grid) -> dict[int, str]:
+    """When each node that is there was started, as far as that is known."""
+    return {node.node_id: node.last_activated_at for node in grid.get_nodes()}
+
+
+def _same(message: Message) -> Message:
+    """A message with the same content, under an id of its own."""
+    return Message(message.content, message.metadata.dst_node_id, message.metadata.message_type)
 
 
 def _frame(content: RecordDict) -> Frame:

@@ -19,6 +19,8 @@ from fedlab.privacy.noise import SecureStream
 from fedlab.protocol.messages import ClientReply, RunReference
 from fedlab.seeds import client_order, random_stream
 
+SPENT = ("budget-exhausted", "participations")  # codes of a client that did all it could
+
 
 @dataclass(frozen=True)
 class ClientInfo:
@@ -58,6 +60,11 @@ class Federation:
     def known(self, client: str) -> int:
         """Lines of a client's ledger that it need not send again."""
         return self.mirror.known(client) if self.mirror else 0
+
+    @property
+    def unfit(self) -> dict[str, str]:
+        """Clients that take part no more for another reason than that they have spent what they may; and the reason."""
+        return {client: reason for client, reason in self.refused.items() if not reason.startswith(SPENT)}
 
     @property
     def eligible(self) -> list[str]:

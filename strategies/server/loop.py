@@ -174,9 +174,9 @@ class Rounds:
         left, needed = len(self.federation.eligible), self._needed()
         if left >= needed and not self.accounts.exhausted(number):
             return False
-        if not self.done and self.config.privacy.unit == "none" and self.federation.refused:  # no budget ended it
-            client, reason = next(iter(self.federation.refused.items()))
-            raise RunFailed(f"{left} clients take part, {needed} needed; {client}: {reason}")
+        if left < needed <= left + len(self.federation.unfit):  # no budget ended it
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in list(self.federation.unfit.items())[:3])
+            raise RunFailed(f"round {number}: {left} clients may take part, {needed} needed ({reasons})")
         logger.warning("round %d: %d clients may take part, %d needed; ending the run", number, left, needed)
         return True
 
@@ -232,7 +232,8 @@ class Rounds:
         usable, needed = len(outcome.updates), max(self._needed(), 1 if drawn else 0)
         if usable >= needed:
             return True
-        if all(client in self.federation.refused for client in outcome.excluded):
+        spent = set(self.federation.refused) - set(self.federation.unfit)
+        if all(client in spent for client in outcome.excluded):
             return False
         if not self.federation.hosts and all("storage:" in reason for reason in outcome.excluded.values()):
             raise Unwritable(self.accounts.ledgers, "no client could write its ledger, or what it keeps")
