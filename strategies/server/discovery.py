@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, PrivacyError, RunFailed, Unwritable
 from fedlab.lora.state import State, digest, to_wire
+from fedlab.privacy.ledger.ledger import event_of as event_of_line
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.release import SIZE, event_of
 from fedlab.protocol.failures import explained
@@ -22,7 +23,7 @@ from fedlab.run.directory import RunDirectory
 from fedlab.run.places import LOG
 from fedlab.seeds import client_order
 from strategies.server.exchange import Answers, ask
-from strategies.server.federation import ClientInfo, Federation
+from strategies.server.federation import NOWHERE, ClientInfo, Federation
 from strategies.server.server_data import ServerData
 
 logger = logging.getLogger("fedlab")
@@ -87,6 +88,7 @@ class Discovery:
             interrupt.check()
             time.sleep(AGAIN_SECONDS)
             self.welcome(found)
+        self._recall(found)
         found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
         return found
 
@@ -184,8 +186,25 @@ class Discovery:
                 logger.warning("node %d takes no part: %s", node, absent[node])
             self.absent.pop(node, None)
         self.absent |= absent
-        if self._mirror is not None:
+        if self._mirror is not None and len(absent) < len(nodes):
             self._mirror.start(self._config.privacy.unit, self._directory.file_digest("run.toml"))
+
+    def _recall(self, federation: Federation) -> None:
+        """Of a deployed run that is resumed: clients that took part before and are not here now are known, and offline.
+
+        They may have been charged since they were heard of last, and come back any time.
+        """
+        if self._data.deployment is None or self._mirror is None:
+            return
+        for client in self._mirror.recall():
+            if (plan := self._mirror.plan(client)) is None:
+                continue
+            event, delta = event_of_line(plan["event"]), float.fromhex(plan["delta"])
+            federation.clients[client] = ClientInfo(plan["n"], event, delta)
+            federation.hosts[client] = NOWHERE
+            federation.offline.add(client)
+            federation.recalled.append(client)
+            logger.warning("%s took part before and is not here; the run goes on without it until it comes", client)
 
     def _same(self, federation: Federation, enrolment: Enrolment) -> bool:
         """Whether a client that is known speaks from another node, with the key of its ledger; the first to come keeps

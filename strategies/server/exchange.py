@@ -6,6 +6,7 @@ Flower's ``send_and_receive`` says nothing until all replies are in, so replies 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -32,6 +33,9 @@ class Answers(Generic[R]):
 
     replies: dict[int, R] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # why there is no reply that could be used
+    asked: Counter[int] = field(
+        default_factory=Counter
+    )  # how often: again, if it was started again
 
 
 def ask(
@@ -64,8 +68,8 @@ def ask(
     ]
     answers: Answers[R] = Answers()
     kinds: dict[str, Any] = {kind: reply_type, NODE_FAILURE: NodeFailure}
-    replies, refused = exchange(grid, messages, timeout, on_reply, meanwhile)
-    answers.failed |= dict.fromkeys(refused, NOT_TAKEN)
+    replies, answers.asked = exchange(grid, messages, timeout, on_reply, meanwhile)
+    answers.failed |= {node: NOT_TAKEN for node in requests if not answers.asked[node]}
     for message in replies:
         node = message.metadata.src_node_id
         if node not in requests or node in answers.replies or node in answers.failed:
@@ -94,19 +98,20 @@ def exchange(
     timeout: float,
     on_reply: Callable[[], object] = lambda: None,
     meanwhile: Callable[[], object] = lambda: None,
-) -> tuple[list[Message], set[int]]:
+) -> tuple[list[Message], Counter[int]]:
     """Send each node its message, one at most.
 
     A node that is started again has lost what it was asked, so it is asked again; a client that had answered gives the
     same answer, for no further charge.
 
     Returns:
-        Replies that arrived within ``timeout`` seconds, in no particular order, and nodes whose message was not taken.
+        Replies that arrived within ``timeout`` seconds, in no particular order, and how often each node was asked: not
+        at all, if its message was not taken.
     """
     asked = {message.metadata.dst_node_id: message for message in messages}
     started = _started(grid)
     pending = _push(grid, asked.values())
-    refused = set(asked) - set(pending.values())
+    times = Counter(pending.values())
     deadline, look = time.monotonic() + timeout, time.monotonic() + LOOK_SECONDS
     meanwhile()
     replies: list[Message] = []
@@ -124,8 +129,10 @@ def exchange(
             now, look = _started(grid), time.monotonic() + LOOK_SECONDS
             again = {node for node in pending.values() if node in now and now[node] != started.get(node)}
             started |= now
-            pending |= _push(grid, [_same(asked[node]) for node in again])
-    return replies, refused
+            more = _push(grid, [_same(asked[node]) for node in again])
+            times.update(more.values())
+            pending |= more
+    return replies, times
 
 
 def _push(grid: Grid, messages: Iterable[Message]) -> dict[str, int]:

@@ -54,7 +54,7 @@ class DeployedGrid(HttpGrid):
         with _clear(self._addr):
             ids = [str(one) for one in super().push_messages(sent)]
         if sent and not any(ids):
-            raise RunFailed("the server took none of the messages; they are too large for it, or all nodes were shut out")
+            raise RunFailed("the server took no message; they are too large for it, or all nodes were shut out")
         self._asked = time.monotonic()
         return ids
 
