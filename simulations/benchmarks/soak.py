@@ -35,7 +35,7 @@ RUN = """
 [run]
 name = "soak"
 rounds = {rounds}
-clients_per_round = {drawn}
+fraction = {drawn:.3f}
 timeout = 90
 [model]
 name = "{model}"
@@ -334,7 +334,7 @@ def prepare(soak: Soak) -> None:
     (soak.place / "server.toml").write_text(server, encoding="utf-8")
     text = RUN.format(
         rounds=soak.rounds,
-        drawn=max(1, len(soak.names) - 1),
+        drawn=max(1, len(soak.names) - 1) / len(soak.names),
         clients=len(soak.names),
         model=model,
         labels=json.dumps(LABELS),

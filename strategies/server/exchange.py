@@ -33,9 +33,7 @@ class Answers(Generic[R]):
 
     replies: dict[int, R] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # why there is no reply that could be used
-    asked: Counter[int] = field(
-        default_factory=Counter
-    )  # how often: again, if it was started again
+    asked: Counter[int] = field(default_factory=Counter)  # how often: again, if it was started again
 
 
 def ask(
