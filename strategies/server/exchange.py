@@ -68,10 +68,9 @@ def ask(
     kinds: dict[str, Any] = {kind: reply_type, NODE_FAILURE: NodeFailure}
     replies, answers.asked = exchange(grid, messages, timeout, on_reply, meanwhile)
     answers.failed |= {node: NOT_TAKEN for node in requests if not answers.asked[node]}
-    for message in replies:
-        node = message.metadata.src_node_id
-        if node not in requests or node in answers.replies or node in answers.failed:
-            continue  # nobody asked, or a duplicate: the first counts
+    for node, message in replies:
+        if node in answers.replies or node in answers.failed:
+            continue  # a duplicate: the first counts
         if message.has_error():
             answers.failed[node] = f"node failed: {_last_line(message.error.reason)}"
             continue
@@ -96,15 +95,16 @@ def exchange(
     timeout: float,
     on_reply: Callable[[], object] = lambda: None,
     meanwhile: Callable[[], object] = lambda: None,
-) -> tuple[list[Message], Counter[int]]:
+) -> tuple[list[tuple[int, Message]], Counter[int]]:
     """Send each node its message, one at most.
 
     A node that is started again has lost what it was asked, so it is asked again; a client that had answered gives the
     same answer, for no further charge.
 
     Returns:
-        Replies that arrived within ``timeout`` seconds, in no particular order, and how often each node was asked: not
-        at all, if its message was not taken.
+        Node and reply for those that arrived within ``timeout`` seconds, in no particular order (an error may come from
+        the server, which says so in a node's place), and how often each node was asked: not at all, if its message was
+        not taken.
     """
     asked = {message.metadata.dst_node_id: message for message in messages}
     started = _started(grid)
@@ -112,14 +112,16 @@ def exchange(
     times = Counter(pending.values())
     deadline, look = time.monotonic() + timeout, time.monotonic() + LOOK_SECONDS
     meanwhile()
-    replies: list[Message] = []
+    replies: list[tuple[int, Message]] = []
     while pending and time.monotonic() < deadline:
         interrupt.check()
         arrived = list(grid.pull_messages(set(pending)))
         for reply in arrived:
             node = pending.get(reply.metadata.reply_to_message_id)
+            if node is None:
+                continue  # nobody asked, or its answer is there
             pending = {message: other for message, other in pending.items() if other != node}
-            replies.append(reply)
+            replies.append((node, reply))
             on_reply()
         if pending and not arrived:
             time.sleep(POLL_SECONDS)
