@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, parser, write_json
+from processes import children, command_of, free_ports, hang, kill, resident, wait
 
 LABELS = ("fruit", "metal", "ocean")
 WORDS = {label: [f"{label}{i}" for i in range(8)] for label in LABELS}
@@ -35,7 +36,7 @@ RUN = """
 [run]
 name = "soak"
 rounds = {rounds}
-clients_per_round = {drawn}
+fraction = {drawn:.3f}
 timeout = 90
 [model]
 name = "{model}"
@@ -201,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for name in ("server", *names):
             soak.start(name, *soak.command(name))
-            wait(lambda name=name: "ready" in soak.said(name), 180, f"{name} to be ready")  # type: ignore[misc]
+        wait(lambda: all("ready" in soak.said(name) for name in soak.processes), 300, "all to be ready")
         soak.start("run", *soak.command("run"))
         stuck = endure(soak, options.every, options.minutes * 60)
     finally:
@@ -334,7 +335,7 @@ def prepare(soak: Soak) -> None:
     (soak.place / "server.toml").write_text(server, encoding="utf-8")
     text = RUN.format(
         rounds=soak.rounds,
-        drawn=max(1, len(soak.names) - 1),
+        drawn=max(1, len(soak.names) - 1) / len(soak.names),
         clients=len(soak.names),
         model=model,
         labels=json.dumps(LABELS),
@@ -380,57 +381,6 @@ def replay(home: Path) -> None:
                 connection.connect(str(home / "trainer.sock"))
                 send(connection, vars(frame))
                 receive(connection)
-
-
-def kill(process: int | None) -> None:
-    if process is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-
-
-def hang(process: int | None, seconds: float) -> None:
-    """Stop a process for a while."""
-    if process is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGSTOP)
-            time.sleep(seconds)
-            os.kill(process, signal.SIGCONT)
-
-
-def children(process: int) -> list[int]:
-    with contextlib.suppress(OSError):
-        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    return []
-
-
-def command_of(process: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return ""
-
-
-def resident(process: int) -> int:
-    """KiB in memory."""
-    with contextlib.suppress(OSError, ValueError):
-        found = [line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmRSS")]
-        return int(found[0].split()[1]) if found else 0
-    return 0
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def wait(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"waited {seconds:.0f} s for {what}")
-        time.sleep(0.2)
 
 
 if __name__ == "__main__":

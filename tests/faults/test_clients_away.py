@@ -27,7 +27,8 @@ def dies(asked: Any, faults: Any) -> None:
     received = digest(from_wire(request.state, request.wire))
     pid = os.fork()
     if pid == 0:  # a process of its own, which ends without a word
-        account.guard.charge(account.terms, request.round, received).__enter__()
+        held = account.guard.charge(account.terms, request.round, received)
+        held.__enter__()
         os._exit(0)
     os.waitpid(pid, 0)
     raise faults.Killed

@@ -40,7 +40,7 @@ def of_another(frame: Frame, kept: list[Frame]) -> Frame:
         (other_bytes, "unusable update: its ledger does not commit the update that it sent"),
         (cut_off, "malformed reply: header: "),
         (too_large, "malformed reply: body: "),
-        (replayed, "ledger of south, line 2 does not follow the line before it"),
+        (replayed, "ledger of south, line 5 does not follow the line before it"),
         (of_another, "its node's reply does not name it"),
     ],
 )

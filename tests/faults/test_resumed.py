@@ -57,14 +57,26 @@ def test_a_killed_run_goes_on_and_a_round_that_was_answered_costs_nothing_again(
 
 
 def test_a_client_that_does_not_come_back_stays_in_the_account_of_the_run(
-    sites: Callable[..., Any], killed: Callable[..., None]
+    sites: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
     world = sites("north", "south")
-    killed(world, "settle", 2)
+
+    def fault(asked: Any) -> Frame:
+        reply = asked.answer()
+        if (asked.site.name, asked.kind, asked.round) == ("south", "train", 2):
+            raise Gone  # the server, before it heard what south was charged
+        return reply
+
+    world.fault = fault
+    with monkeypatch.context() as patch:
+        patch.setattr("strategies.app._leave", lambda *args: None)
+        with pytest.raises(Gone):
+            world.run()
     world.there -= {"south"}
     result = world.resume().result
     assert result["status"] == "completed"
     assert "south took part before and is not here" in world.server_log
+    assert world["south"].kinds().count("CHARGE") == 2
     assert result["clients"]["south"]["epsilon"] == result["clients"]["north"]["epsilon"], "it may have spent as much"
     assert len(result["clients"]["south"]["unseen"]) == 1
     assert result["epsilon"] == max(client["epsilon"] for client in result["clients"].values())
