@@ -1,0 +1,139 @@
+"""The images and ``docker/compose.yaml`` for real: built, started, three rounds over TLS, and what each container can
+reach and read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from conftest import DOCKER, ROOT, Engine
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
+PREFIX = "localhost/fedlab-test"
+TARGETS = ("server", "trainer", "transport")
+HOSPITALS = ("north", "south")
+Compose = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def images(engine: Engine) -> Iterator[dict[str, str]]:
+    """The three images by target, built from this checkout."""
+    names = {target: f"{PREFIX}-{target}" for target in TARGETS}
+    arguments = [word for name, value in engine.build.items() for word in ("--build-arg", f"{name}={value}")]
+    for target, name in names.items():
+        engine.run(
+            "build", *arguments, "--target", target, "-f", DOCKER / "Dockerfile", "-t", name, ROOT, timeout=1500
+        )
+    yield names
+    engine.run("image", "rm", "-f", *names.values(), check=False)
+
+
+@pytest.fixture(scope="module")
+def compose(engine: Engine, images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
+    """The example, made and started; a function that runs compose in it."""
+    made = tmp_path_factory.mktemp("made")
+    subprocess.run(
+        ["sh", DOCKER / "example/make.sh", made], env=os.environ | engine.environment | {"FEDLAB_IMAGE": PREFIX}, check=True
+    )
+    variables = {
+        "FEDLAB_IMAGE": PREFIX,
+        "FEDLAB_MADE": str(made),
+        "COMPOSE_PROJECT_NAME": f"fedlab{uuid4().hex[:8]}",
+    }
+
+    def command(*words: object) -> str:
+        return engine.compose_run([DOCKER / "compose.yaml"], variables, *words)
+
+    try:
+        command("up", "-d", "--no-build")
+        yield command
+    finally:
+        print(command("logs", "--no-color", "--tail", 100))
+        command("down", "-v", "-t", 5)
+
+
+def python(compose: Compose, service: str, code: str) -> str:
+    """What a piece of Python prints inside a service's container."""
+    return compose("exec", "-T", service, "python", "-c", code).strip()
+
+
+def test_images_run_as_nobody_in_particular_and_can_install_nothing(engine: Engine, images: dict[str, str]):
+    for target, name in images.items():
+        uid = "10002" if target == "transport" else "10001"
+        assert engine.run("image", "inspect", "-f", "{{.Config.User}}", name).strip() == f"{uid}:{uid}"
+        bare = ("run", "--rm", "--network", "none", "--read-only", "--entrypoint", "sh", name, "-c")
+        assert engine.run(*bare, "id -u").strip() == uid
+        assert engine.run(*bare, "ls /opt/venv/bin | grep -E '^(pip|uv)' || echo none").strip() == "none"
+        history = engine.run("history", "--no-trunc", name)
+        assert "PIP_INDEX_URL" not in history
+
+
+def test_the_transport_has_no_torch(engine: Engine, images: dict[str, str]):
+    code = "import importlib.util as u; print([n for n in ('torch', 'transformers', 'ray', 'datasets') if u.find_spec(n)])"
+    bare = ("run", "--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp", "--entrypoint", "python")
+    assert engine.run(*bare, images["transport"], "-c", code).strip() == "[]"
+    assert "transport" in engine.run(*bare[:-2], images["transport"], "client", "--help")
+
+
+def test_a_trainer_has_data_and_no_network(compose: Compose):
+    for name in HOSPITALS:
+        links = python(compose, f"{name}-trainer", "import os; print(sorted(os.listdir('/sys/class/net')))")
+        assert set(json.loads(links.replace("'", '"'))) <= {"lo", "tunl0", "sit0", "ip6tnl0", "ip6_vti0", "ip_vti0"}
+        assert python(compose, f"{name}-trainer", "print(open('/proc/net/route').read().count('\\n'))") == "1"  # the header
+        assert int(python(compose, f"{name}-trainer", "print(len(open('/data/records.csv').readlines()))")) == 241
+        assert "OSError" in python(
+            compose, f"{name}-trainer", "try: open('/data/new', 'w')\nexcept OSError: print('OSError')"
+        )
+
+
+def test_a_transport_has_a_network_and_no_data(compose: Compose):
+    look = "import os; print([(p, os.listdir(p)) for p in ('/data', '/models', '/var/lib/fedlab') if os.access(p, 5) and os.listdir(p)])"
+    for name, other in (HOSPITALS, HOSPITALS[::-1]):
+        transport = f"{name}-transport"
+        assert python(compose, transport, look) == "[]"
+        assert python(compose, transport, tries("server", 8443)) == "reached"
+        for host, port in (("server", 8444), ("server", 9464), (f"{other}-transport", 8443), ("192.0.2.1", 443)):
+            assert python(compose, transport, tries(host, port)) != "reached", f"{host}:{port}"
+
+
+def tries(host: str, port: int) -> str:
+    """Python that says whether a port can be reached."""
+    return (
+        f"import socket\ntry: socket.create_connection(('{host}', {port}), 3); print('reached')\n"
+        "except OSError as error: print(type(error).__name__)"
+    )
+
+
+def test_no_container_has_rights(compose: Compose):
+    code = "print({k: v.strip() for k, v in (l.split(':', 1) for l in open('/proc/self/status')) if k in ('CapEff', 'CapBnd', 'NoNewPrivs')})"
+    for service in ("server", "north-trainer", "north-transport"):
+        assert python(compose, service, code) == str(
+            {"CapEff": "0000000000000000", "CapBnd": "0000000000000000", "NoNewPrivs": "1"}
+        )
+        assert "OSError" in python(compose, service, "try: open('/opt/new', 'w')\nexcept OSError: print('OSError')")
+
+
+def test_three_rounds_of_two_hospitals(compose: Compose):
+    """A run, its adapter, its audit; and what was spent outlives the containers."""
+    said = compose("run", "--rm", "-T", "run", "run", "/config/run.toml", "--server", "/config/server.toml", "--out", RUN)
+    result = json.loads(compose("exec", "-T", "server", "cat", f"{RUN}/result.json"))
+    wanted = tomllib.loads((DOCKER / "example/run.toml").read_text(encoding="utf-8"))
+    assert result["status"] == "completed", said
+    assert set(result["epsilon"]) >= set(HOSPITALS), result
+    assert result["rounds"] == wanted["run"]["rounds"]
+    compose("exec", "-T", "server", "fedlab", "audit", RUN)
+    ledger = "cat /var/lib/fedlab/north/ledger/*.jsonl | wc -l"
+    before = compose("exec", "-T", "north-trainer", "sh", "-c", ledger).strip()
+    assert int(before) >= wanted["run"]["rounds"]
+    compose("up", "-d", "--no-build", "--force-recreate")
+    assert compose("exec", "-T", "north-trainer", "sh", "-c", ledger).strip() == before
+
+
+RUN = "/var/lib/fedlab/runs/test"
