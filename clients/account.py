@@ -55,8 +55,7 @@ class ClientAccount:
 
         Raises Refusal for a plan that the owner's policy does not allow, or other terms than were signed.
         """
-        policy = self._owner.policy
-        problem = policy.problem_of_plan(self.plan, self._beside) if policy is not None else "there is no policy"
+        problem = self._owner.policy.problem_of_plan(self.plan, self._beside)
         if problem is not None:
             raise self.guard.refused(0, "policy", problem)
         return self.guard.plan(self.terms, code_versions())

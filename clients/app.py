@@ -1,73 +1,74 @@
-"""The ClientApp: bytes in, one handler per message, bytes out. The only file of a client that knows Flower.
+"""The ClientApp of a simulation: Flower's records around ``clients.answer``.
 
-Whatever goes wrong, the answer is a reply with codes of a closed list; nothing is raised to Flower, which would send
-its text to the server.
+A client on a machine of its own is never answered for here: its transport runs ``clients.shim``, which holds no data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+import logging
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.describe import answer_describe
-from clients.evaluate import answer_evaluate
-from clients.gram import answer_gram
-from clients.node import Node, enter, owners_of
+from clients.answer import answer as answered
+from clients.node import Memory, owners_of
 from clients.owner import Owners
-from clients.receipts import answer_receipts
-from clients.refusal import nothing, unreadable
-from clients.sum_keys import answer_keys
-from clients.train import answer_train
-from fedlab.protocol import Frame, ProtocolError, decode, encode
-from fedlab.protocol.messages import REQUESTS, Request
-from fedlab.session import torch_threads
+from clients.refusal import unreadable
+from fedlab.protocol import Frame, ProtocolError
+from fedlab.protocol.messages import Request
+from fedlab.run.launch.simulated import simulated
 
 RECORD = "fedlab"  # of a message, and of what a node remembers
-ANSWERS: dict[str, Callable[[Node, Any], object]] = {
-    "describe": answer_describe,
-    "train": answer_train,
-    "evaluate": answer_evaluate,
-    "receipts": answer_receipts,
-    "keys": answer_keys,
-    "gram": answer_gram,
-}
 app = ClientApp()
+logger = logging.getLogger("fedlab")
+
+
+class SimulatedDesk:
+    """A node of a simulation, which plays any client of the run.
+
+    Args:
+        memory: what it remembers, in Flower's context.
+        node_config: of the node, as whoever started it wrote it.
+    """
+
+    def __init__(self, memory: Memory, node_config: Any) -> None:
+        self._memory, self._node_config = memory, node_config
+
+    def memory(self, run: str) -> Memory:
+        """Flower keeps one per run."""
+        return self._memory
+
+    def owners(self, request: Request) -> Owners:
+        """Those of the partition. Raises ProtocolError on a machine that does not itself say that it simulates."""
+        if not simulated(self._node_config):
+            raise ProtocolError(
+                "run", "this node is none of a simulation; start a client on a machine of its own with fedlab client"
+            )
+        return owners_of(request, self._memory)
+
+    def note(self, error: Exception) -> None:
+        """Into the process's log."""
+        logger.warning("a node gave no answer: %s", error)
 
 
 @app.query()
 @app.train()
 @app.evaluate()
 def answer(message: Message, context: Context) -> Message:
-    """Decode the request, pass its owners' gate, answer it."""
+    """The reply to a message."""
     memory: Any = context.state.config_records.setdefault(RECORD, ConfigRecord())
-    reply = respond(message.content, memory, context.node_config)
+    reply = respond(message.content, SimulatedDesk(memory, context.node_config))
     return Message(RecordDict({RECORD: ConfigRecord(vars(reply))}), reply_to=message)
 
 
-def respond(content: RecordDict, memory: Any, node_config: Any) -> Frame:
-    """The reply to a message, whatever it holds and whatever happens."""
-    request: Request | None = None
-    owners: Owners | None = None
-    try:
-        frame = _frame(content)
-        request = cast(Request, decode(frame, REQUESTS))
-        owners = owners_of(request, memory, node_config)
-        node = enter(request, owners, memory)
-        with torch_threads(node.config.run.threads):
-            return encode(frame.kind, ANSWERS[frame.kind](node, request))
-    except Exception as error:
-        if request is None or owners is None:
-            return unreadable(error, node_config)
-        return nothing(request, owners, error)
-
-
-def _frame(content: RecordDict) -> Frame:
-    """The frame in a message. Raises ProtocolError where there is none."""
+def respond(content: RecordDict, desk: SimulatedDesk) -> Frame:
+    """The reply to what a message holds, be it a frame or not."""
     try:
         fields: dict[str, Any] = dict(content.config_records[RECORD])
-        return Frame(**fields)
+        frame = Frame(**fields)
     except (KeyError, TypeError) as error:
-        raise ProtocolError("record", f"the message holds no frame ({type(error).__name__})") from None
+        problem = ProtocolError("record", f"the message holds no frame ({type(error).__name__})")
+        desk.note(problem)
+        return unreadable(problem)
+    return answered(frame, desk)

@@ -1,25 +1,25 @@
 """What a node remembers of a run between messages: its configuration, named by its hash, and who the owners are.
 
-It lies in Flower's context, which belongs to this node and this run, so that any process can serve the next message.
+In a simulation it lies in Flower's context, which belongs to this node and this run, so that any process can serve the
+next message; a client on a machine of its own has it on its disk (``clients.memory``).
 Every request passes its owners' gate here (``Owner.admit``); model and data are opened after it, when they are needed.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 from clients.basis import held, keep
-from clients.owner import Owners, own_owner, simulated_owners
+from clients.owner import Owners, simulated_owners
 from fedlab.config import RunConfig
 from fedlab.lora.state import from_wire
 from fedlab.protocol import ProtocolError
 from fedlab.protocol.messages import DescribeRequest, EvaluateRequest, KeysRequest, Request
-from fedlab.run.launch.simulated import simulated
-from fedlab.session import Session, open_session
+from fedlab.session import Session
 
 Memory = MutableMapping[str, Any]  # hash → configuration, and "simulation" → run directory; str all of them
 SIMULATION = "simulation"
@@ -45,13 +45,11 @@ class Node:
         return self.opened()
 
 
-def owners_of(request: Request, memory: Memory, node_config: Mapping[str, object]) -> Owners:
-    """The owners on this node: its own if it is one machine of many, a run's partition if it plays a simulation.
+def owners_of(request: Request, memory: Memory) -> Owners:
+    """The owners on a node of a simulation: those of the run's partition.
 
-    Raises ProtocolError in a simulation whose configuration never came.
+    Raises ProtocolError where the run's configuration never came.
     """
-    if not simulated(node_config):
-        return own_owner(node_config, request.run.run)
     config = _configuration(request, memory)
     if config is None:
         raise _never_came(request)
@@ -81,7 +79,7 @@ def enter(request: Request, owners: Owners, memory: Memory) -> Node:
     text, basis = memory[request.run.configuration], request.run.basis
 
     def opened() -> Session:
-        session = open_session(text)
+        session = owners.open(text)
         return replace(session, basis=held(owners.store, basis)) if basis else session
 
     return Node(config, owners, opened)

@@ -1,14 +1,14 @@
 """One data owner as its machine knows it: who it is, where it keeps what is its own, what it allows and may spend.
 
-A node has the owner that its own configuration names (``client``, with ``policy``, ``ledger``, ``personal``, ``bases``,
-``budget-epsilon`` and ``budget-delta`` beside it); a simulation's nodes have the owners that the run's partition makes.
-Which of the two it is, the machine itself says (``fedlab.run.launch.simulated``), never a message.
+A client on a machine of its own has the owner that its own file names (``fedlab.config.client``); a simulation's nodes
+have the owners that the run's partition makes. Which of the two it is depends on what was started there, the resident
+trainer (``clients.serve``) or a node of a simulation (``clients.app``), never on a message.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,12 +17,11 @@ from typing import Protocol
 from clients.log import note
 from clients.policy import OwnPolicy, Policy, SimulationPolicy
 from fedlab.config import RunConfig
-from fedlab.config.client import ClientPolicy
+from fedlab.config.client import ClientFile
 from fedlab.config.sections import Budget
 from fedlab.data.sources import identity
-from fedlab.errors import ConfigError, PrivacyError, RunFailed
+from fedlab.errors import PrivacyError, RunFailed
 from fedlab.files import below
-from fedlab.identifiers import checked_identifier
 from fedlab.lora.state import State
 from fedlab.privacy.ledger.guard import Guard, Refusal
 from fedlab.privacy.ledger.keys import keyed_hash, load_or_create_key
@@ -39,8 +38,7 @@ from fedlab.protocol.messages import (
 )
 from fedlab.run.personal import load_personal, save_personal
 from fedlab.run.places import LOG, Places, simulated_places
-
-HOME = ".fedlab"
+from fedlab.session import Session, open_session
 
 
 @dataclass(frozen=True)
@@ -50,26 +48,25 @@ class Owner:
     Args:
         client: its id.
         places: where it keeps what is its own.
-        policy: what it allows; None where its owner wrote none, and then it allows nothing.
+        policy: what it allows.
         source: where its records are from (``fedlab.data.sources.identity``); its ledger is about them.
         budget: what it may spend over all runs.
     """
 
     client: str
     places: Places
-    policy: Policy | None
+    policy: Policy
     source: str = ""
     budget: Budget | None = None
 
     @property
     def guarded(self) -> bool:
         """Whether everything that depends on its data is charged to its ledger: under example-level DP."""
-        return self.policy is not None and self.policy.unit == "example"
+        return self.policy.unit == "example"
 
     def guard(self, run: str) -> Guard:
         """Its ledger in a run. Raises PrivacyError for one that cannot be read."""
-        strict = self.policy is None or self.policy.one_answer
-        return Guard(_ledger(self.places.ledgers, self.client, self.source, run), run, strict)
+        return Guard(_ledger(self.places.ledgers, self.client, self.source, run), run, self.policy.one_answer)
 
     def admit(self, request: Request, config: RunConfig | None) -> None:
         """The gate that every request passes before anything of this owner's is opened.
@@ -82,8 +79,6 @@ class Owner:
             Refusal: for what was not signed, what the policy does not allow, or what the run does not ask for. It is in
                 the ledger, if there is one.
         """
-        if self.policy is None:
-            raise Refusal("policy", f"{self.client} has no policy: name its file as policy in the node's configuration")
         first = isinstance(request, DescribeRequest)
         guard = self.guard(request.run.run) if self.guarded else None
         if guard is not None:
@@ -140,6 +135,14 @@ class Owners(Protocol):
         """Whether they are on this node and on no other."""
 
     @property
+    def threads(self) -> int | None:
+        """Torch threads of this machine's own choosing; None: those of the run."""
+
+    @property
+    def open(self) -> Callable[[str], Session]:
+        """Opens model and data for a resolved configuration."""
+
+    @property
     def store(self) -> Path:
         """Where the node keeps what came once."""
 
@@ -162,6 +165,8 @@ class SingleOwner:
     """The one owner of a machine of its own."""
 
     owner: Owner
+    open: Callable[[str], Session] = open_session
+    threads: int | None = None
     exclusive: bool = True
 
     @property
@@ -199,6 +204,8 @@ class SimulatedOwners:
 
     config: RunConfig
     places: Places
+    open: Callable[[str], Session] = open_session
+    threads: int | None = None  # those of the run
     exclusive: bool = False
 
     @property
@@ -243,36 +250,23 @@ def simulated_owners(config: RunConfig, directory: str) -> SimulatedOwners:
     return SimulatedOwners(config, simulated_places(config, path))
 
 
-def own_owner(node: Mapping[str, object], run: str) -> SingleOwner:
-    """The owner of a machine of its own, from the node's configuration, which whoever started the node wrote.
+def own_owner(file: ClientFile, run: str, sessions: Callable[[str], Session]) -> SingleOwner:
+    """The owner of a machine of its own, from its own file.
 
-    Raises ConfigError for a client or a policy that is none.
+    Args:
+        file: as whoever started the client wrote it.
+        run: what is asked for, by its id.
+        sessions: opens its data and its copy of the model for a resolved configuration.
     """
-
-    def place(key: str) -> Path:
-        return Path(str(node.get(key, Path.home() / HOME / key)))
-
-    if "client" not in node:
-        raise ConfigError("the node's configuration names no client: start it with client, policy, ledger and a budget")
-    client = checked_identifier(str(node["client"]), "client in the node's configuration")
-    ledgers = place("ledger")
-    places = Places(ledgers, below(place("personal"), run), place("bases"), ledgers / LOG)
-    budget = _budget(node)
-    if "policy" not in node:
-        return SingleOwner(Owner(client, places, None, budget=budget))
-    rules = ClientPolicy.load(str(node["policy"]))
+    client, home, rules = file.client.id, file.home, file.policy
+    ledgers = home / "ledger"
+    places = Places(ledgers, below(home / "personal", run), home / "bases", ledgers / LOG)
+    budget = file.budget
     if budget is not None and budget.delta is None:  # the server's δ must not make the budget cheap
         budget = Budget(epsilon=budget.epsilon, delta=rules.max_delta)
-    return SingleOwner(
-        Owner(client, places, OwnPolicy(rules, budget is not None), identity(rules.data.section()), budget)
-    )
-
-
-def _budget(node: Mapping[str, object]) -> Budget | None:
-    limit, delta = node.get("budget-epsilon"), node.get("budget-delta")
-    if limit is None:
-        return None
-    return Budget(epsilon=float(str(limit)), delta=None if delta is None else float(str(delta)))
+    policy = OwnPolicy(rules, tuple(file.models), budget is not None)
+    owner = Owner(client, places, policy, identity(file.data.section(2)), budget)
+    return SingleOwner(owner, sessions, file.machine.threads)
 
 
 @lru_cache(maxsize=4096)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from fedlab.config import RunConfig
-from fedlab.config.client import ClientPolicy, DataPolicy
-from fedlab.config.sections import DataSection
+from fedlab.config.client import ClientPolicy
 from fedlab.objectives import objective_class
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.plan import DPPlan
@@ -64,11 +62,13 @@ class OwnPolicy:
     """Of a client on a machine of its own.
 
     Args:
-        rules: its owner's file.
+        rules: its owner's, of ``client.toml``.
+        models: base models that may be run on the data.
         budgeted: whether its owner set a budget over all runs.
     """
 
     rules: ClientPolicy
+    models: tuple[str, ...]
     budgeted: bool
     one_answer: bool = True
 
@@ -92,7 +92,7 @@ class OwnPolicy:
         if config.private and privacy.noise != rules.noise:
             yield f'privacy.noise = "{privacy.noise}", the policy wants "{rules.noise}"'
         if rules.unit == "example" and not self.budgeted:
-            yield "there is no budget-epsilon: without one, runs could follow runs for ever"
+            yield "there is no budget: without one, runs could follow runs for ever"
         if rules.max_clip is not None and privacy.clip is not None and privacy.clip > rules.max_clip:
             yield f"privacy.clip = {privacy.clip:g}, the policy allows at most {rules.max_clip:g}"
         if config.train.batch_size < rules.min_batch:
@@ -106,10 +106,10 @@ class OwnPolicy:
         asked = {"data.canaries": config.data.canaries, "evaluate.membership": config.evaluate.membership}
         if odd := [key for key, value in asked.items() if value is not None]:
             yield f"{odd[0]} is for simulations: it asks what was learnt of single records"
-        if config.model.name not in rules.models:
-            yield "model.name is not among those of the policy"
-        for data in data_sections(config):
-            yield from _problems_of_data(data, rules.data)
+        if config.model.name not in self.models:
+            yield "model.name is not among the client's models"
+        if config.tasks:
+            yield "[[tasks]]: a stream's tasks deal one corpus, and a client's data are its own"
         yield from self._problems_of_noise(privacy.sigma, privacy.epsilon, privacy.delta)
 
     def _problems_of_noise(self, sigma: float | None, spent: float | None, delta: float | None) -> Iterator[str]:
@@ -129,25 +129,3 @@ class OwnPolicy:
             spent = epsilon([plan.event(plan.participations), *beside], plan.delta)
         for sigma in (plan.sigma, *(event.sigma for event in beside)):
             yield from self._problems_of_noise(sigma, spent, plan.delta)
-
-
-def data_sections(config: RunConfig) -> list[DataSection]:
-    """``[data]`` of the run, and as each of its tasks has it."""
-    tasks = [DataSection.model_validate({**config.data.model_dump(), **task.data}) for task in config.tasks]
-    return [config.data, *tasks]
-
-
-def _problems_of_data(asked: DataSection, allowed: DataPolicy) -> Iterator[str]:
-    column = asked.partition.column
-    if column is not None and column != allowed.column:
-        yield "data.partition.column is another than the policy's"
-    for key, value in allowed.section().model_dump(include=set(DataPolicy.model_fields)).items():
-        found = getattr(asked, key)
-        same = _place(found) == _place(value) if key.endswith("path") else found == value
-        if not same:
-            yield f"data.{key} is another than the policy's"
-
-
-def _place(path: str | None) -> str | None:
-    """A path as the file system knows it; an id of a hub is none, and stays what it is for equal spellings."""
-    return None if path is None else str(Path(path).expanduser().resolve())

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Mapping
-from pathlib import Path
 
 from clients.log import note
 from clients.node import asked
-from clients.owner import HOME, Owners
+from clients.owner import Owners
 from clients.pending import failure_of
 from fedlab.errors import FedlabError
 from fedlab.protocol import Frame, encode
@@ -33,9 +30,6 @@ from fedlab.protocol.messages import (
     TrainReply,
     TrainRequest,
 )
-from fedlab.run.places import LOG
-
-logger = logging.getLogger("fedlab")
 
 
 def nothing(request: Request, owners: Owners, error: Exception) -> Frame:
@@ -83,11 +77,6 @@ def _reply(request: Request, owners: Owners, client: str, error: Exception) -> C
     return ClientReply(client, lines=lines, failure=failure)
 
 
-def unreadable(error: Exception, node_config: Mapping[str, object]) -> Frame:
+def unreadable(error: Exception) -> Frame:
     """The reply where the request cannot be read, or nobody is there to be asked."""
-    ledger = node_config.get("ledger", Path.home() / HOME / "ledger")
-    if "client" in node_config:
-        note(Path(str(ledger)) / LOG, str(node_config["client"]), error, "no answer")
-    else:
-        logger.warning("a node gave no answer: %s", error)
     return encode(NODE_FAILURE, NodeFailure(code_of(error)))

@@ -17,13 +17,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlab.config import RunConfig
-from fedlab.data import corpus_and_shards
-from fedlab.data.partition import describe
 from fedlab.errors import ConfigError, FedlabError, Interrupted
 from fedlab.privacy.statement import write_statement
 from fedlab.run import interrupt
-from fedlab.run.data import record_data
-from fedlab.run.deals import record_deals
 from fedlab.run.directory import RunDirectory, json_text, jsonable
 from fedlab.run.launch import prepared
 from fedlab.run.metrics import MetricsLog
@@ -32,6 +28,7 @@ from fedlab.run.seal import ADAPTER, UNSEALED_ADAPTER, measure
 from strategies.server.epilogue import epilogue
 from strategies.server.loop import Rounds
 from strategies.server.memorised import announced, memorised
+from strategies.server.server_data import server_data
 from strategies.server.task_boundary import end_stage
 
 app = ServerApp()
@@ -56,14 +53,13 @@ def main(grid: Grid, context: Context) -> None:
     try:
         with progress:
             progress.note("preparing model and data")
-            report = record_data(directory.path, config)
-            for line in [*report.lines(), *announced(config)]:
+            lines = announced(config)
+            data = server_data(config, directory)
+            data.record(directory, lines.append)
+            for line in lines:
                 logger.info("%s", line)
                 progress.remark(line)
-            record_deals(config, directory.path)
-            corpus, shards = corpus_and_shards(config)
-            directory.write_text("partition.json", describe(shards, corpus), mode=0o600)
-            rounds = Rounds(grid, config, directory, events, progress)
+            rounds = Rounds(grid, config, directory, events, progress, data)
             status = rounds.run()
             end_stage(rounds, status)
             result = _finish(directory, rounds, events, status, started)

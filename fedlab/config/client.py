@@ -1,54 +1,116 @@
-"""What a client's owner writes down itself: the policy under which its data may be used at all.
+"""A client's own file (``client.toml``): who it is, where its data and its copies of models lie, and under what policy
+they may be used.
 
-A policy is a TOML file on the client's own machine. Nothing in it comes from a server, and a deployed client without
-one takes part in nothing. What it says is held against every request before data are opened (``clients.policy``).
+It lies on the client's machine and nothing in it comes from a server. A deployed client reads its own data, by its own
+column map, and loads its own copies of models; of a run's ``[data]`` it takes ``max_length`` alone. What the policy
+says is held against every request before data are opened (``clients.policy``).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from fedlab.config.base import Section
 from fedlab.config.data import DataSection
 from fedlab.config.load import parse_model, read_text
+from fedlab.config.monitor import LogSection, MetricsSection
+from fedlab.config.sections import Budget
+from fedlab.identifiers import checked_identifier
 
 PartName = Literal["lora_A", "lora_B", "head"]
 ReleaseName = Literal["size", "timing", "failure", "update", "training-metrics", "scores", "gram"]
 ALWAYS: tuple[ReleaseName, ...] = ("size", "timing", "failure")  # no run works without them
+OWN = (  # of [data] of a run: what a client's own file says instead, under the same name
+    "source",
+    "path",
+    "subset",
+    "split",
+    "revision",
+    "text",
+    "label",
+    "context",
+    "messages",
+    "on_bad_row",
+    "duplicates",
+    "limit",
+)
 
 
-class DataPolicy(Section):
-    """[data]: the one place whose records may be used, as ``[data]`` of a run names it. What is left out must be left
-    out there too.
-    """
+class ClientSection(Section):
+    """[client]: who this is, and which server it works with."""
 
-    source: str = Field(default="files", description="kind of the source (data.source of a run)")
-    path: str | None = Field(default=None, description="file, directory or data set; compared as a resolved path")
-    test_path: str | None = Field(default=None, description="file or directory of the official test split")
+    id: str = Field(description="the client's name: its owner's, a site's; the same in every run")
+    server: str | None = Field(default=None, description="host:port of the server; not needed by the trainer alone")
+    ca: str | None = Field(default=None, description="certificate of the authority that signed the server's (PEM)")
+    key: str | None = Field(default=None, description="this node's private key (fedlab keys node)")
+    home: str | None = Field(
+        default=None, description="directory of its ledger, its key and what it keeps; default: the id, beside the file"
+    )
+    socket: str | None = Field(
+        default=None, description="Unix socket of the resident trainer; default: trainer.sock in home"
+    )
+    transport_user: str | None = Field(
+        default=None, description="user that Flower's processes run as (name or uid); default: the one who starts them"
+    )
+    insecure: bool = Field(default=False, description="speak to the server without TLS: only on networks of your own")
+
+
+class OwnData(Section):
+    """[data]: the records of this client, and their columns by what they mean."""
+
+    source: Literal["docstrings", "wordnet", "code", "definitions", "files", "hub"] = Field(
+        default="files", description="kind of the source (as data.source of a run)"
+    )
+    path: str | None = Field(default=None, description="file or directory; hub: id of the data set")
     subset: str | None = Field(default=None, description="hub: configuration; wordnet: part of speech")
     split: str = Field(default="train", description="hub: the split that is trained on")
-    test_split: str | None = Field(default=None, description="hub: the split of the official test split")
     revision: str | None = Field(default=None, description="hub: commit, tag or branch")
     text: str | tuple[str, ...] | None = Field(default=None, description="text column, or two")
-    label: str | None = Field(default=None, description="label column")
+    label: str | None = Field(default=None, description="label column, or that of the answer")
     context: str | None = Field(default=None, description="column that follows the prompt")
     messages: str | None = Field(default=None, description="column of whole conversations")
-    seed: int | None = Field(default=None, description="of which records are held out (data.seed)")
-    on_bad_row: str = Field(default="refuse", description='rows that lack something: "refuse" or "drop"')
-    duplicates: str = Field(default="keep", description='held-out texts that are trained on: "keep" or "purge"')
-    column: str | None = Field(default=None, description="column that may be read to tell whose a record is")
+    on_bad_row: Literal["refuse", "drop"] = Field(
+        default="refuse", description="rows that lack something: the run is refused, or they are left out"
+    )
+    duplicates: Literal["keep", "purge"] = Field(default="keep", description="held-out texts that are trained on")
+    limit: int | None = Field(default=None, gt=0, description="train on at most this many records; default: all")
+    held_out: float = Field(
+        default=0.1, gt=0, lt=1, description="share of the records that is held out, never trained on"
+    )
+    seed: int = Field(default=0, ge=0, description="of which records are held out")
 
     @model_validator(mode="after")
-    def _readable(self) -> DataPolicy:
-        self.section()
+    def _readable(self) -> OwnData:
+        self.section(64)
         return self
 
-    def section(self) -> DataSection:
-        """The ``[data]`` that reads this place."""
-        return DataSection.model_validate(self.model_dump(exclude={"column"}))
+    def section(self, max_length: int) -> DataSection:
+        """The ``[data]`` that reads these records, with texts of at most so many tokens."""
+        own = self.model_dump(include=set(OWN))
+        return DataSection.model_validate(
+            {
+                **own,
+                "clients": 1,
+                "min_client_size": 2,
+                "max_length": max_length,
+                "test_fraction": self.held_out,
+                "seed": self.seed,
+            }
+        )
+
+
+class ModelCopy(Section):
+    """[models."NAME"]: a base model that may be run on the data. NAME is what runs call it (model.name)."""
+
+    path: str | None = Field(
+        default=None, description="where this machine's copy lies; default: NAME is a package, or a hub id in its cache"
+    )
+    sha256: tuple[str, ...] = Field(
+        default=(), description="what its files may hash to (fedlab client --check prints it); default: any"
+    )
 
 
 class ClientPolicy(Section):
@@ -57,8 +119,9 @@ class ClientPolicy(Section):
     unit: Literal["example", "client", "none"] = Field(
         default="example", description="what a run must protect (privacy.unit), exactly"
     )
-    noise: Literal["secure"] = Field(
-        default="secure", description="where noise must come from: seeded noise can be subtracted by who knows the seed"
+    noise: Literal["secure", "seeded"] = Field(
+        default="secure",
+        description="where noise must come from: seeded noise can be subtracted by who knows the seed (tests only)",
     )
     min_sigma: float | None = Field(default=None, gt=0, description="least noise multiplier of a run")
     max_epsilon: float | None = Field(default=None, gt=0, description="most ε that one run may spend")
@@ -73,8 +136,6 @@ class ClientPolicy(Section):
     releases: tuple[ReleaseName, ...] = Field(
         default=ALWAYS, description="what may leave without noise; training-metrics, scores and update only if named"
     )
-    models: tuple[str, ...] = Field(min_length=1, description="base models (model.name) that may be run on the data")
-    data: DataPolicy = Field(description="the records that may be used")
 
     @model_validator(mode="after")
     def _says_enough(self) -> ClientPolicy:
@@ -89,7 +150,68 @@ class ClientPolicy(Section):
             raise ValueError(f"releases: {', '.join(missing)} is missing, and no run works without")
         return self
 
+
+class Machine(Section):
+    """[machine]: what the trainer may use."""
+
+    threads: int | None = Field(default=None, gt=0, description="torch threads; default: the run's (run.threads)")
+    device: str | None = Field(default=None, description='"cpu", "cuda", "cuda:1", "mps"; default: that of the run')
+
+
+class ClientFile(Section):
+    """``client.toml``. ``ClientFile.load(path)`` reads it; its paths are relative to the file."""
+
+    client: ClientSection = Field(description="who this is, and which server it works with")
+    data: OwnData = Field(description="the records of this client")
+    models: dict[str, ModelCopy] = Field(min_length=1, description="base models that may be run on the data")
+    policy: ClientPolicy = Field(description="what it takes part in")
+    budget: Budget | None = Field(default=None, description="what may be spent of the data over all runs")
+    machine: Machine = Field(default=Machine(), description="what the trainer may use")
+    metrics: MetricsSection = Field(default=MetricsSection(), description="a Prometheus endpoint, for this machine")
+    log: LogSection = Field(default=LogSection(), description="how its log is written")
+
+    @model_validator(mode="after")
+    def _named(self) -> ClientFile:
+        checked_identifier(self.client.id, "client.id")
+        if self.policy.unit == "example" and self.budget is None:
+            raise ValueError(
+                "[budget] is missing: without one, runs could follow runs for ever; say how much may be spent in all,"
+                " for example epsilon = 8.0"
+            )
+        return self
+
+    @property
+    def home(self) -> Path:
+        """Where it keeps what is its own."""
+        assert self.client.home is not None
+        return Path(self.client.home)
+
+    @property
+    def socket(self) -> Path:
+        """Where its resident trainer listens."""
+        return Path(self.client.socket) if self.client.socket is not None else self.home / "trainer.sock"
+
     @classmethod
-    def load(cls, path: str | Path) -> ClientPolicy:
-        """Read a policy from its file. Raises ConfigError."""
-        return parse_model(cls, read_text(path), (), str(path))
+    def load(cls, path: str | Path) -> ClientFile:
+        """Read a client's file. Raises ConfigError."""
+        return cls.parse(read_text(path), Path(path).absolute().parent, str(path))
+
+    @classmethod
+    def parse(cls, text: str, directory: Path, origin: str = "client.toml") -> ClientFile:
+        """Read a client's file from its text; ``directory``: what its paths are relative to. Raises ConfigError."""
+        found = parse_model(cls, text, (), origin)
+        tree = found.model_dump()
+        for key in ("ca", "key", "home", "socket"):
+            tree["client"][key] = _below(directory, tree["client"][key])
+        tree["client"]["home"] = tree["client"]["home"] or str(directory / found.client.id)
+        if found.data.source != "hub":
+            tree["data"]["path"] = _below(directory, found.data.path)
+        for copy in tree["models"].values():
+            if copy["path"] is not None and (directory / Path(copy["path"]).expanduser()).exists():
+                copy["path"] = _below(directory, copy["path"])
+        return cls.model_validate(tree)
+
+
+def _below(directory: Path, value: Any) -> str | None:
+    """A path of the file as an absolute one."""
+    return None if value is None else str(directory / Path(value).expanduser())

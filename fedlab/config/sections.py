@@ -117,6 +117,11 @@ class ModelSection(Section):
         description="a directory in Hugging Face's format, an installed package that carries one, or a hub id",
     )
     revision: str | None = Field(default=None, description="hub: commit, tag or branch of the model")
+    sha256: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="hash of the base's files: whoever has another copy takes no part; fedlab run writes its own down",
+    )
     quantize: Literal["none", "nf4", "int8"] = Field(
         default="none",
         description=(

@@ -15,7 +15,7 @@ from fedlab.data.collate import tokenise
 from fedlab.data.corpus import Corpus, renumbered
 from fedlab.data.duplicates import purge
 from fedlab.data.federated import FederatedData
-from fedlab.data.partition import Shards, assign
+from fedlab.data.partition import Shards, assign, assign_all
 from fedlab.data.sources import SOURCES, load_corpus
 from fedlab.data.tasks import TaskData, check_same_clients, joined, label_space, shifted
 from fedlab.errors import LabelError
@@ -33,6 +33,30 @@ def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, objective: 
     corpus, shards = corpus_and_shards(config)
     tasks = task_data(config)[1] if config.tasks else None
     return FederatedData(tokenise(corpus, tokenizer, config.data.max_length, objective), shards, tasks=tasks)
+
+
+def open_own_data(
+    data: DataSection, client: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase, objective: Objective
+) -> FederatedData:
+    """The data of one client alone, from a place of its own, under the labels that the run names.
+
+    Who holds them all is the one client; what is held out is what a simulation would hold out of the same records, in
+    the same order, for a client of this name.
+
+    Raises:
+        LabelError: it has a label that the run does not name.
+        ConfigError: the records cannot be read, or do not suffice.
+    """
+    corpus = labelled_corpus(data, config)
+    shards = assign_all(corpus, data, client, data.seed or 0)
+    if data.duplicates == "purge":
+        shards = purge(corpus, [shards])[0]
+    return FederatedData(tokenise(corpus, tokenizer, data.max_length, objective), shards)
+
+
+def labelled_corpus(data: DataSection, config: RunConfig) -> Corpus:
+    """The records of a place, under the labels that the run names. Raises LabelError, ConfigError."""
+    return _agreed(load_corpus(data, data.seed or 0, objective=config.objective.name), config)
 
 
 def objective_of(config: RunConfig) -> Objective:

@@ -77,6 +77,22 @@ def assign(corpus: Corpus, data: DataSection, seed: int) -> Shards:
         held, names = _by_owner(corpus, trainable, data)
     else:
         held, names = _by_chance(corpus, trainable, data, seed), {}
+    return _shards(corpus, held, names, data, seed)
+
+
+def assign_all(corpus: Corpus, data: DataSection, client: str, seed: int) -> Shards:
+    """Give every example to the one client whose they are, and hold out some. Deterministic in ``seed`` and the name.
+
+    Raises ConfigError where too few are left to train on.
+    """
+    return _shards(corpus, {client: np.arange(len(corpus) - corpus.test)}, {}, data, seed)
+
+
+def _shards(
+    corpus: Corpus, held: Mapping[str, np.ndarray], names: Mapping[str, str], data: DataSection, seed: int
+) -> Shards:
+    """Hold out some of what each client holds."""
+    trainable = len(corpus) - corpus.test
     train: dict[str, np.ndarray] = {}
     local_test: dict[str, np.ndarray] = {}
     for client, positions in held.items():

@@ -25,6 +25,7 @@ from fedlab.config.sections import LoraSection, ModelSection
 from fedlab.errors import ConfigError
 from fedlab.models.attention import attend_in_float32
 from fedlab.models.encoder import SentenceClassifier, pooling_of
+from fedlab.models.fingerprint import check_fingerprint, model_fingerprint
 from fedlab.models.head import nested_copies, whole_modules
 from fedlab.models.hub import locate
 from fedlab.models.loaded import LoadedModel
@@ -159,6 +160,8 @@ def build(config: RunConfig, objective: Objective) -> LoadedModel:
 
 @lru_cache(maxsize=1)
 def _build(model: ModelSection, lora: LoraSection, objective: Objective, dtype: str, device_name: str) -> LoadedModel:
+    if model.sha256 is not None:
+        check_fingerprint(model_fingerprint(model), [model.sha256], "model.sha256")
     tokenizer = load_tokenizer(model)
     device = device_of(device_name)
     base, head = load_base(model, objective, torch.bfloat16 if dtype == "bfloat16" else torch.float32, device)

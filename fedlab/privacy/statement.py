@@ -49,7 +49,7 @@ def statement(
     }
     own = ledgers[SERVER] if config.privacy.unit == "client" and SERVER in ledgers else None
     rows = [
-        _row(client, own if own is not None else ledgers.get(client, []), run, entry.get("unseen", ()))
+        _row(client, own if own is not None else ledgers.get(client, []), run, entry)
         for client, entry in clients.items()
     ]
     largest, deltas = max((row["epsilon"] for row in rows), default=0.0), {row["delta"] for row in rows if row["plan"]}
@@ -69,10 +69,12 @@ def statement(
     return "\n".join(part for part in parts if part)
 
 
-def _row(client: str, entries: Sequence[Entry], run: str, unseen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _row(client: str, entries: Sequence[Entry], run: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What the ledger of a client shows; ``known``: what ``result.json`` says of it."""
     plans = [e for e in entries if e["type"] == "PLAN"]
     plan = next((p for p in plans if p["run"] == run), plans[-1] if plans else None)
-    delta = float.fromhex(plan["delta"]) if plan else 0.0
+    delta = float.fromhex(plan["delta"]) if plan else float(known.get("delta") or 0.0)  # it refused to sign
+    unseen = known.get("unseen", ())
     spent = merged([*events(entries), *map(event_of, unseen)])
     return {
         "client": client,

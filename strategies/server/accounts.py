@@ -87,6 +87,16 @@ class Accounts:
         self.spent = PrivacySpent(dict.fromkeys(federation.clients, self.plan.delta))
         self._record_population()
 
+    def enrol(self, client: str) -> None:
+        """Count what a client that came later was charged before."""
+        info = self._federation.clients[client]
+        if self.plan is not None:
+            self.spent.enrol(client, self.plan.delta)
+            self._record_population()
+        elif self.mirror is not None and info.event is not None:
+            self.spent.enrol(client, info.delta)
+            self.spent.record(client, self.mirror.events(client))
+
     def exhausted(self, round_number: int) -> bool:
         """Whether the server's own budget cannot cover a further round (unit "client" only)."""
         return self._guard is not None and self._guard.exhausted(self._terms, round_number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 
 from flwr.serverapp import Grid
@@ -16,13 +17,16 @@ from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.release import SIZE, event_of
 from fedlab.protocol.failures import explained
 from fedlab.protocol.messages import DescribeReply, DescribeRequest, Enrolment, RunReference
+from fedlab.run import interrupt
 from fedlab.run.directory import RunDirectory
 from fedlab.run.places import LOG
 from fedlab.seeds import client_order
 from strategies.server.exchange import Answers, ask
 from strategies.server.federation import ClientInfo, Federation
+from strategies.server.server_data import ServerData
 
 logger = logging.getLogger("fedlab")
+AWAIT_SECONDS = 0.5  # between two looks at who is there
 
 
 def run_reference(directory: RunDirectory, config: RunConfig, parts: Sequence[str], basis: State) -> RunReference:
@@ -31,67 +35,172 @@ def run_reference(directory: RunDirectory, config: RunConfig, parts: Sequence[st
     return RunReference(directory.run_id, configuration, tuple(parts), digest(basis) if basis else "")
 
 
-def discover(
-    grid: Grid,
-    directory: RunDirectory,
-    config: RunConfig,
-    run: RunReference,
-    clients: Sequence[str],
-    mirror: LedgerMirror | None,
-    basis: State,
-    meanwhile: Callable[[], object] = lambda: None,
-) -> Federation:
-    """The federation of a run.
+class Discovery:
+    """Finds out who is there: before the first round, and in a deployment at the beginning of every other.
 
     Args:
         grid: Flower's.
         directory: of the run; a simulation's nodes find their owners' places in it.
-        config: the run's configuration, which travels here and nowhere else.
+        config: the run's configuration, which travels in what is asked here and nowhere else.
         run: what all later requests name.
-        clients: of a simulation.
+        data: what the server holds; says which clients a simulation has, and whether this is one.
         mirror: of the clients' ledgers; None if they keep none.
         basis: what goes along once, for the whole task of a stream.
-        meanwhile: runs between asking and collecting.
-
-    Raises:
-        RunFailed: a node of a simulation fails, no node answers, or two say that they are the same client.
-        PrivacyError: noise is seeded, and clients are on machines of their own.
-        ConfigError: memorisation is to be measured, and clients are on machines of their own.
     """
-    nodes = sorted(grid.get_node_ids())
-    text, arrays = config.to_toml(), to_wire(basis)
-    requests = {
-        node: DescribeRequest(run, text, tuple(clients[i :: len(nodes)]), str(directory.path), arrays)
-        for i, node in enumerate(nodes)
-    }
-    found = Federation(config, {}, {}, nodes, run, mirror)
-    answers = ask(grid, "describe", requests, DescribeReply, config.run.timeout, meanwhile=meanwhile)
-    _check_failed(answers, directory)
-    for node, reply in answers.replies.items():
-        for enrolment in reply.clients:
-            _admit(found, enrolment)
-            if reply.exclusive:
-                found.hosts[enrolment.reply.client] = node
-    if found.hosts and config.private and config.privacy.noise == "seeded":
+
+    def __init__(
+        self,
+        grid: Grid,
+        directory: RunDirectory,
+        config: RunConfig,
+        run: RunReference,
+        data: ServerData,
+        mirror: LedgerMirror | None,
+        basis: State,
+    ) -> None:
+        self._grid, self._directory, self._config, self._run = grid, directory, config, run
+        self._data, self._mirror, self._basis = data, mirror, basis
+
+    @property
+    def retries(self) -> int:
+        """Times that a round's missing clients are asked again; never in a simulation, whose nodes are all here."""
+        return 0 if self._data.deployment is None else self._data.deployment.retries
+
+    def begin(self, meanwhile: Callable[[], object] = lambda: None) -> Federation:
+        """The federation of a run. ``meanwhile`` runs between asking and collecting.
+
+        Raises:
+            RunFailed: a node of a simulation fails, no node answers, or two say that they are the same client.
+            PrivacyError: noise is seeded, and clients are on machines of their own.
+            ConfigError: memorisation is to be measured, and clients are on machines of their own.
+        """
+        _check_deployable(self._config, self._data)
+        nodes = self._await(lambda there: len(there) >= self._config.population, self._config.run.min_clients)
+        found = Federation(self._config, {}, {}, nodes, self._run, self._mirror)
+        self._enrol(found, nodes, meanwhile)
+        found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
+        return found
+
+    def welcome(self, federation: Federation) -> list[str]:
+        """Look who is there now; clients that are new, or answer for the first time. Nobody is, in a simulation."""
+        if self._data.deployment is None:
+            return []
+        there = set(self._grid.get_node_ids())
+        before = set(federation.clients)
+        if new := sorted(there - set(federation.hosts.values())):
+            self._enrol(federation, new)
+        federation.nodes = sorted(there)
+        federation.offline = {client for client, node in federation.hosts.items() if node not in there}
+        return [client for client in federation.clients if client not in before]
+
+    def await_clients(self, federation: Federation, needed: int) -> None:
+        """Wait until so many of those who may be drawn are there. Raises RunFailed where they do not come in time."""
+        if self._data.deployment is None or not federation.offline:
+            return
+        hosts = {federation.hosts[client] for client in federation.eligible if client in federation.hosts}
+        self._await(lambda there: len(hosts & there) >= needed, None)
+        there = set(self._grid.get_node_ids())
+        federation.offline = {client for client, node in federation.hosts.items() if node not in there}
+
+    def await_back(self, nodes: set[int]) -> list[int]:
+        """Which of these nodes are there, after waiting for all of them for as long as that is set."""
+        there = self._await(lambda there: nodes <= there, 0)
+        return [node for node in there if node in nodes]
+
+    def _await(self, enough: Callable[[set[int]], bool], least: int | None) -> list[int]:
+        """Nodes that are there, as soon as they are enough; at the latest after the time that is set.
+
+        Raises RunFailed if they are fewer than ``least`` then; None: if they are not enough.
+        """
+        deployment = self._data.deployment
+        deadline = time.monotonic() + (0.0 if deployment is None else deployment.wait)
+        told = deployment is None
+        while True:
+            there = set(self._grid.get_node_ids())
+            if deployment is None or enough(there):
+                return sorted(there)
+            if not told:
+                logger.info("waiting for clients: %d nodes are there", len(there))
+                told = True
+            if time.monotonic() >= deadline:
+                break
+            interrupt.check()
+            time.sleep(AWAIT_SECONDS)
+        if least is None or len(there) < least:
+            needed = f"{self._config.run.min_clients} are needed (run.min_clients)"
+            raise RunFailed(
+                f"{len(there)} clients are connected after {deployment.wait:.0f} s, and {needed}; start them, or lower"
+                f" it, then continue with: fedlab resume {self._directory.path}"
+            )
+        return sorted(there)
+
+    def _enrol(
+        self, federation: Federation, nodes: Sequence[int], meanwhile: Callable[[], object] = lambda: None
+    ) -> None:
+        """Ask nodes who they are, and enter what they declare."""
+        text, arrays, clients = self._config.to_toml(), to_wire(self._basis), self._data.clients
+        place = str(self._directory.path) if self._data.deployment is None else ""  # no path of the server's leaves it
+        requests = {
+            node: DescribeRequest(self._run, text, tuple(clients[i :: len(nodes)]), place, arrays)
+            for i, node in enumerate(nodes)
+        }
+        answers = ask(self._grid, "describe", requests, DescribeReply, self._config.run.timeout, meanwhile=meanwhile)
+        deployed = self._data.deployment is not None
+        _check_failed(answers, self._directory, deployed)
+        for node, reply in answers.replies.items():
+            if reply.exclusive != deployed:
+                logger.warning("node %d takes no part: it is %s", node, "no client's own" if deployed else "a client's")
+                continue
+            for enrolment in reply.clients:
+                client = enrolment.reply.client
+                if client in federation.clients and not self._same(federation, enrolment, node):
+                    continue
+                _admit(federation, enrolment)
+                if deployed:
+                    federation.hosts[client] = node
+        if self._mirror is not None:
+            self._mirror.start(self._config.privacy.unit, self._directory.file_digest("run.toml"))
+
+    def _same(self, federation: Federation, enrolment: Enrolment, node: int) -> bool:
+        """Whether a client that is known speaks from another node, with the key of its ledger; the first to come keeps
+        a name, so that nobody can end a run by claiming it.
+
+        Raises RunFailed in a simulation.
+        """
+        client = enrolment.reply.client
+        if client not in federation.hosts:
+            raise RunFailed(f"two nodes say that they are {client}; every client needs a name of its own")
+        if self._mirror is not None and enrolment.key and enrolment.key == self._mirror.key_of(client):
+            return True
+        logger.warning(
+            "node %d takes no part: it says that it is %s, and so does node %d; every client needs a name of its own",
+            node,
+            client,
+            federation.hosts[client],
+        )
+        return False
+
+
+def _check_deployable(config: RunConfig, data: ServerData) -> None:
+    """Raise PrivacyError or ConfigError for what may not be asked of clients on machines of their own."""
+    if data.deployment is None:
+        return
+    if config.private and config.privacy.noise == "seeded" and not data.deployment.rehearsal:
         raise PrivacyError(
             'privacy.noise = "seeded": whoever knows run.seed can subtract the noise, so it is for simulations only,'
-            f' and {next(iter(found.hosts))} is on a machine of its own; set privacy.noise = "secure"'
+            ' and clients are on machines of their own; set privacy.noise = "secure", or rehearse with --rehearsal,'
+            " which protects nobody"
         )
     asked = {"data.canaries": config.data.canaries, "evaluate.membership": config.evaluate.membership}
-    if found.hosts and (odd := [key for key, value in asked.items() if value is not None]):
+    if odd := [key for key, value in asked.items() if value is not None]:
         raise ConfigError(
-            f"{odd[0]} is for simulations: it looks at single records, and those of {next(iter(found.hosts))} are on a"
-            " machine of its own; remove it"
+            f"{odd[0]} is for simulations: it looks at single records, and clients are on machines of their own; remove"
+            " it"
         )
-    found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
-    if mirror is not None:
-        mirror.start(config.privacy.unit, directory.file_digest("run.toml"))
-    return found
 
 
-def _check_failed(answers: Answers[DescribeReply], directory: RunDirectory) -> None:
+def _check_failed(answers: Answers[DescribeReply], directory: RunDirectory, deployed: bool) -> None:
     """A simulation needs all its nodes; elsewhere those that failed are left out, and named in the log."""
-    deployed = any(reply.exclusive for reply in answers.replies.values())
     for node, reason in answers.failed.items():
         reason = reason.removeprefix("node failed: ")
         if not deployed and "storage:" in reason:
@@ -105,8 +214,6 @@ def _admit(federation: Federation, enrolment: Enrolment) -> None:
     """Enter one declaration; a client that refuses, or whose ledger is not what it was, is known but never drawn."""
     reply, mirror = enrolment.reply, federation.mirror
     client, size = reply.client, reply.release(SIZE)
-    if client in federation.clients:
-        raise RunFailed(f"two nodes say that they are {client}; every client needs a name of its own")
     examples = size.numbers.get("examples", 0) if size is not None else 0
     event = event_of(enrolment.event) if enrolment.event is not None else None
     delta = math.nan if enrolment.delta is None else enrolment.delta

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from fedlab.data import corpus_and_shards
 from fedlab.run.cautions import cautions, noise_ratio
 from fedlab.run.directory import RunDirectory
 from strategies.server.heads import trained_names
@@ -48,10 +47,12 @@ def _held_out(rounds: Rounds) -> tuple[dict[str, int], int]:
     """Label → texts that the model is scored on, and how many labels a text is told apart among; nothing where a text
     has no one label.
     """
-    corpus, shards = corpus_and_shards(rounds.config)
+    if (found := rounds.data.held_out()) is None:
+        return {}, 0
+    corpus, test = found
     if not corpus.label_names or corpus.several:
         return {}, 0
-    counted = Counter(corpus.labels[shards.test].tolist())
+    counted = Counter(corpus.labels[test].tolist())
     groups = rounds.session.model.objective.groups
     own = {groups[label] for label in counted} if groups else set()
     choices = min((sum(group == one for group in groups) for one in own), default=len(corpus.label_names))

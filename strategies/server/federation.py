@@ -40,6 +40,7 @@ class Federation:
     run: RunReference = field(default_factory=lambda: RunReference("", "", ()))  # what every request names
     mirror: LedgerMirror | None = None  # what is known of the clients' ledgers; None if they keep none
     refused: dict[str, str] = field(default_factory=dict)  # client → why it takes part no more
+    offline: set[str] = field(default_factory=set)  # clients whose node is not there now
     participations: Counter[str] = field(default_factory=Counter)
     max_clients_per_pass: int = 0  # clients of a pass that fit into memory; 0: as many as the configuration says
 
@@ -72,7 +73,8 @@ class Federation:
         secure. May return fewer than
         ``clients_per_round``, also none.
         """
-        eligible, rng = self.eligible, random_stream(self.config.sampling_seed, "clients", round_number)
+        eligible = [client for client in self.eligible if client not in self.offline]
+        rng = random_stream(self.config.sampling_seed, "clients", round_number)
         if self.config.run.sampling == "poisson":
             coins = SecureStream() if self.config.privacy.noise == "secure" else rng
             drawn = [

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fedlab.config import RunConfig
 from fedlab.config.clients import initial_ranks
-from fedlab.data import corpus_and_shards
 from fedlab.errors import RunFailed, Unwritable
 from fedlab.lora.state import State, digest, nbytes, part_of
 from fedlab.privacy.ledger.ledger import Entry
@@ -28,7 +27,7 @@ from fedlab.run.metrics import MetricsLog
 from fedlab.run.places import LOG
 from fedlab.run.progress import Progress, RoundLine
 from fedlab.seeds import client_order
-from fedlab.session import Session, open_session
+from fedlab.session import Session
 from fedlab.train.check_gradients import check_trainable
 from fedlab.train.cohort import supports_fused
 from fedlab.train.memory import plan_memory
@@ -36,13 +35,14 @@ from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
 from strategies.server.accounts import Accounts
 from strategies.server.aggregation import aggregate
-from strategies.server.discovery import discover, run_reference
+from strategies.server.discovery import Discovery, run_reference
 from strategies.server.federation import Federation
 from strategies.server.heads import sent_names, trained_names
-from strategies.server.messages import Messenger
+from strategies.server.messages import Messenger, TrainingOrder
 from strategies.server.outcome import TrainOutcome
 from strategies.server.outliers import set_outliers_aside
 from strategies.server.scoring import Scoring
+from strategies.server.server_data import ServerData
 from strategies.server.task_start import first_state
 
 logger = logging.getLogger("fedlab")
@@ -55,9 +55,15 @@ class Rounds:
     strategy: Strategy
 
     def __init__(
-        self, grid: Grid, config: RunConfig, directory: RunDirectory, events: MetricsLog, progress: Progress
+        self,
+        grid: Grid,
+        config: RunConfig,
+        directory: RunDirectory,
+        events: MetricsLog,
+        progress: Progress,
+        data: ServerData,
     ) -> None:
-        self.grid, self.config = grid, config
+        self.grid, self.config, self.data = grid, config, data
         self.directory, self.events, self.progress = directory, events, progress
         self.basis_bytes = 0
         self.state: State = {}
@@ -93,9 +99,9 @@ class Rounds:
             basis = {name: value for name, value in self.state.items() if part_of(name) in strategy.static}
             self.session = replace(self.session, basis=basis)
         run = run_reference(self.directory, config, strategy.trained_parts(config), basis)
-        clients = list(corpus_and_shards(config)[1].train)
-        load = (lambda: None) if strategy.static else (lambda: open_session(config.to_toml()))
-        federation = discover(self.grid, self.directory, config, run, clients, self.accounts.mirror, basis, load)
+        load = (lambda: None) if strategy.static else self.data.open
+        self.discovery = Discovery(self.grid, self.directory, config, run, self.data, self.accounts.mirror, basis)
+        federation = self.discovery.begin(load)
         if not strategy.static:
             self._begin(strategy)
         self.basis_bytes = len(federation.clients) * nbytes(basis)
@@ -103,7 +109,7 @@ class Rounds:
 
     def _begin(self, strategy: type[Strategy]) -> None:
         """Open the session, make the strategy, and what the first round starts from."""
-        self.session = open_session(self.config.to_toml())
+        self.session = self.data.open()
         self.strategy = strategy(self.config, self.session.model)
         self.state, self.memory = first_state(self.config, self.strategy, self.session)
         check_trainable(self.session.model, self.config, trained_names(self.strategy, self.state))
@@ -142,8 +148,11 @@ class Rounds:
     def _round(self, number: int) -> bool:
         """One round; False if too few clients may still take part."""
         started = time.perf_counter()
+        for client in self.discovery.welcome(self.federation):
+            self.accounts.enrol(client)
         if self._out_of_clients(number):
             return False
+        self.discovery.await_clients(self.federation, self._needed())
         outcome = self._train(number)
         if outcome is None:
             return False
@@ -174,7 +183,7 @@ class Rounds:
         order = self.messenger.order_training(number, self.state, self.client_ranks, drawn)
         self.progress.round_started(number, len(drawn))
         with self.accounts.charge(number, drawn, order.received) as commit:
-            outcome = self.messenger.train(order, self.progress.node_done)
+            outcome = self._trained(order, drawn)
             if self.config.privacy.unit != "client":
                 set_outliers_aside(outcome, self.config.run.outlier)
             self._warn(number, "is excluded from", outcome.excluded)
@@ -189,6 +198,20 @@ class Rounds:
         before = digest(self.state) if self.config.private else ""
         self.state, self.server_state = state, server_state
         self._release(number, (before, order.received, digest(state)), outcome)
+        return outcome
+
+    def _trained(self, order: TrainingOrder, drawn: list[str]) -> TrainOutcome:
+        """What the clients answer. In a deployment those that are missing are asked again, as often as that is set, if
+        the round would fail without them: who answered before gives the same answer, for no further charge.
+        """
+        outcome = self.messenger.train(order, self.progress.node_done)
+        for _ in range(self.discovery.retries):
+            missing = {client for client in drawn if client in outcome.silent}
+            if len(outcome.updates) >= max(self._needed(), 1) or not missing:
+                break
+            nodes = self.discovery.await_back({self.federation.hosts[client] for client in missing})
+            logger.warning("round %d: %d of %d missing nodes are asked again", order.number, len(nodes), len(missing))
+            outcome.add(self.messenger.train(order.to(nodes), self.progress.node_done))
         return outcome
 
     def _needed(self) -> int:

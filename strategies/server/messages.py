@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from flwr.serverapp import Grid
 
@@ -54,6 +54,13 @@ class TrainingOrder:
     number: int  # of the round
     received: str  # digest of the state as it arrives at the clients
     bytes_down: int
+
+    def to(self, nodes: Collection[int]) -> TrainingOrder:
+        """The same order to some of its nodes; what travels is counted anew."""
+        requests = {node: request for node, request in self.requests.items() if node in nodes}
+        clients = [entry.client for request in requests.values() for entry in request.clients]
+        share = self.bytes_down * len(clients) // max(1, len(self.shapes))
+        return replace(self, requests=requests, shapes={c: self.shapes[c] for c in clients}, bytes_down=share)
 
 
 class Messenger:

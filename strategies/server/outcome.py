@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fedlab.lora.state import State
 from fedlab.privacy.ledger.ledger import Entry
+from fedlab.seeds import client_order
 
 UNUSABLE = "unusable update"  # what the reason of an exclusion begins with where a client sent what cannot be used
 
@@ -25,6 +26,20 @@ class TrainOutcome:
     busy: list[tuple[float, float]] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
+
+    def add(self, later: TrainOutcome) -> None:
+        """Enter what came back of those who were asked again: it takes the place of why they were missing."""
+        for client in (*later.updates, *later.excluded):
+            self.excluded.pop(client, None)
+        self.updates = dict(sorted({**self.updates, **later.updates}.items(), key=lambda item: client_order(item[0])))
+        self.excluded |= later.excluded
+        self.silent -= set(later.updates) | (set(later.excluded) - later.silent)
+        self.unproven |= later.unproven
+        self.commits |= later.commits
+        self.metrics |= later.metrics
+        self.busy += later.busy
+        self.bytes_up += later.bytes_up
+        self.bytes_down += later.bytes_down
 
     @property
     def unusable(self) -> int:

@@ -48,12 +48,12 @@ class Scoring:
     def score_model(self, number: int, state: State) -> float:
         """Score the global model on the held-out test split, with all cores. Returns the seconds it took.
 
-        Does nothing where there is no global model.
+        Does nothing where there is no global model, or nothing to score it on.
         """
         started = time.perf_counter()
-        if self._kept:
-            return 0.0
         session = self._session
+        if self._kept or not len(session.data.test):
+            return 0.0
         with torch_threads(os.cpu_count() or 1):
             session.model.load(state)
             self.scores = evaluate(session.model, session.data, session.data.test, self._config)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, RecordDict
 
-from clients.app import RECORD, respond
+from clients.answer import answer as answered
+from clients.serve import OwnDesk
 from fedlab.config import RunConfig
+from fedlab.config.client import ClientFile
 from fedlab.lora.state import digest, from_wire, to_wire
 from fedlab.models.adapters import initial_state
 from fedlab.privacy.ledger.ledger import Entry, charged, parse_lines
@@ -41,16 +42,22 @@ PARTS = ("head", "lora_B")
 LABELS = ["fruit", "metal", "ocean"]
 HARMLESS = ("size", "timing")  # public releases that any run makes
 
-POLICY = """
-min_sigma = 0.5
-max_epsilon = 30.0
-max_clip = 2.0
-trained = ["lora_B", "head"]
-models = ["{model}"]
+CLIENT_FILE = """
+[client]
+id = "{client}"
+home = "{home}"
 [data]
 path = "{data}"
 text = "text"
 label = "topic"
+[models."{model}"]
+[policy]
+min_sigma = 0.5
+max_epsilon = 30.0
+max_clip = 2.0
+trained = ["lora_B", "head"]
+[budget]
+epsilon = 40.0
 """
 
 
@@ -71,11 +78,17 @@ def describe(config: RunConfig, run: str = RUN) -> DescribeRequest:
 class HostileServer:
     """Sends a client whatever it likes, and keeps what leaves the client that depends on its data."""
 
-    node_config: Mapping[str, object]
-    home: Path
-    memory: dict[str, str] = field(default_factory=dict)
+    file: ClientFile
     outputs: set[str] = field(default_factory=set)  # digests of what left
     bytes: list[bytes] = field(default_factory=list)  # all that left
+
+    def __post_init__(self) -> None:
+        self.desk = OwnDesk(self.file)
+
+    @property
+    def home(self) -> Path:
+        """What the client keeps."""
+        return self.file.home
 
     def send(self, request: Any) -> Any:
         """The reply to a request; what it releases is held against the ledger."""
@@ -83,8 +96,7 @@ class HostileServer:
         return self.send_frame(encode(kind, request))
 
     def send_frame(self, frame: Frame) -> Any:
-        content = RecordDict({RECORD: ConfigRecord(vars(frame))})
-        answer = respond(content, self.memory, self.node_config)
+        answer = answered(frame, self.desk)
         self.bytes.append(answer.header + answer.table + answer.body)
         reply: Any = decode(answer, {**REPLIES, NODE_FAILURE: NodeFailure})
         for release in releases_of(reply):
@@ -156,19 +168,14 @@ def requests_of(config: RunConfig, model: RunConfig, run: str = RUN) -> dict[str
 
 @pytest.fixture
 def server(tmp_path: Path, tiny_bert: Path, tiny_data: Path) -> Callable[..., HostileServer]:
-    """A server before a client that has a policy, a ledger and a budget of its own; ``changes`` replace lines of the
-    policy, ``node`` keys of the node's configuration (None takes one away).
-    """
+    """A server before a client with a file of its own, whose text ``changes`` replace parts of."""
 
-    def start(changes: Mapping[str, str] | None = None, **node: object) -> HostileServer:
-        text = POLICY.format(model=tiny_bert, data=tiny_data)
+    def start(changes: Mapping[str, str] | None = None) -> HostileServer:
+        text = CLIENT_FILE.format(client=CLIENT, home=tmp_path, model=tiny_bert, data=tiny_data)
         for old, new in (changes or {}).items():
             assert old in text
             text = text.replace(old, new)
-        (tmp_path / "policy.toml").write_text(text)
-        places = {key: str(tmp_path / key) for key in ("ledger", "personal", "bases")}
-        own = {"client": CLIENT, "policy": str(tmp_path / "policy.toml"), "budget-epsilon": 40.0, **places, **node}
-        return HostileServer({key: value for key, value in own.items() if value is not None}, tmp_path)
+        return HostileServer(ClientFile.parse(text, tmp_path))
 
     return start
 

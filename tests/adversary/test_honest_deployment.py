@@ -1,64 +1,96 @@
-"""Policies do not stand in the way of an honest run, and a client whose owner wrote none is left out of it."""
+"""An honest run with clients on machines of their own, in one process: it goes to its end, and its server holds no
+data.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import fedlab
+import fedlab.data.opening
+from clients.answer import answer
+from clients.serve import OwnDesk
+from fedlab.config import RunConfig
+from fedlab.config.client import ClientFile
 from fedlab.privacy.ledger.ledger import parse_lines
+from fedlab.protocol import Frame
+from fedlab.run.audit import audit_directory
+from fedlab.run.deployment import Deployment
+from fedlab.run.launch import deploy
 from fedlab.run.launch.local import LocalGrid
 
 
 @pytest.fixture
-def deployed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_bert: Path, tiny_data: Path, helpers: Any) -> Path:
-    """Nodes of the local backend belong to owners of their own, in directories below the returned one; the last has no
-    policy.
+def homes(tmp_path: Path) -> Path:
+    """Where clients keep what is their own, a directory each."""
+    return tmp_path / "homes"
+
+
+@pytest.fixture
+def backend(homes: Path, tiny_bert: Path, tiny_data: Path, helpers: Any) -> Callable[..., Any]:
+    """What carries messages to so many clients, each with its own file, in this process; ``changes``: client → text of
+    its file → another text.
     """
-    homes = tmp_path / "homes"
-    original = LocalGrid.__init__
 
-    def owned(self: LocalGrid, app: Any, nodes: int) -> None:
-        original(self, app, nodes)
-        for i, context in enumerate(self._contexts.values()):
+    def make(count: int, changes: Any = None) -> Any:
+        files = []
+        for i in range(count):
             home = homes / str(i)
-            home.mkdir(parents=True)
-            (home / "policy.toml").write_text(helpers.POLICY.format(model=tiny_bert, data=tiny_data))
-            own = {key: str(home / key) for key in ("ledger", "personal", "bases")}
-            policy = {"policy": str(home / "policy.toml")} if i < nodes - 1 else {}
-            context.node_config = {"client": f"client-{i}", "budget-epsilon": 40.0, **own, **policy}
+            text = helpers.CLIENT_FILE.format(client=f"client-{i}", home=home, model=tiny_bert, data=tiny_data)
+            files.append(ClientFile.parse((changes or {}).get(i, lambda text: text)(text), homes))
+        desks = [OwnDesk(file) for file in files]
 
-    monkeypatch.setattr(LocalGrid, "__init__", owned)
-    return homes
+        def app(message: Message, context: Context) -> Message:
+            fields: dict[str, Any] = dict(message.content.config_records["fedlab"])
+            reply = answer(Frame(**fields), desks[int(context.node_config["partition-id"])])
+            return Message(RecordDict({"fedlab": ConfigRecord(vars(reply))}), reply_to=message)
+
+        def run(server_app: Any, client_app: Any, config: RunConfig, run_config: dict[str, Any]) -> None:
+            server_app(LocalGrid(app, count), Context(1, 1, {}, RecordDict(), run_config))
+
+        return run
+
+    return make
 
 
-def test_an_honest_run_goes_to_its_end_without_the_client_that_has_no_policy(
-    deployed: Path, tiny_toml: str, tmp_path: Path, helpers: Any
+DEPLOYMENT = Deployment(server="here", wait=0.0)
+
+
+def test_an_honest_run_goes_to_its_end_without_the_client_that_does_not_allow_it(
+    backend: Any, homes: Path, tiny_toml: str, tmp_path: Path, helpers: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    config = helpers.config_of(tiny_toml, "run.nodes=3", "run.rounds=2", "evaluate.clients=never")
-    result = fedlab.simulate(config, tmp_path / "run", quiet=True).result
+    def opened(*_: object) -> None:
+        raise AssertionError("the server opened the clients' corpus")
+
+    monkeypatch.setattr(fedlab.data.opening, "_corpus_and_shards", opened)
+    config = helpers.config_of(tiny_toml, "data.clients=3", "run.rounds=2", "evaluate.clients=never")
+    carry = backend(3, {2: lambda text: text.replace("max_epsilon = 30.0", "max_epsilon = 0.01")})
+    result = deploy(config, DEPLOYMENT, tmp_path / "run", quiet=True, backend=carry).result
     assert result["status"] == "completed"
+    assert result["scores"] is None
     assert "policy" in result["clients"]["client-2"]["refused"]
     for i in (0, 1):
-        entries = parse_lines((deployed / str(i) / "ledger" / f"client-{i}.jsonl").read_text())
+        entries = parse_lines((homes / str(i) / "ledger" / f"client-{i}.jsonl").read_text())
         assert [entry["type"] for entry in entries].count("COMMIT") == 2
         assert entries[-1]["type"] == "CLOSE"
         assert {entry["kind"] for entry in entries if entry["type"] == "REFUSE"} == set()
         assert result["clients"][f"client-{i}"]["epsilon"] > 0
-    assert not list(deployed.rglob("*.reply")), "answers that were kept for a repeat go when the run is closed"
-    assert "has no policy" in (deployed / "2" / "ledger" / "log.txt").read_text()
-    assert not (deployed / "2" / "ledger" / "client-2.jsonl").exists()
+    assert not list(homes.rglob("*.reply")), "answers that were kept for a repeat go when the run is closed"
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert all(set(json.loads(line).get("excluded", {})) == set() for line in metrics.splitlines())
+    assert audit_directory(tmp_path / "run", None, [], False) == 0
 
 
 def test_a_run_with_seeded_noise_ends_before_its_first_round(
-    deployed: Path, tiny_toml: str, tmp_path: Path, helpers: Any
+    backend: Any, homes: Path, tiny_toml: str, tmp_path: Path, helpers: Any
 ):
-    config = helpers.config_of(tiny_toml, "run.nodes=2", "privacy.noise=seeded")
-    with pytest.raises(fedlab.PrivacyError, match="on a machine of its own"):
-        fedlab.simulate(config, tmp_path / "run", quiet=True)
-    assert all(path.read_bytes() == b"" for path in deployed.rglob("*.jsonl")), "nothing was signed"
+    config = helpers.config_of(tiny_toml, "privacy.noise=seeded")
+    with pytest.raises(fedlab.PrivacyError, match="on machines of their own"):
+        deploy(config, DEPLOYMENT, tmp_path / "run", quiet=True, backend=backend(2))
+    assert not list(homes.rglob("*.jsonl")), "nothing was signed"

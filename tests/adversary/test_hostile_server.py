@@ -12,16 +12,18 @@ import numpy as np
 import pydantic
 import pytest
 
-import clients.node
+import clients.answer
+import clients.own_session
 from fedlab.config import RunConfig
-from fedlab.config.client import ALWAYS, ClientPolicy, DataPolicy, ReleaseName
+from fedlab.config.client import ALWAYS, OWN, OwnData, ReleaseName
 from fedlab.config.data import DataSection
 from fedlab.errors import ConfigError
 from fedlab.privacy.ledger.ledger import charged
 from fedlab.privacy.release import PUBLIC
 
-# Keys of [data] that name no place and no column: what they change, the plan's ``content`` sees.
-ELSEWHERE = {"clients", "partition", "min_client_size", "max_length", "test_fraction", "limit", "canaries"}
+# Keys of [data] that are a simulation's, or that the server sets alone; a client's ``seed`` is its own.
+SERVERS = {"clients", "partition", "min_client_size", "max_length", "test_fraction", "canaries", "seed"}
+OFFICIAL = {"test_path", "test_split"}  # the server's own test file says it in a deployment
 RULES_OFF = (
     {"unit": "none"},
     {"unit": "client", "sigma": 0.001, "clip": 1000.0, "noise": "secure"},
@@ -96,10 +98,13 @@ def signed(server: Callable[..., Any], tiny_toml: str, helpers: Any) -> tuple[An
 def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """After a call of it, opening a model or data is an error of the test."""
 
-    def opened(text: str) -> None:
+    def opened(*_: object) -> None:
         raise AssertionError("data were opened for a request that is refused")
 
-    return lambda: monkeypatch.setattr(clients.node, "open_session", opened)
+    def close() -> None:
+        monkeypatch.setattr(clients.own_session.OwnSessions, "open", opened)
+
+    return close
 
 
 def test_an_honest_run_goes_through(signed: tuple[Any, RunConfig], helpers: Any):
@@ -150,11 +155,6 @@ def test_every_key_changed_after_the_plan_is_refused_in_every_request_before_dat
         ["privacy.share_metrics=true"],
         ["train.batch_size=1", "train.steps=1"],
         ["train.batch_size=7"],
-        ["data.label=site"],
-        ["data.text=topic"],
-        ["data.path=/etc/hostname"],
-        ["data.source=docstrings"],
-        ["data.partition={kind='natural', column='site'}", "data.clients=5"],
         ["objective.labels=[]"],
         ["model.name=somebody/else"],
         ["run.rounds=5000"],
@@ -186,27 +186,50 @@ def test_parts_that_the_policy_does_not_allow_are_not_trained(server: Callable[.
 
 
 @pytest.mark.parametrize(
-    ("node", "said"),
+    ("changes", "said"),
     [
-        ({"policy": None}, "has no policy"),
-        ({"policy": "/no/such/file"}, "cannot read"),
-        ({"budget-epsilon": None}, "there is no budget-epsilon"),
-        ({"client": "../../victim"}, "is no identifier"),
-        ({"client": "server"}, "is no identifier"),
+        ({"[policy]": "[no_policy]"}, "unknown key no_policy"),
+        ({"[budget]\nepsilon = 40.0": ""}, r"\[budget\] is missing"),
+        ({'"client-0"': '"../../victim"'}, "is no identifier"),
+        ({'"client-0"': '"server"'}, "is no identifier"),
     ],
 )
-def test_without_a_policy_a_budget_or_a_name_a_client_takes_part_in_nothing(
-    node: dict[str, object], said: str, server: Callable[..., Any], tiny_toml: str, helpers: Any, closed: Any
+def test_without_a_policy_a_budget_or_a_name_no_client_is_started(
+    changes: dict[str, str], said: str, server: Callable[..., Any]
 ):
-    hostile, config = server(**node), helpers.config_of(tiny_toml)
-    asked = helpers.requests_of(config, config)
-    closed()
-    for kind, request in asked.items():
-        reply = hostile.send(request)
-        assert helpers.releases_of(reply) == []
-        assert helpers.codes_of(reply) or kind == "keys"
-    assert said in hostile.log
-    assert hostile.entries == []
+    with pytest.raises(ConfigError, match=said):
+        server(changes)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.label=site"],
+        ["data.text=topic"],
+        ["data.path=/etc/hostname"],
+        ["data.source=docstrings", "data.path=/etc"],
+        ["data.source=hub", "data.path=somebody/else"],
+        ["data.partition={kind='natural', column='site'}", "data.clients=5"],
+        ["data.test_path=/etc/passwd", "data.on_bad_row=drop"],
+    ],
+)
+def test_no_place_that_the_server_names_is_read(
+    overrides: list[str], server: Callable[..., Any], tiny_toml: str, helpers: Any, monkeypatch: pytest.MonkeyPatch
+):
+    hostile, config = server(), helpers.config_of(tiny_toml)
+    read: list[DataSection] = []
+    original = clients.own_session.open_own_data
+
+    def reads(data: DataSection, *rest: Any) -> Any:
+        read.append(data)
+        return original(data, *rest)
+
+    monkeypatch.setattr(clients.own_session, "open_own_data", reads)
+    asked = helpers.requests_of(helpers.config_of(tiny_toml, *overrides), config)
+    assert helpers.codes_of(hostile.send(asked["describe"])) == []
+    reply = hostile.send(asked["train"])
+    assert [release.name for release in helpers.releases_of(reply)] == ["update", "timing"]
+    assert read == [hostile.file.data.section(config.data.max_length)]
 
 
 def message_changes(request: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -359,7 +382,7 @@ def test_no_text_of_an_exception_leaves(
     def breaks(*_: object, **__: object) -> None:
         raise error("patient Quillfeather has a NaN")
 
-    monkeypatch.setitem(clients.app.ANSWERS, kind, breaks)
+    monkeypatch.setitem(clients.answer.ANSWERS, kind, breaks)
     reply = hostile.send(request)
     if kind not in ("evaluate", "keys", "gram"):  # those are not even admitted
         assert helpers.codes_of(reply) in (["failed"], ["configuration"])
@@ -389,12 +412,13 @@ def test_label_names_are_those_of_the_configuration_whatever_a_client_has(
     assert hostile.entries == []
     config = helpers.config_of(tiny_toml, 'objective.labels=["ocean", "wood", "metal", "fruit"]')
     assert helpers.codes_of(hostile.send(helpers.describe(config))) == []
-    corpus = helpers.open_session(config.to_toml()).data
+    corpus = hostile.desk.owners(helpers.describe(config)).open(config.to_toml()).data
     assert set(np.unique(corpus.tokens.labels).tolist()) == {0, 2, 3}
 
 
-def test_every_key_of_data_is_in_the_policy_or_names_no_place():
-    assert set(DataSection.model_fields) == ELSEWHERE | (set(DataPolicy.model_fields) - {"column"})
+def test_every_key_of_data_is_the_clients_own_or_names_no_place():
+    assert set(DataSection.model_fields) == SERVERS | OFFICIAL | set(OWN)
+    assert set(OwnData.model_fields) == {*OWN, "held_out", "seed"}
 
 
 def test_every_public_release_can_be_named_in_a_policy():
@@ -407,12 +431,11 @@ def test_every_public_release_can_be_named_in_a_policy():
     [
         ({"min_sigma = 0.5\nmax_epsilon = 30.0": ""}, "needs a limit"),
         ({"min_sigma": 'unit = "none"\nmin_sigma'}, 'name "update" in releases'),
-        ({"min_sigma": 'noise = "seeded"\nmin_sigma'}, "noise"),
+        ({"min_sigma": 'noise = "none"\nmin_sigma'}, "noise"),
         ({"min_sigma": 'releases = ["size"]\nmin_sigma'}, "timing, failure is missing"),
         ({"min_sigma": "least_sigma"}, "unknown key"),
     ],
 )
 def test_a_policy_that_says_too_little_is_refused(changes: dict[str, str], said: str, server: Callable[..., Any]):
-    hostile = server(changes)
     with pytest.raises(ConfigError, match=said):
-        ClientPolicy.load(str(hostile.node_config["policy"]))
+        server(changes)

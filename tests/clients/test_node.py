@@ -8,20 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from clients.app import SimulatedDesk
 from clients.node import Memory, Node, enter, owners_of
-from clients.owner import SimulatedOwners, SingleOwner
+from clients.owner import SimulatedOwners
 from fedlab.config import RunConfig
-from fedlab.errors import ConfigError
 from fedlab.lora.state import digest, to_wire
 from fedlab.protocol import ProtocolError
 from fedlab.protocol.messages import DescribeRequest, ReceiptsRequest, Request, RunReference
 
-SIMULATED = {"simulated": True}
-
 
 def arrive(request: Request, memory: Memory) -> Node:
     """A request at a node of a simulation."""
-    return enter(request, owners_of(request, memory, SIMULATED), memory)
+    return enter(request, owners_of(request, memory), memory)
 
 
 def later(asked: DescribeRequest) -> ReceiptsRequest:
@@ -76,17 +74,10 @@ def test_a_run_has_one_configuration(request_of):
     assert sorted(memory) == sorted([request_of("train.lr=0.1").run.configuration, "simulation"])
 
 
-def test_a_node_with_an_owner_of_its_own_does_not_look_where_the_server_says(request_of, tmp_path: Path):
-    node = {"client": "north", "ledger": str(tmp_path / "home"), "simulated": True}
-    owners = owners_of(request_of(simulation="/the/server/says"), {}, node)
-    assert isinstance(owners, SingleOwner)
-    assert owners.one("north").places.ledgers == tmp_path / "home"
-
-
 @pytest.mark.parametrize("node", [{}, {"partition-id": 0, "num-partitions": 2}, {"simulated": "true"}])
 def test_no_message_makes_a_node_one_of_a_simulation(node: dict, request_of):
-    with pytest.raises(ConfigError, match="names no client"):
-        owners_of(request_of(), {}, node)
+    with pytest.raises(ProtocolError, match="this node is none of a simulation"):
+        SimulatedDesk({}, node).owners(request_of())
 
 
 def test_what_stays_as_it_is_must_be_what_was_announced(request_of, tiny_bert: Path):

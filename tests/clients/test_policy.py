@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clients.policy import OwnPolicy
-from fedlab.config.client import ClientPolicy, DataPolicy
+from fedlab.config.client import ClientPolicy
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.plan import DPPlan
 
@@ -17,8 +17,7 @@ RELEASE = Event("full", 1.0, 2.0, 1)
 
 
 def policy(**rules: Any) -> OwnPolicy:
-    given = {"min_sigma": 0.5, "models": ("m",), "data": DataPolicy(source="docstrings"), **rules}
-    return OwnPolicy(ClientPolicy(**given), True)
+    return OwnPolicy(ClientPolicy(**{"min_sigma": 0.5, **rules}), ("m",), True)
 
 
 def said(plan: DPPlan, *beside: Event, **rules: Any) -> str:

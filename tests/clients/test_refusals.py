@@ -14,6 +14,7 @@ from clients.account import ClientAccount
 from clients.owner import own_owner
 from clients.train import answer_train
 from fedlab.config import RunConfig
+from fedlab.config.client import ClientFile
 from fedlab.models.adapters import initial_state
 from fedlab.privacy.ledger.guard import Refusal
 from fedlab.privacy.ledger.ledger import parse_lines
@@ -155,12 +156,12 @@ def test_an_owner_keeps_its_own_budget(ask: Callable[..., Asked]):
     assert asked.trained == []
 
 
-def test_an_owner_looks_for_its_own_in_its_own_configuration(tmp_path: Path):
-    node = {"client": "north", "ledger": str(tmp_path / "l"), "bases": str(tmp_path / "b"), "budget-epsilon": 2.0}
-    owners = own_owner(node, "a" * 32)
-    owner = owners.one("north")
-    assert (owner.places.ledgers, owner.places.store) == (tmp_path / "l", tmp_path / "b")
-    assert owner.places.personal == Path.home() / ".fedlab" / "personal" / ("a" * 32)
+def test_an_owner_looks_for_its_own_in_its_own_file(tmp_path: Path):
+    text = "[client]\nid = 'north'\n[data]\nsource = 'docstrings'\n[models.m]\n[policy]\nmin_sigma = 1.0\n"
+    owners = own_owner(ClientFile.parse(text + "[budget]\nepsilon = 2.0", tmp_path), "a" * 32, open_session)
+    owner, home = owners.one("north"), tmp_path / "north"
+    assert (owner.places.ledgers, owner.places.store) == (home / "ledger", home / "bases")
+    assert owner.places.personal == home / "personal" / ("a" * 32)
     assert owner.budget is not None
     assert owner.budget.epsilon == 2.0
     assert owners.present(["client-0", "client-1"]) == ["north"]

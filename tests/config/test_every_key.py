@@ -73,14 +73,16 @@ def start(config: RunConfig, path: Path) -> None:
 def silence(config: RunConfig, path: Path) -> Any:
     """What is said of nodes that do not answer in time."""
     from strategies.server.loop import Rounds
+    from strategies.server.server_data import SimulatedData
 
     class Silent(LocalGrid):
         def pull_messages(self, message_ids: Any) -> list[Any]:
             return []
 
     made = look.RunDirectory.create(config, path / "run")
+    data = SimulatedData(config)
     with pytest.raises(RunFailed) as caught:
-        Rounds(Silent(lambda *_: None, 1), config, made, look.MetricsLog(made), look.Progress())
+        Rounds(Silent(lambda *_: None, 1), config, made, look.MetricsLog(made), look.Progress(), data)
     return str(caught.value)
 
 

@@ -87,6 +87,10 @@ class LedgerMirror:
                 "START", self.run, key=self._own.public, unit=unit, clients=dict(self._keys), config=config
             )
 
+    def key_of(self, client: str) -> str | None:
+        """The public key that a client enrolled with; None if it did not."""
+        return self._keys.get(client)
+
     def known(self, client: str) -> int:
         """Number of a client's lines that are known; it need not send them again."""
         return len(self._clients.get(client, []))

@@ -30,6 +30,13 @@ class PrivacySpent:
         self._assumed: dict[str, list[Event]] = {client: [] for client in deltas}
         self._unproven: dict[str, list[Event]] = {client: [] for client in deltas}
 
+    def enrol(self, client: str, delta: float) -> None:
+        """Count a client that came later, or again; what is known of it stays."""
+        self.deltas[client] = delta
+        self._ledger.setdefault(client, ())
+        self._assumed.setdefault(client, [])
+        self._unproven.setdefault(client, [])
+
     def record(self, client: str, events: Iterable[Event]) -> None:
         """Take what the client's ledger shows, all of it; nothing needs to be assumed any more.
 

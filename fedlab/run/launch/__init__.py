@@ -15,8 +15,9 @@ from typing import Any
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed, Unwritable
 from fedlab.files import unwritable
+from fedlab.run.deployment import Deployment
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch.checks import check, check_strategy, load, look, with_labels
+from fedlab.run.launch.checks import check, check_strategy, load, look, look_at_deployed, with_labels
 from fedlab.run.launch.problems import Problems
 from fedlab.run.launch.reference import CLIENT_APP, SERVER_APP, STRATEGIES, load_reference
 
@@ -27,6 +28,7 @@ __all__ = [
     "Run",
     "check",
     "check_strategy",
+    "deploy",
     "load",
     "load_reference",
     "prepared",
@@ -74,6 +76,46 @@ def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = Fal
     return _launch(RunDirectory.create(prepared(config, out), Path(out) if out is not None else None), quiet)
 
 
+def deploy(
+    config: RunConfig, deployment: Deployment, out: str | Path | None = None, quiet: bool = False, backend: Any = None
+) -> Run:
+    """Run a configuration with clients on machines of their own, and return it.
+
+    Args:
+        config: the run; it must name its labels, where its objective has any, and the number of clients.
+        deployment: which server, and what the server knows.
+        out: as of ``simulate``.
+        quiet: print errors only.
+        backend: what carries messages; default: a server started by ``fedlab server``.
+
+    Raises:
+        ConfigError: the configuration cannot be deployed.
+        RunFailed, Interrupted: as ``simulate``.
+    """
+    directory = RunDirectory.create(prepared_to_deploy(config, out), Path(out) if out is not None else None)
+    deployment.write(directory.path)
+    return _launch(directory, quiet, backend)
+
+
+def prepared_to_deploy(config: RunConfig, out: str | Path | None = None) -> RunConfig:
+    """The configuration as it will be deployed: type and hash of the base written down. No data are looked at.
+
+    Raises one error for everything that can be known to be wrong.
+    """
+    from fedlab.models.fingerprint import model_fingerprint
+    from fedlab.models.hardware import resolve_dtype
+
+    _prepare_environment(config)
+    found = Problems()
+    if out is not None:
+        found.of(lambda: RunDirectory.check_place(Path(out)))
+    look_at_deployed(found, config)
+    found.raise_all()
+    resolved: RunConfig = load_reference(STRATEGIES)[config.strategy.name].resolved(config)
+    model = resolved.model.model_copy(update={"sha256": resolved.model.sha256 or model_fingerprint(resolved.model)})
+    return resolve_dtype(resolved.model_copy(update={"model": model}))
+
+
 def prepared(config: RunConfig, out: str | Path | None = None) -> RunConfig:
     """The configuration as it will run: number of clients, names of the labels and type of the base written down.
 
@@ -103,6 +145,10 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
 
     directory = RunDirectory.open(Path(path))
     _prepare_environment(directory.config)
+    if Deployment.of(directory.path) is not None:
+        if directory.finished:
+            raise ConfigError(f"{str(path)!r} is {directory.finished['status']}; there is nothing to resume")
+        return _launch(directory, quiet)
     refresh(directory.config)
     if directory.config.is_stream:
         from fedlab.run.launch.stream import resume_stream
@@ -133,12 +179,9 @@ def _prepare_environment(config: RunConfig) -> None:
         os.environ.setdefault(key, value)
 
 
-def _launch(directory: RunDirectory, quiet: bool) -> Run:
-    from fedlab.run.launch.local import run_local
-    from fedlab.run.launch.ray import run_ray
-
+def _launch(directory: RunDirectory, quiet: bool, backend: Any = None) -> Run:
     config = directory.config
-    backend = {"ray": run_ray, "local": run_local}[config.run.backend]
+    backend = backend or _backend(directory)
     again = f"fedlab resume {shlex.quote(str(directory.path))}"
     try:
         backend(
@@ -164,6 +207,21 @@ def _launch(directory: RunDirectory, quiet: bool) -> Run:
     if result is None:
         raise RunFailed(f"the server app ended without a result; see {directory.path / 'log.txt'}")
     return Run(directory.path, result)
+
+
+def _backend(directory: RunDirectory) -> Any:
+    """What carries the messages of the run in this directory."""
+    if Deployment.of(directory.path) is not None:
+        from fedlab.run.launch.deploy import run_deployed
+
+        return run_deployed
+    if directory.config.run.backend == "local":
+        from fedlab.run.launch.local import run_local
+
+        return run_local
+    from fedlab.run.launch.ray import run_ray
+
+    return run_ray
 
 
 def _ensure_result(directory: RunDirectory, reason: str, status: str = "failed") -> None:

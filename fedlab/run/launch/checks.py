@@ -81,6 +81,34 @@ def look(found: Problems, config: RunConfig, broken: Collection[str] = (), texts
     return config
 
 
+def look_at_deployed(found: Problems, config: RunConfig) -> None:
+    """Note what is wrong with a configuration whose clients are on machines of their own; no data are looked at."""
+    from fedlab.models.outline import check_outline
+    from fedlab.objectives import objective_class
+
+    model, objective = _look_at_names(found, config, lambda *names: True, True, columns=False)
+    if objective and objective_class(config.objective.name).named and not config.objective.labels:
+        found.add(
+            ConfigError(
+                "objective.labels is empty: name the labels, in one order for all; clients that number their own labels"
+                " number them differently"
+            )
+        )
+    if not config.population_known:
+        found.add(ConfigError("data.clients is not given: say how many clients are expected"))
+    if config.tasks:
+        found.add(ConfigError("[[tasks]]: a stream's tasks deal one corpus; run its tasks one by one"))
+    known = found.of(lambda: check_options(config), lines=True)
+    if known is not None and config.population_known:
+        found.of(lambda: known.check(config))
+    if model and objective:
+        found.of(lambda: check_outline(config), lines=True)
+    if config.privacy.unit == "client":
+        from fedlab.privacy.client_level import make_client_plan
+
+        found.of(lambda: make_client_plan(config))
+
+
 Whole = Callable[..., bool]  # whether sections, or ``section.key``, are as the file has them
 
 
@@ -95,8 +123,13 @@ def _whole(broken: Collection[str]) -> Whole:
     return whole
 
 
-def _look_at_names(found: Problems, config: RunConfig, whole: Whole, there: bool) -> tuple[bool, bool]:
-    """What can be told without reading much. Returns whether there are such a model and such an objective."""
+def _look_at_names(
+    found: Problems, config: RunConfig, whole: Whole, there: bool, columns: bool = True
+) -> tuple[bool, bool]:
+    """What can be told without reading much. Returns whether there are such a model and such an objective.
+
+    ``columns``: whether the data are this configuration's to name.
+    """
     from fedlab.data.public import check_public
     from fedlab.evaluate import evaluators_of
     from fedlab.evaluate.public import check_measures
@@ -106,7 +139,7 @@ def _look_at_names(found: Problems, config: RunConfig, whole: Whole, there: bool
     if there and whole("lora", "evaluate"):
         found.of(lambda: check_public(config))
     model = whole("model") and found.fine(lambda: check_model(config.model))
-    objective = whole("objective", "data", "tasks") and found.fine(lambda: _check_objective(config))
+    objective = whole("objective", "data", "tasks") and found.fine(lambda: _check_objective(config, columns))
     if whole("run.device"):
         found.of(lambda: device_of(config.run.device))
     if whole("run.backend", "run.ray_address", "run.cpus_per_node", "run.gpus_per_node"):
@@ -117,14 +150,14 @@ def _look_at_names(found: Problems, config: RunConfig, whole: Whole, there: bool
     return model, objective
 
 
-def _check_objective(config: RunConfig) -> None:
+def _check_objective(config: RunConfig, columns: bool) -> None:
     """There is such an objective, with such settings, and the data name the columns that it reads."""
     from fedlab.data.opening import sections
     from fedlab.objectives import objective_class
 
     objective = objective_class(config.objective.name)
     objective.of(config.objective, config.objective.labels, ())
-    for data in sections(config):
+    for data in sections(config) if columns else []:
         objective.columns(data)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -101,17 +98,12 @@ def test_a_stream_has_no_one_final_model(setting: str, stream_toml: str):
 
 
 @pytest.mark.parametrize("setting", ["data.canaries={}", "evaluate.membership={}"])
-def test_a_deployed_client_takes_no_part(setting: str, llama_toml: str, tmp_path: Path):
+def test_a_deployed_client_takes_no_part(setting: str, llama_toml: str):
     from clients.policy import OwnPolicy
     from fedlab.config.client import ClientPolicy
 
-    policy = tmp_path / "policy.toml"
     config = RunConfig.parse(llama_toml, [setting, "privacy.noise=secure"])
-    policy.write_text(
-        f'max_epsilon = 50.0\nmodels = ["{config.model.name}"]\n[data]\npath = {json.dumps(config.data.path)}\n'
-        'text = "text"\nlabel = "topic"\n'
-    )
-    own = OwnPolicy(ClientPolicy.load(policy), budgeted=True)
+    own = OwnPolicy(ClientPolicy(max_epsilon=50.0), (config.model.name,), budgeted=True)
     told = own.problem(config, ["lora_B"])
     assert told is not None
     assert "is for simulations: it asks what was learnt of single records" in told

@@ -24,11 +24,13 @@ from fedlab.protocol.messages import (
     Failure,
     NodeFailure,
 )
+from fedlab.run.deployment import Deployment
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch.local import LocalGrid
-from strategies.server.discovery import discover, run_reference
+from strategies.server.discovery import Discovery, run_reference
 from strategies.server.exchange import RECORD
 from strategies.server.federation import Federation
+from strategies.server.server_data import PublicTest, SimulatedData
 
 
 def enrolment(client: str, examples: float = 10, **changes: object) -> Enrolment:
@@ -40,7 +42,9 @@ def enrolment(client: str, examples: float = 10, **changes: object) -> Enrolment
 def found(tiny_toml: str, tmp_path: Path) -> Callable[..., Federation]:
     """The federation of nodes that answer like this, whatever they are asked."""
 
-    def run(*replies: DescribeReply | NodeFailure | Exception, noise: str = "seeded") -> Federation:
+    def run(
+        *replies: DescribeReply | NodeFailure | Exception, noise: str = "seeded", deployed: bool = False
+    ) -> Federation:
         def app(message: Message, context: Context) -> Message:
             reply = replies[context.node_config["partition-id"]]
             if isinstance(reply, Exception):
@@ -52,14 +56,15 @@ def found(tiny_toml: str, tmp_path: Path) -> Callable[..., Federation]:
         config = RunConfig.parse(tiny_toml, [f"privacy.noise={noise}"])
         directory = RunDirectory.create(config, Path(tempfile.mkdtemp(dir=tmp_path)))
         reference = run_reference(directory, config, ("head",), {})
-        return discover(LocalGrid(app, len(replies)), directory, config, reference, ["client-0"], None, {})
+        data = PublicTest(config, Deployment(server="here", wait=0.0)) if deployed else SimulatedData(config)
+        return Discovery(LocalGrid(app, len(replies)), directory, config, reference, data, None, {}).begin()
 
     return run
 
 
 def test_clients_of_a_node_of_their_own_stay_there(found: Callable[..., Federation]):
     north, south = (DescribeReply((enrolment(name),), exclusive=True) for name in ("north", "south"))
-    federation = found(south, north, noise="secure")
+    federation = found(south, north, noise="secure", deployed=True)
     assert list(federation.clients) == ["north", "south"]
     assert federation.hosts == {"south": 10, "north": 11}
     assert federation.clients["north"].examples == 10
@@ -68,9 +73,24 @@ def test_clients_of_a_node_of_their_own_stay_there(found: Callable[..., Federati
 
 
 def test_two_nodes_that_say_they_are_one_client_end_the_run(found: Callable[..., Federation]):
-    reply = DescribeReply((enrolment("north"),), exclusive=True)
-    with pytest.raises(RunFailed, match="two nodes say that they are north"):
+    reply = DescribeReply((enrolment("client-0"),))
+    with pytest.raises(RunFailed, match="two nodes say that they are client-0"):
         found(reply, reply)
+
+
+def test_in_a_deployment_a_name_that_is_claimed_twice_is_the_first_ones(
+    found: Callable[..., Federation], caplog: pytest.LogCaptureFixture
+):
+    north, south = (DescribeReply((enrolment(name),), exclusive=True) for name in ("north", "south"))
+    federation = found(north, north, south, noise="secure", deployed=True)
+    assert federation.hosts == {"north": 10, "south": 12}
+    assert "node 11 takes no part: it says that it is north, and so does node 10" in caplog.text
+
+
+def test_a_node_of_the_other_kind_takes_no_part(found: Callable[..., Federation]):
+    own, played = DescribeReply((enrolment("north"),), exclusive=True), DescribeReply((enrolment("client-0"),))
+    assert list(found(own, played, noise="secure", deployed=True).clients) == ["north"]
+    assert list(found(own, played).clients) == ["client-0"]
 
 
 @pytest.mark.parametrize("examples", [0, -3, 2.5])
@@ -89,8 +109,8 @@ def test_a_client_that_refuses_is_known_and_never_drawn(found: Callable[..., Fed
 
 
 def test_outside_a_simulation_seeded_noise_ends_the_run(found: Callable[..., Federation]):
-    with pytest.raises(PrivacyError, match=r"north is on a machine of its own; set privacy\.noise"):
-        found(DescribeReply((enrolment("north"),), exclusive=True))
+    with pytest.raises(PrivacyError, match=r"clients are on machines of their own; set privacy\.noise"):
+        found(DescribeReply((enrolment("north"),), exclusive=True), deployed=True)
 
 
 def test_a_client_that_refuses_before_it_opens_its_data_is_named(found: Callable[..., Federation]):
@@ -102,7 +122,7 @@ def test_a_client_that_refuses_before_it_opens_its_data_is_named(found: Callable
 
 def test_of_a_deployment_a_node_that_cannot_take_part_is_left_out(found: Callable[..., Federation]):
     north = DescribeReply((enrolment("north"),), exclusive=True)
-    federation = found(north, NodeFailure("configuration"), noise="secure")
+    federation = found(north, NodeFailure("configuration"), noise="secure", deployed=True)
     assert list(federation.clients) == ["north"]
     with pytest.raises(RunFailed, match=r"a node could not prepare the run: configuration: .*log\.txt"):
         found(DescribeReply((enrolment("b"),)), NodeFailure("configuration"))

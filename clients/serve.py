@@ -1,0 +1,155 @@
+"""The resident trainer of a client on a machine of its own: model, data, ledger and policy, behind a private socket.
+
+``python -m clients.serve CLIENT.toml`` is started by ``fedlab client`` from the installed package. Whoever may connect,
+one user that the kernel vouches for, sends protocol bytes and gets protocol bytes; every request passes its owner's
+gate (``Owner.admit``), whoever carries it. One is answered at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pwd
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from clients.answer import answer
+from clients.log import note
+from clients.memory import DiskMemory
+from clients.node import Memory
+from clients.own_session import OwnSessions
+from clients.owner import Owners, own_owner
+from clients.pipe import MOST, BrokenPipe, peer_user, receive, send
+from fedlab.config.client import ClientFile
+from fedlab.errors import ConfigError
+from fedlab.files import below
+from fedlab.protocol import Frame
+from fedlab.protocol.messages import Request
+from fedlab.run.places import LOG
+
+logger = logging.getLogger("fedlab")
+PATIENCE = 60.0  # seconds that a connection may be silent before its request is there
+
+
+class OwnDesk:
+    """Where a client's requests arrive: it alone is here, with what its own file says."""
+
+    def __init__(self, file: ClientFile) -> None:
+        self.file, self._sessions = file, OwnSessions(file)
+
+    def memory(self, run: str) -> Memory:
+        """On this machine's disk, a directory per run."""
+        return DiskMemory(below(self.file.home / "runs", run))
+
+    def owners(self, request: Request) -> Owners:
+        """The one owner of this machine."""
+        return own_owner(self.file, request.run.run, self._sessions.open)
+
+    def note(self, error: Exception) -> None:
+        """Into the owner's own log."""
+        note(self.file.home / "ledger" / LOG, self.file.client.id, error, "no answer")
+
+
+class Trainer:
+    """The socket, and one request after the other.
+
+    Args:
+        file: of the client.
+        on_answer: called after each with its kind, the seconds it took, and the frame that left.
+    """
+
+    def __init__(self, file: ClientFile, on_answer: Any = lambda kind, seconds, frame: None) -> None:
+        self._desk, self._on_answer = OwnDesk(file), on_answer
+        self._allowed = {os.getuid(), *_user(file.client.transport_user)}
+        self._turn = threading.Lock()
+        self._listener = listen(file.socket, shared=file.client.transport_user is not None)
+
+    def run(self) -> None:
+        """Answer until the listener is closed."""
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _serve(self, connection: socket.socket) -> None:
+        """One connection: one request. Whoever goes away gets nothing, and nobody else notices."""
+        with connection:
+            user = peer_user(connection)
+            if user is not None and user not in self._allowed:
+                logger.warning("user %d is not allowed to connect; set client.transport_user if it should be", user)
+                return
+            try:
+                connection.settimeout(PATIENCE)
+                fields = receive(connection, MOST)
+                connection.settimeout(None)
+                with self._turn:
+                    started = time.monotonic()
+                    reply = answer(Frame(**fields), self._desk)
+                self._on_answer(fields["kind"], time.monotonic() - started, reply)
+                send(connection, vars(reply))
+            except (BrokenPipe, TimeoutError, OSError) as error:
+                logger.warning("a connection came to nothing: %s: %s", type(error).__name__, error)
+
+
+def listen(path: Path, shared: bool) -> socket.socket:
+    """A socket that only this user may connect to; ``shared``: others too, as far as its directory lets them.
+
+    Raises ConfigError if another trainer listens there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+            other.connect(str(path))
+        raise ConfigError(f"another trainer listens at {path}; a client is started once")
+    except OSError:
+        path.unlink(missing_ok=True)  # of one that was killed
+    before = os.umask(0o111 if shared else 0o177)
+    try:
+        listener.bind(str(path))
+    except OSError as error:
+        raise ConfigError(
+            f"client.socket = {str(path)!r} cannot be made ({error.strerror or error}); choose a shorter path on a"
+            " local disk"
+        ) from None
+    finally:
+        os.umask(before)
+    listener.listen(16)
+    return listener
+
+
+def _user(name: str | None) -> set[int]:
+    """The id of the user that Flower's processes run as. Raises ConfigError if there is none."""
+    if name is None:
+        return set()
+    try:
+        return {int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid}
+    except KeyError:
+        raise ConfigError(f"client.transport_user = {name!r}: this machine has no such user") from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Serve one client until told to stop."""
+    (path,) = arguments if arguments is not None else sys.argv[1:]
+    file = ClientFile.load(path)
+    os.environ.setdefault("FEDLAB_CACHE", str(file.home / "cache"))
+    os.umask(0o077)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    trainer = Trainer(file)
+    logger.info("the trainer of %s listens at %s", file.client.id, file.socket)
+    trainer.run()
+
+
+if __name__ == "__main__":
+    main()
