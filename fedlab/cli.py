@@ -5,16 +5,16 @@ Exit codes: 0 done, 2 wrong usage, 3 privacy, 4 run failed, 5 audit: less can be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-from fedlab.errors import FedlabError, Interrupted
-from fedlab.files import unwritable
-from fedlab.run import interrupt, output
-from fedlab.run.output import complain, say
+from fedlab import cli_deploy
+from fedlab.command import guarded as _guarded
+from fedlab.run import output
+from fedlab.run.output import say
 
 app = typer.Typer(
     rich_markup_mode=None,  # square brackets are square brackets
@@ -245,6 +245,9 @@ def doctor() -> None:
     _guarded(run, debug=False)
 
 
+cli_deploy.register(app)
+
+
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table where the terminal is wide enough for it; else a paragraph for each row, which begins with its name."""
     from rich.measure import Measurement
@@ -268,34 +271,6 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             lines = Text(cell).wrap(console, max(20, console.width - width - 2))
             for number, line in enumerate(lines):
                 console.print(Text(f"  {'' if number else column:<{width}}") + line, soft_wrap=True)
-
-
-def _guarded(action: Callable[[], None], debug: bool, quiet: bool = False) -> None:
-    """Run a command; end with the error's message and its exit code."""
-    interrupt.install()
-    output.settle(quiet)
-    try:
-        action()
-    except FedlabError as error:
-        _fail(error, debug, str(error), error.exit_code)
-    except KeyboardInterrupt as error:
-        _fail(error, debug, "interrupted", Interrupted.exit_code)
-    except Exception as error:
-        told: object = unwritable(error)
-        if told is None and isinstance(error, OSError):
-            told = f"{error.filename}: {error.strerror}"
-        if told is not None:  # the machine's fault, not fedlab's
-            _fail(error, debug, str(told), 4)
-        _fail(error, debug, f"{type(error).__name__}: {error} (this is a bug in fedlab; --debug shows where)", 4)
-
-
-def _fail(error: BaseException, debug: bool, message: str, code: int) -> NoReturn:
-    if debug:
-        import traceback
-
-        complain("".join(traceback.format_exception(error)).rstrip())
-    complain(f"fedlab: {message}" if code == Interrupted.exit_code else f"fedlab: error: {message}")
-    raise SystemExit(code)
 
 
 def main() -> None:
