@@ -1,7 +1,7 @@
 """Whether a container works. ``python health.py CHECK...``: exit code 0, or 1 with the first check that fails.
 
 Checks:
-    https://127.0.0.1:8443/health      an answer of 200; of this container's own server, so its certificate is not verified
+    https://127.0.0.1:8443/health      an answer of 200; the certificate of a container's own server is not verified
     listens:/run/fedlab/trainer.sock   a process of this container listens there; it is not disturbed
     process:flower-supernode           a process of that name runs
 

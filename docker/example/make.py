@@ -16,11 +16,11 @@ from pathlib import Path
 TRAINER, TRANSPORT = 10001, 10002  # uids of the images
 HOSPITALS = ("north", "south")
 TOPICS = {
-    "fruit": "apple pear plum cherry grape lemon ripe sweet juicy peel".split(),
-    "metal": "iron copper zinc steel alloy rust forge molten ore weld".split(),
-    "ocean": "wave tide reef salt coral harbour sail storm deep current".split(),
+    "fruit": ["apple", "pear", "plum", "cherry", "grape", "lemon", "ripe", "sweet", "juicy", "peel"],
+    "metal": ["iron", "copper", "zinc", "steel", "alloy", "rust", "forge", "molten", "ore", "weld"],
+    "ocean": ["wave", "tide", "reef", "salt", "coral", "harbour", "sail", "storm", "deep", "current"],
 }
-FILLER = "the a of and with under near some very old new small large thing".split()
+FILLER = ["the", "a", "of", "and", "with", "under", "near", "some", "very", "old", "new", "small", "large", "thing"]
 
 
 def records(path: Path, seed: str, count: int) -> None:

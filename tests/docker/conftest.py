@@ -45,7 +45,9 @@ class Engine:
         """A docker command's output. Raises AssertionError with what it said."""
         return self._run([*self.docker, *map(str, words)], {}, check, timeout)
 
-    def compose_run(self, files: Sequence[Path], variables: dict[str, str], *words: object, timeout: float = 900) -> str:
+    def compose_run(
+        self, files: Sequence[Path], variables: dict[str, str], *words: object, timeout: float = 900
+    ) -> str:
         """A compose command's output."""
         chosen = [word for file in files for word in ("-f", str(file))]
         return self._run([*self.compose, *chosen, *map(str, words)], variables, True, timeout)
@@ -77,7 +79,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     if missing:
         pytest.skip(f"no Docker engine answers, and none can be started: {', '.join(missing)} not installed")
     if sys.version_info[:2] != (3, 11):
-        pytest.skip("no Docker engine answers, and wheels for an image's Python 3.11 are collected by a Python 3.11 only")
+        pytest.skip(
+            "no Docker engine answers, and wheels for an image's Python 3.11 are collected by a Python 3.11 only"
+        )
     if os.geteuid() != 0:
         pytest.skip("no Docker engine answers, and only root can start one")
     kept = os.environ.get("FEDLAB_TEST_DOCKER")
@@ -93,7 +97,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         stdout=subprocess.PIPE,
         text=True,
     ) as box:
-        assert box.stdin is not None and box.stdout is not None
+        assert box.stdin is not None
+        assert box.stdout is not None
         if box.stdout.readline() != "up\n":
             pytest.skip("dockerd does not start here; its last words are above")
         found = Engine(["/usr/bin/docker"], ["docker-compose"])

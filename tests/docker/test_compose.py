@@ -10,37 +10,40 @@ import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
-from conftest import DOCKER, ROOT, Engine
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
+ROOT = Path(__file__).resolve().parents[2]
+DOCKER = ROOT / "docker"
 PREFIX = "localhost/fedlab-test"
 TARGETS = ("server", "trainer", "transport")
 HOSPITALS = ("north", "south")
+RUN = "/var/lib/fedlab/runs/test"
 Compose = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def images(engine: Engine) -> Iterator[dict[str, str]]:
+def images(engine: Any) -> Iterator[dict[str, str]]:
     """The three images by target, built from this checkout."""
     names = {target: f"{PREFIX}-{target}" for target in TARGETS}
     arguments = [word for name, value in engine.build.items() for word in ("--build-arg", f"{name}={value}")]
     for target, name in names.items():
-        engine.run(
-            "build", *arguments, "--target", target, "-f", DOCKER / "Dockerfile", "-t", name, ROOT, timeout=1500
-        )
+        engine.run("build", *arguments, "--target", target, "-f", DOCKER / "Dockerfile", "-t", name, ROOT, timeout=1500)
     yield names
     engine.run("image", "rm", "-f", *names.values(), check=False)
 
 
 @pytest.fixture(scope="module")
-def compose(engine: Engine, images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
+def compose(engine: Any, images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
     """The example, made and started; a function that runs compose in it."""
     made = tmp_path_factory.mktemp("made")
     subprocess.run(
-        ["sh", DOCKER / "example/make.sh", made], env=os.environ | engine.environment | {"FEDLAB_IMAGE": PREFIX}, check=True
+        ["sh", DOCKER / "example/make.sh", made],
+        env=os.environ | engine.environment | {"FEDLAB_IMAGE": PREFIX},
+        check=True,
     )
     variables = {
         "FEDLAB_IMAGE": PREFIX,
@@ -64,7 +67,7 @@ def python(compose: Compose, service: str, code: str) -> str:
     return compose("exec", "-T", service, "python", "-c", code).strip()
 
 
-def test_images_run_as_nobody_in_particular_and_can_install_nothing(engine: Engine, images: dict[str, str]):
+def test_images_run_as_nobody_in_particular_and_can_install_nothing(engine: Any, images: dict[str, str]):
     for target, name in images.items():
         uid = "10002" if target == "transport" else "10001"
         assert engine.run("image", "inspect", "-f", "{{.Config.User}}", name).strip() == f"{uid}:{uid}"
@@ -75,8 +78,10 @@ def test_images_run_as_nobody_in_particular_and_can_install_nothing(engine: Engi
         assert "PIP_INDEX_URL" not in history
 
 
-def test_the_transport_has_no_torch(engine: Engine, images: dict[str, str]):
-    code = "import importlib.util as u; print([n for n in ('torch', 'transformers', 'ray', 'datasets') if u.find_spec(n)])"
+def test_the_transport_has_no_torch(engine: Any, images: dict[str, str]):
+    code = (
+        "import importlib.util as u; print([n for n in ('torch', 'transformers', 'ray', 'datasets') if u.find_spec(n)])"
+    )
     bare = ("run", "--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp", "--entrypoint", "python")
     assert engine.run(*bare, images["transport"], "-c", code).strip() == "[]"
     assert "transport" in engine.run(*bare[:-2], images["transport"], "client", "--help")
@@ -86,7 +91,9 @@ def test_a_trainer_has_data_and_no_network(compose: Compose):
     for name in HOSPITALS:
         links = python(compose, f"{name}-trainer", "import os; print(sorted(os.listdir('/sys/class/net')))")
         assert set(json.loads(links.replace("'", '"'))) <= {"lo", "tunl0", "sit0", "ip6tnl0", "ip6_vti0", "ip_vti0"}
-        assert python(compose, f"{name}-trainer", "print(open('/proc/net/route').read().count('\\n'))") == "1"  # the header
+        assert (
+            python(compose, f"{name}-trainer", "print(open('/proc/net/route').read().count('\\n'))") == "1"
+        )  # the header
         assert int(python(compose, f"{name}-trainer", "print(len(open('/data/records.csv').readlines()))")) == 241
         assert "OSError" in python(
             compose, f"{name}-trainer", "try: open('/data/new', 'w')\nexcept OSError: print('OSError')"
@@ -94,7 +101,11 @@ def test_a_trainer_has_data_and_no_network(compose: Compose):
 
 
 def test_a_transport_has_a_network_and_no_data(compose: Compose):
-    look = "import os; print([(p, os.listdir(p)) for p in ('/data', '/models', '/var/lib/fedlab') if os.access(p, 5) and os.listdir(p)])"
+    look = (
+        "import os\n"
+        "places = ('/data', '/models', '/var/lib/fedlab', '/run/fedlab')\n"
+        "print([place for place in places if os.access(place, os.R_OK) and os.listdir(place)])"
+    )
     for name, other in (HOSPITALS, HOSPITALS[::-1]):
         transport = f"{name}-transport"
         assert python(compose, transport, look) == "[]"
@@ -112,7 +123,10 @@ def tries(host: str, port: int) -> str:
 
 
 def test_no_container_has_rights(compose: Compose):
-    code = "print({k: v.strip() for k, v in (l.split(':', 1) for l in open('/proc/self/status')) if k in ('CapEff', 'CapBnd', 'NoNewPrivs')})"
+    code = (
+        "rows = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
+        "print({name: rows[name].strip() for name in ('CapEff', 'CapBnd', 'NoNewPrivs')})"
+    )
     for service in ("server", "north-trainer", "north-transport"):
         assert python(compose, service, code) == str(
             {"CapEff": "0000000000000000", "CapBnd": "0000000000000000", "NoNewPrivs": "1"}
@@ -122,7 +136,9 @@ def test_no_container_has_rights(compose: Compose):
 
 def test_three_rounds_of_two_hospitals(compose: Compose):
     """A run, its adapter, its audit; and what was spent outlives the containers."""
-    said = compose("run", "--rm", "-T", "run", "run", "/config/run.toml", "--server", "/config/server.toml", "--out", RUN)
+    said = compose(
+        "run", "--rm", "-T", "run", "run", "/config/run.toml", "--server", "/config/server.toml", "--out", RUN
+    )
     result = json.loads(compose("exec", "-T", "server", "cat", f"{RUN}/result.json"))
     wanted = tomllib.loads((DOCKER / "example/run.toml").read_text(encoding="utf-8"))
     assert result["status"] == "completed", said
@@ -134,6 +150,3 @@ def test_three_rounds_of_two_hospitals(compose: Compose):
     assert int(before) >= wanted["run"]["rounds"]
     compose("up", "-d", "--no-build", "--force-recreate")
     assert compose("exec", "-T", "north-trainer", "sh", "-c", ledger).strip() == before
-
-
-RUN = "/var/lib/fedlab/runs/test"
