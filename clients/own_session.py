@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedlab.config import RunConfig
 from fedlab.config.client import ClientFile
-from fedlab.data.opening import open_own_data
+from fedlab.data.opening import own_records
 from fedlab.data.sources import SOURCES
 from fedlab.errors import ConfigError
 from fedlab.models.fingerprint import check_fingerprint, model_fingerprint
@@ -65,10 +65,11 @@ def open_own(config: RunConfig, file: ClientFile) -> Session:
     own = own_config(config, file)
     if allowed := file.models[config.model.name].sha256:
         check_fingerprint(model_fingerprint(own.model), allowed, f'[models."{config.model.name}"] sha256')
-    objective = objective_class(config.objective.name).of(config.objective, config.objective.labels, ())
-    model = build(own, objective)
     section = file.data.section(config.data.max_length)
-    data = open_own_data(section, file.client.id, own, model.tokenizer, model.objective)
+    records = own_records(section, file.client.id, own)
+    kind = objective_class(config.objective.name)
+    model = build(own, kind.of(config.objective, config.objective.labels, records.groups))
+    data = records.tokenised(model.tokenizer, section.max_length, model.objective)
     if own.run.cache_hidden_states:
         with torch_threads(own.run.threads):
             data = cache_hidden_states(model, data)

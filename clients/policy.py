@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedlab.config import RunConfig
-from fedlab.config.client import ClientPolicy
+from fedlab.config.client import OWN, ClientPolicy
 from fedlab.objectives import objective_class
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.plan import DPPlan
@@ -108,8 +108,8 @@ class OwnPolicy:
             yield f"{odd[0]} is for simulations: it asks what was learnt of single records"
         if config.model.name not in self.models:
             yield "model.name is not among the client's models"
-        if config.tasks:
-            yield "[[tasks]]: a stream's tasks deal one corpus, and a client's data are its own"
+        if odd := sorted({key for task in config.tasks for key in task.data} & set(OWN)):
+            yield f"[[tasks]]: data.{odd[0]} of a task names a place, and a client's data are its own"
         yield from self._problems_of_noise(privacy.sigma, privacy.epsilon, privacy.delta)
 
     def _problems_of_noise(self, sigma: float | None, spent: float | None, delta: float | None) -> Iterator[str]:

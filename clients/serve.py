@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from clients.answer import answer
 from clients.log import note
@@ -25,10 +24,12 @@ from clients.own_session import OwnSessions
 from clients.owner import Owners, own_owner
 from clients.pipe import MOST, BrokenPipe, peer_user, receive, send
 from fedlab.config.client import ClientFile
-from fedlab.errors import ConfigError
+from fedlab.errors import ConfigError, FedlabError
 from fedlab.files import below
 from fedlab.protocol import Frame
 from fedlab.protocol.messages import Request
+from fedlab.run.monitor.client import ClientMonitor
+from fedlab.run.monitor.logs import keep_at_home, tell
 from fedlab.run.places import LOG
 
 logger = logging.getLogger("fedlab")
@@ -59,11 +60,11 @@ class Trainer:
 
     Args:
         file: of the client.
-        on_answer: called after each with its kind, the seconds it took, and the frame that left.
+        monitor: is told of every answer.
     """
 
-    def __init__(self, file: ClientFile, on_answer: Any = lambda kind, seconds, frame: None) -> None:
-        self._desk, self._on_answer = OwnDesk(file), on_answer
+    def __init__(self, file: ClientFile, monitor: ClientMonitor) -> None:
+        self._desk, self._monitor, self._file = OwnDesk(file), monitor, file
         self._allowed = {os.getuid(), *_user(file.client.transport_user)}
         self._turn = threading.Lock()
         self._listener = listen(file.socket, shared=file.client.transport_user is not None)
@@ -96,10 +97,17 @@ class Trainer:
                 with self._turn:
                     started = time.monotonic()
                     reply = answer(Frame(**fields), self._desk)
-                self._on_answer(fields["kind"], time.monotonic() - started, reply)
                 send(connection, vars(reply))
+                self._monitor.replied(fields["kind"], time.monotonic() - started, reply)
+                self._show_budget()
             except (BrokenPipe, TimeoutError, OSError) as error:
                 logger.warning("a connection came to nothing: %s: %s", type(error).__name__, error)
+
+    def _show_budget(self) -> None:
+        file = self._file
+        if file.metrics.address is not None and file.budget is not None:
+            ledger = file.home / "ledger" / f"{file.client.id}.jsonl"
+            self._monitor.budget(file.budget.epsilon, file.budget.delta or file.policy.max_delta, ledger)
 
 
 def listen(path: Path, shared: bool) -> socket.socket:
@@ -142,12 +150,18 @@ def _user(name: str | None) -> set[int]:
 def main(arguments: list[str] | None = None) -> None:
     """Serve one client until told to stop."""
     (path,) = arguments if arguments is not None else sys.argv[1:]
-    file = ClientFile.load(path)
-    os.environ.setdefault("FEDLAB_CACHE", str(file.home / "cache"))
-    os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    trainer = Trainer(file)
-    logger.info("the trainer of %s listens at %s", file.client.id, file.socket)
+    try:
+        file = ClientFile.load(path)
+        os.environ.setdefault("FEDLAB_CACHE", str(file.home / "cache"))
+        os.umask(0o077)
+        monitor = ClientMonitor.of(file)
+        trainer = Trainer(file, monitor)
+    except FedlabError as error:
+        sys.stderr.write(f"fedlab: error: {error}\n")
+        raise SystemExit(error.exit_code) from None
+    keep_at_home(file.home / "ledger" / LOG, file.log.format)
+    monitor.ready(True)
+    tell(f"the trainer listens at {file.socket}", client=file.client.id)
     trainer.run()
 
 

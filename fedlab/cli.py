@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from fedlab import cli_deploy
+from fedlab import cli_client, cli_deploy
 from fedlab.command import guarded as _guarded
 from fedlab.run import output
 from fedlab.run.output import say
@@ -246,6 +246,7 @@ def doctor() -> None:
 
 
 cli_deploy.register(app)
+cli_client.register(app)
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

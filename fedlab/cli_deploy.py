@@ -25,6 +25,28 @@ DAYS = 365
 def register(app: typer.Typer) -> None:
     """Add the commands to ``fedlab``."""
     app.add_typer(keys, name="keys")
+    app.command()(server)
+
+
+def server(
+    config: Annotated[Path, typer.Argument(help="the coordinator's file", metavar="SERVER.toml")],
+    check: Annotated[bool, typer.Option("--check", help="look at the file and the keys, and start nothing")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Serve clients until Ctrl-C or SIGTERM; then exit code 0."""
+
+    def run() -> None:
+        from fedlab.config.server import ServerFile
+        from fedlab.run.launch.deploy import server as deployed
+
+        file = ServerFile.load(config)
+        if check:
+            for warning in deployed.check(file):
+                complain(f"fedlab: warning: {warning}")
+            return
+        deployed.serve(file)
+
+    guarded(run, debug)
 
 
 @keys.command("init")

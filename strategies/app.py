@@ -23,6 +23,7 @@ from fedlab.run import interrupt
 from fedlab.run.directory import RunDirectory, json_text, jsonable
 from fedlab.run.launch import prepared
 from fedlab.run.metrics import MetricsLog
+from fedlab.run.monitor.rounds import watched
 from fedlab.run.progress import make_progress
 from fedlab.run.seal import ADAPTER, UNSEALED_ADAPTER, measure
 from strategies.server.epilogue import epilogue
@@ -48,6 +49,7 @@ def main(grid: Grid, context: Context) -> None:
         )
     progress = make_progress(config, directory.path, quiet=bool(context.run_config.get("quiet", False)))
     events = MetricsLog(directory, config.run.tensorboard)
+    progress = watched(progress, events, directory, context.run_config, grid.get_node_ids)
     started = time.time()
     rounds: Rounds | None = None
     try:

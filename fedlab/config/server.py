@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from fedlab.config.base import Section
+from fedlab.config.data import DataSection
 from fedlab.config.load import parse_model, read_text
 from fedlab.config.monitor import LogSection, MetricsSection
 
@@ -107,6 +108,10 @@ class PublicTest(Section):
     messages: str | None = Field(default=None, description="column of whole conversations")
     limit: int | None = Field(default=None, gt=0, description="score on at most this many records; default: all")
 
+    def section(self, max_length: int) -> DataSection:
+        """The ``[data]`` that reads these records, with texts of at most so many tokens."""
+        return DataSection.model_validate({**self.model_dump(), "max_length": max_length})
+
 
 class ServerFile(Section):
     """The whole file. Every section has a default: an empty file is a server with TLS on port 8443.
@@ -116,7 +121,9 @@ class ServerFile(Section):
 
     server: ServerSection = ServerSection()
     rounds: RoundsSection = RoundsSection()
-    test: PublicTest | None = None
+    test: PublicTest | None = Field(
+        default=None, description="public records of the coordinator's, to score the model on; else clients' shares are"
+    )
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -35,23 +37,52 @@ def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, objective: 
     return FederatedData(tokenise(corpus, tokenizer, config.data.max_length, objective), shards, tasks=tasks)
 
 
-def open_own_data(
-    data: DataSection, client: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase, objective: Objective
-) -> FederatedData:
-    """The data of one client alone, from a place of its own, under the labels that the run names.
+@dataclass(frozen=True)
+class OwnRecords:
+    """The records of one client alone, from a place of its own, under the labels that the run names."""
 
-    Who holds them all is the one client; what is held out is what a simulation would hold out of the same records, in
-    the same order, for a client of this name.
+    corpus: Corpus
+    shards: Shards
+    tasks: TaskData | None = None  # of a stream
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Label → task, where tasks have heads of their own; else ()."""
+        groups = self.tasks.groups if self.tasks is not None else None
+        return () if groups is None else tuple(groups.tolist())
+
+    def tokenised(self, tokenizer: PreTrainedTokenizerBase, max_length: int, objective: Objective) -> FederatedData:
+        """As training reads them."""
+        return FederatedData(tokenise(self.corpus, tokenizer, max_length, objective), self.shards, tasks=self.tasks)
+
+
+def own_records(data: DataSection, client: str, config: RunConfig) -> OwnRecords:
+    """Read the records of one client.
+
+    All are the one client's; what is held out is what a simulation would hold out of the same records, in the same
+    order, for a client of this name.
+
+    Args:
+        data: where they are, as the client's own file says.
+        client: whose they are.
+        config: of the run; of its [data] nothing is read.
 
     Raises:
-        LabelError: it has a label that the run does not name.
+        LabelError: it has a label that the run does not name, or, in a stream, lacks one.
         ConfigError: the records cannot be read, or do not suffice.
     """
+    seed = data.seed or 0
+    if config.tasks:
+        parts = [load_corpus(data, seed, task.labels, task.name, config.objective.name) for task in config.tasks]
+        shards = [assign_all(part, data, client, seed) for part in parts]
+        names = [task.name for task in config.tasks]
+        corpus, tasks = _joined(parts, names, shards, config.stream.heads == "shared", data.duplicates == "purge")
+        _check_agreed(corpus, config)
+        task, stream = config.stage.task if config.stage else 0, config.stream
+        return OwnRecords(corpus, tasks.training(task, stream.replay, stream.joint, config.run.seed), tasks)
     corpus = labelled_corpus(data, config)
-    shards = assign_all(corpus, data, client, data.seed or 0)
-    if data.duplicates == "purge":
-        shards = purge(corpus, [shards])[0]
-    return FederatedData(tokenise(corpus, tokenizer, data.max_length, objective), shards)
+    own = assign_all(corpus, data, client, seed)
+    return OwnRecords(corpus, purge(corpus, [own])[0] if data.duplicates == "purge" else own)
 
 
 def labelled_corpus(data: DataSection, config: RunConfig) -> Corpus:
@@ -92,10 +123,15 @@ def task_data(config: RunConfig) -> tuple[Corpus, TaskData]:
     """The one corpus of a stream and who holds what of each task."""
     tasks = tuple((task.name, task.labels, section_of(config.data, task).model_dump_json()) for task in config.tasks)
     corpus, data = _task_data(tasks, config.stream.heads == "shared", config.data_seed, config.objective.name)
-    agreed = config.objective.labels
-    if agreed and corpus.label_names != agreed:  # which task a label is of depends on all of them
-        raise LabelError(f"data: the tasks' labels are not those of objective.labels ({len(agreed)} of them)")
+    _check_agreed(corpus, config)
     return corpus, data
+
+
+def _check_agreed(corpus: Corpus, config: RunConfig) -> None:
+    """Which task a label is of depends on all of them."""
+    agreed = config.objective.labels
+    if agreed and corpus.label_names != agreed:
+        raise LabelError(f"data: the tasks' labels are not those of objective.labels ({len(agreed)} of them)")
 
 
 def _agreed(corpus: Corpus, config: RunConfig) -> Corpus:
@@ -154,14 +190,19 @@ def _task_data(
         load_corpus(data, seed, labels, name, objective)
         for (name, labels, _), data in zip(tasks, sections, strict=True)
     ]
-    space = label_space(parts, names, shared)
-    corpus, offsets = joined(parts, space)
     own = [_assigned(part, data, seed) for part, data in zip(parts, sections, strict=True)]
     check_same_clients(names, own)
+    return _joined(parts, names, own, shared, any(data.duplicates == "purge" for data in sections))
+
+
+def _joined(
+    parts: Sequence[Corpus], names: Sequence[str], own: Sequence[Shards], shared: bool, purged: bool
+) -> tuple[Corpus, TaskData]:
+    """One corpus of a stream's tasks, and who holds what of each."""
+    space = label_space(parts, names, shared)
+    corpus, offsets = joined(parts, space)
     shards = tuple(shifted(one, by) for one, by in zip(own, offsets, strict=True))
-    if any(data.duplicates == "purge" for data in sections):
-        shards = purge(corpus, shards)
-    return corpus, TaskData(shards, space.groups)
+    return corpus, TaskData(purge(corpus, shards) if purged else shards, space.groups)
 
 
 @lru_cache(maxsize=1)

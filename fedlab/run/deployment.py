@@ -12,7 +12,7 @@ import pydantic
 from pydantic import Field
 
 from fedlab.config.base import Section
-from fedlab.config.client import OwnData
+from fedlab.config.server import PublicTest
 from fedlab.errors import ConfigError
 from fedlab.files import write
 
@@ -26,7 +26,7 @@ class Deployment(Section):
     keys: str | None = Field(default=None, description="directory of the keys, where the server's file does not say it")
     wait: float = Field(default=600.0, ge=0, description="seconds to wait for the clients that a round needs")
     retries: int = Field(default=1, ge=0, description="times that a round's missing clients are asked again")
-    test: OwnData | None = Field(default=None, description="the server's own public records to score the model on")
+    test: PublicTest | None = Field(default=None, description="the server's own public records to score the model on")
     rehearsal: bool = Field(default=False, description="seeded noise is let through: the run is not private")
 
     def write(self, run_path: Path) -> None:

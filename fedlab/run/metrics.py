@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 from fedlab.errors import Unwritable
@@ -34,6 +35,7 @@ class MetricsLog:
         self._file = self._path.open("ab+", buffering=0)
         self._whole = _cut_torn_line(self._file)
         self._lock = threading.Lock()
+        self.watchers: list[Callable[[Mapping[str, Any]], object]] = []  # each is called with every line
         self._tensorboard: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -63,6 +65,8 @@ class MetricsLog:
                 self._file.truncate(self._whole)  # half a line would spoil the next
                 raise
             self._whole += len(data)
+        for watcher in self.watchers:
+            watcher(line)
         if self._tensorboard is not None:
             named = {**line, **(line.get("scores") or {}), **(line.get("client_scores") or {})}
             for name, value in named.items():

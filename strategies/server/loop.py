@@ -268,7 +268,9 @@ class Rounds:
 
     def _warn(self, number: int, what: str, problems: Mapping[str, str]) -> None:
         for client, reason in problems.items():
-            logger.warning("%s %s round %d: %s", client, what, number, reason, extra={"round": number})
+            logger.warning(
+                "%s %s round %d: %s", client, what, number, reason, extra={"round": number, "client": client}
+            )
 
     def _report(
         self, number: int, outcome: TrainOutcome, seconds: float, evaluate_seconds: float, evaluated: bool

@@ -84,7 +84,7 @@ class SimulatedData:
 
 
 @dataclass(frozen=True)
-class PublicTest:
+class DeployedData:
     """Of a deployment: the server's own public test records, if it has any, and nothing of a client's."""
 
     config: RunConfig
@@ -133,4 +133,4 @@ class PublicTest:
 def server_data(config: RunConfig, directory: RunDirectory) -> ServerData:
     """What the server of the run in this directory holds."""
     deployment = Deployment.of(directory.path)
-    return SimulatedData(config) if deployment is None else PublicTest(config, deployment)
+    return SimulatedData(config) if deployment is None else DeployedData(config, deployment)

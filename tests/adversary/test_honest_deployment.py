@@ -22,7 +22,7 @@ from fedlab.privacy.ledger.ledger import parse_lines
 from fedlab.protocol import Frame
 from fedlab.run.audit import audit_directory
 from fedlab.run.deployment import Deployment
-from fedlab.run.launch import deploy
+from fedlab.run.launch import deploy_run
 from fedlab.run.launch.local import LocalGrid
 
 
@@ -71,7 +71,7 @@ def test_an_honest_run_goes_to_its_end_without_the_client_that_does_not_allow_it
     monkeypatch.setattr(fedlab.data.opening, "_corpus_and_shards", opened)
     config = helpers.config_of(tiny_toml, "data.clients=3", "run.rounds=2", "evaluate.clients=never")
     carry = backend(3, {2: lambda text: text.replace("max_epsilon = 30.0", "max_epsilon = 0.01")})
-    result = deploy(config, DEPLOYMENT, tmp_path / "run", quiet=True, backend=carry).result
+    result = deploy_run(config, DEPLOYMENT, tmp_path / "run", quiet=True, backend=carry).result
     assert result["status"] == "completed"
     assert result["scores"] is None
     assert "policy" in result["clients"]["client-2"]["refused"]
@@ -92,5 +92,5 @@ def test_a_run_with_seeded_noise_ends_before_its_first_round(
 ):
     config = helpers.config_of(tiny_toml, "privacy.noise=seeded")
     with pytest.raises(fedlab.PrivacyError, match="on machines of their own"):
-        deploy(config, DEPLOYMENT, tmp_path / "run", quiet=True, backend=backend(2))
+        deploy_run(config, DEPLOYMENT, tmp_path / "run", quiet=True, backend=backend(2))
     assert not list(homes.rglob("*.jsonl")), "nothing was signed"

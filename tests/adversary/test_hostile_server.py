@@ -218,13 +218,13 @@ def test_no_place_that_the_server_names_is_read(
 ):
     hostile, config = server(), helpers.config_of(tiny_toml)
     read: list[DataSection] = []
-    original = clients.own_session.open_own_data
+    original = clients.own_session.own_records
 
     def reads(data: DataSection, *rest: Any) -> Any:
         read.append(data)
         return original(data, *rest)
 
-    monkeypatch.setattr(clients.own_session, "open_own_data", reads)
+    monkeypatch.setattr(clients.own_session, "own_records", reads)
     asked = helpers.requests_of(helpers.config_of(tiny_toml, *overrides), config)
     assert helpers.codes_of(hostile.send(asked["describe"])) == []
     reply = hostile.send(asked["train"])

@@ -122,6 +122,7 @@ ROWS = {
     "run.tensorboard": Row("true", look.files, ("run.rounds=1",)),
     "model.name": Row("{tiny_gpt2}", look.adapters, ("lora.target_modules=auto",)),
     "model.revision": Row("v2", refused("the hub did not give it"), ("model.name='some/model'",)),
+    "model.sha256": Row(f"'{'a' * 64}'", refused("model.sha256 names aaaaaaaaaaaaaaaa…, but the files of the copy")),
     "model.quantize": Row("int8", refused('model.quantize = "int8"', look.adapters)),
     "objective.name": Row("regresion", refused("regresion")),
     "objective.labels": Row("['ocean', 'metal', 'fruit']", look.adapters),

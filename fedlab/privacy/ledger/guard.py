@@ -7,13 +7,14 @@ recorded. One charge has one output: a repeat under the same charge must commit 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from fedlab.errors import PrivacyError
 from fedlab.privacy.accounting import COARSE, FINE, Event, epsilon
 from fedlab.privacy.ledger.ledger import Entry, Ledger, authentic, charged, event_of, events
+from fedlab.privacy.ledger.spending import merged
 from fedlab.privacy.ledger.terms import TERMS
 from fedlab.protocol.failures import code_of
 
@@ -295,6 +296,12 @@ def affordable(spent: Iterable[Event], limit: float, delta: float) -> tuple[str 
             if (found := epsilon(work, delta, "pld", interval=interval)) <= limit:
                 return "pld", found
     return None, found
+
+
+def spent_of_budget(spent: Sequence[Event], delta: float) -> float:
+    """ε that ``affordable`` holds against a budget, for display: by PLD where it may be used, else by RDP."""
+    alike = len({(e.sampler, e.q, e.sigma) for e in spent}) <= 1
+    return epsilon(merged(spent), delta, "pld" if alike else "rdp", interval=COARSE)
 
 
 def _shown(value: Any) -> str:

@@ -18,6 +18,7 @@ from fedlab.files import unwritable
 from fedlab.run.deployment import Deployment
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch.checks import check, check_strategy, load, look, look_at_deployed, with_labels
+from fedlab.run.launch.environment import QUIET_ENVIRONMENT
 from fedlab.run.launch.problems import Problems
 from fedlab.run.launch.reference import CLIENT_APP, SERVER_APP, STRATEGIES, load_reference
 
@@ -28,7 +29,7 @@ __all__ = [
     "Run",
     "check",
     "check_strategy",
-    "deploy",
+    "deploy_run",
     "load",
     "load_reference",
     "prepared",
@@ -36,21 +37,6 @@ __all__ = [
     "simulate",
     "simulate_or_resume",
 ]
-
-# Set before flwr or ray is imported: no telemetry, no update check, no installing at run time.
-QUIET_ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a late call after shutdown must not start a second Ray
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +62,7 @@ def simulate(config: RunConfig, out: str | Path | None = None, quiet: bool = Fal
     return _launch(RunDirectory.create(prepared(config, out), Path(out) if out is not None else None), quiet)
 
 
-def deploy(
+def deploy_run(
     config: RunConfig, deployment: Deployment, out: str | Path | None = None, quiet: bool = False, backend: Any = None
 ) -> Run:
     """Run a configuration with clients on machines of their own, and return it.
@@ -212,7 +198,7 @@ def _launch(directory: RunDirectory, quiet: bool, backend: Any = None) -> Run:
 def _backend(directory: RunDirectory) -> Any:
     """What carries the messages of the run in this directory."""
     if Deployment.of(directory.path) is not None:
-        from fedlab.run.launch.deploy import run_deployed
+        from fedlab.run.launch.deploy.submit import run_deployed
 
         return run_deployed
     if directory.config.run.backend == "local":

@@ -97,7 +97,7 @@ def look_at_deployed(found: Problems, config: RunConfig) -> None:
     if not config.population_known:
         found.add(ConfigError("data.clients is not given: say how many clients are expected"))
     if config.tasks:
-        found.add(ConfigError("[[tasks]]: a stream's tasks deal one corpus; run its tasks one by one"))
+        found.add(ConfigError("[[tasks]]: a stream is for simulations until now; deploy one task as a run of its own"))
     known = found.of(lambda: check_options(config), lines=True)
     if known is not None and config.population_known:
         found.of(lambda: known.check(config))
@@ -133,12 +133,17 @@ def _look_at_names(
     from fedlab.data.public import check_public
     from fedlab.evaluate import evaluators_of
     from fedlab.evaluate.public import check_measures
+    from fedlab.models.fingerprint import check_fingerprint, model_fingerprint
     from fedlab.models.hub import check_model
     from fedlab.models.loading import device_of
 
     if there and whole("lora", "evaluate"):
         found.of(lambda: check_public(config))
     model = whole("model") and found.fine(lambda: check_model(config.model))
+    if model and config.model.sha256 is not None:
+        found.of(
+            lambda: check_fingerprint(model_fingerprint(config.model), [config.model.sha256 or ""], "model.sha256")
+        )
     objective = whole("objective", "data", "tasks") and found.fine(lambda: _check_objective(config, columns))
     if whole("run.device"):
         found.of(lambda: device_of(config.run.device))

@@ -30,7 +30,7 @@ from fedlab.run.launch.local import LocalGrid
 from strategies.server.discovery import Discovery, run_reference
 from strategies.server.exchange import RECORD
 from strategies.server.federation import Federation
-from strategies.server.server_data import PublicTest, SimulatedData
+from strategies.server.server_data import DeployedData, SimulatedData
 
 
 def enrolment(client: str, examples: float = 10, **changes: object) -> Enrolment:
@@ -56,7 +56,7 @@ def found(tiny_toml: str, tmp_path: Path) -> Callable[..., Federation]:
         config = RunConfig.parse(tiny_toml, [f"privacy.noise={noise}"])
         directory = RunDirectory.create(config, Path(tempfile.mkdtemp(dir=tmp_path)))
         reference = run_reference(directory, config, ("head",), {})
-        data = PublicTest(config, Deployment(server="here", wait=0.0)) if deployed else SimulatedData(config)
+        data = DeployedData(config, Deployment(server="here", wait=0.0)) if deployed else SimulatedData(config)
         return Discovery(LocalGrid(app, len(replies)), directory, config, reference, data, None, {}).begin()
 
     return run

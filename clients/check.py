@@ -1,0 +1,131 @@
+"""``fedlab client --check CLIENT.toml [RUN.toml]``: what a run would do here, before anything is started or charged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from clients.own_session import own_config
+from clients.policy import OwnPolicy
+from fedlab.config import RunConfig
+from fedlab.config.client import ClientFile
+from fedlab.config.sections import ModelSection
+from fedlab.data.opening import OwnRecords, own_records
+from fedlab.errors import ConfigError, FedlabError, PrivacyError
+from fedlab.models.fingerprint import check_fingerprint, model_fingerprint
+from fedlab.models.hub import check_model
+from fedlab.privacy.accounting import Event
+from fedlab.privacy.gram_plan import gram_event
+from fedlab.privacy.ledger.guard import affordable, spent_of_budget
+from fedlab.privacy.ledger.ledger import events, parse_lines
+from fedlab.privacy.plan import DPPlan, plan_of
+from fedlab.privacy.release import PUBLIC, public_names
+from fedlab.run.launch.reference import load_reference
+
+Say = Callable[[str], object]
+
+
+def show(path: Path, run: Path | None, say: Say, complain: Say) -> int:
+    """Say it. Returns the exit code: 0, or 3 if the run would be refused.
+
+    Raises ConfigError if a file cannot be read, or the client cannot work at all.
+    """
+    from fedlab.run.launch.deploy.client import check
+
+    file = ClientFile.load(path)
+    for warning in check(file, "trainer" if file.client.server is None else None):
+        complain(f"fedlab: warning: {warning}")
+    for line in about(file):
+        say(line)
+    if run is None:
+        return 0
+    config = RunConfig.load(run)
+    refusals: list[str] = []
+    for line in of_run(file, config, refusals):
+        say(line)
+    for reason in dict.fromkeys(refusals):
+        say(f"refused: {reason}")
+    say("this run would be refused" if refusals else "this run would be taken part in")
+    return PrivacyError.exit_code if refusals else 0
+
+
+def about(file: ClientFile) -> Iterator[str]:
+    """What the file says, and what is left of its budget."""
+    yield f"client {file.client.id}; what is its own lies in {file.home}"
+    yield f"data: {file.data.source} {file.data.path or ''}".rstrip()
+    for name, copy in file.models.items():
+        try:
+            model = ModelSection(name=copy.path or name)
+            check_model(model)
+            yield f"model {name}: {copy.path or 'by its name'}, sha256 {model_fingerprint(model)}"
+        except ConfigError as error:
+            yield f"model {name}: {error}"
+    if file.budget is None:
+        yield "no budget: under its policy nothing is charged"
+        return
+    delta = file.budget.delta or file.policy.max_delta
+    spent = spent_before(file)
+    used = spent_of_budget(spent, delta) if spent else 0.0
+    yield f"budget: ε = {file.budget.epsilon:g} at δ = {delta:g}; spent so far {used:.4f}"
+
+
+def of_run(file: ClientFile, config: RunConfig, refusals: list[str]) -> Iterator[str]:
+    """What would be trained on, what it would cost, and, into ``refusals``, what would be refused."""
+    own, policy = own_config(config, file), OwnPolicy(file.policy, tuple(file.models), file.budget is not None)
+    parts = load_reference("strategies:STRATEGIES")[config.strategy.name].trained_parts(config)
+    if problem := policy.problem(config, list(parts)):
+        refusals.append(problem)
+    try:
+        found = model_fingerprint(own.model)
+        for names in (file.models[config.model.name].sha256, (config.model.sha256,)):
+            if names and names[0] is not None:
+                check_fingerprint(found, [name for name in names if name], "the model's sha256")
+        records = own_records(file.data.section(config.data.max_length), file.client.id, own)
+    except FedlabError as error:
+        refusals.append(str(error))
+        return
+    yield from _of_records(file, config, records)
+    yield f"trained: {', '.join(parts)} of {config.model.name}, by {config.strategy.name}, {config.run.rounds} rounds"
+    for name in public_names(config):
+        yield f"leaves without noise: {name} ({PUBLIC[name]})"
+    if config.privacy.unit == "example":
+        yield from _of_privacy(file, config, records, policy, refusals)
+
+
+def _of_records(file: ClientFile, config: RunConfig, records: OwnRecords) -> Iterator[str]:
+    client, corpus = file.client.id, records.corpus
+    train, held = records.shards.train[client], records.shards.local_test[client]
+    yield f"records: {len(train)} to train on, {len(held)} held out, cut at {config.data.max_length} tokens"
+    if corpus.label_names:
+        counts = corpus.label_counts(train)
+        known = [f"{name} {count}" for name, count in zip(corpus.label_names, counts, strict=True)]
+        yield f"labels: {', '.join(known)}"
+
+
+def _of_privacy(
+    file: ClientFile, config: RunConfig, records: OwnRecords, policy: OwnPolicy, refusals: list[str]
+) -> Iterator[str]:
+    try:
+        plan: DPPlan = plan_of(config, len(records.shards.train[file.client.id]))
+    except FedlabError as error:
+        refusals.append(str(error))
+        return
+    beside = [gram_event(config.gram)] if config.gram is not None else []
+    yield (
+        f"noise: σ = {plan.sigma:.4g}, clip {plan.clip:g}, {plan.batch_size} of {plan.n} expected per step,"
+        f" {plan.steps} steps in each of at most {plan.participations} rounds"
+    )
+    yield f"cost: ε = {plan.epsilon(plan.participations):.4f} at δ = {plan.delta:g}, if it takes part to the end"
+    if problem := policy.problem_of_plan(plan, beside):
+        refusals.append(problem)
+    if file.budget is not None:
+        delta = file.budget.delta or file.policy.max_delta
+        who, found = affordable([*spent_before(file), plan.event(), *beside], file.budget.epsilon, delta)
+        if who is None:
+            refusals.append(f"the budget of ε = {file.budget.epsilon:g} does not cover one round: {found:.4f} in all")
+
+
+def spent_before(file: ClientFile) -> list[Event]:
+    """What the client's ledger shows; nothing is made where there is none yet. Raises PrivacyError for no ledger."""
+    path = file.home / "ledger" / f"{file.client.id}.jsonl"
+    return events(parse_lines(path.read_text(encoding="utf-8"))) if path.is_file() else []

@@ -1,0 +1,253 @@
+"""``fedlab client``: the resident trainer, and Flower's processes that carry bytes to it, kept running until ended.
+
+Flower's executor runs whatever app the server submits. It is confined: it can open Python, its own directory and the
+trainer's socket, and no file of the client's (``confine``; under ``client.transport_user`` it is another user besides).
+The SuperNode, which holds the node's key, is the installed program and runs no app.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pwd
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import fedlab
+from fedlab.config.client import ClientFile
+from fedlab.errors import ConfigError, FedlabError, RunFailed
+from fedlab.files import write
+from fedlab.run import interrupt
+from fedlab.run.launch.deploy import confine, keys
+from fedlab.run.launch.deploy.processes import Program, Supervisor
+from fedlab.run.launch.deploy.reach import check_server_certificate
+from fedlab.run.launch.environment import flower_environment
+from fedlab.run.launch.programs import program_file
+from fedlab.run.monitor.endpoints import CLIENT_FILE, client_endpoint
+from fedlab.run.output import complain, say
+
+CONFINE = Path(confine.__file__)
+TRAINER, PATIENCE = "FEDLAB_TRAINER", "FEDLAB_TRAINER_PATIENCE"  # what clients.shim reads
+SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys/fs/cgroup", "/sys/devices/system")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+NODE_REFUSED = 305  # Flower's code for a key that the server does not know
+WATCH_SECONDS = 1.0
+INSECURE = (
+    "insecure: no TLS and no node key. Whoever sees the traffic can read and change what this client sends, and"
+    " anybody can pretend to be the server. For tests on networks of your own only"
+)
+UNCONFINED = (
+    "this system cannot confine Flower's executor (Linux 5.13 or later can), which runs whatever app the server submits:"
+    " it could read what this user can read. Set client.transport_user, or use the containers of docker/"
+)
+
+
+def check(file: ClientFile, only: str | None = None) -> list[str]:
+    """What there is to warn of before a client starts. Raises ConfigError if it cannot."""
+    warnings: list[str] = []
+    if only == "trainer":
+        return warnings
+    if file.client.server is None:
+        raise ConfigError("client.server is missing: host:port of the server, as the coordinator gave it")
+    if file.client.insecure:
+        warnings.append(INSECURE)
+    elif file.client.ca is None or file.client.key is None:
+        raise ConfigError(
+            "client.ca and client.key are needed: the server's ca.crt from the coordinator, and the key that fedlab keys"
+            f" node {file.client.id} made here; or client.insecure = true, on networks of your own"
+        )
+    else:
+        warnings += keys.check_client(Path(file.client.ca), Path(file.client.key))
+    if file.client.transport_user is None and confine.version() < 1:
+        warnings.append(UNCONFINED)
+    return warnings
+
+
+def serve(path: Path, only: str | None = None, ready: Callable[[], object] = lambda: None) -> None:
+    """Run a client until it is interrupted, which is how it ends.
+
+    Args:
+        path: the client's file.
+        only: "trainer" or "transport": the other runs elsewhere, and shares the socket.
+        ready: called once its programs run.
+
+    Raises:
+        ConfigError: file, keys or certificates cannot be used.
+        RunFailed: a part of it does not start.
+    """
+    file = ClientFile.load(path)
+    for warning in check(file, only):
+        complain(f"fedlab: warning: {warning}")
+    if only != "trainer" and not file.client.insecure:
+        _look_at_server(file)
+    file.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    programs = [
+        *([trainer(file, path)] if only != "transport" else []),
+        *(transport(file) if only != "trainer" else []),
+    ]
+    with contextlib.suppress(KeyboardInterrupt), Supervisor(programs) as running:
+
+        def restarts() -> Mapping[str, object]:
+            return {"restarts": {child.program.name: max(0, child.starts - 1) for child in running.children}}
+
+        snapshot = file.socket.with_name(CLIENT_FILE)
+        with client_endpoint(file.metrics.address, snapshot, restarts, file.metrics.exposed):
+            does = (
+                f"the trainer listens at {file.socket}" if only == "trainer" else f"it works for {file.client.server}"
+            )
+            say(f"fedlab client: {file.client.id} is ready, {does}")
+            ready()
+            while True:
+                running.watch(WATCH_SECONDS)
+                interrupt.check()
+    say("stopped")
+
+
+def trainer(file: ClientFile, path: Path) -> Program:
+    """The resident trainer: this Python's own package, with this process's environment."""
+
+    def listens() -> bool:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            return probe.connect_ex(str(file.socket)) == 0
+
+    def hopeless(code: int, lines: Sequence[str]) -> FedlabError | None:
+        told = [line for line in lines if line.startswith("fedlab: error: ")]
+        return ConfigError(told[-1].removeprefix("fedlab: error: ")) if code == ConfigError.exit_code and told else None
+
+    command = [sys.executable, "-m", "clients.serve", str(path.absolute())]
+    return Program(
+        "trainer", command, dict(os.environ), file.home / "logs" / "trainer.log", ready=listens, hopeless=hopeless
+    )
+
+
+def transport(file: ClientFile) -> list[Program]:
+    """The SuperNode, and the executor that runs its apps, which finds the trainer's socket and nothing else."""
+    port, place = _free_port(), _transport_place(file)
+    secret = place / "executor.secret"
+    write(secret, secrets.token_bytes(32), mode=0o600)
+    flower = place / "flower"
+    flower.mkdir(exist_ok=True, mode=0o700)
+    if file.client.transport_user is not None:
+        for path in (secret, flower):
+            shutil.chown(path, file.client.transport_user)
+    logs = file.home / "logs"
+    return [_supernode(file, port, secret, logs), _executor(file, port, secret, place, logs)]
+
+
+def _supernode(file: ClientFile, port: int, secret: Path, logs: Path) -> Program:
+    section = file.client
+    secured = ["--root-certificates", str(section.ca), "--auth-supernode-private-key", str(section.key)]
+    command = [
+        program_file("flower-supernode"),
+        *("--superlink", str(section.server)),
+        *(["--insecure"] if section.insecure else secured),
+        *("--isolation", "process", "--host", "127.0.0.1", "--port", str(port)),
+        *("--superexec-auth-secret-file", str(secret)),
+    ]
+
+    def hopeless(code: int, lines: Sequence[str]) -> FedlabError | None:
+        if code == NODE_REFUSED % 256 or any(f"{NODE_REFUSED}" in line for line in lines):
+            return ConfigError(
+                f"{section.server} does not know this node's key: give the public key beside {section.key} to the"
+                " coordinator (fedlab keys add)"
+            )
+        return None
+
+    return Program(
+        "flower-supernode",
+        command,
+        flower_environment(file.home / "supernode"),
+        logs / "supernode.log",
+        ready=lambda: _answers(port),
+        hopeless=hopeless,
+    )
+
+
+def _executor(file: ClientFile, port: int, secret: Path, place: Path, logs: Path) -> Program:
+    flower = place / "flower"
+    command = [
+        program_file("flower-superexec"),
+        *("--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),  # loopback, behind the secret
+        *("--superexec-auth-secret-file", str(secret)),
+    ]
+    if confine.version() >= 1:
+        allowed = json.dumps(allowances(flower, secret))
+        command = [sys.executable, "-I", "-S", str(CONFINE), allowed, *command]
+    more = {TRAINER: str(file.socket), "HOME": str(flower), "TMPDIR": str(flower)}
+    return Program(
+        "flower-superexec",
+        command,
+        flower_environment(flower, more),
+        logs / "superexec.log",
+        user=file.client.transport_user,
+    )
+
+
+def allowances(flower: Path, secret: Path) -> dict[str, list[str]]:
+    """What the executor and the apps it runs may open: Python and the installed packages; its own directory to write."""
+    roots = [entry for entry in sys.path if entry and Path(entry).is_dir()]
+    installed = [entry for entry in roots if Path(entry).name in ("site-packages", "dist-packages")]
+    own = Path(fedlab.__file__).parents[1]
+    packages = [str(own / name) for name in ("fedlab", "clients", "strategies")]
+    python = [sys.prefix, sys.base_prefix, sys.exec_prefix, str(Path(sys.executable).resolve().parents[1])]
+    return {
+        "read": [*SYSTEM, *DEVICES, *python, *installed, *packages, str(secret)],
+        "list": roots,  # what imports look through; no file in them
+        "write": [str(flower), "/dev/null"],
+    }
+
+
+def _transport_place(file: ClientFile) -> Path:
+    """The directory of what carries bytes, which its user can pass through; owned by who starts the client."""
+    place = file.home / "transport"
+    if file.client.transport_user is not None:
+        try:
+            pwd.getpwnam(file.client.transport_user)
+        except KeyError:
+            raise ConfigError(
+                f"client.transport_user = {file.client.transport_user!r}: this machine has no such user"
+            ) from None
+        if os.geteuid() != 0:
+            raise ConfigError(
+                "client.transport_user needs root, to start a program as another user; start fedlab client as root, or"
+                " leave it out"
+            )
+        place = file.socket.parent / "transport"
+        if file.socket.parent == file.home:
+            raise ConfigError(
+                "client.transport_user needs client.socket outside client.home, where that user cannot look; for"
+                f" example /run/fedlab-{file.client.id}/trainer.sock"
+            )
+        file.socket.parent.mkdir(parents=True, exist_ok=True)
+        file.socket.parent.chmod(0o711)
+    place.mkdir(parents=True, exist_ok=True)
+    place.chmod(0o711 if file.client.transport_user is not None else 0o700)
+    return place
+
+
+def _look_at_server(file: ClientFile) -> None:
+    """Say what is wrong with the server's certificate; a server that is not there yet may come later."""
+    assert file.client.server is not None
+    assert file.client.ca is not None
+    try:
+        for warning in check_server_certificate(file.client.server, Path(file.client.ca)):
+            complain(f"fedlab: warning: {warning}")
+    except RunFailed as error:
+        complain(f"fedlab: warning: {error}; it is tried again until it does")
+
+
+def _answers(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

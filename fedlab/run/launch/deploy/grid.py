@@ -1,0 +1,157 @@
+"""Flower's HTTP grid for a server app that runs in our own process: patient where the SuperLink is away for a while,
+and clear where the run was given up.
+
+Flower's own client ends the process with a signal where it is refused, and waits for ever where nobody answers; a run
+has to write down its end instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import httpx
+from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
+from flwr.supercore.retry import RetryInvoker, RetryState, constant
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid import HttpGrid
+
+from fedlab.errors import RunFailed
+from fedlab.run import interrupt
+
+OUTAGE_SECONDS = 600.0  # a server that is away for so long ends the run
+RETRY_SECONDS = 1.0
+AWAY = (502, 503, 504)
+HEARTBEAT_SECONDS = 10.0  # Flower gives a run up that it has not heard of for a minute
+FIRST_LOOK, LAST_LOOK, LOOKS = 0.1, 1.0, 20  # seconds between two looks for replies: a part of the time waited so far
+logger = logging.getLogger("fedlab")
+
+
+class DeployedGrid(HttpGrid):
+    """A grid over the SuperLink's runtime interface.
+
+    Args:
+        address: host:port of the SuperLink.
+        authority: certificate (PEM) of the authority that signed the SuperLink's.
+        token: of the task that this process executes.
+
+    Raises RunFailed, from every method, where the SuperLink is away for too long or has given the run up.
+    """
+
+    def __init__(self, address: str, authority: bytes, token: str) -> None:
+        super().__init__(address, insecure=False, root_certificates=authority, token=token)
+        self._retry_invoker = patient_invoker(address)
+        self._asked = self._looked = 0.0  # by the monotonic clock
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        with _clear(self._addr):
+            return super().get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        with _clear(self._addr):
+            ids = [str(one) for one in super().push_messages(list(messages))]
+        if not all(ids):
+            raise RunFailed("the server did not take every message; a node went away, or the message was too large")
+        self._asked = time.monotonic()
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies that are there. Who asks again at once waits here: every look is a query of a database."""
+        pause = min(max((time.monotonic() - self._asked) / LOOKS, FIRST_LOOK), LAST_LOOK)
+        if (left := self._looked + pause - time.monotonic()) > 0:
+            time.sleep(left)
+        with _clear(self._addr):
+            found = list(super().pull_messages(message_ids))
+        self._looked = 0.0 if found else time.monotonic()
+        return found
+
+
+def patient_invoker(address: str) -> RetryInvoker:
+    """Calls that are tried again while the SuperLink is away, and never when it refuses."""
+    told = threading.Event()
+
+    def on_backoff(state: RetryState) -> None:
+        interrupt.check()
+        if not told.is_set():
+            told.set()
+            logger.warning("the server at %s does not answer; waiting for it", address)
+
+    def on_success(state: RetryState) -> None:
+        if told.is_set():
+            told.clear()
+            logger.warning("the server at %s answers again, after %.0f s", address, state.elapsed_time)
+
+    return RetryInvoker(
+        lambda: constant(RETRY_SECONDS),
+        (httpx.TransportError, httpx.HTTPStatusError),
+        max_tries=None,
+        max_time=OUTAGE_SECONDS,
+        on_success=on_success,
+        on_backoff=on_backoff,
+        jitter=None,
+        should_giveup=_refused,
+    )
+
+
+class Heartbeat:
+    """Tells the SuperLink, from a thread, that the run is alive, as long as it is open."""
+
+    def __init__(self, client: Callable[[], RuntimeHttpClient]) -> None:
+        self._client = client
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join(10)
+
+    def _beat(self) -> None:
+        with self._client() as client:
+            while not self._done.is_set():
+                try:
+                    heard = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
+                except httpx.HTTPStatusError as error:
+                    heard = error.response.status_code in AWAY
+                    self._done.wait(RETRY_SECONDS)
+                except httpx.TransportError:
+                    heard = True
+                    self._done.wait(RETRY_SECONDS)
+                    continue
+                if not heard:
+                    return  # it was given up; the next call of the grid says so
+                self._done.wait(HEARTBEAT_SECONDS)
+
+
+def _refused(error: Exception) -> bool:
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code not in AWAY
+    told = str(error).lower()
+    return "certificate" in told or "ssl" in told
+
+
+@contextmanager
+def _clear(address: str) -> Iterator[None]:
+    """What Flower's client raises, as what it means."""
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise RunFailed(
+                f"the server at {address} has given this run up: it did not hear of it for a minute, or the run was"
+                " stopped there"
+            ) from None
+        raise RunFailed(f"the server at {address} answers {status}: {error.response.text[:200]}") from None
+    except httpx.HTTPError as error:
+        raise RunFailed(
+            f"the server at {address} does not answer ({type(error).__name__}: {error}); start it with fedlab server"
+        ) from None
