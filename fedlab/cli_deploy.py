@@ -26,6 +26,51 @@ def register(app: typer.Typer) -> None:
     """Add the commands to ``fedlab``."""
     app.add_typer(keys, name="keys")
     app.command()(server)
+    app.command("run")(run_command)
+
+
+def run_command(
+    config: Annotated[Path, typer.Argument(help="TOML file of the run, as of a simulation", metavar="RUN.toml")],
+    server: Annotated[
+        str,
+        typer.Option(
+            "--server",
+            help="the coordinator's file, on the server's machine; or host:port of its inner port",
+            metavar="SERVER.toml|HOST:PORT",
+        ),
+    ],
+    keys: Annotated[
+        Path | None, typer.Option("--keys", help="directory of keys; default: the server's file says it", metavar="DIR")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="override one key: section.key=value (the value is TOML)", metavar="KEY=VALUE"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="run directory (default: <name>-<time> in server.runs)", metavar="RUN_DIR"),
+    ] = None,
+    rehearsal: Annotated[
+        bool,
+        typer.Option(
+            "--rehearsal", help="let seeded noise through, which protects nobody: to compare with a simulation"
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Fine-tune one model with the clients of a server, each on its own machine."""
+
+    def run() -> None:
+        from fedlab.config import RunConfig
+        from fedlab.run.launch import deploy_run
+        from fedlab.run.launch.deploy.submit import deployment_of, place_of
+
+        deployment = deployment_of(server, keys, rehearsal)
+        found = RunConfig.load(config, set_ or [])
+        deploy_run(found, deployment, out or place_of(deployment, found.run.name), quiet)
+
+    guarded(run, debug, quiet)
 
 
 def server(

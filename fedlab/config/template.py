@@ -13,13 +13,16 @@ MOST_LABELS = 100  # different values of a column that can be labels
 TEXTS, LABELS = ("text", "note", "sentence", "prompt", "content"), ("label", "topic", "class", "category", "answer")
 
 
-def write_client(data: Path, out: Path, client: str, text: str | None, label: str | None, model: str) -> None:
+def write_client(
+    data: Path, out: Path, client: str, server: str, text: str | None, label: str | None, model: str
+) -> None:
     """A client's own file for a file of records.
 
     Args:
         data: records, in a format of ``data.source = "files"``.
         out: the file to write; one that is there is never replaced.
         client: the client's id.
+        server: host:port of the server.
         text, label: its columns; None: guessed from their names and values.
         model: a base model that may be run on the data.
 
@@ -28,22 +31,22 @@ def write_client(data: Path, out: Path, client: str, text: str | None, label: st
     """
     checked_identifier(client, "--client")
     text, label, names = columns_of(data, text, label)
-    content = f"""# What client {client} is, has and allows. Everything here is this machine's own: no server changes it.
+    content = f"""# What client {client} is, has and allows. All of it is this machine's own: no server changes it.
 # Paths are relative to this file. What would become of a run here: fedlab client --check {out.name} RUN.toml
 
 [client]
 id = {json.dumps(client)}
-server = "fed.example.org:8443"   # as the coordinator gave it
-ca = "ca.crt"                     # from the coordinator (fedlab keys init)
-key = "{client}.key"              # fedlab keys node {client}; its .pub goes to the coordinator
+server = {json.dumps(server)}   # as the coordinator gave it
+ca = "ca.crt"   # from the coordinator (fedlab keys init)
+key = "{client}.key"   # fedlab keys node {client}; its .pub goes to the coordinator
 
 [data]
 path = {json.dumps(str(data.resolve()))}
 text = {json.dumps(text)}
-label = {json.dumps(label)}       # found here: {", ".join(names[:8])}{", …" if len(names) > 8 else ""}
+label = {json.dumps(label)}   # found here: {", ".join(names[:8])}{", …" if len(names) > 8 else ""}
 held_out = 0.1                    # share that is never trained on
 
-[models.{json.dumps(model)}]      # one for each base model that may be run on the data
+[models.{json.dumps(model)}]   # one for each base model that may be run on the data
 # path = "models/…"               # this machine's copy; else an installed package, or the hub's cache
 # sha256 = ["…"]                  # what its files may hash to: fedlab client --check prints it
 
@@ -84,6 +87,7 @@ clients = 3                       # simulated, or expected
 
 [lora]
 rank = 8
+alpha = 16
 target_modules = "auto"
 
 [strategy]

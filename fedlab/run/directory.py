@@ -33,6 +33,7 @@ FORMAT = 3  # of the files of a run; raise when a run of before could not be res
 STARTED = {
     *("run.toml", "environment.json", "result.json", "partition.json", "data.json", "metrics.jsonl"),
     *("log.txt", "report.html", "samples.json", "PRIVACY.md", "receipts.jsonl", "ledger", "tensorboard", "bases"),
+    "deployment.json",
 }
 KEPT = {"checkpoints", "adapter", "personal", "memory.safetensors", "task.json", "empirical.json"}
 FINISHED = ("completed", "budget-exhausted")  # the states of a run that ended by itself
@@ -63,8 +64,7 @@ class RunDirectory:
     @classmethod
     def create(cls, config: RunConfig, out: Path | None) -> RunDirectory:
         """Make the directory (default ``runs/<name>-<time>``) with ``run.toml`` and ``environment.json`` in it."""
-        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        path = (out or Path("runs") / f"{config.run.name}-{stamp}").absolute()
+        path = (out or cls.new_place(Path("runs"), config.run.name)).absolute()
         cls.check_place(path)
         directory = cls(path)
         if path.is_dir():
@@ -80,6 +80,11 @@ class RunDirectory:
             directory._clear()  # or half a start would block the next
             raise
         return directory
+
+    @staticmethod
+    def new_place(runs: Path, name: str) -> Path:
+        """Where a run of this name goes among others: ``<name>-<time>``."""
+        return runs / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
     @classmethod
     def check_place(cls, path: Path) -> None:

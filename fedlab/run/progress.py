@@ -21,6 +21,7 @@ from fedlab.config import RunConfig
 from fedlab.evaluate import score_names
 from fedlab.privacy import promise
 from fedlab.privacy.promise import shown_epsilon
+from fedlab.run.deployment import Deployment
 from fedlab.run.output import console, is_live, say
 
 SHOWN_ROUNDS = 12
@@ -169,8 +170,9 @@ def _cells(line: RoundLine, scores: list[str]) -> dict[str, str]:
 
 def headline(config: RunConfig, path: Path) -> str:
     """What is about to run, in two lines."""
+    where = config.data.source if Deployment.of(path) is None else "clients' own data"
     return (
-        f"fedlab: {config.strategy.name} on {config.data.source}, {config.population} clients, {config.run.rounds}"
+        f"fedlab: {config.strategy.name} on {where}, {config.population} clients, {config.run.rounds}"
         f" rounds, {config.model.name}, LoRA rank {config.lora.rank}, {promise.headline(config)}\n{path}"
     )
 

@@ -174,6 +174,9 @@ class Rounds:
         left, needed = len(self.federation.eligible), self._needed()
         if left >= needed and not self.accounts.exhausted(number):
             return False
+        if not self.done and self.config.privacy.unit == "none" and self.federation.refused:  # no budget ended it
+            client, reason = next(iter(self.federation.refused.items()))
+            raise RunFailed(f"{left} clients take part, {needed} needed; {client}: {reason}")
         logger.warning("round %d: %d clients may take part, %d needed; ending the run", number, left, needed)
         return True
 

@@ -95,8 +95,8 @@ class ClientMonitor:
             self._write(budget=limit, spent=spent, left=left)
 
     def look_up(self, file: ClientFile) -> None:
-        """What is spent and left of the budget in a client's file; nothing where there is none."""
-        if file.budget is not None and file.policy.unit == "example":
+        """What is spent and left of the budget in a client's file; nothing where there is none, or nobody reads it."""
+        if self._file is not None and file.budget is not None and file.policy.unit == "example":
             delta = file.budget.delta or file.policy.max_delta
             self.budget(file.budget.epsilon, delta, below(file.home / "ledger", f"{file.client.id}.jsonl"))
 

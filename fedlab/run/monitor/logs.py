@@ -41,10 +41,11 @@ def configure(form: Form) -> None:
     of clients.
 
     ``plain``: as ever; warnings on standard error while no run is open, and what is told on standard output. ``json``:
-    all of it on standard output, one object per line.
+    all of it on standard output, one object per line, with the warnings of libraries.
     """
     own, foreign, told = (logging.getLogger(name) for name in ("fedlab", "py.warnings", OPERATIONS))
-    for logger in (own, foreign, told):
+    root = logging.getLogger()
+    for logger in (root, own, foreign, told):
         for handler in [h for h in logger.handlers if isinstance(h, _Said)]:
             logger.removeHandler(handler)
     told.setLevel(logging.INFO)
@@ -55,6 +56,7 @@ def configure(form: Form) -> None:
         logger.addHandler(_AsJson())
         logger.propagate = False
     own.setLevel(logging.INFO)
+    root.addHandler(_AsJson(logging.WARNING))
 
 
 def keep_at_home(path: Path, form: Form) -> None:
@@ -128,8 +130,8 @@ class _Plainly(_Said):
 
 
 class _AsJson(_Said):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, level: int = logging.NOTSET) -> None:
+        super().__init__(level)
         self.setFormatter(JsonLines())
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -31,7 +31,9 @@ def printed(capsys: pytest.CaptureFixture[str]) -> list[dict]:
 def test_a_line_is_one_object(capsys: pytest.CaptureFixture[str]):
     logging.getLogger("fedlab").warning("north\nis %s", "ε\u2028", extra={"round": 3, "client": "north"})
     logs.tell("superlink listens", process="superlink", round=None, ratio=float("nan"))
-    first, second = printed(capsys)
+    logging.getLogger("uvicorn.error").error("of a library")
+    logging.getLogger("httpx").info("too much")
+    first, second, third = printed(capsys)
     assert first.pop("time").endswith("+00:00")
     assert first == {
         "level": "warning",
@@ -47,6 +49,7 @@ def test_a_line_is_one_object(capsys: pytest.CaptureFixture[str]):
     )
     assert "round" not in second
     assert second["ratio"] is None
+    assert (third["logger"], third["message"]) == ("uvicorn.error", "of a library")
 
 
 @pytest.mark.usefixtures("as_json")

@@ -29,6 +29,7 @@ from fedlab.run.launch.deploy.reach import check_server_certificate
 from fedlab.run.launch.environment import flower_environment
 from fedlab.run.launch.programs import program_file
 from fedlab.run.monitor.endpoints import CLIENT_FILE, client_endpoint
+from fedlab.run.monitor.logs import configure, tell
 from fedlab.run.output import complain, say
 
 CONFINE = Path(confine.__file__)
@@ -42,8 +43,8 @@ INSECURE = (
     " anybody can pretend to be the server. For tests on networks of your own only"
 )
 UNCONFINED = (
-    "this system cannot confine Flower's executor (Linux 5.13 or later can), which runs whatever app the server submits:"
-    " it could read what this user can read. Set client.transport_user, or use the containers of docker/"
+    "this system cannot confine Flower's executor (Linux 5.13 or later can), which runs whatever app the server"
+    " submits: it could read what this user can read. Set client.transport_user, or use the containers of docker/"
 )
 
 
@@ -58,8 +59,8 @@ def check(file: ClientFile, only: str | None = None) -> list[str]:
         warnings.append(INSECURE)
     elif file.client.ca is None or file.client.key is None:
         raise ConfigError(
-            "client.ca and client.key are needed: the server's ca.crt from the coordinator, and the key that fedlab keys"
-            f" node {file.client.id} made here; or client.insecure = true, on networks of your own"
+            "client.ca and client.key are needed: the server's ca.crt from the coordinator, and the key that fedlab"
+            f" keys node {file.client.id} made here; or client.insecure = true, on networks of your own"
         )
     else:
         warnings += keys.check_client(Path(file.client.ca), Path(file.client.key))
@@ -81,6 +82,7 @@ def serve(path: Path, only: str | None = None, ready: Callable[[], object] = lam
         RunFailed: a part of it does not start.
     """
     file = ClientFile.load(path)
+    configure(file.log.format)
     for warning in check(file, only):
         complain(f"fedlab: warning: {warning}")
     if only != "trainer" and not file.client.insecure:
@@ -100,12 +102,12 @@ def serve(path: Path, only: str | None = None, ready: Callable[[], object] = lam
             does = (
                 f"the trainer listens at {file.socket}" if only == "trainer" else f"it works for {file.client.server}"
             )
-            say(f"fedlab client: {file.client.id} is ready, {does}")
+            tell(f"fedlab client: {file.client.id} is ready, {does}")
             ready()
             while True:
                 running.watch(WATCH_SECONDS)
                 interrupt.check()
-    say("stopped")
+    tell("stopped")
 
 
 def trainer(file: ClientFile, path: Path) -> Program:
@@ -120,9 +122,8 @@ def trainer(file: ClientFile, path: Path) -> Program:
         return ConfigError(told[-1].removeprefix("fedlab: error: ")) if code == ConfigError.exit_code and told else None
 
     command = [sys.executable, "-m", "clients.serve", str(path.absolute())]
-    return Program(
-        "trainer", command, dict(os.environ), file.home / "logs" / "trainer.log", ready=listens, hopeless=hopeless
-    )
+    log = file.home / "logs" / "trainer.log"
+    return Program("trainer", command, dict(os.environ), log, ready=listens, on_line=say, hopeless=hopeless)
 
 
 def transport(file: ClientFile) -> list[Program]:
@@ -189,7 +190,7 @@ def _executor(file: ClientFile, port: int, secret: Path, place: Path, logs: Path
 
 
 def allowances(flower: Path, secret: Path) -> dict[str, list[str]]:
-    """What the executor and the apps it runs may open: Python and the installed packages; its own directory to write."""
+    """What the executor and the apps it runs may open: Python, the installed packages, its own directory to write."""
     roots = [entry for entry in sys.path if entry and Path(entry).is_dir()]
     installed = [entry for entry in roots if Path(entry).name in ("site-packages", "dist-packages")]
     own = Path(fedlab.__file__).parents[1]

@@ -28,8 +28,10 @@ from fedlab.run.launch.deploy import keys
 from fedlab.run.launch.deploy.certificates import read_certificate
 from fedlab.run.launch.deploy.front import Doorkeeper, Front
 from fedlab.run.launch.deploy.processes import Supervisor
-from fedlab.run.launch.deploy.superlink import Inner, register, superlink
-from fedlab.run.output import complain, say
+from fedlab.run.launch.deploy.superlink import Inner, live_nodes, register, superlink
+from fedlab.run.monitor import logs
+from fedlab.run.monitor.endpoints import RUN_FILE, server_endpoint
+from fedlab.run.output import complain
 
 NODES_SECONDS = 1.0  # between two looks at who is let in
 AGAIN_SECONDS = 60.0  # nodes are registered again, in case that the SuperLink lost some
@@ -61,6 +63,7 @@ def serve(file: ServerFile, ready: Callable[[], object] = lambda: None) -> None:
         ConfigError: keys, ports or directories cannot be used.
         RunFailed: a part of it does not start.
     """
+    logs.configure(file.log.format)
     for warning in check(file):
         complain(f"fedlab: warning: {warning}")
     with _alone(file.state), _listening(file) as socket_, contextlib.suppress(KeyboardInterrupt):
@@ -69,15 +72,15 @@ def serve(file: ServerFile, ready: Callable[[], object] = lambda: None) -> None:
             doorkeeper = Doorkeeper()
             nodes = _Nodes(file, doorkeeper)
             nodes.look()
-            with FrontThread(file, doorkeeper, socket_) as front:
-                say(_ready_line(file, nodes))
+            with FrontThread(file, doorkeeper, socket_) as front, _endpoint(file, programs, nodes, front):
+                logs.tell(_ready_line(file, nodes))
                 ready()
                 while True:
                     programs.watch(NODES_SECONDS)
                     interrupt.check()
                     nodes.look()
                     front.look()
-    say("stopped")
+    logs.tell("stopped")
 
 
 class FrontThread:
@@ -100,9 +103,13 @@ class FrontThread:
         self._server.force_exit = True
         self._thread.join(5)
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def look(self) -> None:
         """Start it again if it ended."""
-        if not self._thread.is_alive():
+        if not self.alive:
             logger.warning("the front ended; it starts again")
             self._start()
 
@@ -161,10 +168,38 @@ class _Nodes:
             logger.warning("%s", error)
             return
         for name in new if self._state is not None else ():
-            say(f"let in: {name}")
+            logs.tell(f"let in: {name}", client=name)
         if gone and self._state is not None:
-            say(f"shut out: {gone} node{'' if gone == 1 else 's'}")
+            logs.tell(f"shut out: {gone} node{'' if gone == 1 else 's'}")
         self._state, self._registered, self.count = state, time.monotonic(), len(found)
+
+
+@contextlib.contextmanager
+def _endpoint(file: ServerFile, programs: Supervisor, nodes: _Nodes, front: FrontThread) -> Iterator[None]:
+    """What is seen of the server from outside, if its file asks for it."""
+    inner, seen = Inner.of(file), front.front.seen
+    until = read_certificate(file.keys / keys.SERVER).until.timestamp()
+
+    def values() -> dict[str, object]:
+        live: int | None = None
+        with contextlib.suppress(RunFailed):  # then it is not known, and not shown
+            live = live_nodes(inner)
+        return {
+            "nodes_live": live,
+            "nodes_registered": nodes.count,
+            "restarts": {child.program.name: max(0, child.starts - 1) for child in programs.children},
+            "requests": {"passed": seen.requests, "refused": seen.refused},
+            "bytes": {"up": seen.bytes_in, "down": seen.bytes_out},
+            "certificate_expires": until,
+        }
+
+    def problem() -> str | None:
+        if not front.alive:
+            return "the front is not running"
+        return None if inner.answers() else "the SuperLink does not answer"
+
+    with server_endpoint(file.metrics.address, file.state / RUN_FILE, values, problem, file.metrics.exposed):
+        yield
 
 
 def _state_of(directory: Path) -> object:

@@ -40,11 +40,15 @@ from fedlab.config import RunConfig
 from fedlab.config.server import ServerFile
 from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed
 from fedlab.run.deployment import Deployment
+from fedlab.run.directory import RunDirectory
 from fedlab.run.launch.deploy.grid import DeployedGrid, Heartbeat
 from fedlab.run.launch.deploy.keys import SECRET
 from fedlab.run.launch.deploy.superlink import Inner
 from fedlab.run.launch.environment import without_proxy
 from fedlab.run.launch.reference import SERVER_APP
+from fedlab.run.monitor import logs
+from fedlab.run.monitor.endpoints import RUN_FILE
+from fedlab.run.monitor.rounds import JSON, MONITOR
 
 SHIM = "clients.shim:app"
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -64,8 +68,53 @@ def run_deployed(server_app: Any, client_app: Any, config: RunConfig, run_config
     if deployment is None:
         raise ConfigError(f"{run_config['run-dir']} is not of a deployed run")
     with deployed_grid(inner_of(deployment)) as (grid, context):
-        context.run_config = run_config
+        context.run_config = {**run_config, **_seen_from_outside(deployment)}
         server_app(grid, context)
+
+
+def _seen_from_outside(deployment: Deployment) -> dict[str, Any]:
+    """What the server's app is told of the server's endpoint and log; nothing where the server's file is not known."""
+    if is_address(deployment.server):
+        return {}
+    file = ServerFile.load(deployment.server)
+    logs.configure(file.log.format)
+    return {MONITOR: str(file.state / RUN_FILE), JSON: file.log.format == "json"}
+
+
+def deployment_of(server: str, keys: Path | None, rehearsal: bool = False) -> Deployment:
+    """What a run directory says of a server that a person named.
+
+    Args:
+        server: the coordinator's file, or host:port of its inner port.
+        keys: directory of keys; default: the file says it, or ``keys`` here.
+        rehearsal: seeded noise is let through.
+
+    Raises:
+        ConfigError: there is no such file, or no run can be started from here.
+    """
+    place = str(keys.resolve()) if keys is not None else None
+    if is_address(server):
+        place = place or str(Path("keys").resolve())
+        Inner.at(server, Path(place))
+        return Deployment(server=server, keys=place, rehearsal=rehearsal)
+    path = Path(server).resolve()
+    file = ServerFile.load(path)
+    Inner.at(file.inner_address, Path(place) if place else file.keys)
+    return Deployment(
+        server=str(path),
+        keys=place,
+        wait=file.rounds.wait,
+        retries=file.rounds.retries,
+        test=file.test,
+        rehearsal=rehearsal,
+    )
+
+
+def place_of(deployment: Deployment, name: str) -> Path | None:
+    """A new run directory where the server's file wants runs; None: where others go."""
+    if is_address(deployment.server):
+        return None
+    return RunDirectory.new_place(ServerFile.load(deployment.server).runs, name)
 
 
 def inner_of(deployment: Deployment) -> Inner:

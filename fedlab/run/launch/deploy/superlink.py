@@ -8,14 +8,16 @@ State is a SQLite file, so that a restarted server knows its nodes and runs.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 from cryptography.hazmat.primitives import serialization
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.constant import NodeStatus
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from fedlab.config.server import ServerFile, is_loopback, split_address
@@ -110,12 +112,20 @@ def superlink(file: ServerFile) -> Program:
 
 def known_nodes(inner: Inner) -> dict[bytes, int]:
     """Public key → number of every node that is registered. Raises RunFailed if the SuperLink does not answer."""
+    return {bytes(node.public_key): node.node_id for node in _nodes(inner) if not node.unregistered_at}
+
+
+def live_nodes(inner: Inner) -> int:
+    """How many nodes are connected now. Raises RunFailed if the SuperLink does not answer."""
+    return sum(node.status == NodeStatus.ONLINE for node in _nodes(inner))
+
+
+def _nodes(inner: Inner) -> Sequence[NodeInfo]:
     try:
         with inner.control() as control:
-            found = control.ListNodes(ListNodesRequest()).nodes_info
+            return list(control.ListNodes(ListNodesRequest()).nodes_info)
     except httpx.HTTPError as error:
         raise RunFailed(f"the SuperLink at {inner.address} does not answer ({type(error).__name__})") from None
-    return {bytes(node.public_key): node.node_id for node in found if not node.unregistered_at}
 
 
 def register(inner: Inner, wanted: Collection[NodeKey]) -> tuple[list[str], int]:
