@@ -61,9 +61,9 @@ class Engine:
             timeout=timeout,
             stdin=subprocess.DEVNULL,
         )
-        said = done.stdout + done.stderr
-        assert not check or done.returncode == 0, f"{' '.join(command)}: exit code {done.returncode}\n{said[-6000:]}"
-        return said
+        said = f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        assert not check or done.returncode == 0, f"{' '.join(command)}: exit code {done.returncode}\n{said}"
+        return done.stdout
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def check(file: ClientFile, only: str | None = None) -> list[str]:
         )
     else:
         warnings += keys.check_client(Path(file.client.ca), Path(file.client.key))
-    if file.client.transport_user is None and confine.version() < 1:
+    if _other_user(file) is None and confine.version() < 1:
         warnings.append(UNCONFINED)
     return warnings
 
