@@ -1,6 +1,7 @@
 """The ClientApp of a simulation: Flower's records around ``clients.answer``.
 
-A client on a machine of its own is never answered for here: its transport runs ``clients.shim``, which holds no data.
+A client on a machine of its own is never answered for here: its own carrier runs no app
+(``fedlab.run.launch.deploy.carrier``).
 """
 
 from __future__ import annotations

@@ -22,12 +22,12 @@ from clients.memory import DiskMemory
 from clients.node import Memory
 from clients.own_session import OwnSessions
 from clients.owner import Owners, own_owner
-from clients.pipe import MOST, BrokenPipe, peer_user, receive, send
 from fedlab.config.client import ClientFile
 from fedlab.errors import ConfigError, FedlabError
 from fedlab.files import below
 from fedlab.protocol import Frame
 from fedlab.protocol.messages import Request
+from fedlab.protocol.pipe import MOST, BrokenPipe, peer_user, receive, send
 from fedlab.run.monitor.client import ClientMonitor
 from fedlab.run.monitor.logs import keep_at_home, tell
 from fedlab.run.places import LOG

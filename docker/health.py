@@ -3,7 +3,7 @@
 Checks:
     https://127.0.0.1:8443/health      an answer of 200; the certificate of a container's own server is not verified
     listens:/run/fedlab/trainer.sock   a process of this container listens there; it is not disturbed
-    process:flower-supernode           a process of that name runs
+    process:flower-supernode           a program, or a module of Python, of that name runs
 
 It imports nothing of fedlab, so that it costs little at every interval.
 """
@@ -46,11 +46,11 @@ def listening() -> set[str]:
 
 
 def running() -> set[str]:
-    """Names of this container's programs: of each process the first two words, without their folders."""
+    """Names of this container's programs: of each process the first three words, without their folders."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            words = path.read_bytes().split(b"\0")[:2]
+            words = path.read_bytes().split(b"\0")[:3]
         except OSError:  # it has ended meanwhile
             continue
         found |= {Path(word.decode(errors="replace")).name for word in words}

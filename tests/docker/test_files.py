@@ -193,7 +193,7 @@ class Absent:
         if name.partition(".")[0] in {absent!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
-import clients.shim, clients.pipe, fedlab.cli, fedlab.config.client
+import fedlab.cli, fedlab.run.launch.deploy.carrier, fedlab.run.launch.deploy.client
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -129,8 +129,11 @@ def flower_program(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
+ECHO_APP = "fedlab_echo:app"
+
+
 class Nodes:
-    """Flower's own SuperNodes and executors, whose app answers what it was asked."""
+    """Flower's own SuperNodes, and executors whose app answers what it was asked."""
 
     def __init__(self, live: LiveServer, folder: Path) -> None:
         self.live, self.folder = live, folder
@@ -138,8 +141,8 @@ class Nodes:
         (folder / "apps").mkdir(exist_ok=True)
         (folder / "apps" / "fedlab_echo.py").write_text(ECHO, encoding="utf-8")
 
-    def start(self, name: str, key: Path) -> None:
-        """A node and its executor, in process isolation."""
+    def start(self, name: str, key: Path, flower: bool = False) -> None:
+        """A node and its executor; ``flower``: Flower's own, which runs what a bundle names."""
         port = free_ports(1)[0]
         ca = str(self.live.file.keys / "ca.crt")
         secret = self.folder / f"{name}.secret"
@@ -147,13 +150,15 @@ class Nodes:
         common = ["--isolation", "process", "--superexec-auth-secret-file", str(secret)]
         node = ["--superlink", self.live.address, "--root-certificates", ca, "--auth-supernode-private-key", str(key)]
         config = ["--node-config", f'name="{name}"', "--host", "127.0.0.1", "--port", str(port)]
-        runtime = ["--insecure", "--runtime-api-address", f"127.0.0.1:{port}", *common[2:]]
+        carrier = [sys.executable, "-m", "fedlab.run.launch.deploy.carrier", f"127.0.0.1:{port}", str(secret), ECHO_APP]
+        executor = [flower_program("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"]
+        executor += common[2:]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = [
                 subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment(home))
                 for command, home in (
                     ([flower_program("flower-supernode"), *node, *common, *config], f"{name}-node"),
-                    ([flower_program("flower-superexec"), *runtime], f"{name}-exec"),
+                    (executor if flower else carrier, f"{name}-exec"),
                 )
             ]
 

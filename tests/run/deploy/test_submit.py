@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import signal
+import statistics
 import subprocess
 import time
 import zipfile
@@ -13,21 +14,22 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest, StopRunRequest
 from flwr.supercore.fab import Fab
 
 from fedlab.errors import ConfigError, RunFailed
 from fedlab.run.deployment import Deployment
-from fedlab.run.launch.deploy import keys
+from fedlab.run.launch.deploy import keys, submit
 from fedlab.run.launch.deploy.grid import DeployedGrid
 from fedlab.run.launch.deploy.submit import deployed_grid, inner_of, make_bundle
 from fedlab.run.launch.deploy.superlink import Inner
 
+from .conftest import ECHO_APP as ECHO
 from .conftest import LiveServer, Nodes, flower_program, free_ports, wait_for
 
 pytestmark = pytest.mark.e2e
-ECHO = "fedlab_echo:app"
 
 
 def runs(live: LiveServer) -> dict[int, tuple[str, str, str]]:
@@ -67,14 +69,59 @@ def test_the_bundle_holds_no_module():
 def test_a_message_goes_there_and_back(live: LiveServer, nodes: Nodes):
     with deployed_grid(Inner.of(live.file), ECHO) as (grid, context):
         node = a_node(grid)
-        assert heard(grid, say(grid, node, "one"))["said"] == "one"
-        began = time.monotonic()
-        answer = heard(grid, say(grid, node, "two"))
-        print(f"a round without work: {time.monotonic() - began:.2f} s")
-        assert (answer["said"], answer["node"]) == ("two", "north")
+        first = heard(grid, say(grid, node, "one"))
+        second = heard(grid, say(grid, node, "two"))
+        assert (first["said"], second["said"], second["node"]) == ("one", "two", "north")
+        assert first["pid"] == second["pid"], "a message costs no process"
         run_id = context.run_id
         assert runs(live)[run_id][0] == "running"
     assert runs(live)[run_id] == ("finished", "completed", "")
+
+
+EVIL = """
+from pathlib import Path
+Path({mark!r}).write_text("here")
+from flwr.clientapp import ClientApp
+app = ClientApp()
+"""
+
+
+def test_a_bundle_with_code_in_it_is_neither_installed_nor_run(
+    live: LiveServer, nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    mark = tmp_path / "mark"
+
+    def hostile(client_app: str) -> bytes:
+        project = (
+            '[project]\nname = "x"\nversion = "1.0.0"\n[tool.flwr.app]\npublisher = "x"\n[tool.flwr.app.components]\n'
+            'serverapp = "evil:app"\nclientapp = "evil:app"\n[tool.flwr.app.config]\n'
+        )
+        module = EVIL.format(mark=str(mark)).encode()
+        files = {"pyproject.toml": project.encode(), "evil.py": module, "fedlab_echo.py": module}
+        return build_fab_from_files(files)[0]
+
+    monkeypatch.setattr(submit, "make_bundle", hostile)
+    with deployed_grid(Inner.of(live.file)) as (grid, _):
+        assert heard(grid, say(grid, a_node(grid), "still me"))["said"] == "still me"
+    assert not mark.exists()
+    assert not list(nodes.folder.rglob("evil*"))
+
+
+@pytest.mark.slow
+def test_what_a_round_costs(live: LiveServer, nodes: Nodes, tmp_path: Path):
+    """Prints the floor: messages without work, with this executor and with Flower's own."""
+    keys.add_node(live.folder / "keys", keys.make_node("slow", tmp_path)[1])
+    nodes.start("slow", tmp_path / "slow.key", flower=True)
+    with deployed_grid(Inner.of(live.file), ECHO) as (grid, _):
+        wait_for(lambda: len(list(grid.get_node_ids())) == 2, 60, "both nodes")
+        took: dict[str, list[float]] = {}
+        for node in list(grid.get_node_ids()) * 6:
+            began = time.monotonic()
+            name = str(heard(grid, say(grid, node, "x"))["node"])
+            took.setdefault(name, []).append(time.monotonic() - began)
+    for name, seconds in took.items():
+        print(f"{name}: " + " ".join(f"{one:.1f}" for one in sorted(seconds)))
+    assert statistics.median(took["north"]) < statistics.median(took["slow"])
 
 
 def test_what_a_run_ended_with_is_known_to_the_server_without_its_words(live: LiveServer):

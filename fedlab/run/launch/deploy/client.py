@@ -1,8 +1,8 @@
-"""``fedlab client``: the resident trainer, and Flower's processes that carry bytes to it, kept running until ended.
+"""``fedlab client``: the resident trainer, and what carries bytes to it, kept running until ended.
 
-Flower's executor runs whatever app the server submits. It is confined: it can open Python, its own directory and the
-trainer's socket, and no file of the client's (``confine``; under ``client.transport_user`` it is another user besides).
-The SuperNode, which holds the node's key, is the installed program and runs no app.
+The SuperNode, Flower's program, speaks to the server and holds the node's key. The carrier passes the messages on; it
+runs no app of the server's, and is confined to Python, its own directory and the trainer's socket (``confine``; under
+``client.transport_user`` it is another user besides). Only the trainer opens data, models and the ledger.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedlab.config.client import ClientFile
 from fedlab.errors import ConfigError, FedlabError, RunFailed
 from fedlab.files import write
 from fedlab.run import interrupt
-from fedlab.run.launch.deploy import confine, keys
+from fedlab.run.launch.deploy import carrier, confine, keys
 from fedlab.run.launch.deploy.processes import Program, Supervisor
 from fedlab.run.launch.deploy.reach import check_server_certificate
 from fedlab.run.launch.environment import flower_environment
@@ -33,18 +33,13 @@ from fedlab.run.monitor.logs import configure, tell
 from fedlab.run.output import complain, say
 
 CONFINE = Path(confine.__file__)
-TRAINER, PATIENCE = "FEDLAB_TRAINER", "FEDLAB_TRAINER_PATIENCE"  # what clients.shim reads
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys/fs/cgroup", "/sys/devices/system")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
-NODE_REFUSED = 305  # Flower's code for a key that the server does not know
+NOT_LET_IN = "the server does not let this node in"  # what the front answers, and a SuperNode prints
 WATCH_SECONDS = 1.0
 INSECURE = (
     "insecure: no TLS and no node key. Whoever sees the traffic can read and change what this client sends, and"
     " anybody can pretend to be the server. For tests on networks of your own only"
-)
-UNCONFINED = (
-    "this system cannot confine Flower's executor (Linux 5.13 or later can), which runs whatever app the server"
-    " submits: it could read what this user can read. Set client.transport_user, or use the containers of docker/"
 )
 
 
@@ -64,8 +59,6 @@ def check(file: ClientFile, only: str | None = None) -> list[str]:
         )
     else:
         warnings += keys.check_client(Path(file.client.ca), Path(file.client.key))
-    if _other_user(file) is None and confine.version() < 1:
-        warnings.append(UNCONFINED)
     return warnings
 
 
@@ -127,9 +120,9 @@ def trainer(file: ClientFile, path: Path) -> Program:
 
 
 def transport(file: ClientFile) -> list[Program]:
-    """The SuperNode, and the executor that runs its apps, which finds the trainer's socket and nothing else."""
+    """The SuperNode, and the carrier, which finds the trainer's socket and nothing else."""
     port, place = _free_port(), _transport_place(file)
-    secret = place / "executor.secret"
+    secret = place / "carrier.secret"
     write(secret, secrets.token_bytes(32), mode=0o600)
     flower = place / "flower"
     flower.mkdir(exist_ok=True, mode=0o700)
@@ -137,7 +130,7 @@ def transport(file: ClientFile) -> list[Program]:
         for path in (secret, flower):
             shutil.chown(path, user)
     logs = file.home / "logs"
-    return [_supernode(file, port, secret, logs), _executor(file, port, secret, place, logs)]
+    return [_supernode(file, port, secret, logs), _carrier(file, port, secret, place, logs)]
 
 
 def _supernode(file: ClientFile, port: int, secret: Path, logs: Path) -> Program:
@@ -151,13 +144,12 @@ def _supernode(file: ClientFile, port: int, secret: Path, logs: Path) -> Program
         *("--superexec-auth-secret-file", str(secret)),
     ]
 
-    def hopeless(code: int, lines: Sequence[str]) -> FedlabError | None:
-        if code == NODE_REFUSED % 256 or any(f"{NODE_REFUSED}" in line for line in lines):
-            return ConfigError(
-                f"{section.server} does not know this node's key: give the public key beside {section.key} to the"
-                " coordinator (fedlab keys add)"
+    def told(line: str) -> None:
+        if NOT_LET_IN in line:  # it is tried again: the coordinator may let it in any time
+            complain(
+                f"fedlab: warning: {section.server} does not know this node's key; give the public key beside"
+                f" {section.key} to the coordinator (fedlab keys add)"
             )
-        return None
 
     return Program(
         "flower-supernode",
@@ -165,32 +157,21 @@ def _supernode(file: ClientFile, port: int, secret: Path, logs: Path) -> Program
         flower_environment(file.home / "supernode"),
         logs / "supernode.log",
         ready=lambda: _answers(port),
-        hopeless=hopeless,
+        on_line=told,
     )
 
 
-def _executor(file: ClientFile, port: int, secret: Path, place: Path, logs: Path) -> Program:
+def _carrier(file: ClientFile, port: int, secret: Path, place: Path, logs: Path) -> Program:
     flower = place / "flower"
-    command = [
-        program_file("flower-superexec"),
-        *("--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),  # loopback, behind the secret
-        *("--superexec-auth-secret-file", str(secret)),
-    ]
+    command = [sys.executable, "-m", carrier.__name__, f"127.0.0.1:{port}", str(secret), str(file.socket)]
     if confine.version() >= 1:
-        allowed = json.dumps(allowances(flower, secret))
-        command = [sys.executable, "-I", "-S", str(CONFINE), allowed, *command]
-    more = {TRAINER: str(file.socket), "HOME": str(flower), "TMPDIR": str(flower)}
-    return Program(
-        "flower-superexec",
-        command,
-        flower_environment(flower, more),
-        logs / "superexec.log",
-        user=_other_user(file),
-    )
+        command = [sys.executable, "-I", "-S", str(CONFINE), json.dumps(allowances(flower, secret)), *command]
+    environment = flower_environment(flower, {"HOME": str(flower), "TMPDIR": str(flower)})
+    return Program("carrier", command, environment, logs / "carrier.log", user=_other_user(file))
 
 
 def allowances(flower: Path, secret: Path) -> dict[str, list[str]]:
-    """What the executor and the apps it runs may open: Python, the installed packages, its own directory to write."""
+    """What the carrier may open: Python, the installed packages, its own directory to write."""
     roots = [entry for entry in sys.path if entry and Path(entry).is_dir()]
     installed = [entry for entry in roots if Path(entry).name in ("site-packages", "dist-packages")]
     own = Path(fedlab.__file__).parents[1]

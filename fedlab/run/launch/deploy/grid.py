@@ -10,15 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import httpx
 from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
 from flwr.supercore.retry import RetryInvoker, RetryState, constant
-from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
 from fedlab.errors import RunFailed
@@ -27,7 +25,6 @@ from fedlab.run import interrupt
 OUTAGE_SECONDS = 600.0  # a server that is away for so long ends the run
 RETRY_SECONDS = 1.0
 AWAY = (502, 503, 504)
-HEARTBEAT_SECONDS = 10.0  # Flower gives a run up that it has not heard of for a minute
 FIRST_LOOK, LAST_LOOK, LOOKS = 0.1, 1.0, 20  # seconds between two looks for replies: a part of the time waited so far
 logger = logging.getLogger("fedlab")
 
@@ -96,39 +93,6 @@ def patient_invoker(address: str) -> RetryInvoker:
         jitter=None,
         should_giveup=_refused,
     )
-
-
-class Heartbeat:
-    """Tells the SuperLink, from a thread, that the run is alive, as long as it is open."""
-
-    def __init__(self, client: Callable[[], RuntimeHttpClient]) -> None:
-        self._client = client
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-
-    def __enter__(self) -> Heartbeat:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join(10)
-
-    def _beat(self) -> None:
-        with self._client() as client:
-            while not self._done.is_set():
-                try:
-                    heard = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
-                except httpx.HTTPStatusError as error:
-                    heard = error.response.status_code in AWAY
-                    self._done.wait(RETRY_SECONDS)
-                except httpx.TransportError:
-                    heard = True
-                    self._done.wait(RETRY_SECONDS)
-                    continue
-                if not heard:
-                    return  # it was given up; the next call of the grid says so
-                self._done.wait(HEARTBEAT_SECONDS)
 
 
 def _refused(error: Exception) -> bool:

@@ -41,16 +41,17 @@ from fedlab.config.server import ServerFile
 from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed
 from fedlab.run.deployment import Deployment
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch.deploy.grid import DeployedGrid, Heartbeat
+from fedlab.run.launch.deploy.grid import DeployedGrid
+from fedlab.run.launch.deploy.heartbeat import Heartbeat
 from fedlab.run.launch.deploy.keys import SECRET
 from fedlab.run.launch.deploy.superlink import Inner
 from fedlab.run.launch.environment import without_proxy
-from fedlab.run.launch.reference import SERVER_APP
+from fedlab.run.launch.reference import CLIENT_APP, SERVER_APP
 from fedlab.run.monitor import logs
 from fedlab.run.monitor.endpoints import RUN_FILE
 from fedlab.run.monitor.rounds import JSON, MONITOR
 
-SHIM = "clients.shim:app"
+SHIM = CLIENT_APP  # named because Flower wants a name: clients run no app that comes from a server
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 ACQUIRE_SECONDS = 30.0
 ANSWER_SECONDS = 10.0

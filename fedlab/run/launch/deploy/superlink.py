@@ -16,8 +16,8 @@ import httpx
 from cryptography.hazmat.primitives import serialization
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.constant import NodeStatus
+from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from fedlab.config.server import ServerFile, is_loopback, split_address

@@ -1,6 +1,4 @@
-"""Frames over a private Unix socket, between Flower's process and the resident trainer. Standard library only.
-
-What carries the bytes imports this and nothing heavier: Flower starts a process for every message.
+"""Frames over a private Unix socket, between what carries messages and the resident trainer. Standard library only.
 
 A frame is one line of JSON (kind, and how many bytes of header, table and body follow) and those bytes.
 """
