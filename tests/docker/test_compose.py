@@ -75,7 +75,7 @@ def test_images_run_as_nobody_in_particular_and_can_install_nothing(engine: Any,
         assert engine.run("image", "inspect", "-f", "{{.Config.User}}", name).strip() == f"{uid}:{uid}"
         bare = ("run", "--rm", "--network", "none", "--read-only", "--entrypoint", "sh", name, "-c")
         assert engine.run(*bare, "id -u").strip() == uid
-        assert engine.run(*bare, "ls /opt/venv/bin | grep -E '^(pip|uv)' || echo none").strip() == "none"
+        assert engine.run(*bare, "ls /opt/venv/bin | grep -E '^(pip|uv$|uvx)' || echo none").strip() == "none"
         history = engine.run("history", "--no-trunc", name)
         assert "PIP_INDEX_URL" not in history
 
