@@ -27,7 +27,7 @@ from fedlab.errors import ConfigError, FedlabError
 from fedlab.files import below
 from fedlab.protocol import Frame
 from fedlab.protocol.messages import Request
-from fedlab.protocol.pipe import MOST, BrokenPipe, peer_user, receive, send
+from fedlab.protocol.pipe import MOST, BrokenPipe, NothingCame, peer_user, receive, send
 from fedlab.run.monitor.client import ClientMonitor
 from fedlab.run.monitor.logs import keep_at_home, tell
 from fedlab.run.places import LOG
@@ -100,6 +100,8 @@ class Trainer:
                 send(connection, vars(reply))
                 self._monitor.replied(fields["kind"], time.monotonic() - started, reply)
                 self._monitor.look_up(self._file)
+            except NothingCame:
+                return
             except (BrokenPipe, TimeoutError, OSError) as error:
                 logger.warning("a connection came to nothing: %s: %s", type(error).__name__, error)
 

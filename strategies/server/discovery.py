@@ -77,7 +77,13 @@ class Discovery:
         _check_deployable(self._config, self._data)
         nodes = self._await(lambda there: len(there) >= self._config.population, self._config.run.min_clients)
         found = Federation(self._config, {}, {}, nodes, self._run, self._mirror)
-        self._enrol(found, nodes, meanwhile)
+        failed = self._enrol(found, nodes, meanwhile)
+        if self._data.deployment is not None and len(found.clients) < self._config.run.min_clients:
+            why = "; ".join(f"node {node}: {reason}" for node, reason in list(failed.items())[:3])
+            raise RunFailed(
+                f"{len(found.clients)} clients answered, {self._config.run.min_clients} needed (run.min_clients)"
+                + (f"; {why}" if why else "")
+            )
         found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
         return found
 
@@ -136,8 +142,8 @@ class Discovery:
 
     def _enrol(
         self, federation: Federation, nodes: Sequence[int], meanwhile: Callable[[], object] = lambda: None
-    ) -> None:
-        """Ask nodes who they are, and enter what they declare."""
+    ) -> dict[int, str]:
+        """Ask nodes who they are, and enter what they declare; why some did not answer."""
         text, arrays, clients = self._config.to_toml(), to_wire(self._basis), self._data.clients
         place = str(self._directory.path) if self._data.deployment is None else ""  # no path of the server's leaves it
         requests = {
@@ -160,6 +166,7 @@ class Discovery:
                     federation.hosts[client] = node
         if self._mirror is not None:
             self._mirror.start(self._config.privacy.unit, self._directory.file_digest("run.toml"))
+        return answers.failed
 
     def _same(self, federation: Federation, enrolment: Enrolment, node: int) -> bool:
         """Whether a client that is known speaks from another node, with the key of its ledger; the first to come keeps

@@ -62,10 +62,10 @@ def ask(
     ]
     answers: Answers[R] = Answers()
     kinds: dict[str, Any] = {kind: reply_type, NODE_FAILURE: NodeFailure}
-    for message in exchange(grid, messages, timeout, on_reply, meanwhile):
-        node = message.metadata.src_node_id
-        if node not in requests or node in answers.replies or node in answers.failed:
-            continue  # nobody asked, or a duplicate: the first counts
+    for asked, message in exchange(grid, messages, timeout, on_reply, meanwhile):
+        node = asked.metadata.dst_node_id  # an error may come from whoever was to deliver it
+        if node in answers.replies or node in answers.failed:
+            continue  # a duplicate: the first counts
         if message.has_error():
             answers.failed[node] = f"node failed: {_last_line(message.error.reason)}"
             continue
@@ -90,18 +90,23 @@ def exchange(
     timeout: float,
     on_reply: Callable[[], object] = lambda: None,
     meanwhile: Callable[[], object] = lambda: None,
-) -> list[Message]:
-    """Replies that arrived within ``timeout`` seconds, in no particular order."""
-    pending = set(grid.push_messages(messages))
+) -> list[tuple[Message, Message]]:
+    """What was asked, and its reply, for those that arrived within ``timeout`` seconds, in no particular order."""
+    messages = list(messages)
+    asked = dict(zip(grid.push_messages(messages), messages, strict=True))
+    pending = set(asked)
     deadline = time.monotonic() + timeout
     meanwhile()
-    replies: list[Message] = []
+    replies: list[tuple[Message, Message]] = []
     while pending and time.monotonic() < deadline:
         interrupt.check()
         arrived = list(grid.pull_messages(pending))
         for reply in arrived:
-            pending.discard(reply.metadata.reply_to_message_id)
-            replies.append(reply)
+            name = reply.metadata.reply_to_message_id
+            if name not in pending:
+                continue  # nobody asked, or it came before
+            pending.discard(name)
+            replies.append((asked[name], reply))
             on_reply()
         if pending and not arrived:
             time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""``fedlab run`` with a server and clients of real processes: it ends, it resumes, and it does not exit 0 for nothing."""
+"""``fedlab run`` with a server and clients of real processes: it ends, it resumes, and no failure exits with 0."""
 
 from __future__ import annotations
 

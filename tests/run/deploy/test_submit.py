@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest, StopRunRequest
@@ -23,7 +23,7 @@ from fedlab.errors import ConfigError, RunFailed
 from fedlab.run.deployment import Deployment
 from fedlab.run.launch.deploy import keys, submit
 from fedlab.run.launch.deploy.grid import DeployedGrid
-from fedlab.run.launch.deploy.submit import deployed_grid, inner_of, make_bundle
+from fedlab.run.launch.deploy.submit import deployed_grid, inner_of, make_bundle, run_deployed
 from fedlab.run.launch.deploy.superlink import Inner
 
 from .conftest import ECHO_APP as ECHO
@@ -168,7 +168,9 @@ def test_a_task_that_nobody_took_does_not_stop_the_next_run(live: LiveServer):
     assert runs(live)[lost] == ("finished", "failed", "abandoned")
 
 
-@pytest.mark.parametrize("where", ["front", "inner", "inner, a guessed secret"])
+@pytest.mark.parametrize(
+    "where", ["front", pytest.param("inner", marks=pytest.mark.slow), pytest.param("guess", marks=pytest.mark.slow)]
+)
 def test_an_executor_without_the_secret_takes_no_run_over(live: LiveServer, tmp_path: Path, where: str):
     """With Flower's own defaults it does: whoever holds the authority's certificate gets the server app's task."""
     inner = Inner.of(live.file)
@@ -183,12 +185,30 @@ def test_an_executor_without_the_secret_takes_no_run_over(live: LiveServer, tmp_
         assert runs(live)[waiting] == ("finished", "failed", "abandoned")
 
 
+@pytest.mark.slow
 def test_with_the_secret_it_would(live: LiveServer, tmp_path: Path):
     """The test above tells something: this executor is kept out by the secret and nothing else."""
     inner = Inner.of(live.file)
     waiting = announce(inner)
     rogue(live, inner.address, tmp_path, (live.file.keys / "executor.secret").read_bytes())
     assert runs(live)[waiting][0] != "pending"
+
+
+def test_a_run_that_the_server_gave_up_is_submitted_again(live: LiveServer, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    Deployment(server=str(live.folder / "server.toml")).write(tmp_path / "run")
+    seen: list[int] = []
+
+    def server_app(grid: DeployedGrid, context: Context) -> None:
+        seen.append(context.run_id)
+        if len(seen) == 1:
+            with Inner.of(live.file).control() as control:
+                control.StopRun(StopRunRequest(run_id=context.run_id))
+        grid.get_node_ids()
+
+    run_deployed(server_app, None, None, {"run-dir": str(tmp_path / "run"), "quiet": True})  # type: ignore[arg-type]
+    assert len(set(seen)) == 2
+    assert runs(live)[seen[1]] == ("finished", "completed", "")
 
 
 def test_who_has_not_the_server_s_keys_starts_no_run(live: LiveServer, tmp_path: Path):

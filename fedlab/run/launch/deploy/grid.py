@@ -29,6 +29,10 @@ FIRST_LOOK, LAST_LOOK, LOOKS = 0.1, 1.0, 20  # seconds between two looks for rep
 logger = logging.getLogger("fedlab")
 
 
+class ServerLost(RunFailed):
+    """The server is away, or has given the run up: nothing is wrong with the run, which may be submitted again."""
+
+
 class DeployedGrid(HttpGrid):
     """A grid over the SuperLink's runtime interface.
 
@@ -37,7 +41,8 @@ class DeployedGrid(HttpGrid):
         authority: certificate (PEM) of the authority that signed the SuperLink's.
         token: of the task that this process executes.
 
-    Raises RunFailed, from every method, where the SuperLink is away for too long or has given the run up.
+    Raises ServerLost, from every method, where the SuperLink is away for too long or has given the run up, and
+    RunFailed where it refuses something.
     """
 
     def __init__(self, address: str, authority: bytes, token: str) -> None:
@@ -110,12 +115,12 @@ def _clear(address: str) -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
         if status in (401, 403):
-            raise RunFailed(
+            raise ServerLost(
                 f"the server at {address} has given this run up: it did not hear of it for a minute, or the run was"
                 " stopped there"
             ) from None
         raise RunFailed(f"the server at {address} answers {status}: {error.response.text[:200]}") from None
     except httpx.HTTPError as error:
-        raise RunFailed(
+        raise ServerLost(
             f"the server at {address} does not answer ({type(error).__name__}: {error}); start it with fedlab server"
         ) from None

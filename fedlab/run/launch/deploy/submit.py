@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,13 +36,13 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlab import __version__
 from fedlab.config import RunConfig
 from fedlab.config.server import ServerFile
 from fedlab.errors import ConfigError, FedlabError, Interrupted, RunFailed
+from fedlab.run import interrupt
 from fedlab.run.deployment import Deployment
 from fedlab.run.directory import RunDirectory
-from fedlab.run.launch.deploy.grid import DeployedGrid
+from fedlab.run.launch.deploy.grid import OUTAGE_SECONDS, DeployedGrid, ServerLost
 from fedlab.run.launch.deploy.heartbeat import Heartbeat
 from fedlab.run.launch.deploy.keys import SECRET
 from fedlab.run.launch.deploy.superlink import Inner
@@ -50,11 +51,13 @@ from fedlab.run.launch.reference import CLIENT_APP, SERVER_APP
 from fedlab.run.monitor import logs
 from fedlab.run.monitor.endpoints import RUN_FILE
 from fedlab.run.monitor.rounds import JSON, MONITOR
+from fedlab.run.output import complain
 
 SHIM = CLIENT_APP  # named because Flower wants a name: clients run no app that comes from a server
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 ACQUIRE_SECONDS = 30.0
 ANSWER_SECONDS = 10.0
+SUBMISSIONS = 10  # of one run, by one process
 logger = logging.getLogger("fedlab")
 
 
@@ -62,15 +65,37 @@ def run_deployed(server_app: Any, client_app: Any, config: RunConfig, run_config
     """Run the server app in this thread over the clients of a server; its exceptions pass through.
 
     ``run_config["run-dir"]`` holds a ``deployment.json`` that names the server. ``client_app`` is not used: clients
-    have their own.
+    have their own. Where the server was away so long that it gave the run up, the run is submitted again when it is
+    back, and goes on from its checkpoint.
     """
     del client_app, config
     deployment = Deployment.of(Path(run_config["run-dir"]))
     if deployment is None:
         raise ConfigError(f"{run_config['run-dir']} is not of a deployed run")
-    with deployed_grid(inner_of(deployment)) as (grid, context):
-        context.run_config = {**run_config, **_seen_from_outside(deployment)}
-        server_app(grid, context)
+    inner, settings = inner_of(deployment), {**run_config, **_seen_from_outside(deployment)}
+    for left in reversed(range(SUBMISSIONS)):
+        try:
+            with deployed_grid(inner) as (grid, context):
+                context.run_config = settings
+                server_app(grid, context)
+            return
+        except ServerLost as error:
+            logger.warning("%s", error)
+            if not left or not _back(inner):
+                again = f"fedlab resume {shlex.quote(run_config['run-dir'])}"
+                raise ServerLost(f"{error}, then continue with: {again}") from None
+            complain(f"fedlab: {error}; it is there again, and the run goes on from its last round")
+
+
+def _back(inner: Inner) -> bool:
+    """Wait for a server that was lost; whether it came back."""
+    deadline = time.monotonic() + OUTAGE_SECONDS
+    while time.monotonic() < deadline:
+        if inner.answers():
+            return True
+        interrupt.check()
+        time.sleep(1)
+    return False
 
 
 def _seen_from_outside(deployment: Deployment) -> dict[str, Any]:
@@ -171,7 +196,7 @@ def make_bundle(client_app: str = SHIM) -> bytes:
     It holds no module: a package in it would take the place of the installed one of that name.
     """
     project = {
-        "project": {"name": "fedlab-run", "version": __version__, "description": "", "license": "Apache-2.0"},
+        "project": {"name": "fedlab-run", "version": "1.0.0", "description": "", "license": "Apache-2.0"},
         "tool": {
             "flwr": {
                 "app": {
