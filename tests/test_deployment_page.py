@@ -1,4 +1,4 @@
-"""docs/deployment.md: every command on it is one, with options that exist; its TOML is read by what reads such files."""
+"""docs/deployment.md: every command on it is one, with options that exist; its files are read by what reads such."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def test_tests_and_pages_that_are_named_are_there(page: str):
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
     for link in re.findall(r"\]\(([\w./-]+\.md)\)", text):
         assert (ROOT / page).parent.joinpath(link).exists(), link
-    shown = {name for name in re.findall(r"`(test_\w+?)_?…?`", text)}
+    shown = set(re.findall(r"`(test_\w+?)_?…?`", text))
     known = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name in sorted(shown) if name not in known] == []

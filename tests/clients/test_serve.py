@@ -16,7 +16,7 @@ from fedlab.config.client import ClientFile
 from fedlab.errors import ConfigError
 from fedlab.protocol import Frame, decode
 from fedlab.protocol.messages import NODE_FAILURE, NodeFailure
-from fedlab.protocol.pipe import BrokenPipe, receive, send
+from fedlab.protocol.pipe import receive, send
 from fedlab.run.monitor.client import ClientMonitor
 
 FILE = """
@@ -102,7 +102,7 @@ def test_what_is_no_frame_ends_its_own_connection_and_no_other(line: bytes, serv
     with connected(serving) as connection:
         connection.sendall(line)
         connection.shutdown(socket.SHUT_WR)
-        with pytest.raises(BrokenPipe):
+        with pytest.raises(ConnectionError):
             receive(connection)
     assert ask(serving).code == "request"
 

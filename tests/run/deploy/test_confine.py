@@ -1,4 +1,4 @@
-"""What a confined program can still do: run Python, write to its own directory, connect to a socket; and nothing else."""
+"""What a confined program can still do: run Python, write to its own directory, connect to a socket, no more."""
 
 from __future__ import annotations
 
