@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?=
 
-.PHONY: simulate test lint data setup bench bench-accuracy clean
+.PHONY: simulate test lint data setup deploy-demo bench bench-accuracy clean
 
 simulate: setup ## fine-tune MiniLM on the embedded data with FedSVD under DP
 	$(BIN)/fedlab simulate simulations/quickstart.toml $(RUN)
@@ -16,6 +16,9 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+deploy-demo: setup ## a server and three data owners on this machine: TLS, node keys, one run, audit
+	$(BIN)/python simulations/deploy_demo.py
 
 data: ## install WordNet's text (Debian, Ubuntu) for simulations/wordnet.toml
 	@test -f /usr/share/wordnet/data.noun || (apt-get update && apt-get install -y wordnet-base) || (sudo apt-get update && sudo apt-get install -y wordnet-base)

@@ -20,6 +20,10 @@ class BrokenPipe(ConnectionError):
     """What came is no frame, or not a whole one."""
 
 
+class NothingCame(BrokenPipe):
+    """The connection ended before anything came: somebody looked whether the trainer is there."""
+
+
 def send(connection: socket.socket, fields: dict[str, Any]) -> None:
     """Send a frame: ``kind`` (str), ``header``, ``table`` and ``body`` (bytes)."""
     line = {"kind": fields["kind"]} | {part: len(fields[part]) for part in PARTS}
@@ -56,7 +60,9 @@ def peer_user(connection: socket.socket) -> int | None:
 
 
 def _line(connection: socket.socket) -> bytes:
-    line = bytearray()
+    line = bytearray(connection.recv(1))
+    if not line:
+        raise NothingCame("nothing came")
     while not line.endswith(b"\n"):
         if len(line) >= MOST_LINE:
             raise BrokenPipe("the first line has no end")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flwr.serverapp import Grid
@@ -113,13 +113,15 @@ class Messenger:
         answers = ask(self.grid, "train", order.requests, TrainReply, self.config.run.timeout, most, on_reply)
         for client, reply in self._by_client(cohorts, answers, outcome.excluded).items():
             self._take(order, client, reply, outcome)
+        for node, times in answers.asked.items():
+            outcome.again.update(dict.fromkeys(cohorts[node], times - 1))
         outcome.busy = [(reply.started, reply.ended) for reply in answers.replies.values()]
         outcome.updates = dict(sorted(outcome.updates.items(), key=lambda item: client_order(item[0])))
         return outcome
 
     def evaluate(self, number: int, state: State) -> EvaluateOutcome:
         """Every client's scores of the global model on its own held-out examples."""
-        wire, cohorts = self.config.run.wire_dtype, self.federation.cohorts(list(self.federation.clients))
+        wire, cohorts = self.config.run.wire_dtype, self._cohorts(self.federation.clients)
         personal, arrays = tuple(sorted(self.strategy.personal)), to_wire(self.strategy.travelling(state), wire)
         requests = {
             node: EvaluateRequest(self.federation.run, number, tuple(cohort), personal, wire, arrays)
@@ -142,7 +144,7 @@ class Messenger:
 
         ``closing``: the run is over, which each is to say in its ledger.
         """
-        cohorts = self.federation.cohorts(list(clients))
+        cohorts = self._cohorts(clients)
         requests = {
             node: ReceiptsRequest(
                 self.federation.run,
@@ -163,6 +165,9 @@ class Messenger:
             else:
                 self.federation.take_lines(reply, problems)
         return problems
+
+    def _cohorts(self, clients: Iterable[str]) -> dict[int, list[str]]:
+        return self.federation.cohorts(self.federation.reachable(clients))
 
     def _by_client(
         self,

@@ -80,6 +80,24 @@ class LedgerMirror:
         self._clients[client], self._keys[client] = [], public
         self._take(client, entries)
 
+    def recall(self) -> list[str]:
+        """Take this run's copies of the ledgers of clients that took part before and are not here now; who they are.
+
+        Raises PrivacyError for a copy that is older than what was receipted.
+        """
+        with self._own.locked():
+            keys = {c: key for e in self._own.entries if e["type"] == "START" for c, key in e["clients"].items()}
+        missing = [client for client in keys if client not in self._clients]
+        for client in missing:
+            path = self._copies / f"{client}.jsonl"
+            data = path.read_bytes() if path.is_file() else b""
+            self.enrol(client, keys[client], data[: data.rfind(b"\n") + 1].decode(errors="replace"))
+        return missing
+
+    def plan(self, client: str) -> Entry | None:
+        """The plan that a client signed for this run; None if none is known."""
+        return next((e for e in self.entries(client) if (e["type"], e["run"]) == ("PLAN", self.run)), None)
+
     def start(self, unit: str, config: str) -> None:
         """Name the server's key, the clients', and the hash of ``run.toml`` in ``receipts.jsonl``."""
         with self._own.locked():

@@ -32,10 +32,11 @@ class ClientMonitor:
     Args:
         client: its id, for the lines of its log.
         path: the snapshot; None where nobody is to read one.
+        shared: another user is to read it, as it connects to the socket.
     """
 
-    def __init__(self, client: str, path: Path | None = None) -> None:
-        self._client, self._file = client, SnapshotFile(path) if path is not None else None
+    def __init__(self, client: str, path: Path | None = None, shared: bool = False) -> None:
+        self._client, self._file = client, SnapshotFile(path, shared) if path is not None else None
         self._lock = threading.Lock()
         self._values: dict[str, Any] = {
             "ready": False,
@@ -50,7 +51,7 @@ class ClientMonitor:
     def of(cls, file: ClientFile) -> ClientMonitor:
         """That of a trainer: its snapshot lies beside its socket, if its file asks for an endpoint."""
         snapshot = file.socket.with_name(CLIENT_FILE) if file.metrics.address is not None else None
-        return cls(file.client.id, snapshot)
+        return cls(file.client.id, snapshot, shared=file.client.transport_user is not None)
 
     def replied(self, kind: object, seconds: float, reply: Frame) -> None:
         """A request of this kind, whatever came as one, was answered with these bytes."""

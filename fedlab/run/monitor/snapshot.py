@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlab.errors import Unwritable
-from fedlab.files import write
+from fedlab.files import replacing
 
 PATIENCE = 1.0  # seconds in which a reader that is looking at the lock lets go of it
-MODE = 0o600
+MODE, SHARED = 0o600, 0o644
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,15 @@ class SnapshotFile:
 
     Args:
         path: the file; made with its folder, for its owner's eyes.
+        shared: others may read it too, as far as its folder lets them; whatever the umask.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, shared: bool = False) -> None:
+        self._path, self._mode = path, SHARED if shared else MODE
         self._lock: int | None = None
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = _locked(_beside(path))
+            self._lock = _locked(_beside(path), self._mode)
 
     @property
     def held(self) -> bool:
@@ -53,8 +54,10 @@ class SnapshotFile:
     def write(self, values: Mapping[str, Any]) -> None:
         """Replace what is there."""
         if self._lock is not None:
-            with contextlib.suppress(OSError, Unwritable):
-                write(self._path, json.dumps(values), mode=MODE)
+            with contextlib.suppress(OSError, Unwritable), replacing(self._path) as temporary:
+                temporary.touch(MODE)
+                temporary.write_text(json.dumps(values), encoding="utf-8")
+                temporary.chmod(self._mode)
 
     def close(self) -> None:
         """Let go of the file, which stays; from now on its writer is gone."""
@@ -76,9 +79,10 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.lock")
 
 
-def _locked(path: Path) -> int | None:
+def _locked(path: Path, mode: int) -> int | None:
     """A descriptor that holds the lock; None if another process keeps it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, MODE)
+    os.fchmod(descriptor, mode)
     deadline = time.monotonic() + PATIENCE
     while True:
         try:

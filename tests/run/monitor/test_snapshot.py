@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -60,6 +61,17 @@ def test_a_second_writer_leaves_the_first_alone(tmp_path: Path, monkeypatch: pyt
     assert found is not None
     assert found.values == {"round": 1}
     first.close()
+
+
+def test_a_shared_one_may_be_read_whatever_the_umask(tmp_path: Path):
+    before = os.umask(0o077)
+    try:
+        file = SnapshotFile(tmp_path / "run.json", shared=True)
+        file.write({"round": 1})
+    finally:
+        os.umask(before)
+    assert [entry.stat().st_mode & 0o777 for entry in sorted(tmp_path.iterdir())] == [0o644, 0o644]
+    file.close()
 
 
 def test_no_place_to_write_is_no_error(tmp_path: Path):

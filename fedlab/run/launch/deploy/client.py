@@ -91,7 +91,9 @@ def serve(path: Path, only: str | None = None, ready: Callable[[], object] = lam
             return {"restarts": {child.program.name: max(0, child.starts - 1) for child in running.children}}
 
         snapshot = file.socket.with_name(CLIENT_FILE)
-        with client_endpoint(file.metrics.address, snapshot, restarts, file.metrics.exposed):
+        # of two that share a socket, it is the transport's: a trainer in a container has no network
+        address = None if only == "trainer" else file.metrics.address
+        with client_endpoint(address, snapshot, restarts, file.metrics.exposed):
             does = (
                 f"the trainer listens at {file.socket}" if only == "trainer" else f"it works for {file.client.server}"
             )

@@ -55,10 +55,11 @@ class DeployedGrid(HttpGrid):
             return super().get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = list(messages)
         with _clear(self._addr):
-            ids = [str(one) for one in super().push_messages(list(messages))]
-        if not all(ids):
-            raise RunFailed("the server did not take every message; a node went away, or the message was too large")
+            ids = [str(one) for one in super().push_messages(sent)]
+        if sent and not any(ids):
+            raise RunFailed("the server took no message; they are too large for it, or all nodes were shut out")
         self._asked = time.monotonic()
         return ids
 
