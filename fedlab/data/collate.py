@@ -193,7 +193,9 @@ def _fingerprint(texts: Sequence[str], pairs: Sequence[str] | None) -> str:
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a tokenizer does, not where it lies: its class and, for fast ones, its whole serialised form."""
+    """What a tokenizer does, not where it lies: its class, its special tokens, its chat template and, for fast ones,
+    its whole serialised form. Models of one family often differ in the template alone.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
@@ -202,4 +204,6 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
         )  # left behind by the last call
     else:
         whole = repr(sorted(tokenizer.get_vocab().items()))
+    own = [getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map]
+    whole += json.dumps(own, sort_keys=True, default=str)
     return type(tokenizer).__name__ + hashlib.sha256(whole.encode()).hexdigest()
