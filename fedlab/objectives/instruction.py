@@ -10,6 +10,7 @@ conversation up to an answer are the first ones of the whole, which is checked.
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from fedlab.config.data import DataSection
@@ -27,6 +29,7 @@ from fedlab.objectives.causal_lm import ended
 from fedlab.objectives.language import LanguageModel
 
 Row = tuple[list[int], list[int]]  # ids and labels
+_DAY = datetime.date(2024, 7, 26)  # the day that Llama 3.1's template names where it is not told another
 LEAST_ANSWER = 2  # 1/2 of max_length: so much of an answer stays at least where a prompt is too long
 
 
@@ -142,9 +145,21 @@ def _conversation_row(messages: list[dict[str, str]], tokenizer: Any) -> Row:
 
 
 def _templated(tokenizer: Any, messages: list[dict[str, str]], answer_follows: bool) -> list[int]:
-    found = tokenizer.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=answer_follows, return_dict=True
-    )["input_ids"]
+    """Tokens of a conversation. Raises ConfigError where the template refuses it, or is itself at fault."""
+    # a template that says which day it is would give other tokens tomorrow
+    dated = {"strftime_now": _DAY.strftime} if "strftime_now" in str(tokenizer.chat_template) else {}
+    try:
+        found = tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=answer_follows, return_dict=True, **dated
+        )["input_ids"]
+    except (TemplateError, ValueError, TypeError, LookupError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        said = ", ".join(message["role"] for message in messages) or "nobody"
+        raise ConfigError(
+            f'objective.name = "instruction": this tokenizer\'s chat template does not take a conversation of {said}'
+            f" ({reason}); leave such conversations out, or take another model; prompts and answers can go without the"
+            " chat template, with objective.template"
+        ) from None
     return list(found)
 
 
