@@ -10,7 +10,6 @@ conversation up to an answer are the first ones of the whole, which is checked.
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from fedlab.objectives.causal_lm import ended
 from fedlab.objectives.language import LanguageModel
 
 Row = tuple[list[int], list[int]]  # ids and labels
-_DAY = datetime.date(2024, 7, 26)  # the day that Llama 3.1's template names where it is not told another
+DAY = "26 Jul 2024"  # what Llama 3's templates say where nobody knows the day
 LEAST_ANSWER = 2  # 1/2 of max_length: so much of an answer stays at least where a prompt is too long
 
 
@@ -146,8 +145,8 @@ def _conversation_row(messages: list[dict[str, str]], tokenizer: Any) -> Row:
 
 def _templated(tokenizer: Any, messages: list[dict[str, str]], answer_follows: bool) -> list[int]:
     """Tokens of a conversation. Raises ConfigError where the template refuses it, or is itself at fault."""
-    # a template that says which day it is would give other tokens tomorrow
-    dated = {"strftime_now": _DAY.strftime} if "strftime_now" in str(tokenizer.chat_template) else {}
+    # Llama 3's templates say which day it is, unless they are told one: other tokens tomorrow
+    dated = {"date_string": DAY} if "date_string" in str(tokenizer.chat_template) else {}
     try:
         found = tokenizer.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=answer_follows, return_dict=True, **dated

@@ -137,7 +137,7 @@ def test_a_template_that_says_the_day_gives_the_same_tokens_on_every_day(chat: A
         "{% if strftime_now is defined %}{{ strftime_now('%d %B %Y') }}{% endif %}" + chat.chat_template
     )
     row = Instruction().encode(["the tide"], None, written("wave"), dated, 64)
-    assert chat.decode(row["input_ids"][0]).startswith("26 July 2024")
+    assert chat.decode(row["input_ids"][0]).startswith("26 Jul 2024")
 
 
 def test_plain_text_is_learnt_whole_and_ends(chat: Any):
