@@ -134,7 +134,8 @@ def test_a_template_that_says_the_day_gives_the_same_tokens_on_every_day(chat: A
 
     dated = copy.deepcopy(chat)
     dated.chat_template = (
-        "{% if strftime_now is defined %}{{ strftime_now('%d %B %Y') }}{% endif %}" + chat.chat_template
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }}" + chat.chat_template
     )
     row = Instruction().encode(["the tide"], None, written("wave"), dated, 64)
     assert chat.decode(row["input_ids"][0]).startswith("26 Jul 2024")
