@@ -48,6 +48,12 @@ class Tokens:
         """Tokens of each example."""
         return np.asarray(self.offsets[indices + 1] - self.offsets[indices])
 
+    def label_lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Labels of each example where they are sequences, else 1."""
+        if self.label_offsets is None:
+            return np.ones(len(indices), dtype=np.int64)
+        return np.asarray(self.label_offsets[indices + 1] - self.label_offsets[indices])
+
     def batch(self, indices: np.ndarray, pad_id: int) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, ``labels`` (and ``token_type_ids``), padded on the right to the longest
         [N, T]; labels are [N], or sequences padded with −100.
