@@ -54,6 +54,13 @@ class Tokens:
             return np.ones(len(indices), dtype=np.int64)
         return np.asarray(self.label_offsets[indices + 1] - self.label_offsets[indices])
 
+    def label_counts(self) -> np.ndarray:
+        """Places with a loss of each example, where labels are sequences [N]."""
+        assert self.labels is not None
+        assert self.label_offsets is not None
+        before = np.concatenate([[0], np.cumsum(self.labels != NO_LOSS)])
+        return np.diff(before[self.label_offsets])
+
     def batch(self, indices: np.ndarray, pad_id: int) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, ``labels`` (and ``token_type_ids``), padded on the right to the longest
         [N, T]; labels are [N], or sequences padded with −100.

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedlab.config import RunConfig
 from fedlab.data.canaries import check_secrets
-from fedlab.data.checks import check_labels, check_lengths, check_positions
+from fedlab.data.checks import check_labels, check_lengths, check_positions, check_said
 from fedlab.data.collate import Tokens, tokenise
 from fedlab.data.corpus import Corpus
 from fedlab.data.duplicates import find_duplicates, text_keys
@@ -22,6 +22,7 @@ from fedlab.evaluate.choice import check_choices
 from fedlab.files import replacing
 from fedlab.models.loading import load_tokenizer
 from fedlab.models.positions import position_limit
+from fedlab.objectives.language import LanguageModel
 from fedlab.session import open_session
 
 DATA = "data.json"
@@ -64,6 +65,8 @@ def _report(config: RunConfig) -> DataReport:
     tokens = tokenise(corpus, tokenizer, config.data.max_length, objective)
     lengths = tokens.lengths(np.arange(len(corpus)))
     check_lengths(corpus, lengths, config.model.name)
+    if isinstance(objective, LanguageModel):
+        warnings += check_said(corpus, tokens.label_counts(), config.model.name)
     secrets = secrets_of(config)
     inserted = 0 if secrets is None else len(corpus) - secrets.first
     if secrets is not None:
