@@ -37,7 +37,7 @@ RUN = """
 name = "soak"
 rounds = {rounds}
 fraction = {drawn:.3f}
-timeout = 90
+timeout = {timeout}
 [model]
 name = "{model}"
 [objective]
@@ -82,8 +82,9 @@ max_epsilon = 10000.0
 epsilon = 20000.0
 [machine]
 threads = 1
-deadline = 60.0
+deadline = 100.0
 """
+TIMEOUT = 120  # seconds of a round
 GRACE = 90.0  # seconds between the last round that was seen and the verdict that the run is stuck, beside run.timeout
 
 
@@ -98,6 +99,7 @@ class Soak:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
     memory: list[tuple[int, str, int, int]] = field(default_factory=list)  # round, part, process, KiB
+    ended: int = 0  # servers and clients that ended although nobody killed them
     again: dict[str, float] = field(default_factory=dict)  # command → when it is to be started again
 
     @property
@@ -169,7 +171,11 @@ class Soak:
             self.again[name] = time.monotonic() + seconds
 
     def come_back(self) -> None:
-        """Start again what was away for long enough."""
+        """Start again what was away for long enough, and, as systemd would, a server or client that ended by itself."""
+        for name, process in self.processes.items():
+            if name != "run" and name not in self.again and process.poll() is not None:
+                self.ended += 1
+                self.again[name] = time.monotonic() + 2
         for name in [name for name, when in self.again.items() if when <= time.monotonic()]:
             del self.again[name]
             if name == "run" and (self.run / "run.toml").is_file():
@@ -233,7 +239,7 @@ def endure(soak: Soak, every: float, seconds: float) -> bool:
         if number >= 1 and time.monotonic() >= next_fault and number < soak.rounds:
             soak.fault()
             next_fault = time.monotonic() + soak.chance.expovariate(1 / every)
-        if time.monotonic() - seen > 3 * 90 + 120 + GRACE:
+        if time.monotonic() - seen > 3 * TIMEOUT + 120 + GRACE:
             return True
         if seconds and time.monotonic() - began > seconds:
             soak.again.clear()
@@ -277,6 +283,7 @@ def verdict(soak: Soak, stuck: bool) -> dict[str, Any]:
         "audit": audit.verdict,
         "findings": [str(finding) for finding in audit.findings],
         "stuck": stuck,
+        "ended": soak.ended,
         "memory": growth(soak.memory),
     }
 
@@ -313,7 +320,7 @@ def show(found: dict[str, Any]) -> None:
     for part, one in found["memory"].items():
         values = " | ".join(f"{value:.0f}" for value in one.values())
         print(f"| {part} | {values} |")
-    print("stuck" if found["stuck"] else "not stuck")
+    print(f"{'stuck' if found['stuck'] else 'not stuck'}; {found['ended']} times a server or client ended by itself")
 
 
 def prepare(soak: Soak) -> None:
@@ -335,6 +342,7 @@ def prepare(soak: Soak) -> None:
     (soak.place / "server.toml").write_text(server, encoding="utf-8")
     text = RUN.format(
         rounds=soak.rounds,
+        timeout=TIMEOUT,
         drawn=max(1, len(soak.names) - 1) / len(soak.names),
         clients=len(soak.names),
         model=model,
