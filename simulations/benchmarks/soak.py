@@ -263,7 +263,9 @@ def verdict(soak: Soak, stuck: bool) -> dict[str, Any]:
     for name in soak.names:
         spent = events(parse_lines((soak.place / name / "ledger" / f"{name}.jsonl").read_text()), run)
         charges[name] = len(spent)
-        claimed = result["clients"].get(name, {"epsilon": 0.0, "delta": 1e-5})
+        claimed = result["clients"].get(name, {"epsilon": 0.0, "delta": 1e-5}) if "clients" in result else None
+        if claimed is None:
+            continue  # it was cut off while it began: nothing is claimed of anybody
         lost = max(lost, epsilon(spent, claimed["delta"]) - claimed["epsilon"])
     audit = audit_run(soak.run, regenerate=regenerate)
     done, code = soak.done(), soak.processes["run"].returncode
@@ -274,11 +276,11 @@ def verdict(soak: Soak, stuck: bool) -> dict[str, Any]:
         "ok": not stuck and lost < 1e-6 and well,
         "status": result["status"],
         "code": code,
-        "rounds": result["rounds"],
+        "rounds": len({line["round"] for line in done}),
         "faults": dict(soak.faults),
         "excluded": dict(excluded),
         "charges": dict(charges),
-        "epsilon": result["epsilon"],
+        "epsilon": result.get("epsilon"),
         "lost": max(0.0, lost),
         "audit": audit.verdict,
         "findings": [str(finding) for finding in audit.findings],
