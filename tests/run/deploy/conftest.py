@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class LiveServer:
 
     folder: Path
     process: subprocess.Popen[str]
+    beside: list[subprocess.Popen[str]] = field(default_factory=list)  # what tests started in its folder
 
     @property
     def file(self) -> ServerFile:
@@ -67,14 +68,16 @@ class LiveServer:
         return (self.folder / "server.out").read_text(encoding="utf-8")
 
     def superlink(self) -> int:
-        """The SuperLink's process."""
+        """The SuperLink's process; 0 while there is none."""
         found = subprocess.run(
             ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=False
         ).stdout.split()
-        assert found, "the SuperLink is not there"
-        return int(found[0])
+        return int(found[0]) if found else 0
 
     def stop(self) -> int:
+        for one in self.beside:
+            if one.poll() is None:
+                one.kill()
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(30)
 

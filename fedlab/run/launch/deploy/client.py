@@ -33,7 +33,10 @@ from fedlab.run.monitor.logs import configure, tell
 from fedlab.run.output import complain, say
 
 CONFINE = Path(confine.__file__)
-SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/proc", "/sys/fs/cgroup", "/sys/devices/system")
+SYSTEM = (
+    *("/usr", "/lib", "/lib64", "/bin", "/etc", "/sys/fs/cgroup", "/sys/devices/system"),
+    *("/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/sys", "/proc/filesystems"),  # nobody else's
+)
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 NOT_LET_IN = "the server does not let this node in"  # what the front answers, and a SuperNode prints
 WATCH_SECONDS = 1.0
@@ -128,9 +131,9 @@ def transport(file: ClientFile) -> list[Program]:
     write(secret, secrets.token_bytes(32), mode=0o600)
     flower = place / "flower"
     flower.mkdir(exist_ok=True, mode=0o700)
-    if file.client.transport_user is not None:
+    if (user := _other_user(file)) is not None:
         for path in (secret, flower):
-            shutil.chown(path, file.client.transport_user)
+            shutil.chown(path, user)
     logs = file.home / "logs"
     return [_supernode(file, port, secret, logs), _carrier(file, port, secret, place, logs)]
 
@@ -169,7 +172,7 @@ def _carrier(file: ClientFile, port: int, secret: Path, place: Path, logs: Path)
     if confine.version() >= 1:
         command = [sys.executable, "-I", "-S", str(CONFINE), json.dumps(allowances(flower, secret)), *command]
     environment = flower_environment(flower, {"HOME": str(flower), "TMPDIR": str(flower)})
-    return Program("carrier", command, environment, logs / "carrier.log", user=file.client.transport_user)
+    return Program("carrier", command, environment, logs / "carrier.log", user=_other_user(file))
 
 
 def allowances(flower: Path, secret: Path) -> dict[str, list[str]]:
@@ -189,13 +192,8 @@ def allowances(flower: Path, secret: Path) -> dict[str, list[str]]:
 def _transport_place(file: ClientFile) -> Path:
     """The directory of what carries bytes, which its user can pass through; owned by who starts the client."""
     place = file.home / "transport"
-    if file.client.transport_user is not None:
-        try:
-            pwd.getpwnam(file.client.transport_user)
-        except KeyError:
-            raise ConfigError(
-                f"client.transport_user = {file.client.transport_user!r}: this machine has no such user"
-            ) from None
+    user = _other_user(file)
+    if user is not None:
         if os.geteuid() != 0:
             raise ConfigError(
                 "client.transport_user needs root, to start a program as another user; start fedlab client as root, or"
@@ -210,8 +208,23 @@ def _transport_place(file: ClientFile) -> Path:
         file.socket.parent.mkdir(parents=True, exist_ok=True)
         file.socket.parent.chmod(0o711)
     place.mkdir(parents=True, exist_ok=True)
-    place.chmod(0o711 if file.client.transport_user is not None else 0o700)
+    place.chmod(0o711 if user is not None else 0o700)
     return place
+
+
+def _other_user(file: ClientFile) -> int | None:
+    """The user that Flower's executor is started as; None where that is the one who starts it, as in containers.
+
+    Raises ConfigError if there is none of that name.
+    """
+    name = file.client.transport_user
+    if name is None:
+        return None
+    try:
+        user = int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise ConfigError(f"client.transport_user = {name!r}: this machine has no such user") from None
+    return None if user == os.geteuid() else user
 
 
 def _look_at_server(file: ClientFile) -> None:
