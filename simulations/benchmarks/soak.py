@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--clients", type=int, default=3)
     made.add_argument("--every", type=float, default=30.0, help="seconds between two faults, on average")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--minutes", type=float, default=0, help="end it earlier, by Ctrl-C to the run")
+    made.add_argument("--minutes", type=float, default=0, help="end it earlier, by SIGTERM to the run")
     made.add_argument("--out", type=Path, help="directory that is kept; default: a temporary one")
     options = made.parse_args(arguments)
     place = options.out.absolute() if options.out else Path(tempfile.mkdtemp(prefix="fedlab-soak-"))
@@ -204,6 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = [f"client-{i}" for i in range(options.clients)]
     soak = Soak(place, options.rounds, names, random.Random(options.seed))
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and what was started is ended
     prepare(soak)
     try:
         for name in ("server", *names):
@@ -243,7 +244,7 @@ def endure(soak: Soak, every: float, seconds: float) -> bool:
             return True
         if seconds and time.monotonic() - began > seconds:
             soak.again.clear()
-            soak.processes["run"].send_signal(signal.SIGINT)
+            soak.processes["run"].send_signal(signal.SIGTERM)
             soak.processes["run"].wait(120)
             break
     soak.measure(len(soak.done()))
