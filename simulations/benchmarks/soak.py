@@ -37,7 +37,7 @@ RUN = """
 name = "soak"
 rounds = {rounds}
 fraction = {drawn:.3f}
-timeout = 90
+timeout = {timeout}
 [model]
 name = "{model}"
 [objective]
@@ -82,8 +82,9 @@ max_epsilon = 10000.0
 epsilon = 20000.0
 [machine]
 threads = 1
-deadline = 60.0
+deadline = 100.0
 """
+TIMEOUT = 120  # seconds of a round
 GRACE = 90.0  # seconds between the last round that was seen and the verdict that the run is stuck, beside run.timeout
 
 
@@ -98,6 +99,7 @@ class Soak:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
     memory: list[tuple[int, str, int, int]] = field(default_factory=list)  # round, part, process, KiB
+    ended: int = 0  # servers and clients that ended although nobody killed them
     again: dict[str, float] = field(default_factory=dict)  # command → when it is to be started again
 
     @property
@@ -169,7 +171,11 @@ class Soak:
             self.again[name] = time.monotonic() + seconds
 
     def come_back(self) -> None:
-        """Start again what was away for long enough."""
+        """Start again what was away for long enough, and, as systemd would, a server or client that ended by itself."""
+        for name, process in self.processes.items():
+            if name != "run" and name not in self.again and process.poll() is not None:
+                self.ended += 1
+                self.again[name] = time.monotonic() + 2
         for name in [name for name, when in self.again.items() if when <= time.monotonic()]:
             del self.again[name]
             if name == "run" and (self.run / "run.toml").is_file():
@@ -190,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--clients", type=int, default=3)
     made.add_argument("--every", type=float, default=30.0, help="seconds between two faults, on average")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--minutes", type=float, default=0, help="end it earlier, by Ctrl-C to the run")
+    made.add_argument("--minutes", type=float, default=0, help="end it earlier, by SIGTERM to the run")
     made.add_argument("--out", type=Path, help="directory that is kept; default: a temporary one")
     options = made.parse_args(arguments)
     place = options.out.absolute() if options.out else Path(tempfile.mkdtemp(prefix="fedlab-soak-"))
@@ -198,6 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = [f"client-{i}" for i in range(options.clients)]
     soak = Soak(place, options.rounds, names, random.Random(options.seed))
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and what was started is ended
     prepare(soak)
     try:
         for name in ("server", *names):
@@ -233,11 +240,11 @@ def endure(soak: Soak, every: float, seconds: float) -> bool:
         if number >= 1 and time.monotonic() >= next_fault and number < soak.rounds:
             soak.fault()
             next_fault = time.monotonic() + soak.chance.expovariate(1 / every)
-        if time.monotonic() - seen > 3 * 90 + 120 + GRACE:
+        if time.monotonic() - seen > 3 * TIMEOUT + 120 + GRACE:
             return True
         if seconds and time.monotonic() - began > seconds:
             soak.again.clear()
-            soak.processes["run"].send_signal(signal.SIGINT)
+            soak.processes["run"].send_signal(signal.SIGTERM)
             soak.processes["run"].wait(120)
             break
     soak.measure(len(soak.done()))
@@ -257,7 +264,9 @@ def verdict(soak: Soak, stuck: bool) -> dict[str, Any]:
     for name in soak.names:
         spent = events(parse_lines((soak.place / name / "ledger" / f"{name}.jsonl").read_text()), run)
         charges[name] = len(spent)
-        claimed = result["clients"].get(name, {"epsilon": 0.0, "delta": 1e-5})
+        claimed = result["clients"].get(name, {"epsilon": 0.0, "delta": 1e-5}) if "clients" in result else None
+        if claimed is None:
+            continue  # it was cut off while it began: nothing is claimed of anybody
         lost = max(lost, epsilon(spent, claimed["delta"]) - claimed["epsilon"])
     audit = audit_run(soak.run, regenerate=regenerate)
     done, code = soak.done(), soak.processes["run"].returncode
@@ -268,15 +277,16 @@ def verdict(soak: Soak, stuck: bool) -> dict[str, Any]:
         "ok": not stuck and lost < 1e-6 and well,
         "status": result["status"],
         "code": code,
-        "rounds": result["rounds"],
+        "rounds": len({line["round"] for line in done}),
         "faults": dict(soak.faults),
         "excluded": dict(excluded),
         "charges": dict(charges),
-        "epsilon": result["epsilon"],
+        "epsilon": result.get("epsilon"),
         "lost": max(0.0, lost),
         "audit": audit.verdict,
         "findings": [str(finding) for finding in audit.findings],
         "stuck": stuck,
+        "ended": soak.ended,
         "memory": growth(soak.memory),
     }
 
@@ -313,7 +323,7 @@ def show(found: dict[str, Any]) -> None:
     for part, one in found["memory"].items():
         values = " | ".join(f"{value:.0f}" for value in one.values())
         print(f"| {part} | {values} |")
-    print("stuck" if found["stuck"] else "not stuck")
+    print(f"{'stuck' if found['stuck'] else 'not stuck'}; {found['ended']} times a server or client ended by itself")
 
 
 def prepare(soak: Soak) -> None:
@@ -335,6 +345,7 @@ def prepare(soak: Soak) -> None:
     (soak.place / "server.toml").write_text(server, encoding="utf-8")
     text = RUN.format(
         rounds=soak.rounds,
+        timeout=TIMEOUT,
         drawn=max(1, len(soak.names) - 1) / len(soak.names),
         clients=len(soak.names),
         model=model,

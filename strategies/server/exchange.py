@@ -98,8 +98,8 @@ def exchange(
 ) -> tuple[list[tuple[int, Message]], Counter[int]]:
     """Send each node its message, one at most.
 
-    A node that is started again has lost what it was asked, so it is asked again; a client that had answered gives the
-    same answer, for no further charge.
+    A node that is started again has lost what it was asked, and one whose server was away may have, so they are asked
+    again; a client that had answered gives the same answer, for no further charge.
 
     Returns:
         Node and reply for those that arrived within ``timeout`` seconds, in no particular order (an error may come from
@@ -144,8 +144,11 @@ def _push(grid: Grid, messages: Iterable[Message]) -> dict[str, int]:
 
 
 def _started(grid: Grid) -> dict[int, str]:
-    """When each node that is there was started, as far as that is known."""
-    return {node.node_id: node.last_activated_at for node in grid.get_nodes()}
+    """Since when each node that is there, and the server between it and us, has been so without a break, as far as that
+    is known.
+    """
+    nodes, outages = list(grid.get_nodes()), getattr(grid, "outages", 0)
+    return {node.node_id: f"{node.last_activated_at} {outages}" for node in nodes}
 
 
 def _same(message: Message) -> Message:

@@ -236,7 +236,7 @@ class Sites:
             if not site.ledger.is_file():
                 continue
             claimed = result["clients"].get(site.name, {"epsilon": 0.0, "delta": 1e-5})
-            spent = epsilon(events(site.entries, run), claimed["delta"])
+            spent = epsilon(events(site.entries, run), claimed.get("delta", 1e-5))
             assert claimed["epsilon"] >= spent - 1e-9, f"{site.name} spent more than the run says"
 
 

@@ -21,7 +21,7 @@ from fedlab.protocol.pipe import receive, send
 from fedlab.run.monitor.client import ClientMonitor
 
 WHOLE = {"kind": "train", "header": b"{}", "table": b"[]", "body": b""}
-REPLY = Frame("train", b'{"clients":[]}', b"[]", b"done")
+REPLY = Frame("train", b'{"started":0.0,"ended":0.0,"clients":[]}', b"[]", b"")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def trainer(
 def answered(connect: Callable[[], socket.socket]) -> bool:
     with connect() as connection:
         send(connection, WHOLE)
-        return receive(connection)["body"] == b"done"
+        return bool(receive(connection)["header"] == REPLY.header)
 
 
 @pytest.mark.parametrize(

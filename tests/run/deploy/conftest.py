@@ -239,6 +239,7 @@ class House:
         (folder / "run.toml").write_text(toml, encoding="utf-8")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.live: LiveServer | None = None
+        self.runs: list[subprocess.Popen[bytes]] = []
 
     def serve(self) -> None:
         """Start the server, or start it again."""
@@ -338,7 +339,7 @@ class House:
             lines = self.ledger(name)
             return bool(lines) and lines[-1]["type"] == "CHARGE" and lines[-1]["round"] == number
 
-        wait_for(charged, 200, f"{name} training in round {number}")
+        wait_for(charged, 400, f"{name} training in round {number}")
 
     def check(self, out: str = "out", homes: Mapping[str, Path] | None = None) -> dict[str, Any]:
         """The result; the audit finds nothing, and nobody spent more than the run says."""
@@ -355,6 +356,7 @@ class House:
         return result
 
     def close(self) -> None:
+        self.end_runs()
         for process in self.processes.values():
             if process.poll() is None:
                 process.terminate()

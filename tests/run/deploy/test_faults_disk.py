@@ -22,6 +22,7 @@ def can() -> bool:
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not can(), reason="no file system of its own can be made here (mount needs root)"),
 ]
 
@@ -67,11 +68,11 @@ def test_a_client_whose_disk_is_full_sits_out_and_comes_back(
         house.join("north", 0, home=home)
         house.join("south", 1)
         process = house.run("run.rounds=5", "run.timeout=60", "privacy.participations=5", "train.steps=40", out="full")
-        wait_for(lambda: len(house.rounds("full")) >= 1, 200, "a round")
+        wait_for(lambda: len(house.rounds("full")) >= 1, 400, "a round")
         filler = fill(home)
-        wait_for(lambda: any(line["excluded"] for line in house.rounds("full")), 200, "a round without it")
+        wait_for(lambda: any(line["excluded"] for line in house.rounds("full")), 400, "a round without it")
         filler.unlink()
-        assert process.wait(280) == 0, house.said("full")
+        assert process.wait(600) == 0, house.said("full")
         result = house.check("full", {"north": home})
         assert (result["status"], result["rounds"]) == ("completed", 5)
         reasons = {reason for line in house.rounds("full") for reason in line["excluded"].values()}
@@ -91,9 +92,9 @@ def test_a_server_whose_disk_is_full_ends_the_run_which_resumes_when_there_is_ro
         house.serve()
         house.join("north", 0)
         process = house.run("run.rounds=3", "train.steps=40", out="runs/out")
-        wait_for(lambda: len(house.rounds("runs/out")) >= 1, 200, "a round")
+        wait_for(lambda: len(house.rounds("runs/out")) >= 1, 400, "a round")
         filler = fill(runs)
-        assert process.wait(280) == 4, house.said("runs/out")
+        assert process.wait(600) == 4, house.said("runs/out")
         assert "No space left on device" in house.said("runs/out")
         filler.unlink()
         assert house.fedlab("resume", "runs/out", out="resumed") == 0, house.said("resumed")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import httpx
@@ -47,8 +47,12 @@ class DeployedGrid(HttpGrid):
 
     def __init__(self, address: str, authority: bytes, token: str) -> None:
         super().__init__(address, insecure=False, root_certificates=authority, token=token)
-        self._retry_invoker = patient_invoker(address)
+        self.outages = 0  # times that the SuperLink was away: what nodes had just fetched may be lost
+        self._retry_invoker = patient_invoker(address, self._count_outage)
         self._asked = self._looked = 0.0  # by the monotonic clock
+
+    def _count_outage(self) -> None:
+        self.outages += 1
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         with _clear(self._addr):
@@ -74,8 +78,11 @@ class DeployedGrid(HttpGrid):
         return found
 
 
-def patient_invoker(address: str) -> RetryInvoker:
-    """Calls that are tried again while the SuperLink is away, and never when it refuses."""
+def patient_invoker(address: str, on_return: Callable[[], object] = lambda: None) -> RetryInvoker:
+    """Calls that are tried again while the SuperLink is away, and never when it refuses.
+
+    ``on_return``: called when it is there again.
+    """
     told = threading.Event()
 
     def on_backoff(state: RetryState) -> None:
@@ -87,6 +94,7 @@ def patient_invoker(address: str) -> RetryInvoker:
     def on_success(state: RetryState) -> None:
         if told.is_set():
             told.clear()
+            on_return()
             logger.warning("the server at %s answers again, after %.0f s", address, state.elapsed_time)
 
     return RetryInvoker(
