@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 PARTS = ("header", "table", "body")
-MOST = {"header": 2**28, "table": 2**26, "body": 2**33}  # bytes
+MOST = {"header": 2**28, "table": 2**26, "body": 2**31}  # bytes
 MOST_LINE = 512
 
 
