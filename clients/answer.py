@@ -20,6 +20,7 @@ from clients.sum_keys import answer_keys
 from clients.train import answer_train
 from fedlab.protocol import Frame, decode, encode
 from fedlab.protocol.messages import REQUESTS, Request
+from fedlab.protocol.version import check_version
 from fedlab.session import torch_threads
 
 ANSWERS: dict[str, Callable[[Node, Any], object]] = {
@@ -50,6 +51,7 @@ def answer(frame: Frame, desk: Desk) -> Frame:
     request: Request | None = None
     owners: Owners | None = None
     try:
+        check_version(frame)
         request = cast(Request, decode(frame, REQUESTS))
         owners = desk.owners(request)
         node = enter(request, owners, desk.memory(request.run.run))

@@ -14,6 +14,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from clients.answer import answer
@@ -33,6 +35,7 @@ from fedlab.run.monitor.logs import keep_at_home, tell
 from fedlab.run.places import LOG
 
 logger = logging.getLogger("fedlab")
+TOO_LATE = 75  # exit code of a trainer that missed its deadline
 PATIENCE = 60.0  # seconds that a connection may be silent before its request is there
 
 
@@ -94,7 +97,7 @@ class Trainer:
                 connection.settimeout(PATIENCE)
                 fields = receive(connection, MOST)
                 connection.settimeout(None)
-                with self._turn:
+                with self._turn, deadline(self._file.machine.deadline):
                     started = time.monotonic()
                     reply = answer(Frame(**fields), self._desk)
                 send(connection, vars(reply))
@@ -104,6 +107,26 @@ class Trainer:
                 return
             except (BrokenPipe, TimeoutError, OSError) as error:
                 logger.warning("a connection came to nothing: %s: %s", type(error).__name__, error)
+
+
+@contextmanager
+def deadline(seconds: float | None) -> Iterator[None]:
+    """End this process if the block takes longer: a computation that hangs cannot be ended otherwise. Whoever
+    supervises it starts it again.
+    """
+
+    def end() -> None:
+        logger.error("no answer after %g s (machine.deadline); the trainer ends and is started again", seconds)
+        os._exit(TOO_LATE)
+
+    timer = threading.Timer(seconds or 0, end)
+    timer.daemon = True
+    if seconds is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def listen(path: Path, shared: bool) -> socket.socket:

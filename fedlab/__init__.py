@@ -9,8 +9,9 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, FedlabError, Interrupted, PrivacyError, RunFailed
 from fedlab.run.launch import Run, resume, simulate
 from fedlab.run.launch.sweep import sweep
+from fedlab.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "ConfigError",

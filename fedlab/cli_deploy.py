@@ -172,7 +172,7 @@ def keys_renew(
 
         renew(directory, host or [], days)
         _lines(show(directory))
-        say("start the server again to use it")
+        say("a server that runs shows it within seconds")
 
     guarded(run, debug)
 

@@ -9,15 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData, objective_of, open_data
+from fedlab.data.collate import Tokens
+from fedlab.errors import ConfigError
 from fedlab.lora.state import BASIS, State
 from fedlab.models.hidden_states import cache_hidden_states
 from fedlab.models.loaded import LoadedModel
 from fedlab.models.loading import build
+from fedlab.objectives.language import LanguageModel
 from fedlab.privacy.plan import DPPlan, plan_of
 
 
@@ -64,10 +68,29 @@ def open_session(config_toml: str) -> Session:
     config = RunConfig.parse(config_toml)
     model = build(config, objective_of(config))
     data = open_data(config, model.tokenizer, model.objective)
+    check_vocabulary(model, data.tokens, config.model.name)
     if config.run.cache_hidden_states:
         with torch_threads(config.run.threads):
             data = cache_hidden_states(model, data)
     return Session(config, model, data)
+
+
+def check_vocabulary(model: LoadedModel, tokens: Tokens, name: str) -> None:
+    """Raise ConfigError where the tokenizer writes a token that the model has no row for: one that was added to it
+    without resizing the model.
+    """
+    try:
+        rows = len(cast(Any, model.module).get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError, TypeError):
+        return  # a model that keeps them elsewhere is tried out before round 1
+    written = [int(tokens.ids.max(initial=0)), cast(int, model.tokenizer.pad_token_id)]
+    if isinstance(model.objective, LanguageModel) and tokens.labels is not None:
+        written.append(int(tokens.labels.max(initial=0)))
+    if max(written) >= rows:
+        raise ConfigError(
+            f"model.name = {name!r}: its tokenizer writes token {max(written)}, but the model has {rows} of them (0 to"
+            f" {rows - 1}); give it the tokenizer that it was made with, or resize_token_embeddings and save both"
+        )
 
 
 @contextmanager

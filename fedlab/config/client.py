@@ -156,6 +156,12 @@ class Machine(Section):
 
     threads: int | None = Field(default=None, gt=0, description="torch threads; default: the run's (run.threads)")
     device: str | None = Field(default=None, description='"cpu", "cuda", "cuda:1", "mps"; default: that of the run')
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        description="seconds for one answer; a trainer that takes longer is ended and started again, and what it was"
+        " charged for stays charged; default: none",
+    )
 
 
 class ClientFile(Section):

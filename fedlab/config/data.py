@@ -59,7 +59,10 @@ class Canaries(Section):
     count: int = Field(default=4, gt=0, description="different secrets, dealt to the clients in turn")
     records: int = Field(default=1, gt=0, description="records of its client that hold the same secret")
     space: int = Field(
-        default=1000, gt=1, description="random sequences that the secrets are chosen from: a rank among them at best 1"
+        default=1000,
+        gt=1,
+        le=1_000_000,
+        description="random sequences that the secrets are chosen from: a rank among them at best 1",
     )
 
     @model_validator(mode="after")

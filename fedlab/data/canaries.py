@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlab.config.data import Canaries
+from fedlab.data.collate import Tokens
 from fedlab.data.corpus import Corpus
 from fedlab.data.partition import Shards
+from fedlab.errors import ConfigError
 from fedlab.seeds import random_stream
 
 PROMPT, DIGITS = "The secret number is", 8
@@ -72,6 +74,21 @@ def with_canaries(
     secrets = Secrets(space, chosen, clients, settings.records, len(corpus))
     owners = [shards.names.get(client, client) for client in clients]
     return _extended(corpus, space, chosen, owners, settings.records), replace(shards, train=train), secrets
+
+
+def check_secrets(secrets: Secrets, space: Tokens, max_length: int) -> None:
+    """Raise ConfigError where a model could not tell the secrets apart, or learns a part of each.
+
+    ``space``: tokens of ``secrets.records``.
+    """
+    rows = np.arange(len(space))
+    if max(int(space.lengths(rows).max()), int(space.label_lengths(rows).max())) >= max_length:
+        raise ConfigError(f"data.max_length = {max_length} would cut the secrets of data.canaries; raise it")
+    if len({space.label_bytes(rows[i : i + 1]) for i in rows}) < len(space):
+        raise ConfigError(
+            "data.canaries: this tokenizer writes different numbers with the same tokens, so nobody could tell secrets"
+            " apart (it may not know digits); take another model, or remove data.canaries"
+        )
 
 
 def _extended(corpus: Corpus, space: Corpus, chosen: np.ndarray, owners: list[str], copies: int) -> Corpus:

@@ -77,6 +77,23 @@ def check_lengths(corpus: Corpus, lengths: np.ndarray, model: str) -> None:
     )
 
 
+def check_said(corpus: Corpus, said: np.ndarray, model: str) -> list[str]:
+    """What to warn of where examples have no token to learn; ``said`` [N] says how many each has.
+
+    Raises ConfigError if none has any.
+    """
+    if said.all():
+        return []
+    silent = int((said == 0).sum())
+    text = (
+        f"{corpus.name}: {silent} of {len(said)} examples have no token to learn by the tokenizer of model.name ="
+        f" {model!r} (a text of one token that does not end, or an answer of none)"
+    )
+    if silent == len(said):
+        raise ConfigError(f"{text}; give longer texts, or use another model")
+    return [f"{text}, and teach nothing"]
+
+
 def check_positions(max_length: int, limit: int | None, model: str) -> None:
     """Raise ConfigError if texts may be longer than the model's table of positions."""
     if limit is not None and max_length > limit:

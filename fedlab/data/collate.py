@@ -48,6 +48,19 @@ class Tokens:
         """Tokens of each example."""
         return np.asarray(self.offsets[indices + 1] - self.offsets[indices])
 
+    def label_lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Labels of each example where they are sequences, else 1."""
+        if self.label_offsets is None:
+            return np.ones(len(indices), dtype=np.int64)
+        return np.asarray(self.label_offsets[indices + 1] - self.label_offsets[indices])
+
+    def label_counts(self) -> np.ndarray:
+        """Places with a loss of each example, where labels are sequences [N]."""
+        assert self.labels is not None
+        assert self.label_offsets is not None
+        before = np.concatenate([[0], np.cumsum(self.labels != NO_LOSS)])
+        return np.diff(before[self.label_offsets])
+
     def batch(self, indices: np.ndarray, pad_id: int) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, ``labels`` (and ``token_type_ids``), padded on the right to the longest
         [N, T]; labels are [N], or sequences padded with −100.
@@ -193,7 +206,9 @@ def _fingerprint(texts: Sequence[str], pairs: Sequence[str] | None) -> str:
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a tokenizer does, not where it lies: its class and, for fast ones, its whole serialised form."""
+    """What a tokenizer does, not where it lies: its class, its special tokens, its chat template and, for fast ones,
+    its whole serialised form. Models of one family often differ in the template alone.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
@@ -202,4 +217,6 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
         )  # left behind by the last call
     else:
         whole = repr(sorted(tokenizer.get_vocab().items()))
+    own = [getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map]
+    whole += json.dumps(own, sort_keys=True, default=str)
     return type(tokenizer).__name__ + hashlib.sha256(whole.encode()).hexdigest()

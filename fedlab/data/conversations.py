@@ -45,6 +45,8 @@ def _problem(messages: Any) -> str | None:
             return f"a message without role or content, both text; want {FORM}"
         if one["role"] not in ROLES:
             return f"a role that is none of {', '.join(ROLES)}; leave such messages out, or rename the role"
+    if messages[0]["role"] == "assistant":
+        return "a conversation that the assistant begins: put first what it answers, or leave it out"
     if not any(one["role"] == "assistant" and one["content"].strip() for one in messages):
         return "a conversation in which the assistant says nothing: there is nothing to learn; leave it out"
     return None

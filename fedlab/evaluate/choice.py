@@ -6,23 +6,26 @@ divided by the answer's length in bytes, so that short answers are not preferred
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from fedlab.config import RunConfig
 from fedlab.config.sections import EvaluateSection
 from fedlab.data import FederatedData
 from fedlab.data.collate import by_length
+from fedlab.errors import ConfigError
 from fedlab.evaluate.base import Evaluator
 from fedlab.evaluate.generation import prompt_and_answer
 from fedlab.models.loaded import LoadedModel
-from fedlab.objectives.base import NO_LOSS, Batch
+from fedlab.objectives.base import NO_LOSS, Batch, Objective
 from fedlab.objectives.language import LanguageModel, output_layer
 from fedlab.objectives.seq2seq import Seq2Seq
 from fedlab.objectives.vocabulary import token_losses
 
 LONG = 2**20  # tokens that no answer has
+SHOWN = 40  # characters of one in an error
 
 
 def chosen(model: LoadedModel, data: FederatedData, indices: np.ndarray, settings: EvaluateSection) -> dict[str, float]:
@@ -31,8 +34,8 @@ def chosen(model: LoadedModel, data: FederatedData, indices: np.ndarray, setting
     ``choice_accuracy``: share whose answer is the most probable choice. ``choice_accuracy_norm``: the same by
     log-likelihood per byte.
     """
-    answers = [answer_ids(model, choice) for choice in settings.choices]
-    names = [_text(model, ids) for ids in answers]
+    answers = [answer_ids(model.objective, model.tokenizer, choice) for choice in settings.choices]
+    names = [_text(model.tokenizer, ids) for ids in answers]
     prompts, written = zip(*(prompt_and_answer(model, data, i) for i in indices), strict=True)
     found = likelihoods(model, list(prompts), answers, settings.batch_size)
     sizes = np.array([max(1, len(name.encode())) for name in names])
@@ -43,11 +46,30 @@ def chosen(model: LoadedModel, data: FederatedData, indices: np.ndarray, setting
     }
 
 
-def answer_ids(model: LoadedModel, choice: str) -> list[int]:
+def check_choices(config: RunConfig, objective: Objective, tokenizer: Any) -> None:
+    """Raise ConfigError for an answer that could not be chosen: empty, the same as another, or too long."""
+    choices, most = config.evaluate.choices, config.data.max_length
+    for i, choice in enumerate(choices):
+        if not choice.strip():
+            raise ConfigError(f"evaluate.choices: {choice!r} is no answer; remove it")
+        if len(answer_ids(objective, tokenizer, choice)) >= most:
+            raise ConfigError(
+                f"evaluate.choices: {choice[:SHOWN]!r} leaves no room for a prompt in data.max_length = {most}"
+                " tokens; shorten it, or raise that"
+            )
+        text = _text(tokenizer, answer_ids(objective, tokenizer, choice))
+        if not text:
+            raise ConfigError(f"evaluate.choices: this model's tokenizer has no tokens for {choice!r}; remove it")
+        earlier = [one for one in choices[:i] if _text(tokenizer, answer_ids(objective, tokenizer, one)) == text]
+        if earlier:
+            raise ConfigError(f"evaluate.choices: {choice!r} and {earlier[0]!r} are one answer; remove one of them")
+
+
+def answer_ids(objective: Objective, tokenizer: Any, choice: str) -> list[int]:
     """Tokens of an answer, with its end, as the objective learns it."""
     answer = np.empty(1, dtype=object)
     answer[0] = choice
-    labels = model.objective.encode(["a"], None, answer, model.tokenizer, LONG)["labels"][0]
+    labels = objective.encode(["a"], None, answer, tokenizer, LONG)["labels"][0]
     return [token for token in labels if token != NO_LOSS]
 
 
@@ -87,9 +109,9 @@ def _padded(rows: list[list[int]], fill: int) -> torch.Tensor:
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
 
 
-def _text(model: LoadedModel, ids: list[int]) -> str:
+def _text(tokenizer: Any, ids: list[int]) -> str:
     """An answer as the examples' answers are read back."""
-    return str(model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 EVALUATOR = Evaluator(("choice_accuracy", "choice_accuracy_norm"), frozenset({"instruction", "seq2seq"}), chosen)

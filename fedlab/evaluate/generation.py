@@ -6,6 +6,7 @@ beams where the model's own generation config says so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, cast
@@ -45,13 +46,22 @@ def scores_of(found: Sequence[str], written: Sequence[str]) -> dict[str, float]:
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
-    rouge = RougeScorer(["rougeL"])
+    rouge = RougeScorer(["rougeL"], tokenizer=_Words())
     pairs = [(a.strip(), b.strip()) for a, b in zip(found, written, strict=True)]
     return {
         "exact_match": sum(a == b for a, b in pairs) / len(pairs),
         "rouge_l": sum(rouge.score(b, a)["rougeL"].fmeasure for a, b in pairs) / len(pairs),
         "chrf": sacrebleu.corpus_chrf([a for a, _ in pairs], [[b for _, b in pairs]]).score / 100,
     }
+
+
+class _Words:
+    """Words of any script, of letters and digits in lower case; of plain ASCII rouge-score's own. Its default knows
+    a–z and 0–9 alone: an answer in Greek would have no words, and "für" two.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
 
 
 def generate(

@@ -27,7 +27,7 @@ def tokens(model: LoadedModel, data: FederatedData, indices: np.ndarray, setting
 
     ``loss``: nats per label token. ``perplexity``: its exponential. ``bits_per_byte``: bits per byte of the labels'
     text, which tokenizers of unlike vocabularies can be compared by. ``token_accuracy``: share of label tokens that are
-    the most probable ones.
+    the most probable ones. NaN where there is no label token, or they are no text.
     """
     pad = cast(int, model.tokenizer.pad_token_id)
     chunks = by_length(data.tokens.lengths(indices), settings.batch_size)
@@ -45,12 +45,12 @@ def over(model: LoadedModel, objective: LanguageModel, batches: Iterable[Batch])
             nats, count = nats + float(losses.double().sum()), count + len(losses)
             hits += int((best == found.targets).sum())
             size += sum(len(said(model, row.numpy()).encode()) for row in batch["labels"])
-    loss = nats / max(count, 1)
+    loss = nats / count if count else math.nan
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, MOST)),
-        "bits_per_byte": nats / math.log(2) / max(size, 1),
-        "token_accuracy": hits / max(count, 1),
+        "bits_per_byte": nats / math.log(2) / size if size else math.nan,
+        "token_accuracy": hits / count if count else math.nan,
     }
 
 

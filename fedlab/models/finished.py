@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,27 +20,50 @@ from fedlab.models.encoder import SentenceClassifier
 from fedlab.models.loaded import LoadedModel
 from fedlab.models.loading import device_of, load_tokenizer, quiet_seeded
 from fedlab.models.plain import EXACT, load_plain, saved
+from fedlab.models.positions import table_rows
 from fedlab.models.trial import together, trial_rows
 from fedlab.objectives.language import LanguageModel
 
 STATEMENT = "PRIVACY.md"  # of a run; goes with what was made of it
+RESULT = "result.json"
 
 
 def open_run(run: str | Path) -> LoadedModel:
     """The model that a run has saved, with its tokenizer and its objective, on the run's device.
 
-    Raises ConfigError for a directory that holds no run or no adapter.
+    Raises ConfigError for a directory that holds no run or no adapter, or a damaged one.
     """
     path = Path(run)
-    config, objective = saved(path)
-    dtype = torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
-    device = device_of(config.run.device)
-    plain = load_plain(config.model, objective, path / "adapter", dtype, device)
+    with _damage_told(path):
+        config, objective = saved(path)
+        dtype = torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
+        device = device_of(config.run.device)
+        plain = load_plain(config.model, objective, path / "adapter", dtype, device)
     return LoadedModel(cast(Any, plain.to(device)), load_tokenizer(config.model), device, objective)
 
 
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Raise ConfigError for whatever a run's adapter, or its files beside it, make a library trip over."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, ValueError, LookupError, RuntimeError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{str(path / 'adapter')!r} is damaged, or of another model than model.name in run.toml ({reason}); put"
+            " back what the run saved"
+        ) from None
+
+
 def prompts_of(model: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of what a model reads before it answers. Raises ConfigError for one that answers with no text."""
+    """Token ids of what a model reads before it answers.
+
+    Raises ConfigError for a model that answers with no text, and for a prompt without text or with too much.
+    """
     if not isinstance(model.objective, LanguageModel):
         raise ConfigError(
             "objective.name: this run's model gives no text; load it with a pipeline of transformers, as"
@@ -47,7 +71,13 @@ def prompts_of(model: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
         )
     if empty := [prompt for prompt in prompts if not prompt.strip()]:
         raise ConfigError(f"--prompt {empty[0]!r} has no text")
-    return [model.objective.prompt_ids(prompt, model.tokenizer) for prompt in prompts]
+    found = [model.objective.prompt_ids(prompt, model.tokenizer) for prompt in prompts]
+    limit, longest = table_rows(model.module), max(map(len, found), default=0)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"--prompt: one is {longest} tokens long as the model reads it, which has positions for {limit}; shorten it"
+        )
+    return found
 
 
 def merge(run: str | Path, out: str | Path) -> Path:
@@ -62,8 +92,11 @@ def merge(run: str | Path, out: str | Path) -> Path:
         ConfigError: there is no adapter, ``out`` is taken, or the base is no plain transformers model.
         RunFailed: what was written gives other logits.
     """
-    path, target = Path(run), Path(out).absolute()
-    config, _ = saved(path)
+    path, target = Path(run), Path(out).resolve()
+    with _damage_told(path):
+        config, _ = saved(path)
+    if not (path / RESULT).is_file():
+        raise ConfigError(f"{str(run)!r} has no {RESULT}: the run is not finished; fedlab resume {str(run)!r}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{str(out)!r} is there already; give another directory")
     if config.model.quantize != "none":
@@ -91,7 +124,7 @@ def merge(run: str | Path, out: str | Path) -> Path:
         statement = path / STATEMENT
         if statement.is_file():
             shutil.copyfile(statement, temporary / STATEMENT)
-        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        result = json.loads((path / RESULT).read_text(encoding="utf-8"))
         (temporary / "README.md").write_text(merged_card(config, result), encoding="utf-8")
         _check(model, temporary, batch, wanted)
         _readable(temporary)
@@ -105,8 +138,8 @@ def _readable(directory: Path) -> None:
     """Give a directory and its files the modes that the user's umask gives: some writers keep theirs to their owner."""
     os.umask(umask := os.umask(0))
     directory.chmod(0o777 & ~umask)
-    for file in directory.iterdir():
-        file.chmod(0o666 & ~umask)
+    for file in directory.rglob("*"):  # some tokenizers keep templates in a directory of their own
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
 
 
 def plainly_named(merged: Any) -> None:

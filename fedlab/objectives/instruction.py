@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from fedlab.config.data import DataSection
@@ -27,6 +28,7 @@ from fedlab.objectives.causal_lm import ended
 from fedlab.objectives.language import LanguageModel
 
 Row = tuple[list[int], list[int]]  # ids and labels
+DAY = "26 Jul 2024"  # what Llama 3's templates say where nobody knows the day
 LEAST_ANSWER = 2  # 1/2 of max_length: so much of an answer stays at least where a prompt is too long
 
 
@@ -142,9 +144,21 @@ def _conversation_row(messages: list[dict[str, str]], tokenizer: Any) -> Row:
 
 
 def _templated(tokenizer: Any, messages: list[dict[str, str]], answer_follows: bool) -> list[int]:
-    found = tokenizer.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=answer_follows, return_dict=True
-    )["input_ids"]
+    """Tokens of a conversation. Raises ConfigError where the template refuses it, or is itself at fault."""
+    # Llama 3's templates say which day it is, unless they are told one: other tokens tomorrow
+    dated = {"date_string": DAY} if "date_string" in str(tokenizer.chat_template) else {}
+    try:
+        found = tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=answer_follows, return_dict=True, **dated
+        )["input_ids"]
+    except (TemplateError, ValueError, TypeError, LookupError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        said = ", ".join(message["role"] for message in messages) or "nobody"
+        raise ConfigError(
+            f'objective.name = "instruction": this tokenizer\'s chat template does not take a conversation of {said}'
+            f" ({reason}); leave such conversations out, or take another model; prompts and answers can go without the"
+            " chat template, with objective.template"
+        ) from None
     return list(found)
 
 

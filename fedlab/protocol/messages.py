@@ -15,6 +15,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from fedlab.identifiers import PATTERN, is_identifier
 from fedlab.protocol.failures import FailureCode
 from fedlab.protocol.wire import Arrays
+from fedlab.version import VERSION
 
 MOST_CONFIGURATION, MOST_LINES = 2**20, 2**26  # characters
 
@@ -89,6 +90,7 @@ class DescribeRequest(Strict):
     clients: tuple[ClientId, ...]  # of a simulation; a node with an owner of its own answers for that one
     simulation: str = ""  # run directory of a simulation, whose nodes share the server's disk; "" elsewhere
     basis: Arrays = field(default_factory=dict)
+    version: Annotated[str, StringConstraints(max_length=64)] = VERSION  # of fedlab at the server
 
 
 @dataclass(frozen=True)

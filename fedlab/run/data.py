@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from fedlab.config import RunConfig
-from fedlab.data.checks import check_labels, check_lengths, check_positions
+from fedlab.data.canaries import check_secrets
+from fedlab.data.checks import check_labels, check_lengths, check_positions, check_said
 from fedlab.data.collate import Tokens, tokenise
 from fedlab.data.corpus import Corpus
 from fedlab.data.duplicates import find_duplicates, text_keys
@@ -17,9 +18,11 @@ from fedlab.data.opening import corpus_and_shards, forget_changed, objective_of,
 from fedlab.data.partition import Shards
 from fedlab.data.report import DataReport, clients_of, content_digest, deal_digest, examples_of
 from fedlab.errors import ConfigError
+from fedlab.evaluate.choice import check_choices
 from fedlab.files import replacing
 from fedlab.models.loading import load_tokenizer
 from fedlab.models.positions import position_limit
+from fedlab.objectives.language import LanguageModel
 from fedlab.session import open_session
 
 DATA = "data.json"
@@ -35,6 +38,8 @@ def refresh(config: RunConfig) -> None:
 def check_data(config: RunConfig) -> DataReport:
     """The data report of a run. Raises ConfigError for labels and lengths that cannot work, named by their key."""
     check_positions(config.data.max_length, position_limit(config.model), config.model.name)
+    if config.evaluate.choices:
+        check_choices(config, objective_of(config), load_tokenizer(config.model))
     tasks = [(task.name, task.labels, task.data) for task in config.tasks]
     seen = config.data, config.data_seed, config.model, config.objective, tasks, config.stream.heads
     if (key := repr(seen)) not in _reports:
@@ -60,12 +65,13 @@ def _report(config: RunConfig) -> DataReport:
     tokens = tokenise(corpus, tokenizer, config.data.max_length, objective)
     lengths = tokens.lengths(np.arange(len(corpus)))
     check_lengths(corpus, lengths, config.model.name)
+    if isinstance(objective, LanguageModel):
+        warnings += check_said(corpus, tokens.label_counts(), config.model.name)
     secrets = secrets_of(config)
     inserted = 0 if secrets is None else len(corpus) - secrets.first
-    if inserted and int(lengths[-inserted:].max()) >= config.data.max_length:
-        raise ConfigError(
-            f"data.max_length = {config.data.max_length} would cut the secrets of data.canaries; raise it"
-        )
+    if secrets is not None:
+        space = tokenise(secrets.records, tokenizer, config.data.max_length, objective)
+        check_secrets(secrets, space, config.data.max_length)
     twice = find_duplicates(corpus, _together(tasks), _purged(config, corpus, tasks))
     return DataReport(
         corpus.reading,
@@ -104,14 +110,15 @@ def _purged(config: RunConfig, corpus: Corpus, tasks: list[Shards]) -> int:
 
 
 def _cut(corpus: Corpus, tokens: Tokens, config: RunConfig, objective: Any, tokenizer: Any) -> int:
-    """Texts that are longer than ``data.max_length`` tokens: those that would have one token more."""
-    limit = config.data.max_length
-    full = np.flatnonzero(tokens.lengths(np.arange(len(corpus))) >= limit)
+    """Texts, or their answers, that are longer than ``data.max_length`` tokens: that would have one token more."""
+    limit, rows = config.data.max_length, np.arange(len(corpus))
+    full = np.flatnonzero(np.maximum(tokens.lengths(rows), tokens.label_lengths(rows)) >= limit)
     if not len(full):
         return 0
     part = corpus.take(full, 0)
     encoded = objective.encode(part.texts, part.pairs, part.labels, tokenizer, limit + 1)
-    return sum(len(row) > limit for row in encoded["input_ids"])
+    longest = [map(len, encoded[name]) for name in ("input_ids", "labels") if name in encoded]
+    return sum(max(both) > limit for both in zip(*longest, strict=True))
 
 
 def record_data(path: Path, config: RunConfig) -> DataReport:

@@ -60,6 +60,10 @@ class Accounts:
             )
             for client in self.spent.deltas:
                 self.spent.record(client, self._mirror.events(client))
+            for client in federation.recalled:  # of the round that was cut off
+                event = federation.clients[client].event
+                assert event is not None
+                self.spent.assume(client, event)
             if len(federation.eligible) < self.config.run.min_clients and federation.refused:
                 client, reason = next(iter(federation.refused.items()))
                 if reason.startswith("storage:") and not federation.hosts:
@@ -126,9 +130,12 @@ class Accounts:
         """
         if self.mirror is not None:
             for client in drawn:
+                event = self._federation.clients[client].event
                 if client not in outcome.silent:
                     self.spent.record(client, self.mirror.events(client))
-                event = self._federation.clients[client].event
+                elif event is not None:
+                    for _ in range(outcome.again[client]):
+                        self.spent.assume(client, event)
                 if client in outcome.unproven and event is not None:
                     self.spent.assume(client, event, for_good=True)
 
@@ -145,10 +152,13 @@ class Accounts:
 
     def rounds_charged_after(self, client: str, round_number: int) -> int:
         """Charges of this run for later rounds: rounds that were cut off, and under secure noise released something
-        new.
+        new. What a client on a machine of its own committed to in the next one it gives again, for no further charge.
         """
         entries = self._mirror.entries(client) if self._mirror else []
-        return sum(1 for e in charged(entries, self._directory.run_id) if e["round"] > round_number)
+        later = [e for e in charged(entries, self._directory.run_id) if e["round"] > round_number]
+        committed = {e["charge"] for e in entries if e["type"] == "COMMIT"}
+        kept = any(e["round"] == round_number + 1 and e["hash"] in committed for e in later)
+        return len(later) - (1 if kept and self._federation.hosts else 0)
 
     def expect(self, clients: list[str], event: Event) -> None:
         """These clients are asked for a release beside the rounds: it counts as spent until their ledger is seen."""

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, PrivacyError, RunFailed, Unwritable
 from fedlab.lora.state import State, digest, to_wire
+from fedlab.privacy.ledger.ledger import event_of as event_of_line
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.release import SIZE, event_of
 from fedlab.protocol.failures import explained
@@ -22,11 +23,12 @@ from fedlab.run.directory import RunDirectory
 from fedlab.run.places import LOG
 from fedlab.seeds import client_order
 from strategies.server.exchange import Answers, ask
-from strategies.server.federation import ClientInfo, Federation
+from strategies.server.federation import NOWHERE, ClientInfo, Federation
 from strategies.server.server_data import ServerData
 
 logger = logging.getLogger("fedlab")
 AWAIT_SECONDS = 0.5  # between two looks at who is there
+AGAIN_SECONDS = 5.0  # before nodes that could not say who they are are asked again
 
 
 def run_reference(directory: RunDirectory, config: RunConfig, parts: Sequence[str], basis: State) -> RunReference:
@@ -60,6 +62,7 @@ class Discovery:
     ) -> None:
         self._grid, self._directory, self._config, self._run = grid, directory, config, run
         self._data, self._mirror, self._basis = data, mirror, basis
+        self.absent: dict[int, str] = {}  # node → why nobody of it takes part
 
     @property
     def retries(self) -> int:
@@ -75,15 +78,17 @@ class Discovery:
             ConfigError: memorisation is to be measured, and clients are on machines of their own.
         """
         _check_deployable(self._config, self._data)
+        deadline = time.monotonic() + self._patience
         nodes = self._await(lambda there: len(there) >= self._config.population, self._config.run.min_clients)
         found = Federation(self._config, {}, {}, nodes, self._run, self._mirror)
-        failed = self._enrol(found, nodes, meanwhile)
-        if self._data.deployment is not None and len(found.clients) < self._config.run.min_clients:
-            why = "; ".join(f"node {node}: {reason}" for node, reason in list(failed.items())[:3])
-            raise RunFailed(
-                f"{len(found.clients)} clients answered, {self._config.run.min_clients} needed (run.min_clients)"
-                + (f"; {why}" if why else "")
-            )
+        self._enrol(found, nodes, meanwhile)
+        while self._data.deployment is not None and len(found.clients) < self._config.run.min_clients:
+            if time.monotonic() >= deadline:
+                raise RunFailed(self._too_few(len(found.clients), "take part"))
+            interrupt.check()
+            time.sleep(AGAIN_SECONDS)
+            self.welcome(found)
+        self._recall(found)
         found.clients = dict(sorted(found.clients.items(), key=lambda item: client_order(item[0])))
         return found
 
@@ -118,12 +123,10 @@ class Discovery:
 
         Raises RunFailed if they are fewer than ``least`` then; None: if they are not enough.
         """
-        deployment = self._data.deployment
-        deadline = time.monotonic() + (0.0 if deployment is None else deployment.wait)
-        told = deployment is None
+        deadline, told = time.monotonic() + self._patience, False
         while True:
             there = set(self._grid.get_node_ids())
-            if deployment is None or enough(there):
+            if self._data.deployment is None or enough(there):
                 return sorted(there)
             if not told:
                 logger.info("waiting for clients: %d nodes are there", len(there))
@@ -133,17 +136,27 @@ class Discovery:
             interrupt.check()
             time.sleep(AWAIT_SECONDS)
         if least is None or len(there) < least:
-            needed = f"{self._config.run.min_clients} are needed (run.min_clients)"
-            raise RunFailed(
-                f"{len(there)} clients are connected after {deployment.wait:.0f} s, and {needed}; start them, or lower"
-                f" it, then continue with: fedlab resume {self._directory.path}"
-            )
+            raise RunFailed(self._too_few(len(there), "are connected"))
         return sorted(there)
+
+    @property
+    def _patience(self) -> float:
+        """Seconds to wait for clients."""
+        return 0.0 if self._data.deployment is None else self._data.deployment.wait
+
+    def _too_few(self, count: int, what: str) -> str:
+        """What a run ends with that lacks clients: how many there are, why the others are none, and what to do."""
+        why = "".join(f"; node {node}: {reason}" for node, reason in list(self.absent.items())[:3])
+        return (
+            f"{count} clients {what} after {self._patience:.0f} s, and {self._config.run.min_clients} are needed"
+            f" (run.min_clients){why}. Start them, or lower it, then continue with: fedlab resume"
+            f" {self._directory.path}"
+        )
 
     def _enrol(
         self, federation: Federation, nodes: Sequence[int], meanwhile: Callable[[], object] = lambda: None
-    ) -> dict[int, str]:
-        """Ask nodes who they are, and enter what they declare; why some did not answer."""
+    ) -> None:
+        """Ask nodes who they are, and enter what they declare."""
         text, arrays, clients = self._config.to_toml(), to_wire(self._basis), self._data.clients
         place = str(self._directory.path) if self._data.deployment is None else ""  # no path of the server's leaves it
         requests = {
@@ -152,23 +165,48 @@ class Discovery:
         }
         answers = ask(self._grid, "describe", requests, DescribeReply, self._config.run.timeout, meanwhile=meanwhile)
         deployed = self._data.deployment is not None
-        _check_failed(answers, self._directory, deployed)
+        absent = _failed(answers, self._directory, deployed)
         for node, reply in answers.replies.items():
             if reply.exclusive != deployed:
-                logger.warning("node %d takes no part: it is %s", node, "no client's own" if deployed else "a client's")
+                absent[node] = "it is no client's own" if deployed else "it is a client's"
                 continue
             for enrolment in reply.clients:
                 client = enrolment.reply.client
-                if client in federation.clients and not self._same(federation, enrolment, node):
+                if client in federation.clients and not self._same(federation, enrolment):
+                    absent[node] = (
+                        f"it says that it is {client}, and so does node {federation.hosts[client]}; every client needs"
+                        " a name of its own"
+                    )
                     continue
                 _admit(federation, enrolment)
                 if deployed:
                     federation.hosts[client] = node
-        if self._mirror is not None:
+        for node in nodes:
+            if node in absent and absent[node] != self.absent.get(node):  # told once
+                logger.warning("node %d takes no part: %s", node, absent[node])
+            self.absent.pop(node, None)
+        self.absent |= absent
+        if self._mirror is not None and len(absent) < len(nodes):
             self._mirror.start(self._config.privacy.unit, self._directory.file_digest("run.toml"))
-        return answers.failed
 
-    def _same(self, federation: Federation, enrolment: Enrolment, node: int) -> bool:
+    def _recall(self, federation: Federation) -> None:
+        """Of a deployed run that is resumed: clients that took part before and are not here now are known, and offline.
+
+        They may have been charged since they were heard of last, and come back any time.
+        """
+        if self._data.deployment is None or self._mirror is None:
+            return
+        for client in self._mirror.recall():
+            if (plan := self._mirror.plan(client)) is None:
+                continue
+            event, delta = event_of_line(plan["event"]), float.fromhex(plan["delta"])
+            federation.clients[client] = ClientInfo(plan["n"], event, delta)
+            federation.hosts[client] = NOWHERE
+            federation.offline.add(client)
+            federation.recalled.append(client)
+            logger.warning("%s took part before and is not here; the run goes on without it until it comes", client)
+
+    def _same(self, federation: Federation, enrolment: Enrolment) -> bool:
         """Whether a client that is known speaks from another node, with the key of its ledger; the first to come keeps
         a name, so that nobody can end a run by claiming it.
 
@@ -177,15 +215,7 @@ class Discovery:
         client = enrolment.reply.client
         if client not in federation.hosts:
             raise RunFailed(f"two nodes say that they are {client}; every client needs a name of its own")
-        if self._mirror is not None and enrolment.key and enrolment.key == self._mirror.key_of(client):
-            return True
-        logger.warning(
-            "node %d takes no part: it says that it is %s, and so does node %d; every client needs a name of its own",
-            node,
-            client,
-            federation.hosts[client],
-        )
-        return False
+        return self._mirror is not None and bool(enrolment.key) and enrolment.key == self._mirror.key_of(client)
 
 
 def _check_deployable(config: RunConfig, data: ServerData) -> None:
@@ -206,15 +236,14 @@ def _check_deployable(config: RunConfig, data: ServerData) -> None:
         )
 
 
-def _check_failed(answers: Answers[DescribeReply], directory: RunDirectory, deployed: bool) -> None:
-    """A simulation needs all its nodes; elsewhere those that failed are left out, and named in the log."""
-    for node, reason in answers.failed.items():
-        reason = reason.removeprefix("node failed: ")
-        if not deployed and "storage:" in reason:
+def _failed(answers: Answers[DescribeReply], directory: RunDirectory, deployed: bool) -> dict[int, str]:
+    """Node → why it did not answer. A simulation needs all its nodes; elsewhere those that failed are left out."""
+    absent = {node: reason.removeprefix("node failed: ") for node, reason in answers.failed.items()}
+    for reason in absent.values() if not deployed else ():
+        if "storage:" in reason:
             raise Unwritable(directory.path, "a node could not keep what a run begins with")
-        if not deployed:
-            raise RunFailed(f"a node could not prepare the run: {reason} ({directory.path / LOG})")
-        logger.warning("node %d takes no part: %s", node, reason)
+        raise RunFailed(f"a node could not prepare the run: {reason} ({directory.path / LOG})")
+    return absent
 
 
 def _admit(federation: Federation, enrolment: Enrolment) -> None:

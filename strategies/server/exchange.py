@@ -6,6 +6,7 @@ Flower's ``send_and_receive`` says nothing until all replies are in, so replies 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -19,6 +20,8 @@ from fedlab.protocol.messages import NODE_FAILURE, REPLIES, NodeFailure
 from fedlab.run import interrupt
 
 POLL_SECONDS = 0.02
+LOOK_SECONDS = 5.0  # between two looks whether a node that has not answered was started again
+NOT_TAKEN = "the server did not take the message for it: it was shut out, or the message is larger than server.max_body"
 RECORD = "fedlab"  # of a message
 TYPES = {"train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}  # others are queries
 R = TypeVar("R")
@@ -30,6 +33,7 @@ class Answers(Generic[R]):
 
     replies: dict[int, R] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # why there is no reply that could be used
+    asked: Counter[int] = field(default_factory=Counter)  # how often: again, if it was started again
 
 
 def ask(
@@ -62,8 +66,9 @@ def ask(
     ]
     answers: Answers[R] = Answers()
     kinds: dict[str, Any] = {kind: reply_type, NODE_FAILURE: NodeFailure}
-    for asked, message in exchange(grid, messages, timeout, on_reply, meanwhile):
-        node = asked.metadata.dst_node_id  # an error may come from whoever was to deliver it
+    replies, answers.asked = exchange(grid, messages, timeout, on_reply, meanwhile)
+    answers.failed |= {node: NOT_TAKEN for node in requests if not answers.asked[node]}
+    for node, message in replies:
         if node in answers.replies or node in answers.failed:
             continue  # a duplicate: the first counts
         if message.has_error():
@@ -90,27 +95,65 @@ def exchange(
     timeout: float,
     on_reply: Callable[[], object] = lambda: None,
     meanwhile: Callable[[], object] = lambda: None,
-) -> list[tuple[Message, Message]]:
-    """What was asked, and its reply, for those that arrived within ``timeout`` seconds, in no particular order."""
-    messages = list(messages)
-    asked = dict(zip(grid.push_messages(messages), messages, strict=True))
-    pending = set(asked)
-    deadline = time.monotonic() + timeout
+) -> tuple[list[tuple[int, Message]], Counter[int]]:
+    """Send each node its message, one at most.
+
+    A node that is started again has lost what it was asked, and one whose server was away may have, so they are asked
+    again; a client that had answered gives the same answer, for no further charge.
+
+    Returns:
+        Node and reply for those that arrived within ``timeout`` seconds, in no particular order (an error may come from
+        the server, which says so in a node's place), and how often each node was asked: not at all, if its message was
+        not taken.
+    """
+    asked = {message.metadata.dst_node_id: message for message in messages}
+    started = _started(grid)
+    pending = _push(grid, asked.values())
+    times = Counter(pending.values())
+    deadline, look = time.monotonic() + timeout, time.monotonic() + LOOK_SECONDS
     meanwhile()
-    replies: list[tuple[Message, Message]] = []
+    replies: list[tuple[int, Message]] = []
     while pending and time.monotonic() < deadline:
         interrupt.check()
-        arrived = list(grid.pull_messages(pending))
+        arrived = list(grid.pull_messages(set(pending)))
         for reply in arrived:
-            name = reply.metadata.reply_to_message_id
-            if name not in pending:
-                continue  # nobody asked, or it came before
-            pending.discard(name)
-            replies.append((asked[name], reply))
+            node = pending.get(reply.metadata.reply_to_message_id)
+            if node is None:
+                continue  # nobody asked, or its answer is there
+            pending = {message: other for message, other in pending.items() if other != node}
+            replies.append((node, reply))
             on_reply()
         if pending and not arrived:
             time.sleep(POLL_SECONDS)
-    return replies
+        if pending and time.monotonic() >= look:
+            now, look = _started(grid), time.monotonic() + LOOK_SECONDS
+            again = {node for node in pending.values() if node in now and now[node] != started.get(node)}
+            started |= now
+            more = _push(grid, [_same(asked[node]) for node in again])
+            times.update(more.values())
+            pending |= more
+    return replies, times
+
+
+def _push(grid: Grid, messages: Iterable[Message]) -> dict[str, int]:
+    """Send messages; id → node of those that were taken."""
+    sent = list(messages)
+    taken = set(grid.push_messages(sent)) if sent else set()
+    found = [message.metadata for message in sent]
+    return {one.message_id: one.dst_node_id for one in found if one.message_id in taken}
+
+
+def _started(grid: Grid) -> dict[int, str]:
+    """Since when each node that is there, and the server between it and us, has been so without a break, as far as that
+    is known.
+    """
+    nodes, outages = list(grid.get_nodes()), getattr(grid, "outages", 0)
+    return {node.node_id: f"{node.last_activated_at} {outages}" for node in nodes}
+
+
+def _same(message: Message) -> Message:
+    """A message with the same content, under an id of its own."""
+    return Message(message.content, message.metadata.dst_node_id, message.metadata.message_type)
 
 
 def _frame(content: RecordDict) -> Frame:

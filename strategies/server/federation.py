@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -18,6 +19,9 @@ from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.noise import SecureStream
 from fedlab.protocol.messages import ClientReply, RunReference
 from fedlab.seeds import client_order, random_stream
+
+NOWHERE = 0  # host of a client that took part before its run was resumed, and is not back yet
+SPENT = ("budget-exhausted", "participations")  # codes of a client that did all it could
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Federation:
     mirror: LedgerMirror | None = None  # what is known of the clients' ledgers; None if they keep none
     refused: dict[str, str] = field(default_factory=dict)  # client → why it takes part no more
     offline: set[str] = field(default_factory=set)  # clients whose node is not there now
+    recalled: list[str] = field(default_factory=list)  # clients of before that were not here when the run went on
     participations: Counter[str] = field(default_factory=Counter)
     max_clients_per_pass: int = 0  # clients of a pass that fit into memory; 0: as many as the configuration says
 
@@ -59,11 +64,25 @@ class Federation:
         """Lines of a client's ledger that it need not send again."""
         return self.mirror.known(client) if self.mirror else 0
 
+    def reachable(self, clients: Iterable[str]) -> list[str]:
+        """Those of the clients that a message can be sent to."""
+        return [client for client in clients if self.hosts.get(client) != NOWHERE]
+
+    @property
+    def unfit(self) -> dict[str, str]:
+        """Clients that take part no more for another reason than that they have spent what they may; and the reason."""
+        return {client: reason for client, reason in self.refused.items() if not reason.startswith(SPENT)}
+
     @property
     def eligible(self) -> list[str]:
         """Clients that may be drawn: they did not refuse, and are below the cap on participations."""
         cap = self.config.participations if self.config.privacy.unit == "example" else self.config.run.rounds
         return [client for client in self.clients if client not in self.refused and self.participations[client] < cap]
+
+    @property
+    def there(self) -> list[str]:
+        """Clients that can be asked now: their node is there, and they signed what the run asks for."""
+        return [client for client in self.clients if client not in self.offline and client not in self.refused]
 
     def draw(self, round_number: int) -> list[str]:
         """Choose and count this round's clients. Nobody is drawn who may not be (``eligible``).

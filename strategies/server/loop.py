@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedlab.errors import RunFailed, Unwritable
 from fedlab.lora.state import State, digest, nbytes, part_of
 from fedlab.privacy.ledger.ledger import Entry
 from fedlab.privacy.promise import NO_DP
+from fedlab.privacy.scores_plan import scores_event
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
 from fedlab.run.metrics import MetricsLog
@@ -39,13 +40,14 @@ from strategies.server.discovery import Discovery, run_reference
 from strategies.server.federation import Federation
 from strategies.server.heads import sent_names, trained_names
 from strategies.server.messages import Messenger, TrainingOrder
-from strategies.server.outcome import TrainOutcome
+from strategies.server.outcome import TrainOutcome, busy_seconds, mean_loss
 from strategies.server.outliers import set_outliers_aside
 from strategies.server.scoring import Scoring
 from strategies.server.server_data import ServerData
 from strategies.server.task_start import first_state
 
 logger = logging.getLogger("fedlab")
+SECONDS = ("round_seconds", "overhead_seconds")  # totals
 
 
 class Rounds:
@@ -78,13 +80,7 @@ class Rounds:
         self.accounts.begin(self.federation, {name: tuple(self.state[name].shape) for name in trained})
         self.done, self.adapter_moved = 0, False
         self.scoring = Scoring(config, self.session, events, self.strategy.personal, self.personal)
-        self.totals = {
-            "bytes_up": 0,
-            "bytes_down": self.basis_bytes,
-            "excluded": 0,
-            "round_seconds": 0.0,
-            "overhead_seconds": 0.0,
-        }
+        self.totals = {"bytes_up": 0, "bytes_down": self.basis_bytes, "excluded": 0} | dict.fromkeys(SECONDS, 0.0)
         self._restore()
         self._plan_memory()
 
@@ -174,9 +170,9 @@ class Rounds:
         left, needed = len(self.federation.eligible), self._needed()
         if left >= needed and not self.accounts.exhausted(number):
             return False
-        if not self.done and self.config.privacy.unit == "none" and self.federation.refused:  # no budget ended it
-            client, reason = next(iter(self.federation.refused.items()))
-            raise RunFailed(f"{left} clients take part, {needed} needed; {client}: {reason}")
+        if left < needed <= left + len(self.federation.unfit):  # no budget ended it
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in list(self.federation.unfit.items())[:3])
+            raise RunFailed(f"round {number}: {left} clients may take part, {needed} needed ({reasons})")
         logger.warning("round %d: %d clients may take part, %d needed; ending the run", number, left, needed)
         return True
 
@@ -232,7 +228,8 @@ class Rounds:
         usable, needed = len(outcome.updates), max(self._needed(), 1 if drawn else 0)
         if usable >= needed:
             return True
-        if all(client in self.federation.refused for client in outcome.excluded):
+        spent = set(self.federation.refused) - set(self.federation.unfit)
+        if all(client in spent for client in outcome.excluded):
             return False
         if not self.federation.hosts and all("storage:" in reason for reason in outcome.excluded.values()):
             raise Unwritable(self.accounts.ledgers, "no client could write its ledger, or what it keeps")
@@ -251,10 +248,8 @@ class Rounds:
     def _warn_of_products(self) -> None:
         parts = {part_of(name) for name in trained_names(self.strategy, self.state)}
         if self.config.private and parts >= {"lora_A", "lora_B"}:
-            name = self.config.strategy.name
-            logger.warning(
-                "%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone", name
-            )
+            told = "%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone"
+            logger.warning(told, self.config.strategy.name)
 
     def _release(self, number: int, states: tuple[str, str, str], outcome: TrainOutcome) -> None:
         """Countersign what was received, and let the clients keep their receipts."""
@@ -280,7 +275,7 @@ class Rounds:
     ) -> None:
         """The train line of metrics.jsonl, and the line on the terminal."""
         epsilon = self.accounts.spent.worst() if self.config.private else NO_DP
-        train_seconds = busy_seconds(outcome.busy)
+        train_seconds = min(busy_seconds(outcome.busy), seconds)  # by the nodes' own clocks, which may jump
         overhead = max(0.0, seconds - train_seconds - evaluate_seconds)
         self.totals["round_seconds"] += seconds
         self.totals["overhead_seconds"] += overhead
@@ -313,10 +308,13 @@ class Rounds:
     def _evaluate_clients(self, number: int) -> float:
         """Each client's score on its held-out examples. Returns the seconds in which at least one node was at it.
 
-        Under DP a client is not asked for it (the noise does not cover it) unless it is to be shared: a simulation,
-        which holds all the data anyway, measures it itself; a deployment goes without.
+        Under DP a client is not asked unless it is to be shared, or leaves with noise of its own: a simulation, which
+        holds all the data anyway, measures it itself; a deployment goes without.
         """
-        if not self.config.private or self.config.privacy.share_metrics:
+        noised = self.config.privacy.scores_sigma
+        if noised is not None:  # charged before it is looked at, and counted as spent until the ledgers are seen
+            self.accounts.expect(self.federation.there, scores_event(noised))
+        if not self.config.private or self.config.privacy.share_metrics or noised is not None:
             outcome = self.messenger.evaluate(number, self.state)
             self._warn(number, "has no local score in", outcome.excluded)
             self.scoring.take(number, outcome.scores)
@@ -356,16 +354,14 @@ class Rounds:
             self.federation.participations.update(extra["participations"])
             self.totals = extra["totals"]
             self.scoring.restore(extra)
-        if (
-            self.config.private and self.config.privacy.noise == "secure"
-        ):  # a round that was cut off released something of its own
+        if self.config.private and self.config.privacy.noise == "secure":  # what was cut off released its own
             for client in self.federation.clients:
                 self.federation.participations[client] += self.accounts.rounds_charged_after(client, self.done)
 
     def close(self) -> None:
         """Let every client say in its ledger that the run is over, and take the lines that were not seen yet."""
         if self.accounts.mirror is not None:
-            clients = [client for client in self.federation.clients if self.federation.known(client)]
+            clients = [c for c in self.federation.reachable(self.federation.clients) if self.federation.known(c)]
             problems = self._exchange_lines(self.done, {}, clients, closing=True)
             self.accounts.see([client for client in clients if client not in problems])
         self.accounts.close_ledger()
@@ -402,19 +398,3 @@ class Rounds:
             "adapter_digest": digest(self.state),
             "clients": clients,
         }
-
-
-def mean_loss(outcome: TrainOutcome) -> float:
-    """The clients' training loss per example; NaN where nobody says."""
-    metrics = outcome.metrics.values()
-    examples = sum(m["examples"] for m in metrics)
-    return sum(m["loss"] * m["examples"] for m in metrics) / examples if examples else float("nan")
-
-
-def busy_seconds(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of (start, end) intervals: the time in which at least one node was working."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total

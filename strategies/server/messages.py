@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flwr.serverapp import Grid
@@ -19,7 +19,7 @@ from fedlab.evaluate import primary_name
 from fedlab.lora.ranks import narrow
 from fedlab.lora.state import State, digest, from_wire, nbytes, to_wire
 from fedlab.privacy.ledger.ledger import Entry
-from fedlab.privacy.release import METRICS, SCORES, TIMING, UPDATE, event_of
+from fedlab.privacy.release import METRICS, NOISED_SCORES, SCORES, TIMING, UPDATE, event_of
 from fedlab.protocol import ProtocolError
 from fedlab.protocol.checks import check_arrays, wire_bytes
 from fedlab.protocol.failures import explained
@@ -31,6 +31,7 @@ from fedlab.protocol.messages import (
     ReceiptFor,
     ReceiptsReply,
     ReceiptsRequest,
+    Release,
     TrainReply,
     TrainRequest,
 )
@@ -113,13 +114,15 @@ class Messenger:
         answers = ask(self.grid, "train", order.requests, TrainReply, self.config.run.timeout, most, on_reply)
         for client, reply in self._by_client(cohorts, answers, outcome.excluded).items():
             self._take(order, client, reply, outcome)
+        for node, times in answers.asked.items():
+            outcome.again.update(dict.fromkeys(cohorts[node], times - 1))
         outcome.busy = [(reply.started, reply.ended) for reply in answers.replies.values()]
         outcome.updates = dict(sorted(outcome.updates.items(), key=lambda item: client_order(item[0])))
         return outcome
 
     def evaluate(self, number: int, state: State) -> EvaluateOutcome:
         """Every client's scores of the global model on its own held-out examples."""
-        wire, cohorts = self.config.run.wire_dtype, self.federation.cohorts(list(self.federation.clients))
+        wire, cohorts = self.config.run.wire_dtype, self._cohorts(self.federation.there)
         personal, arrays = tuple(sorted(self.strategy.personal)), to_wire(self.strategy.travelling(state), wire)
         requests = {
             node: EvaluateRequest(self.federation.run, number, tuple(cohort), personal, wire, arrays)
@@ -131,6 +134,8 @@ class Messenger:
         for client, reply in self._by_client(cohorts, answers, outcome.excluded).items():
             if reply.failure is not None:
                 outcome.excluded[client] = explained(reply.failure.code)
+            elif (noised := reply.release(NOISED_SCORES)) is not None:
+                outcome.scores |= _noised_score(client, noised, outcome.excluded)
             elif (scores := reply.release(SCORES)) is None:
                 outcome.excluded[client] = "it sent no scores"
             elif primary in scores.numbers:  # not there for a client that holds nothing out
@@ -142,7 +147,7 @@ class Messenger:
 
         ``closing``: the run is over, which each is to say in its ledger.
         """
-        cohorts = self.federation.cohorts(list(clients))
+        cohorts = self._cohorts(clients)
         requests = {
             node: ReceiptsRequest(
                 self.federation.run,
@@ -163,6 +168,9 @@ class Messenger:
             else:
                 self.federation.take_lines(reply, problems)
         return problems
+
+    def _cohorts(self, clients: Iterable[str]) -> dict[int, list[str]]:
+        return self.federation.cohorts(self.federation.reachable(clients))
 
     def _by_client(
         self,
@@ -237,6 +245,16 @@ class Messenger:
         assert mirror is not None
         assert event is not None
         return mirror.witness(client, order.number, event, order.received, digest(update))
+
+
+def _noised_score(client: str, release: Release, excluded: dict[str, str]) -> dict[str, float]:
+    """The share in a charged release, between 0 and 1: cutting it off is post-processing."""
+    try:
+        check_arrays(release, {"score": (1,)}, "float32", client)
+    except ProtocolError as error:
+        excluded[client] = f"{UNUSABLE}: {error.field}: {error.problem}"
+        return {}
+    return {client: min(1.0, max(0.0, float(release.arrays["score"][0])))}
 
 
 def _shapes(state: State, names: Sequence[str]) -> dict[str, tuple[int, ...]]:

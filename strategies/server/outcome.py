@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fedlab.lora.state import State
@@ -18,6 +20,8 @@ class TrainOutcome:
     updates: dict[str, State] = field(default_factory=dict)  # in client order
     excluded: dict[str, str] = field(default_factory=dict)  # client → why its update was not used
     silent: set[str] = field(default_factory=set)  # clients whose ledger did not come back: they may have spent
+    # client → how often it was asked beyond the first time: it may have been charged each time
+    again: Counter[str] = field(default_factory=Counter)
     unproven: set[str] = field(default_factory=set)  # clients whose ledger does not show what they sent
     commits: dict[str, Entry] = field(default_factory=dict)  # client → the ledger line that commits its update
     # client → examples, steps, loss, clip_fraction, seconds
@@ -34,6 +38,8 @@ class TrainOutcome:
         self.updates = dict(sorted({**self.updates, **later.updates}.items(), key=lambda item: client_order(item[0])))
         self.excluded |= later.excluded
         self.silent -= set(later.updates) | (set(later.excluded) - later.silent)
+        self.again += later.again
+        self.again.update((*later.updates, *later.excluded))
         self.unproven |= later.unproven
         self.commits |= later.commits
         self.metrics |= later.metrics
@@ -55,3 +61,19 @@ class EvaluateOutcome:
     examples: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
     busy: list[tuple[float, float]] = field(default_factory=list)
+
+
+def mean_loss(outcome: TrainOutcome) -> float:
+    """The clients' training loss per example; NaN where nobody says."""
+    metrics = outcome.metrics.values()
+    examples = sum(m["examples"] for m in metrics)
+    return sum(m["loss"] * m["examples"] for m in metrics) / examples if examples else float("nan")
+
+
+def busy_seconds(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of (start, end) intervals: the time in which at least one node was working."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

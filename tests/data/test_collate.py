@@ -18,7 +18,7 @@ from fedlab.data.cache import cached_arrays
 from fedlab.data.collate import Tokens, by_length, tokenise
 from fedlab.data.corpus import Corpus, written
 from fedlab.errors import ConfigError
-from fedlab.objectives import Classification
+from fedlab.objectives import Classification, Instruction
 
 CORPUS = Corpus(
     "c", ["apple pear", "iron", "wave tide reef salt coral", "plum"], np.array([0, 1, 2, 0]), ("f", "m", "o")
@@ -97,6 +97,23 @@ def test_pieces_by_length_hold_everybody_once_short_ones_first(lengths: list[int
     assert sorted(joined) == list(range(len(lengths)))
     assert [lengths[i] for i in joined] == sorted(lengths)
     assert all(len(piece) == size for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize("change", [{"chat_template": "other"}, {"eos_token": "[CLS]"}])
+def test_a_chat_template_and_an_end_of_text_are_part_of_the_cached_entry(change: dict[str, str], tokenizer_files: Path):
+    """Base and instruct models of a family share a tokenizer and differ in these."""
+    corpus = replace(CORPUS, labels=written(["a", "b", "c", "d"]), label_names=())
+    answers = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    one = AutoTokenizer.from_pretrained(tokenizer_files, eos_token="[SEP]", chat_template=answers)
+    if "chat_template" in change:
+        change = {"chat_template": "iron " + answers}
+    other = AutoTokenizer.from_pretrained(
+        tokenizer_files, **({"eos_token": "[SEP]", "chat_template": answers} | change)
+    )
+    first, second = (tokenise(corpus, t, 12, Instruction()) for t in (one, other))
+    fresh = Instruction().encode(corpus.texts, None, corpus.labels, other, 12)["input_ids"]
+    assert second.ids.tolist() == [token for row in fresh for token in row]
+    assert first.ids.tolist() != second.ids.tolist()
 
 
 class CopiesLabels(Classification):

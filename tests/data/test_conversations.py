@@ -60,6 +60,7 @@ def test_one_record_in_every_kind_of_file(tmp_path: Path):
         ([{"from": "human", "value": "a"}], "without role or content"),
         ([{"role": "tool", "content": "a"}], "none of system, user, assistant"),
         ([{"role": "user", "content": "secret"}], "the assistant says nothing"),
+        ([{"role": "assistant", "content": "secret"}], "the assistant begins"),
     ],
 )
 def test_what_is_no_conversation_is_refused_with_its_line_and_without_its_words(

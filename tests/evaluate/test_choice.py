@@ -14,6 +14,7 @@ from fedlab.errors import ConfigError
 from fedlab.evaluate import evaluate, evaluators_of
 from fedlab.evaluate.choice import answer_ids, likelihoods
 from fedlab.evaluate.generation import prompt_and_answer
+from fedlab.run.data import check_data
 from fedlab.session import Session, open_session
 
 CHOICES = ["fruit", "metal", "ocean"]
@@ -38,7 +39,7 @@ def test_likelihoods_are_those_of_whole_passes_and_decide(toml: str, request: py
     session = open_session(RunConfig.parse(request.getfixturevalue(toml), ASKED).to_toml())
     model, data, some = session.model, session.data, session.data.test[:9]
     prompts, said = zip(*(prompt_and_answer(model, data, i) for i in some), strict=True)
-    answers = [answer_ids(model, choice) for choice in CHOICES]
+    answers = [answer_ids(model.objective, model.tokenizer, choice) for choice in CHOICES]
     assert all(ids[-1] == model.tokenizer.eos_token_id for ids in answers)
     found = likelihoods(model, list(prompts), answers, 4)
     wanted = np.array([[slow(session, prompt, answer) for answer in answers] for prompt in prompts])
@@ -57,7 +58,8 @@ def test_length_counts_once_normalised_and_answers_that_are_no_choice_are_wrong(
     data = FederatedData(tokens, session.data.shards)
     section = session.config.evaluate.model_copy(update={"choices": tuple(choices)})
     scores = evaluate(model, data, np.arange(3), session.config.model_copy(update={"evaluate": section}))
-    nats = likelihoods(model, [prompt_and_answer(model, data, 0)[0]], [answer_ids(model, c) for c in choices], 8)[0]
+    answers = [answer_ids(model.objective, model.tokenizer, c) for c in choices]
+    nats = likelihoods(model, [prompt_and_answer(model, data, 0)[0]], answers, 8)[0]
     assert nats[0] > nats[1], "a random model prefers the shorter"
     assert scores["choice_accuracy"] == pytest.approx(1 / 3)
     assert scores["choice_accuracy_norm"] == pytest.approx(1 / 3)
@@ -67,3 +69,22 @@ def test_choices_are_needed_and_read_by_nothing_else(llama_toml: str):
     for settings in (ASKED[:1], ASKED[1:], [ASKED[0], "evaluate.choices=['one']"]):
         with pytest.raises(ConfigError, match="needs two answers or more"):
             evaluators_of(RunConfig.parse(llama_toml, settings))
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [
+        ('["", "fruit"]', "'' is no answer"),
+        ('[" ", "fruit"]', "' ' is no answer"),
+        ('["fruit", "fruit"]', "'fruit' and 'fruit' are one answer"),
+        ('["fruit", "metal", "fruit "]', "'fruit ' and 'fruit' are one answer"),
+        (f'["fruit", "{"apple " * 99}"]', r"leaves no room for a prompt in data\.max_length = 64 tokens"),
+        ('["fruit", "<|im_end|>"]', "has no tokens for '<|im_end|>'"),
+    ],
+)
+@pytest.mark.parametrize("toml", ["llama_toml", "t5_toml"])
+def test_answers_that_could_not_be_chosen_are_refused_before_the_run(
+    toml: str, choices: str, reason: str, request: pytest.FixtureRequest
+):
+    with pytest.raises(ConfigError, match=reason.replace("|", r"\|")):
+        check_data(RunConfig.parse(request.getfixturevalue(toml), [ASKED[0], f"evaluate.choices={choices}"]))

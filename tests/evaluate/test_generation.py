@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from fedlab.config.sections import LoraSection, ModelSection
 from fedlab.evaluate.generation import _ends, generate, scores_of
@@ -135,3 +138,16 @@ def test_scores_of_answers():
     found = scores_of(["the cat sat", "no"], ["the cat", "yes"])
     assert found["exact_match"] == 0
     assert found["rouge_l"] == pytest.approx(0.4)  # precision 2/3, recall 1
+
+
+@settings(deadline=None, max_examples=100)
+@given(*[st.text(st.characters(max_codepoint=127), max_size=40)] * 2)
+def test_words_of_plain_text_are_rouge_scores_own(found: str, written: str):
+    own = RougeScorer(["rougeL"]).score(written.strip(), found.strip())["rougeL"].fmeasure
+    assert scores_of([found], [written])["rouge_l"] == own
+
+
+def test_words_of_any_script_count():
+    pairs = [("η παλιά παλίρροια", "παλιά παλίρροια"), ("für Öl", "fur Ol"), ("漢字", "漢字")]
+    scores = [scores_of([found], [written])["rouge_l"] for found, written in pairs]
+    assert scores == pytest.approx([0.8, 0, 1])

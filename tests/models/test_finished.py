@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 import fedlab
 from fedlab.cli import app
 from fedlab.config import RunConfig
+from fedlab.errors import ConfigError
 from fedlab.models.finished import merge, open_run, prompts_of
+from fedlab.models.loaded import LoadedModel
 from fedlab.session import open_session
 
 ONE = ["run.rounds=1", "evaluate.generations=2", "evaluate.new_tokens=4", "evaluate.clients=never"]
@@ -123,3 +126,49 @@ def test_a_classifier_gives_no_text_and_an_empty_prompt_is_none(run_of):
     done = runner.invoke(app, ["generate", str(run_of("llama_toml")), "--prompt", " "])
     assert done.exit_code == 2
     assert "has no text" in done.stderr
+
+
+def test_a_tokenizers_further_templates_can_be_read_by_others(llama_toml: str, tiny_llama: Path, tmp_path: Path):
+    """They are saved in a directory; ``out`` may be a link."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tools": tokenizer.chat_template}
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    toml = llama_toml.replace(str(tiny_llama), str(tmp_path / "model"))
+    fedlab.simulate(RunConfig.parse(toml, ONE), tmp_path / "run", quiet=True)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    found = merge(tmp_path / "run", tmp_path / "link")
+    assert found == tmp_path / "out"
+    for path in found.rglob("*"):
+        assert bool(path.stat().st_mode & 0o100) == path.is_dir(), path
+    assert sorted(AutoTokenizer.from_pretrained(found).chat_template) == ["default", "tools"]
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "labels.json", "adapter_config.json"])
+def test_a_damaged_or_unfinished_run_is_refused(file: str, run_of, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(run_of("llama_toml"), run)
+    whole = (run / "adapter" / file).read_bytes()
+    (run / "adapter" / file).write_bytes(whole[: len(whole) // 2])
+    runner = CliRunner()
+    for arguments in (["merge", str(run), str(tmp_path / "x")], ["generate", str(run), "--prompt", "old"]):
+        done = runner.invoke(app, arguments)
+        assert (done.exit_code, "is damaged" in done.stderr) == (2, True), done.stderr
+    (run / "adapter" / file).write_bytes(whole)
+    (run / "result.json").unlink()
+    done = runner.invoke(app, ["merge", str(run), str(tmp_path / "x")])
+    assert (done.exit_code, "is not finished" in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused(run_of, tmp_path: Path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = open_run(run_of("llama_toml"))
+    few = GPT2LMHeadModel(GPT2Config(vocab_size=420, n_embd=8, n_layer=1, n_head=1, n_positions=32))
+    short = LoadedModel(few, model.tokenizer, model.device, model.objective)  # type: ignore[arg-type]
+    assert len(prompts_of(short, ["old"])[0]) <= 32
+    with pytest.raises(ConfigError, match="has positions for 32; shorten it"):
+        prompts_of(short, ["old", "tide " * 40])

@@ -200,3 +200,29 @@ def test_a_run_begins_with_its_own_rank_whatever_the_run_before_left(tiny_toml: 
     again = initial_state(model, config.lora, 0)
     assert all(torch.equal(again[name], value) for name, value in wanted.items())
     model.load(again)
+
+
+@pytest.mark.parametrize("added", ["the old", "[PAD]"])
+def test_a_tokenizer_with_more_tokens_than_the_model_has_is_refused(
+    added: str, llama_toml: str, tiny_llama: Path, tiny_data: Path, tmp_path: Path
+):
+    """A token that was added without resizing the model, to a text or as padding."""
+    from transformers import AutoTokenizer
+
+    from fedlab.session import open_session
+
+    larger = AutoTokenizer.from_pretrained(tiny_llama)
+    if added == "[PAD]":
+        larger.add_special_tokens({"pad_token": added})
+    else:
+        larger.add_tokens([added])
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    larger.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.jsonl").write_text(tiny_data.read_text() + json.dumps({"text": "the old", "topic": "a"}) + "\n")
+    toml = llama_toml.replace(str(tiny_llama), str(tmp_path / "model")).replace(
+        str(tiny_data), str(tmp_path / "a.jsonl")
+    )
+    with pytest.raises(
+        ConfigError, match=rf"writes token {len(larger) - 1}, but the model has {len(larger) - 1} of them"
+    ):
+        open_session(config_of(toml).to_toml())

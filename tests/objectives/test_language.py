@@ -108,6 +108,39 @@ def test_a_template_that_rewrites_its_beginning_is_refused(chat: Any):
         Instruction().encode(["the tide"], None, written("wave"), odd, 64)
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[7]['content'] }}", "no element 7"),
+        ("{% for m in messages %}{{ m['content' }}{% endfor %}", "unexpected"),
+        ("{{ 1 + messages[0]['content'] }}", "unsupported operand"),
+        ({"rag": "{{ messages }}", "tools": "{{ messages }}"}, "no default specified"),
+    ],
+)
+def test_a_template_that_refuses_or_fails_is_named_and_no_text_is_quoted(template: Any, reason: str, chat: Any):
+    import copy
+
+    odd = copy.deepcopy(chat)
+    odd.chat_template = template
+    with pytest.raises(ConfigError, match=r"system, user, assistant.*" + reason) as caught:
+        Instruction(system="Be brief.").encode(["the tide"], None, written("wave"), odd, 64)
+    assert "objective.template" in str(caught.value)
+    assert "tide" not in str(caught.value)
+
+
+def test_a_template_that_says_the_day_gives_the_same_tokens_on_every_day(chat: Any):
+    import copy
+
+    dated = copy.deepcopy(chat)
+    dated.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }}" + chat.chat_template
+    )
+    row = Instruction().encode(["the tide"], None, written("wave"), dated, 64)
+    assert chat.decode(row["input_ids"][0]).startswith("26 Jul 2024")
+
+
 def test_plain_text_is_learnt_whole_and_ends(chat: Any):
     row = CausalLM().encode(["the old wave", "tide"], None, written("", ""), chat, 64)
     assert chat.decode(row["input_ids"][1]) == "tide<|im_end|>"

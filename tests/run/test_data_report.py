@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fedlab
 from fedlab.config import RunConfig
 from fedlab.data import corpus_and_shards
 from fedlab.errors import ConfigError
+from fedlab.evaluate import evaluate
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.run.data import check_data
 from fedlab.run.launch import prepared, resume
+from fedlab.session import open_session
 from strategies.server.loop import Rounds
 
 NO_DP = 'privacy={unit="none"}'
@@ -311,3 +316,28 @@ def test_another_way_to_the_same_records_opens_no_fresh_ledger(
         with pytest.raises(fedlab.FedlabError, match=words):
             fedlab.simulate(second, tmp_path / "second", quiet=True)
     assert len([p for p in (tmp_path / "shared").iterdir() if p.is_dir()]) == 1
+
+
+def test_examples_without_a_token_to_learn_are_told_and_are_not_all_there_is(
+    causal_toml: str, tiny_llama: Path, tiny_data: Path, tmp_path: Path
+):
+    """Plain text of one token, by a tokenizer that knows no end of text."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    endless = AutoTokenizer.from_pretrained(tiny_llama)
+    endless.eos_token, endless.pad_token = None, "<|im_start|>"
+    endless.save_pretrained(tmp_path / "model")
+    short = [json.dumps({"text": "a"})] * 60
+    toml = causal_toml.replace(str(tiny_llama), str(tmp_path / "model")).replace(
+        str(tiny_data), str(tmp_path / "a.jsonl")
+    )
+    (tmp_path / "a.jsonl").write_text("\n".join(short))
+    with pytest.raises(ConfigError, match="60 of 60 examples have no token to learn"):
+        check_data(RunConfig.parse(toml))
+    (tmp_path / "b.jsonl").write_text("\n".join([*short[:50], *tiny_data.read_text().splitlines()[:10]]))
+    config = RunConfig.parse(toml.replace("a.jsonl", "b.jsonl"))
+    assert any("50 of 60 examples have no token to learn" in text for text in check_data(config).warnings)
+    session = open_session(config.to_toml())
+    scores = evaluate(session.model, session.data, np.arange(3), config)
+    assert all(math.isnan(score) for score in scores.values()), "nothing was said, so nothing is known"

@@ -20,17 +20,16 @@ WHERE = "receipts.jsonl"
 
 @dataclass(frozen=True)
 class Receipts:
-    """The server's file, read. ``final`` is the last FINAL; ``closed``: it is the file's last line."""
+    """The server's file, read. ``final`` is the last FINAL; ``closed``: it is the file's last line; ``clients``: whom
+    its STARTs name, and their keys.
+    """
 
     chain: Chain
     findings: tuple[Finding, ...]
     start: Line | None
     final: Line | None
     closed: bool
-
-    @property
-    def clients(self) -> Mapping[str, str]:
-        return self.start["clients"] if self.start else {}
+    clients: Mapping[str, str]
 
     @property
     def current(self) -> bool:
@@ -64,6 +63,7 @@ def read_receipts(chain: Chain) -> Receipts:
     if lines and lines[0].seq == 0 and lines[0].kind != "START":
         report(lines[0], f"the first line is {lines[0].kind}, it must be a START")
     heads: dict[tuple[str, int], Line] = {}
+    named: dict[str, str] = dict(start["clients"]) if start else {}
     for line in lines:
         if line["dataset"] != ZEROS:
             report(line, "its dataset must be 64 zeros")
@@ -73,12 +73,15 @@ def read_receipts(chain: Chain) -> Receipts:
             report(line, f"{line.kind} is of another run than the START in line {start.number}")
         if line.kind in ("START", "RECEIPT") and line["key"] != chain.key:
             report(line, f"{line.kind} names another key than the one that the file is signed with")
-        if line.kind == "START" and (
-            changed := [key for key in ("unit", "clients", "config") if line.body.get(key) != start.body.get(key)]
-        ):
-            report(line, f"START has other {changed[0]} than line {start.number}")
+        if line.kind == "START":
+            changed = [key for key in ("unit", "config") if line.body.get(key) != start.body.get(key)]
+            if any(line["clients"].get(client) != key for client, key in named.items()):  # others may have come later
+                changed.insert(0, "clients")
+            if changed:
+                report(line, f"START has other {changed[0]} than line {start.number}")
+            named = {**line["clients"], **named}
         if line.kind == "RECEIPT":
-            if line["client"] not in start["clients"] and (start["unit"] == "example" or line["client"] != "server"):
+            if line["client"] not in named and (start["unit"] == "example" or line["client"] != "server"):
                 report(line, f"RECEIPT for {line['client']!a}, whom START does not name")
             earlier = heads.setdefault((line["client"], line["number"]), line)
             if earlier["head"] != line["head"]:
@@ -90,13 +93,13 @@ def read_receipts(chain: Chain) -> Receipts:
         if (
             line.kind == "ROUND"
             and start["unit"] == "example"
-            and (strangers := sorted(set(line["clients"]) - start["clients"].keys()))
+            and (strangers := sorted(set(line["clients"]) - named.keys()))
         ):
             report(line, f"ROUND used {strangers[0]!a}, whom START does not name")
     finals = [line for line in lines if line.kind == "FINAL"]
     final = finals[-1] if finals else None
     ordered = tuple(sorted(findings, key=lambda finding: finding.line or 0))
-    return Receipts(chain, ordered, start, final, final is not None and final is chain.lines[-1])
+    return Receipts(chain, ordered, start, final, final is not None and final is chain.lines[-1], named)
 
 
 def compare(receipts: Receipts, ledgers: Mapping[str, Ledger]) -> Iterator[Finding]:

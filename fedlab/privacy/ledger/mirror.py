@@ -66,6 +66,8 @@ class LedgerMirror:
         entries = parse_lines(text)
         check_chain(entries, client, public)
         with self._own.locked():
+            if self._named().get(client, public) != public:
+                raise PrivacyError(f"ledger of {client}: it is signed with another key than before in this run")
             seen = [
                 (e["number"], e["head"]) for e in self._own.entries if e["type"] == "RECEIPT" and e["client"] == client
             ]
@@ -80,12 +82,32 @@ class LedgerMirror:
         self._clients[client], self._keys[client] = [], public
         self._take(client, entries)
 
-    def start(self, unit: str, config: str) -> None:
-        """Name the server's key, the clients', and the hash of ``run.toml`` in ``receipts.jsonl``."""
+    def recall(self) -> list[str]:
+        """Take this run's copies of the ledgers of clients that took part before and are not here now; who they are.
+
+        Raises PrivacyError for a copy that is older than what was receipted.
+        """
         with self._own.locked():
-            self._own.append(
-                "START", self.run, key=self._own.public, unit=unit, clients=dict(self._keys), config=config
-            )
+            keys = self._named()
+        missing = [client for client in keys if client not in self._clients]
+        for client in missing:
+            path = self._copies / f"{client}.jsonl"
+            data = path.read_bytes() if path.is_file() else b""
+            self.enrol(client, keys[client], data[: data.rfind(b"\n") + 1].decode(errors="replace"))
+        return missing
+
+    def plan(self, client: str) -> Entry | None:
+        """The plan that a client signed for this run; None if none is known."""
+        return next((e for e in self.entries(client) if (e["type"], e["run"]) == ("PLAN", self.run)), None)
+
+    def start(self, unit: str, config: str) -> None:
+        """Name the server's key, the clients', and the hash of ``run.toml`` in ``receipts.jsonl``.
+
+        Whoever was named once is named again, here or not.
+        """
+        with self._own.locked():
+            clients = {**self._named(), **self._keys}
+            self._own.append("START", self.run, key=self._own.public, unit=unit, clients=clients, config=config)
 
     def key_of(self, client: str) -> str | None:
         """The public key that a client enrolled with; None if it did not."""
@@ -208,6 +230,10 @@ class LedgerMirror:
             return
         lines = path.read_bytes().decode(errors="replace").split("\n")[:-1]  # what a crash left of a line is none
         self.accept(client, "\n".join(lines[self.known(client) :]))
+
+    def _named(self) -> dict[str, str]:
+        """Client → the key that a START of this run named for it. Needs the lock."""
+        return {c: key for e in self._own.entries if e["type"] == "START" for c, key in e["clients"].items()}
 
     def _take(self, client: str, entries: list[Entry]) -> None:
         known = [*self._clients[client], *entries]

@@ -122,10 +122,11 @@ def prepared(config: RunConfig, out: str | Path | None = None) -> RunConfig:
     return resolve_dtype(with_labels(resolved))
 
 
-def resume(path: str | Path, quiet: bool = False) -> Run:
+def resume(path: str | Path, quiet: bool = False, backend: Any = None) -> Run:
     """Continue a run that was interrupted or killed, from its last complete round.
 
-    The bits are those of an unbroken run.
+    The bits are those of an unbroken run; a deployed one goes on with the clients that come back. ``backend``: as of
+    ``deploy_run``.
     """
     from fedlab.run.data import check_unchanged, refresh
 
@@ -134,7 +135,7 @@ def resume(path: str | Path, quiet: bool = False) -> Run:
     if Deployment.of(directory.path) is not None:
         if directory.finished:
             raise ConfigError(f"{str(path)!r} is {directory.finished['status']}; there is nothing to resume")
-        return _launch(directory, quiet)
+        return _launch(directory, quiet, backend)
     refresh(directory.config)
     if directory.config.is_stream:
         from fedlab.run.launch.stream import resume_stream

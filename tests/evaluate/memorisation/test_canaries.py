@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -76,6 +79,7 @@ def test_plain_text_has_them_whole(llama_toml: str):
     ("settings", "reason"),
     [
         (["data.canaries={count=3, space=5}"], "leaves too few sequences"),
+        (["data.canaries={count=3, space=200_000_000}"], "less than or equal to 1000000"),
         ([CANARIES, "strategy.name=fedsa"], "so there is no one model that it could be measured of"),
         (["evaluate.membership={}", "strategy.name=fedsa"], "evaluate.membership with strategy.name"),
         ([CANARIES, "data.max_length=8"], "would cut the secrets of data.canaries"),
@@ -84,6 +88,26 @@ def test_plain_text_has_them_whole(llama_toml: str):
 def test_what_cannot_be_measured_is_refused(settings: list[str], reason: str, llama_toml: str):
     with pytest.raises(ConfigError, match=reason):
         check_data(check(RunConfig.parse(llama_toml, settings)))
+
+
+def test_what_an_answer_of_its_own_would_lose_is_no_secret(t5_toml: str):
+    """An encoder-decoder's answer is cut by itself: the prompt may be shorter."""
+    short = ["data.canaries={count=4, records=2, space=50}", "data.max_length=8"]
+    with pytest.raises(ConfigError, match="would cut the secrets"):
+        check_data(RunConfig.parse(t5_toml, short))
+
+
+def test_secrets_that_a_tokenizer_cannot_tell_apart_are_refused(
+    llama_toml: str, tiny_llama: Path, tokenizer_files: Path, tmp_path: Path
+):
+    """A tokenizer of words that knows no digits: every secret would have the same rank."""
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    for file in tokenizer_files.iterdir():
+        shutil.copyfile(file, tmp_path / "model" / file.name)
+    (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    toml = llama_toml.replace(str(tiny_llama), str(tmp_path / "model"))
+    with pytest.raises(ConfigError, match="writes different numbers with the same tokens"):
+        check_data(RunConfig.parse(toml, [CANARIES]))
 
 
 def test_a_classifier_learns_no_secrets(tiny_toml: str):

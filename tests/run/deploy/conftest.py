@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedlab.config.server import ServerFile
+from fedlab.privacy.accounting import epsilon
+from fedlab.privacy.audit.run import audit_run
+from fedlab.privacy.ledger.ledger import events, parse_lines
+from fedlab.run.directory import RunDirectory
 from fedlab.run.launch.deploy import keys
 from fedlab.run.launch.environment import QUIET_ENVIRONMENT, flower_environment
+from fedlab.run.regenerate import regenerate
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -46,6 +53,7 @@ class LiveServer:
 
     folder: Path
     process: subprocess.Popen[str]
+    beside: list[subprocess.Popen[str]] = field(default_factory=list)  # what tests started in its folder
 
     @property
     def file(self) -> ServerFile:
@@ -60,14 +68,16 @@ class LiveServer:
         return (self.folder / "server.out").read_text(encoding="utf-8")
 
     def superlink(self) -> int:
-        """The SuperLink's process."""
+        """The SuperLink's process; 0 while there is none."""
         found = subprocess.run(
             ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=False
         ).stdout.split()
-        assert found, "the SuperLink is not there"
-        return int(found[0])
+        return int(found[0]) if found else 0
 
     def stop(self) -> int:
+        for one in self.beside:
+            if one.poll() is None:
+                one.kill()
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(30)
 
@@ -192,3 +202,166 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     yield found
     if found.process.poll() is None:
         found.stop()
+
+
+OWN_FILE = """
+[client]
+id = "{name}"
+server = "{server}"
+ca = "{ca}"
+key = "{key}"
+home = "{home}"
+[data]
+path = "{data}"
+text = "text"
+label = "topic"
+[models."{model}"]
+[policy]
+min_sigma = 0.5
+max_epsilon = 3000.0
+[budget]
+epsilon = 9000.0
+"""
+LABELS = ["fruit", "metal", "ocean"]
+
+
+class House:
+    """A server, clients with a third of the data each, and runs: processes that a test may do anything to."""
+
+    def __init__(self, folder: Path, model: Path, data: Path, toml: str, host: str = "127.0.0.1") -> None:
+        self.folder, self.model, self.host = folder, model, host
+        self.lines = data.read_text(encoding="utf-8").splitlines()
+        outer, inner = free_ports(2)
+        self.address = f"{host}:{outer}"
+        keys.init(folder / "keys", ["localhost", *([] if host == "127.0.0.1" else [host])])
+        text = f'[server]\naddress = "{self.address}"\ninner_port = {inner}\n[rounds]\nwait = 60\n'
+        (folder / "server.toml").write_text(text, encoding="utf-8")
+        (folder / "run.toml").write_text(toml, encoding="utf-8")
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.live: LiveServer | None = None
+        self.runs: list[subprocess.Popen[bytes]] = []
+
+    def serve(self) -> None:
+        """Start the server, or start it again."""
+        self.live = start_server(self.folder)
+        self.processes["server"] = self.live.process  # type: ignore[assignment]
+
+    def join(
+        self, name: str, number: int, let_in: bool = True, home: Path | None = None, before: tuple[str, ...] = ()
+    ) -> None:
+        """Make a client's keys and files, and start it; ``before``: what its command begins with."""
+        private, public = keys.make_node(name, self.folder)
+        if let_in:
+            keys.add_node(self.folder / "keys", public)
+        data = self.folder / f"{name}.jsonl"
+        data.write_text("\n".join(self.lines[number::3]) + "\n", encoding="utf-8")
+        text = OWN_FILE.format(
+            name=name,
+            server=self.address if self.host != "127.0.0.1" else self.address.replace("127.0.0.1", "localhost"),
+            ca=self.folder / "keys" / "ca.crt",
+            key=private,
+            home=home or self.folder / name,
+            data=data,
+            model=self.model,
+        )
+        (self.folder / f"{name}.toml").write_text(text, encoding="utf-8")
+        self.start(name, before)
+
+    def start(self, name: str, before: tuple[str, ...] = ()) -> None:
+        """Start a client, and wait until it says that it is ready."""
+        seen = self.said(name).count("is ready")
+        self.processes[name] = self.begin(name, *before, sys.executable, "-m", "fedlab.cli", "client", f"{name}.toml")
+        process = self.processes[name]
+        wait_for(lambda: self.said(name).count("is ready") > seen or process.poll() is not None, 120, f"{name} ready")
+        assert process.poll() is None, self.said(name)
+
+    def begin(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        with self.output(name).open("ab") as out:
+            return subprocess.Popen(
+                command,
+                cwd=self.folder,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**environment(self.folder / f"flower-{name}"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            )
+
+    def run(self, *settings: str, out: str = "out") -> subprocess.Popen[bytes]:
+        """Start a run; its output goes into the file of its name."""
+        given = ["run.min_clients=1", "privacy.noise=secure", "evaluate.clients=never"]
+        given += [f"data.clients={len(self.processes) - 1}", f"objective.labels={json.dumps(LABELS)}", *settings]
+        words = [word for one in given for word in ("--set", one)]
+        command = [
+            sys.executable,
+            "-m",
+            "fedlab.cli",
+            "run",
+            "run.toml",
+            "--server",
+            "server.toml",
+            "--out",
+            out,
+            *words,
+        ]
+        return self.begin(out, *command)
+
+    def fedlab(self, *words: str, out: str = "out") -> int:
+        """Run a command to its end; its exit code."""
+        return self.begin(out, sys.executable, "-m", "fedlab.cli", *words).wait(280)
+
+    def output(self, name: str) -> Path:
+        """Where what a command says goes."""
+        return self.folder / f"{name.replace('/', '-')}.out"
+
+    def said(self, name: str) -> str:
+        path = self.output(name)
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+    def part(self, name: str, what: str) -> int:
+        """Process of a part: clients.serve, flower-supernode, carrier, flower-superlink."""
+        top = self.processes[name].pid
+        pids = [int(pid) for pid in Path(f"/proc/{top}/task/{top}/children").read_text().split()]
+        return next(pid for pid in pids if what.encode() in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+    def ledger(self, name: str, home: Path | None = None) -> list[dict[str, Any]]:
+        path = (home or self.folder / name) / "ledger" / f"{name}.jsonl"
+        return parse_lines(path.read_text()) if path.is_file() else []
+
+    def rounds(self, out: str = "out") -> list[dict[str, Any]]:
+        """Lines of the rounds that are complete."""
+        path = self.folder / out / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        return [line for line in map(json.loads, lines) if line["phase"] == "train"]
+
+    def in_training(self, name: str, number: int) -> None:
+        """Wait until a client has charged a round and not committed it."""
+
+        def charged() -> bool:
+            lines = self.ledger(name)
+            return bool(lines) and lines[-1]["type"] == "CHARGE" and lines[-1]["round"] == number
+
+        wait_for(charged, 400, f"{name} training in round {number}")
+
+    def check(self, out: str = "out", homes: Mapping[str, Path] | None = None) -> dict[str, Any]:
+        """The result; the audit finds nothing, and nobody spent more than the run says."""
+        path = self.folder / out
+        result: dict[str, Any] = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        audit = audit_run(path, regenerate=regenerate)
+        assert audit.findings == ()
+        assert audit.verdict == ("consistent" if result["status"] == "completed" else "incomplete")
+        run = RunDirectory.open(path).run_id
+        for name in [name for name in self.processes if name != "server"]:
+            spent = events(self.ledger(name, (homes or {}).get(name)), run)
+            claimed = result["clients"].get(name, {"epsilon": 0.0, "delta": 1e-5})
+            assert claimed["epsilon"] >= epsilon(spent, claimed["delta"]) - 1e-9, name
+        return result
+
+    def close(self) -> None:
+        self.end_runs()
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()

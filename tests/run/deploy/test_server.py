@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -83,12 +84,39 @@ def test_an_unknown_node_is_refused_and_named_by_its_fingerprint(live: LiveServe
     wait_for(lambda: told in live.output, what="the refusal told")
 
 
+def test_a_file_that_is_no_key_shuts_nobody_else_out_or_in(live: LiveServer, tmp_path: Path):
+    inner, folder = Inner.of(live.file), live.file.keys / "nodes"
+    keys.add_node(live.file.keys, keys.make_node("west", tmp_path)[1])
+    wait_for(lambda: len(known_nodes(inner)) == 2, what="west let in")
+    (folder / "broken.pub").write_text("half a ke")
+    (folder / "west.pub").unlink()
+    wait_for(lambda: len(known_nodes(inner)) == 1, what="west shut out")
+    assert live.output.count("broken.pub' is no public key") == 1
+    (folder / "broken.pub").unlink()
+
+
+@pytest.mark.slow
+def test_a_renewed_certificate_is_shown_without_a_restart(live: LiveServer):
+    def shown() -> bytes:
+        host, _, port = live.address.rpartition(":")
+        return ssl.get_server_certificate((host, int(port))).encode()
+
+    before, link = shown(), live.superlink()
+    assert command(live.folder, "keys", "renew", "keys", "--days", "99").returncode == 0
+    wait_for(lambda: shown() != before, what="the new certificate")
+    assert shown().strip() == (live.file.keys / "server.crt").read_bytes().strip()
+    inner = Inner.of(live.file)
+    wait_for(lambda: live.superlink() not in (0, link) and inner.answers(), 90, "another SuperLink")
+
+
 @pytest.mark.slow
 def test_a_killed_superlink_is_started_again_with_its_nodes(live: LiveServer):
-    os.kill(live.superlink(), signal.SIGKILL)
+    inner, link = Inner.of(live.file), live.superlink()
+    os.kill(link, signal.SIGKILL)
     wait_for(lambda: "flower-superlink was ended by SIGKILL" in live.output, what="the end told")
-    wait_for(lambda: outside(live, "GET", "/health") == 200, 60, "health")
-    assert len(known_nodes(Inner.of(live.file))) == 1
+    wait_for(lambda: live.superlink() not in (0, link) and inner.answers(), 90, "another SuperLink")
+    assert len(known_nodes(inner)) == 1
+    wait_for(lambda: outside(live, "GET", "/health") == 200, what="health")
 
 
 def test_a_second_server_in_the_same_place_is_refused(live: LiveServer):

@@ -27,7 +27,7 @@ from fedlab.run.launch.deploy.submit import deployed_grid, inner_of, make_bundle
 from fedlab.run.launch.deploy.superlink import Inner
 
 from .conftest import ECHO_APP as ECHO
-from .conftest import LiveServer, Nodes, flower_program, free_ports, wait_for
+from .conftest import LiveServer, Nodes, flower_program, free_ports, make_folder, start_server, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -247,6 +247,26 @@ def test_a_run_goes_on_after_its_superlink_was_killed(live: LiveServer, nodes: N
         assert heard(grid, sent)["said"] == "under way"
         assert heard(grid, say(grid, node, "after"))["said"] == "after"
     assert runs(live)[context.run_id] == ("finished", "completed", "")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_its_whole_server_was_killed(tmp_path: Path):
+    live = start_server(make_folder(tmp_path))
+    nodes = Nodes(live, tmp_path)
+    nodes.start("north", tmp_path / "north.key")
+    try:
+        with deployed_grid(Inner.of(live.file), ECHO) as (grid, context):
+            sent = say(grid, a_node(grid), "under way", seconds=5)
+            time.sleep(4)
+            live.process.kill()
+            live.process.wait()
+            live = start_server(tmp_path)
+            assert heard(grid, sent)["said"] == "under way"
+            assert heard(grid, say(grid, a_node(grid), "after"))["said"] == "after"
+        assert runs(live)[context.run_id] == ("finished", "completed", "")
+    finally:
+        nodes.stop()
+        live.stop()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedlab.config import RunConfig
 from strategies.server.federation import ClientInfo, Federation
-from strategies.server.loop import busy_seconds
+from strategies.server.outcome import busy_seconds
 
 
 def federation(clients: int, fraction: float, rounds: int, *overrides: str, nodes: int = 3) -> Federation:

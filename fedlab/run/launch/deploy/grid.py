@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import httpx
@@ -47,18 +47,23 @@ class DeployedGrid(HttpGrid):
 
     def __init__(self, address: str, authority: bytes, token: str) -> None:
         super().__init__(address, insecure=False, root_certificates=authority, token=token)
-        self._retry_invoker = patient_invoker(address)
+        self.outages = 0  # times that the SuperLink was away: what nodes had just fetched may be lost
+        self._retry_invoker = patient_invoker(address, self._count_outage)
         self._asked = self._looked = 0.0  # by the monotonic clock
+
+    def _count_outage(self) -> None:
+        self.outages += 1
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         with _clear(self._addr):
             return super().get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = list(messages)
         with _clear(self._addr):
-            ids = [str(one) for one in super().push_messages(list(messages))]
-        if not all(ids):
-            raise RunFailed("the server did not take every message; a node went away, or the message was too large")
+            ids = [str(one) for one in super().push_messages(sent)]
+        if sent and not any(ids):
+            raise RunFailed("the server took no message; they are too large for it, or all nodes were shut out")
         self._asked = time.monotonic()
         return ids
 
@@ -73,8 +78,11 @@ class DeployedGrid(HttpGrid):
         return found
 
 
-def patient_invoker(address: str) -> RetryInvoker:
-    """Calls that are tried again while the SuperLink is away, and never when it refuses."""
+def patient_invoker(address: str, on_return: Callable[[], object] = lambda: None) -> RetryInvoker:
+    """Calls that are tried again while the SuperLink is away, and never when it refuses.
+
+    ``on_return``: called when it is there again.
+    """
     told = threading.Event()
 
     def on_backoff(state: RetryState) -> None:
@@ -86,6 +94,7 @@ def patient_invoker(address: str) -> RetryInvoker:
     def on_success(state: RetryState) -> None:
         if told.is_set():
             told.clear()
+            on_return()
             logger.warning("the server at %s answers again, after %.0f s", address, state.elapsed_time)
 
     return RetryInvoker(

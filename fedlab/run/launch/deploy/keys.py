@@ -53,7 +53,7 @@ CA_KEY, CA, SERVER_KEY, SERVER, SECRET, NODES = (
 )
 PRIVATE = 0o600
 PUBLIC = 0o644
-RENEW = "make a new one with fedlab keys renew DIR, and start the server again"
+RENEW = "make a new one with fedlab keys renew DIR"
 NEW_CA = "make new keys with fedlab keys init, and give every client the new ca.crt"
 
 
@@ -169,10 +169,22 @@ def renew(directory: Path, hosts: Sequence[str] = (), days: int = SERVER_DAYS) -
     return read_certificate(directory / SERVER)
 
 
-def node_keys(directory: Path) -> list[NodeKey]:
-    """The nodes that are let in, by name. Raises ConfigError for a file that holds no key."""
-    found = sorted((directory / NODES).glob("*.pub")) if (directory / NODES).is_dir() else []
-    return [NodeKey(path.name.removesuffix(".pub"), read_public_key(path)) for path in found if path.name[0] != "."]
+def node_keys(directory: Path, problems: list[str] | None = None) -> list[NodeKey]:
+    """The nodes that are let in, by name.
+
+    Raises ConfigError for a file that holds no key; with ``problems`` it is noted there, and the others are returned.
+    """
+    paths = sorted((directory / NODES).glob("*.pub")) if (directory / NODES).is_dir() else []
+    found = []
+    for path in paths:
+        try:
+            if not path.name.startswith("."):
+                found.append(NodeKey(path.name.removesuffix(".pub"), read_public_key(path)))
+        except ConfigError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+    return found
 
 
 def check_server(directory: Path) -> list[str]:

@@ -134,6 +134,13 @@ class Supervisor:
             self._changed.wait(min(left, 0.5))
             self._changed.clear()
 
+    def restart(self) -> None:
+        """End all and start them again at the next ``watch``: for what they read when they start."""
+        for child in self.children:
+            if child.process is not None:
+                _end(child.process)
+                child.process, child.next_start = None, 0.0
+
     def stop(self) -> None:
         """End all, the last started first: SIGTERM, then SIGKILL for what stays, and for all that they started."""
         for child in reversed(self.children):

@@ -79,7 +79,9 @@ def serve(file: ServerFile, ready: Callable[[], object] = lambda: None) -> None:
                     programs.watch(NODES_SECONDS)
                     interrupt.check()
                     nodes.look()
-                    front.look()
+                    if front.look():
+                        logs.tell("the certificate was renewed")
+                        programs.restart()
     logs.tell("stopped")
 
 
@@ -92,6 +94,8 @@ class FrontThread:
         self.front = Front(f"https://{inner.address}", inner.context, checked, section.max_body * 2**20)
         self._tls = None if section.insecure else (file.keys / keys.SERVER, file.keys / keys.SERVER_KEY)
         self._listening = listening
+        self._shown = 0.0  # when the certificate that is shown was written
+        self._shown = self._written()
         self._start()
 
     def __enter__(self) -> FrontThread:
@@ -107,11 +111,27 @@ class FrontThread:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def look(self) -> None:
-        """Start it again if it ended."""
+    def look(self) -> bool:
+        """Start it again if it ended; show a certificate that was renewed meanwhile. Whether there was one."""
         if not self.alive:
             logger.warning("the front ended; it starts again")
             self._start()
+        written = self._written()
+        if self._tls is None or self._context is None or written == self._shown:
+            return False
+        try:
+            self._context.load_cert_chain(*self._tls)
+        except (OSError, ssl.SSLError) as error:  # half of a pair; the other half comes, or the old one stays
+            logger.warning("the new certificate cannot be used (%s)", type(error).__name__)
+            self._shown = written
+            return False
+        self._shown = written
+        return True
+
+    def _written(self) -> float:
+        with contextlib.suppress(OSError):
+            return max(path.stat().st_mtime for path in self._tls or ())
+        return self._shown
 
     def _start(self) -> None:
         config = uvicorn.Config(
@@ -127,8 +147,9 @@ class FrontThread:
             ssl_keyfile=self._tls[1] if self._tls else None,
         )
         config.load()
-        if config.ssl is not None:
-            config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._context = config.ssl
+        if self._context is not None:
+            self._context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, name="front", daemon=True)
         self._thread.start()
@@ -151,6 +172,7 @@ class _Nodes:
         self._insecure = file.server.insecure
         self._state: object = None
         self._registered = 0.0
+        self._told: list[str] = []
         self.count = 0
 
     def look(self) -> None:
@@ -160,25 +182,33 @@ class _Nodes:
         state = _state_of(self._keys / keys.NODES)
         if state == self._state and time.monotonic() - self._registered < AGAIN_SECONDS:
             return
+        problems: list[str] = []
+        found = keys.node_keys(self._keys, problems)  # one that cannot be read keeps nobody else in or out
+        self._doorkeeper.let_in(found)
         try:
-            found = keys.node_keys(self._keys)
-            self._doorkeeper.let_in(found)
             new, gone = register(self._inner, found)
-        except (ConfigError, RunFailed) as error:
-            logger.warning("%s", error)
+        except RunFailed as error:
+            self._warn([str(error)])
             return
+        self._warn(problems)
         for name in new if self._state is not None else ():
             logs.tell(f"let in: {name}", client=name)
         if gone and self._state is not None:
             logs.tell(f"shut out: {gone} node{'' if gone == 1 else 's'}")
         self._state, self._registered, self.count = state, time.monotonic(), len(found)
 
+    def _warn(self, problems: list[str]) -> None:
+        """Tell what is new of it."""
+        for problem in problems:
+            if problem not in self._told:
+                logger.warning("%s", problem)
+        self._told = problems
+
 
 @contextlib.contextmanager
 def _endpoint(file: ServerFile, programs: Supervisor, nodes: _Nodes, front: FrontThread) -> Iterator[None]:
     """What is seen of the server from outside, if its file asks for it."""
     inner, seen = Inner.of(file), front.front.seen
-    until = read_certificate(file.keys / keys.SERVER).until.timestamp()
 
     def values() -> dict[str, object]:
         live: int | None = None
@@ -190,7 +220,7 @@ def _endpoint(file: ServerFile, programs: Supervisor, nodes: _Nodes, front: Fron
             "restarts": {child.program.name: max(0, child.starts - 1) for child in programs.children},
             "requests": {"passed": seen.requests, "refused": seen.refused},
             "bytes": {"up": seen.bytes_in, "down": seen.bytes_out},
-            "certificate_expires": until,
+            "certificate_expires": read_certificate(file.keys / keys.SERVER).until.timestamp(),
         }
 
     def problem() -> str | None:

@@ -1,0 +1,3 @@
+"""The version of this package, for what must not import the rest of it."""
+
+VERSION = "0.1.0"
