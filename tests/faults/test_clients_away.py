@@ -151,6 +151,36 @@ def test_a_transport_that_was_started_again_lost_the_message_and_is_asked_again_
     world.check_nothing_is_lost()
 
 
+def test_what_a_node_was_fetching_while_the_server_was_away_is_sent_again(sites: Callable[..., Any], faults: Any):
+    world = sites("north", "south")
+
+    def fault(asked: Any) -> Any:
+        if (asked.site.name, asked.kind, asked.times) == ("south", "train", 1):
+            world.outages += 1
+            raise faults.Lost
+        return asked.answer()
+
+    world.fault, world.retries = fault, 0
+    assert world.run().result["status"] == "completed"
+    assert world.excluded() == [{}, {}]
+    assert world.clock.now < 1000, "nobody waited for the deadline of an hour"
+    world.check_nothing_is_lost()
+
+
+def test_a_node_that_was_shut_out_in_mid_run_is_left_out_with_the_reason(sites: Callable[..., Any], faults: Any):
+    world = sites("north", "south")
+
+    def fault(asked: Any) -> Any:
+        if asked.kind == "receipts" and asked.site.name == "south":
+            world.shut_out.add("south")
+        return asked.answer()
+
+    world.fault = fault
+    assert world.run().result["status"] == "completed"
+    assert "the server did not take the message for it: it was shut out" in world.excluded()[1]["south"]
+    world.check_nothing_is_lost()
+
+
 def test_a_late_joiner_takes_part_from_the_next_round_and_one_that_goes_comes_back(
     sites: Callable[..., Any], faults: Any
 ):
