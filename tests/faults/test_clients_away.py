@@ -221,6 +221,26 @@ def test_a_run_whose_clients_do_not_come_ends_with_a_sentence(sites: Callable[..
     world.check_nothing_is_lost()
 
 
+def test_one_that_joins_and_never_says_who_it_is_keeps_the_others_waiting_for_seconds_only(
+    sites: Callable[..., Any], faults: Any
+):
+    world = sites()
+    world.there -= {"east"}
+
+    def fault(asked: Any) -> Any:
+        world.there |= {"east"} if asked.kind == "train" else set()
+        if asked.site.name == "east":
+            raise faults.Lost
+        return asked.answer()
+
+    world.fault = fault
+    result = world.run("run.rounds=4", "privacy.participations=4").result
+    assert (result["status"], result["rounds"]) == ("completed", 4)
+    assert world.clock.now < 400, "not an hour in every round"
+    assert [line for line in world.asked if line[0] == "east"] == [("east", "describe", 0)] * 2
+    world.check_nothing_is_lost()
+
+
 def test_a_trainer_that_is_starting_is_asked_again_who_it_is(sites: Callable[..., Any], faults: Any):
     world = sites("north")
 
