@@ -13,12 +13,12 @@ from typing import Any
 from clients.kept import Kept, keep, kept_path, load
 from clients.owner import Owner
 from fedlab.lora.state import part_of
-from fedlab.privacy.gram_plan import gram_event
 from fedlab.privacy.ledger.guard import Guard, Refusal
 from fedlab.privacy.ledger.keys import keyed_hash
 from fedlab.privacy.ledger.ledger import lines_after
 from fedlab.privacy.ledger.terms import budget_terms, run_terms, scope_of
 from fedlab.privacy.release import public_names
+from fedlab.privacy.scores_plan import beside_rounds
 from fedlab.protocol.messages import Release, RunReference
 from fedlab.session import Session
 
@@ -36,8 +36,7 @@ class ClientAccount:
         plan = session.plan(owner.client)
         assert plan is not None
         self.plan, self.client, self._owner = plan, owner.client, owner
-        gram = session.config.gram
-        self._beside = [gram_event(gram)] if gram is not None else []
+        self._beside = beside_rounds(session.config)
         self.guard = owner.guard(run.run)
         shapes = {name: shape for name, shape in session.shapes.items() if part_of(name) in run.parts}
         budget = owner.budget
@@ -108,6 +107,11 @@ class ClientAccount:
 
     def _path(self, guard: Guard) -> Path:
         return kept_path(self._owner.places.ledgers, self.client, guard.run)
+
+
+def release_run(run: str, name: str) -> str:
+    """A release beside the rounds in a ledger: a run of its own, of one round, named after the run it belongs to."""
+    return hashlib.sha256(f"{run}|{name}".encode()).hexdigest()[:32]
 
 
 def digest_of(*parts: object) -> str:

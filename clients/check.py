@@ -14,12 +14,12 @@ from fedlab.data.opening import OwnRecords, own_records
 from fedlab.errors import ConfigError, FedlabError, PrivacyError
 from fedlab.models.fingerprint import check_fingerprint, model_fingerprint
 from fedlab.models.hub import check_model
-from fedlab.privacy.accounting import Event
-from fedlab.privacy.gram_plan import gram_event
+from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.ledger.guard import affordable, spent_of_budget
 from fedlab.privacy.ledger.ledger import events, parse_lines
 from fedlab.privacy.plan import DPPlan, plan_of
 from fedlab.privacy.release import PUBLIC, public_names
+from fedlab.privacy.scores_plan import beside_rounds
 from fedlab.run.launch.reference import load_reference
 
 Say = Callable[[str], object]
@@ -110,12 +110,15 @@ def _of_privacy(
     except FedlabError as error:
         refusals.append(str(error))
         return
-    beside = [gram_event(config.gram)] if config.gram is not None else []
+    beside = beside_rounds(config)
     yield (
         f"noise: σ = {plan.sigma:.4g}, clip {plan.clip:g}, {plan.batch_size} of {plan.n} expected per step,"
         f" {plan.steps} steps in each of at most {plan.participations} rounds"
     )
-    yield f"cost: ε = {plan.epsilon(plan.participations):.4f} at δ = {plan.delta:g}, if it takes part to the end"
+    cost = epsilon([plan.event(plan.participations), *beside], plan.delta)
+    yield f"cost: ε = {cost:.4f} at δ = {plan.delta:g}, if it takes part to the end"
+    if config.privacy.scores_sigma is not None:
+        yield "leaves once with noise, within that cost: accuracy on the held-out records"
     if problem := policy.problem_of_plan(plan, beside):
         refusals.append(problem)
     if file.budget is not None:

@@ -7,14 +7,13 @@ masked, so that the server sees nothing but the sum over all clients (``fedlab.p
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from clients.account import ClientAccount, digest_of
+from clients.account import ClientAccount, digest_of, release_run
 from clients.node import Node
 from clients.owner import Owner
 from clients.pending import Asked, PendingRelease, Releases, failure_of
@@ -110,7 +109,7 @@ def _asked(task: _Task, account: ClientAccount, plan: GramPlan) -> Asked:
     shapes = task.session.shapes
     widths = {name: shapes[f"{name}.lora_A"][1] for name in sorted(set(task.groups.values()))}
     terms = {**account.terms, **plan.terms(), "scope": scope_of({name: (n, n) for name, n in widths.items()})}
-    guard = account.beside(release_run(account.guard.run))
+    guard = account.beside(release_run(account.guard.run, GRAM))
     if refusal := guard.plan(terms, {}):
         raise refusal
     asked = digest_of(task.request.run.configuration, task.received, task.request.run.basis)
@@ -130,8 +129,3 @@ def _matrices(task: _Task, owner: Owner, plan: GramPlan | None) -> dict[str, np.
     if settings.clear:
         return values
     return hide(owner, values, request.run.run, request.attempt, request.keys, settings.min_clients)
-
-
-def release_run(run: str) -> str:
-    """The release's name in a ledger: a run of its own, of one round, named after the run that it belongs to."""
-    return hashlib.sha256(f"{run}|gram".encode()).hexdigest()[:32]

@@ -116,7 +116,8 @@ class Owner:
 
 def _unfit(request: Request, config: RunConfig) -> str | None:
     """What keeps a request from being one that a run of this configuration makes, or None."""
-    if isinstance(request, EvaluateRequest) and SCORES not in public_names(config):
+    noised = config.privacy.scores_sigma is not None
+    if isinstance(request, EvaluateRequest) and SCORES not in public_names(config) and not noised:
         return "local scores are not covered by the noise; privacy.share_metrics = true would send them"
     if isinstance(request, GramRequest | KeysRequest) and config.gram is None:
         return "this configuration has no release at a task's end"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-from clients.gram import release_run
+from clients.account import release_run
 from clients.kept import forget
 from clients.node import Node
 from clients.pending import failure_of
 from fedlab.privacy.ledger.ledger import lines_after
+from fedlab.privacy.release import GRAM, NOISED_SCORES
 from fedlab.protocol.messages import ClientReply, ReceiptFor, ReceiptsReply, ReceiptsRequest
 
 
@@ -25,7 +26,8 @@ def _keep(node: Node, entry: ReceiptFor, request: ReceiptsRequest) -> ClientRepl
             guard.release(json.loads(entry.receipt))
         if request.closing:
             guard.close()
-            forget(owner.places.ledgers, owner.client, (guard.run, release_run(guard.run)))
+            beside = [release_run(guard.run, name) for name in (GRAM, NOISED_SCORES)]
+            forget(owner.places.ledgers, owner.client, (guard.run, *beside))
         with guard.ledger.locked():
             return ClientReply(entry.client, lines=lines_after(guard.ledger.entries, entry.known))
     except Exception as error:

@@ -41,6 +41,17 @@ def memorisation(tasks: Sequence[TaskSection], data: DataSection, evaluate: Eval
             yield f"{key} with [[tasks]]: it is measured of the final model of one run, not of a stream; remove it"
 
 
+def noised_scores(tasks: Sequence[TaskSection], privacy: PrivacySection, evaluate: EvaluateSection) -> Iterator[str]:
+    """The charged release of clients' scores is made after the last round of one run."""
+    if privacy.scores_sigma is not None and tasks:
+        yield "privacy.scores_sigma with [[tasks]]: it is released once, of one run's final model; remove it"
+    if privacy.scores_sigma is not None and evaluate.clients != "last":
+        yield (
+            f'privacy.scores_sigma with evaluate.clients = "{evaluate.clients}": clients are scored once, after the'
+            ' last round; set evaluate.clients = "last"'
+        )
+
+
 def participation(run: RunSection, privacy: PrivacySection, clients: int | None, drawn: int) -> Iterator[str]:
     """Rounds can have the clients that they need; ``drawn`` of ``clients`` (None: not known yet) take part in one."""
     if run.sampling == "poisson" and privacy.unit != "client":

@@ -64,6 +64,14 @@ class PrivacySection(Section):
     share_metrics: bool = Field(
         default=False, description="send training loss, clip fraction and local scores, which no noise protects"
     )
+    scores_sigma: float | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "after the last round each client's accuracy on its held-out records leaves once, with noise of this"
+            " multiplier on the number of right ones, charged to its ledger; default: no such release"
+        ),
+    )
     budget: Budget | None = Field(
         default=None, description="what one client may spend on its data, over all runs in its ledger; default: no end"
     )
@@ -84,12 +92,17 @@ class PrivacySection(Section):
                 "clip is missing: the joint L2 norm to which a gradient (or a client's update) is clipped, e.g. clip"
                 " = 1.0"
             )
+        if self.scores_sigma is not None and (self.unit == "client" or self.share_metrics):
+            raise ValueError(
+                'scores_sigma is for unit = "example" without share_metrics: clients charge it to their ledgers, and'
+                " what is shared as it is needs no noise"
+            )
         if self.unit == "client" and self.participations is not None:
             raise ValueError('participations has no meaning with unit = "client": every round charges every client')
         return self
 
     def _refuse_without_noise(self) -> None:
-        keys = ("epsilon", "sigma", "delta", "clip", "participations", "budget", "ledger")
+        keys = ("epsilon", "sigma", "delta", "clip", "participations", "scores_sigma", "budget", "ledger")
         if given := [key for key in keys if getattr(self, key) is not None]:
             off = "remove them, for example with --set 'privacy={unit=\"none\"}'"
             raise ValueError(

@@ -61,6 +61,7 @@ class RunConfig(Section):
                 self.clients_per_round if known else 0,
             ),
             *consistency.memorisation(self.tasks, self.data, self.evaluate),
+            *consistency.noised_scores(self.tasks, self.privacy, self.evaluate),
             *consistency.training(self.run, self.train),
             *consistency.adapters(self.lora, self.clients),
         ]

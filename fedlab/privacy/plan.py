@@ -29,6 +29,7 @@ from fedlab.privacy.gram_plan import gram_event
 from fedlab.privacy.ledger.terms import plan_terms
 from fedlab.privacy.noise import GaussianNoise, SecureNoise, SecureStream, SeededNoise
 from fedlab.privacy.sampling import Uniform, poisson_batch
+from fedlab.privacy.scores_plan import scores_event
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,9 @@ def plan_of(config: RunConfig, n: int, sizes: Sequence[int] = ()) -> DPPlan:
     not in each task.
     """
     if not config.tasks:
-        return make_plan(config.privacy, config.train, n, config.participations)
+        sigma = config.privacy.scores_sigma
+        scored = () if sigma is None else (scores_event(sigma),)
+        return make_plan(config.privacy, config.train, n, config.participations, (), scored)
     rounds = [config.run.rounds] if config.stream.joint else config.task_rounds
     tasks = tuple((m, -(-config.participations * r // config.run.rounds)) for m, r in zip(sizes, rounds, strict=True))
     gram = config.gram
@@ -187,9 +190,10 @@ def make_plan(
     if sigma is None:
         assert privacy.epsilon is not None
         if beside and (taken := epsilon(beside, delta)) >= privacy.epsilon:
+            key = "strategy.gram.sigma" if tasks else "privacy.scores_sigma"
             raise Unreachable(
-                f"privacy.epsilon = {privacy.epsilon:g}: the releases at the tasks' ends alone spend {taken:.2f}; raise"
-                f" strategy.gram.sigma = {beside[0].sigma:g} or privacy.epsilon"
+                f"privacy.epsilon = {privacy.epsilon:g}: the releases beside the rounds alone spend {taken:.2f}; raise"
+                f" {key} = {beside[0].sigma:g} or privacy.epsilon"
             )
         counts: dict[float, int] = {}
         for m, rounds in parts:

@@ -19,6 +19,7 @@ from fedlab.protocol.messages import EventFields, Release
 
 SIZE, TIMING, FAILURE = "size", "timing", "failure"
 UPDATE, METRICS, SCORES, GRAM = "update", "training-metrics", "scores", "gram"
+NOISED_SCORES = "noised-scores"  # never public: charged, or not released
 
 # name → what the statement says of a release that no noise protects
 PUBLIC = {

@@ -60,6 +60,7 @@ def statement(
     parts += [
         _table(rows),
         _mechanism(rows, config.privacy.unit),
+        _scores(config),
         _empirical(path),
         _memorised(memorisation),
         _uncovered(config),
@@ -143,6 +144,16 @@ def _mechanism(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
         f"**Noise source**: {noise}. **Accountant**: {code.get('accountant', 'dp-accounting PLD')}"
         f"{' ' + code['dp-accounting'] if 'dp-accounting' in code else ''} (upper bound). "
         "Averaging and re-factorising noised updates is post-processing and costs nothing.\n"
+    )
+
+
+def _scores(config: RunConfig) -> str:
+    """The charged release of clients' scores, if the run makes it."""
+    if (sigma := config.privacy.scores_sigma) is None:
+        return ""
+    return (
+        "**Scores.** After the last round each client sent once which share of its held-out records the model gets right, with Gaussian noise of "
+        f"σ = {sigma:g} on their number; that is charged in its ledger and part of its ε.\n"
     )
 
 

@@ -79,6 +79,11 @@ class Federation:
         cap = self.config.participations if self.config.privacy.unit == "example" else self.config.run.rounds
         return [client for client in self.clients if client not in self.refused and self.participations[client] < cap]
 
+    @property
+    def there(self) -> list[str]:
+        """Clients that can be asked now: their node is there, and they signed what the run asks for."""
+        return [client for client in self.clients if client not in self.offline and client not in self.refused]
+
     def draw(self, round_number: int) -> list[str]:
         """Choose and count this round's clients. Nobody is drawn who may not be (``eligible``).
 

@@ -21,6 +21,7 @@ from fedlab.errors import RunFailed, Unwritable
 from fedlab.lora.state import State, digest, nbytes, part_of
 from fedlab.privacy.ledger.ledger import Entry
 from fedlab.privacy.promise import NO_DP
+from fedlab.privacy.scores_plan import scores_event
 from fedlab.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
 from fedlab.run.metrics import MetricsLog
@@ -247,10 +248,8 @@ class Rounds:
     def _warn_of_products(self) -> None:
         parts = {part_of(name) for name in trained_names(self.strategy, self.state)}
         if self.config.private and parts >= {"lora_A", "lora_B"}:
-            name = self.config.strategy.name
-            logger.warning(
-                "%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone", name
-            )
+            told = "%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone"
+            logger.warning(told, self.config.strategy.name)
 
     def _release(self, number: int, states: tuple[str, str, str], outcome: TrainOutcome) -> None:
         """Countersign what was received, and let the clients keep their receipts."""
@@ -309,10 +308,13 @@ class Rounds:
     def _evaluate_clients(self, number: int) -> float:
         """Each client's score on its held-out examples. Returns the seconds in which at least one node was at it.
 
-        Under DP a client is not asked for it (the noise does not cover it) unless it is to be shared: a simulation,
-        which holds all the data anyway, measures it itself; a deployment goes without.
+        Under DP a client is not asked unless it is to be shared, or leaves with noise of its own: a simulation, which
+        holds all the data anyway, measures it itself; a deployment goes without.
         """
-        if not self.config.private or self.config.privacy.share_metrics:
+        noised = self.config.privacy.scores_sigma
+        if noised is not None:  # charged before it is looked at, and counted as spent until the ledgers are seen
+            self.accounts.expect(self.federation.there, scores_event(noised))
+        if not self.config.private or self.config.privacy.share_metrics or noised is not None:
             outcome = self.messenger.evaluate(number, self.state)
             self._warn(number, "has no local score in", outcome.excluded)
             self.scoring.take(number, outcome.scores)

@@ -19,7 +19,7 @@ from fedlab.evaluate import primary_name
 from fedlab.lora.ranks import narrow
 from fedlab.lora.state import State, digest, from_wire, nbytes, to_wire
 from fedlab.privacy.ledger.ledger import Entry
-from fedlab.privacy.release import METRICS, SCORES, TIMING, UPDATE, event_of
+from fedlab.privacy.release import METRICS, NOISED_SCORES, SCORES, TIMING, UPDATE, event_of
 from fedlab.protocol import ProtocolError
 from fedlab.protocol.checks import check_arrays, wire_bytes
 from fedlab.protocol.failures import explained
@@ -31,6 +31,7 @@ from fedlab.protocol.messages import (
     ReceiptFor,
     ReceiptsReply,
     ReceiptsRequest,
+    Release,
     TrainReply,
     TrainRequest,
 )
@@ -121,7 +122,7 @@ class Messenger:
 
     def evaluate(self, number: int, state: State) -> EvaluateOutcome:
         """Every client's scores of the global model on its own held-out examples."""
-        wire, cohorts = self.config.run.wire_dtype, self._cohorts(self.federation.clients)
+        wire, cohorts = self.config.run.wire_dtype, self._cohorts(self.federation.there)
         personal, arrays = tuple(sorted(self.strategy.personal)), to_wire(self.strategy.travelling(state), wire)
         requests = {
             node: EvaluateRequest(self.federation.run, number, tuple(cohort), personal, wire, arrays)
@@ -133,6 +134,8 @@ class Messenger:
         for client, reply in self._by_client(cohorts, answers, outcome.excluded).items():
             if reply.failure is not None:
                 outcome.excluded[client] = explained(reply.failure.code)
+            elif (noised := reply.release(NOISED_SCORES)) is not None:
+                outcome.scores |= _noised_score(client, noised, outcome.excluded)
             elif (scores := reply.release(SCORES)) is None:
                 outcome.excluded[client] = "it sent no scores"
             elif primary in scores.numbers:  # not there for a client that holds nothing out
@@ -242,6 +245,16 @@ class Messenger:
         assert mirror is not None
         assert event is not None
         return mirror.witness(client, order.number, event, order.received, digest(update))
+
+
+def _noised_score(client: str, release: Release, excluded: dict[str, str]) -> dict[str, float]:
+    """The share in a charged release, between 0 and 1: cutting it off is post-processing."""
+    try:
+        check_arrays(release, {"score": (1,)}, "float32", client)
+    except ProtocolError as error:
+        excluded[client] = f"{UNUSABLE}: {error.field}: {error.problem}"
+        return {}
+    return {client: min(1.0, max(0.0, float(release.arrays["score"][0])))}
 
 
 def _shapes(state: State, names: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -195,6 +195,7 @@ ROWS = {
     "privacy.participations": Row("2", look.plan),
     "privacy.noise": Row("secure", look.plan),
     "privacy.share_metrics": Row("true", look.lines, ("run.rounds=1",)),
+    "privacy.scores_sigma": Row("2.0", look.plan, (CALIBRATED, "evaluate.clients=last")),
     "privacy.budget.epsilon": Row("20.0", look.result, ("privacy.budget={{epsilon=3.2}}", "run.rounds=2")),
     "privacy.budget.delta": Row("1e-7", budgeted, ("privacy.budget={{epsilon=5.0}}",)),
     "privacy.ledger": Row("'{path}/ledgers'", look.files, ("run.rounds=1",)),

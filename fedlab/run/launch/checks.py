@@ -131,11 +131,12 @@ def _look_at_names(
     ``columns``: whether the data are this configuration's to name.
     """
     from fedlab.data.public import check_public
-    from fedlab.evaluate import evaluators_of
+    from fedlab.evaluate import evaluators_of, primary_name
     from fedlab.evaluate.public import check_measures
     from fedlab.models.fingerprint import check_fingerprint, model_fingerprint
     from fedlab.models.hub import check_model
     from fedlab.models.loading import device_of
+    from fedlab.privacy.scores_plan import check_scores
 
     if there and whole("lora", "evaluate"):
         found.of(lambda: check_public(config))
@@ -151,6 +152,7 @@ def _look_at_names(
         found.of(lambda: _check_backend(config))
     if objective and whole("evaluate"):
         found.of(lambda: evaluators_of(config))
+        found.of(lambda: check_scores(config, primary_name(config)))
         found.of(lambda: check_measures(config))
     return model, objective
 

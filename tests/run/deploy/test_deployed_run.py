@@ -136,7 +136,7 @@ def test_a_killed_run_resumes_and_an_interrupted_one_exits_130(house: LiveServer
     process = fedlab(house, "resume", "second")
     wait_for(lambda: metrics.read_text().count('"phase": "train"') > before, 240, "a round of the resumed run")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=400)
     if process.returncode == 130:  # else it was done before
         assert "continue with: fedlab resume" in err
         process = fedlab(house, "resume", "second")
@@ -149,6 +149,6 @@ def test_a_run_whose_app_fails_does_not_exit_0(house: LiveServer, tiny_toml: str
     (house.folder / "run.toml").write_text(tiny_toml, encoding="utf-8")
     words = ("run", "run.toml", "--server", "server.toml", "--out", "third", *settings("privacy.noise=seeded"))
     process = fedlab(house, *words)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=400)
     assert process.returncode == 3, err
     assert "on machines of their own" in err
