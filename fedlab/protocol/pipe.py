@@ -29,7 +29,8 @@ def send(connection: socket.socket, fields: dict[str, Any]) -> None:
     line = {"kind": fields["kind"]} | {part: len(fields[part]) for part in PARTS}
     connection.sendall(json.dumps(line).encode() + b"\n")
     for part in PARTS:
-        connection.sendall(fields[part])
+        if fields[part]:  # whoever has all may have answered and gone: nothing more is sent, not even nothing
+            connection.sendall(fields[part])
 
 
 def receive(connection: socket.socket, most: dict[str, int] = MOST) -> dict[str, Any]:

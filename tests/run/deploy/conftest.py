@@ -302,7 +302,15 @@ class House:
             out,
             *words,
         ]
-        return self.begin(out, *command)
+        self.runs.append(self.begin(out, *command))
+        return self.runs[-1]
+
+    def end_runs(self) -> None:
+        """After a test that failed, a run may be left."""
+        for process in self.runs:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
     def fedlab(self, *words: str, out: str = "out") -> int:
         """Run a command to its end; its exit code."""
