@@ -234,7 +234,8 @@ class Rounds:
         if not self.federation.hosts and all("storage:" in reason for reason in outcome.excluded.values()):
             raise Unwritable(self.accounts.ledgers, "no client could write its ledger, or what it keeps")
         reasons = "; ".join(f"{c}: {r}" for c, r in list(outcome.excluded.items())[:3])
-        log = "each client's own log" if self.federation.hosts else self.directory.path / LOG
+        path = self.directory.path
+        log = f"each client's own log, then: fedlab resume {path}" if self.federation.hosts else path / LOG
         raise RunFailed(f"round {number}: {usable} usable updates, {needed} needed ({reasons}); see {log}")
 
     @property
