@@ -228,8 +228,7 @@ class Rounds:
         usable, needed = len(outcome.updates), max(self._needed(), 1 if drawn else 0)
         if usable >= needed:
             return True
-        spent = set(self.federation.refused) - set(self.federation.unfit)
-        if all(client in spent for client in outcome.excluded):
+        if set(outcome.excluded) <= set(self.federation.refused) - set(self.federation.unfit):
             return False
         if not self.federation.hosts and all("storage:" in reason for reason in outcome.excluded.values()):
             raise Unwritable(self.accounts.ledgers, "no client could write its ledger, or what it keeps")
