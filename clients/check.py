@@ -55,7 +55,7 @@ def about(file: ClientFile) -> Iterator[str]:
     yield f"data: {file.data.source} {file.data.path or ''}".rstrip()
     for name, copy in file.models.items():
         try:
-            model = ModelSection(name=copy.path or name)
+            model = ModelSection(name=copy.path or name, revision=copy.revision)
             check_model(model)
             yield f"model {name}: {copy.path or 'by its name'}, sha256 {model_fingerprint(model)}"
         except ConfigError as error:
@@ -71,7 +71,7 @@ def about(file: ClientFile) -> Iterator[str]:
 
 def of_run(file: ClientFile, config: RunConfig, refusals: list[str]) -> Iterator[str]:
     """What would be trained on, what it would cost, and, into ``refusals``, what would be refused."""
-    own, policy = own_config(config, file), OwnPolicy(file.policy, tuple(file.models), file.budget is not None)
+    own, policy = own_config(config, file), OwnPolicy.of(file)
     parts = load_reference("strategies:STRATEGIES")[config.strategy.name].trained_parts(config)
     if problem := policy.problem(config, list(parts)):
         refusals.append(problem)

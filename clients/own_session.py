@@ -17,7 +17,7 @@ from fedlab.models.fingerprint import check_fingerprint, model_fingerprint
 from fedlab.models.hidden_states import cache_hidden_states
 from fedlab.models.loading import build
 from fedlab.objectives import objective_class
-from fedlab.session import Session, torch_threads
+from fedlab.session import Session, check_vocabulary, torch_threads
 
 Stamp = tuple[tuple[str, int, int, int], ...]
 
@@ -54,7 +54,8 @@ def own_config(config: RunConfig, file: ClientFile) -> RunConfig:
             f'model.name = "{config.model.name}" is none of this client\'s: [models."…"] names {", ".join(file.models)}'
         )
     copy = file.models[config.model.name]
-    model = config.model if copy.path is None else config.model.model_copy(update={"name": copy.path, "revision": None})
+    place = {"name": copy.path or config.model.name, "revision": copy.revision}  # whoever names a revision names files
+    model = config.model.model_copy(update=place)
     own = {"threads": file.machine.threads, "device": file.machine.device}
     run = config.run.model_copy(update={key: value for key, value in own.items() if value is not None})
     return config.model_copy(update={"model": model, "run": run})
@@ -70,6 +71,7 @@ def open_own(config: RunConfig, file: ClientFile) -> Session:
     kind = objective_class(config.objective.name)
     model = build(own, kind.of(config.objective, config.objective.labels, records.groups))
     data = records.tokenised(model.tokenizer, section.max_length, model.objective)
+    check_vocabulary(model, data.tokens, own.model.name)
     if own.run.cache_hidden_states:
         with torch_threads(own.run.threads):
             data = cache_hidden_states(model, data)

@@ -265,8 +265,7 @@ def own_owner(file: ClientFile, run: str, sessions: Callable[[str], Session]) ->
     budget = file.budget
     if budget is not None and budget.delta is None:  # the server's δ must not make the budget cheap
         budget = Budget(epsilon=budget.epsilon, delta=rules.max_delta)
-    policy = OwnPolicy(rules, tuple(file.models), budget is not None)
-    owner = Owner(client, places, policy, identity(file.data.section(2)), budget)
+    owner = Owner(client, places, OwnPolicy.of(file), identity(file.data.section(2)), budget)
     return SingleOwner(owner, sessions, file.machine.threads)
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedlab.config import RunConfig
-from fedlab.config.client import OWN, ClientPolicy
+from fedlab.config.client import OWN, ClientFile, ClientPolicy
 from fedlab.objectives import objective_class
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.plan import DPPlan
 from fedlab.privacy.release import public_names
+from fedlab.privacy.scores_plan import problem_of_scores
 
 
 class Policy(Protocol):
@@ -65,12 +66,19 @@ class OwnPolicy:
         rules: its owner's, of ``client.toml``.
         models: base models that may be run on the data.
         budgeted: whether its owner set a budget over all runs.
+        purged: whether held-out records are left out whose text is trained on.
     """
 
     rules: ClientPolicy
     models: tuple[str, ...]
     budgeted: bool
+    purged: bool = False
     one_answer: bool = True
+
+    @classmethod
+    def of(cls, file: ClientFile) -> OwnPolicy:
+        """What a client's file says."""
+        return cls(file.policy, tuple(file.models), file.budget is not None, file.data.duplicates == "purge")
 
     @property
     def unit(self) -> str:
@@ -101,6 +109,10 @@ class OwnPolicy:
             yield f"{odd[0]} is to be trained, which the policy does not allow"
         if odd := [name for name in public_names(config) if name not in rules.releases]:
             yield f"the release {odd[0]!r} is not among those of the policy"
+        if (
+            problem := problem_of_scores(config, objective_class(config.objective.name).primary, self.purged)
+        ) is not None:
+            yield problem
         if objective_class(config.objective.name).named and not config.objective.labels:
             yield "objective.labels is empty: clients that number their labels themselves number them differently"
         asked = {"data.canaries": config.data.canaries, "evaluate.membership": config.evaluate.membership}

@@ -108,6 +108,9 @@ class ModelCopy(Section):
     path: str | None = Field(
         default=None, description="where this machine's copy lies; default: NAME is a package, or a hub id in its cache"
     )
+    revision: str | None = Field(
+        default=None, description="hub: commit, tag or branch of the copy; what a run says of it is not used"
+    )
     sha256: tuple[str, ...] = Field(
         default=(), description="what its files may hash to (fedlab client --check prints it); default: any"
     )

@@ -39,13 +39,33 @@ def beside_rounds(config: RunConfig) -> tuple[Event, ...]:
     )
 
 
-def check_scores(config: RunConfig, primary: str) -> None:
-    """Raise ConfigError where ``privacy.scores_sigma`` asks for a score that is no share of records."""
-    if config.privacy.scores_sigma is not None and primary not in COUNTED:
-        raise ConfigError(
+def problem_of_scores(config: RunConfig, primary: str, purged: bool) -> str | None:
+    """Why ``privacy.scores_sigma`` would not cover one record, or None.
+
+    Args:
+        config: of the run.
+        primary: score of its objective.
+        purged: whether held-out records are left out whose text is trained on.
+    """
+    if config.privacy.scores_sigma is None:
+        return None
+    if primary not in COUNTED:
+        return (
             f"privacy.scores_sigma: the primary score is {primary}, which one record can change by any amount; only"
             f" {', '.join(COUNTED)} can be released so: remove it, or score on a file of the server's own ([test])"
         )
+    if purged:
+        return (
+            'privacy.scores_sigma with data.duplicates = "purge": one record that is trained on decides how many'
+            ' held-out ones are scored, and the noise covers one; set data.duplicates = "keep"'
+        )
+    return None
+
+
+def check_scores(config: RunConfig, primary: str, purged: bool) -> None:
+    """Raise ConfigError where ``problem_of_scores`` finds one."""
+    if (problem := problem_of_scores(config, primary, purged)) is not None:
+        raise ConfigError(problem)
 
 
 @dataclass(frozen=True)

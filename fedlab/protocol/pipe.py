@@ -43,7 +43,7 @@ def receive(connection: socket.socket, most: dict[str, int] = MOST) -> dict[str,
     try:
         told = json.loads(_line(connection))
         kind, sizes = str(told["kind"])[:64], {part: int(told[part]) for part in PARTS}
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise BrokenPipe("the first line is no frame's") from None
     for part, size in sizes.items():
         if not 0 <= size <= most[part]:

@@ -12,7 +12,9 @@ import pytest
 import clients.evaluate
 import fedlab
 from clients.answer import ANSWERS
+from clients.policy import OwnPolicy
 from fedlab.config import RunConfig
+from fedlab.config.client import ClientPolicy
 from fedlab.errors import ConfigError, PrivacyError
 from fedlab.lora.state import to_wire
 from fedlab.models.adapters import initial_state
@@ -121,3 +123,23 @@ def test_a_score_that_is_no_share_is_refused_before_the_run(llama_toml: str):
 
     with pytest.raises(ConfigError, match=r"privacy\.scores_sigma: the primary score is loss"):
         check(RunConfig.parse(llama_toml, SCORED))
+
+
+def test_a_client_refuses_a_score_that_is_no_share_whoever_the_server_is(llama_toml: str):
+    config = RunConfig.parse(llama_toml, SCORED)
+    own = OwnPolicy(ClientPolicy(min_sigma=0.1), (config.model.name,), True)
+    problems = list(own._problems(config, ()))
+    assert any("the primary score is loss" in problem for problem in problems)
+    assert own.problem(config, ()) is not None
+
+
+def test_scores_are_no_release_where_a_record_decides_how_many_are_scored(tiny_toml: str):
+    from fedlab.run.launch import check
+
+    config = RunConfig.parse(tiny_toml, SCORED)
+    for purged in (True, False):
+        own = OwnPolicy(ClientPolicy(min_sigma=0.1, noise="seeded"), (config.model.name,), True, purged)
+        said = " ".join(own._problems(config, ()))
+        assert ('with data.duplicates = "purge"' in said) == purged
+    with pytest.raises(ConfigError, match=r'privacy\.scores_sigma with data\.duplicates = "purge"'):
+        check(RunConfig.parse(tiny_toml, [*SCORED, "data.duplicates=purge"]))

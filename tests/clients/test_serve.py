@@ -91,6 +91,7 @@ def test_bytes_that_are_no_request_are_answered_with_a_code(kind: str, header: b
     "line",
     [
         b'{"kind": "train", "header": 99999999999, "table": 0, "body": 0}\n',
+        b'{"kind": "train", "header": 1e999, "table": 0, "body": 0}\n',
         b'{"kind": "train", "header": -1, "table": 0, "body": 0}\n',
         b'{"kind": "train", "header": "x"}\n',
         b"[1]\n",

@@ -152,7 +152,8 @@ def _look_at_names(
         found.of(lambda: _check_backend(config))
     if objective and whole("evaluate"):
         found.of(lambda: evaluators_of(config))
-        found.of(lambda: check_scores(config, primary_name(config)))
+        purged = columns and config.data.duplicates == "purge"
+        found.of(lambda: check_scores(config, primary_name(config), purged))
         found.of(lambda: check_measures(config))
     return model, objective
 
