@@ -74,8 +74,10 @@ def compose(engine: Any, made: Path, port: int) -> Iterator[Compose]:
         command("up", "-d", "--no-build")
         yield command
     finally:
-        print(command("logs", "--no-color", "--tail", 100))
-        command("down", "-v", "-t", 5)
+        try:
+            print(command("logs", "--no-color", "--tail", 100))
+        finally:
+            command("down", "-v", "-t", 5)
 
 
 def python(compose: Compose, service: str, code: str) -> str:
@@ -227,5 +229,7 @@ chown 10002:10002 /made/elsewhere/node.key
         engine.compose_run(files, variables, "up", "-d", "--no-build")
         assert figure(compose, "server", "fedlab_server_nodes_live", lambda value: value == 3) == 3
     finally:
-        print(engine.compose_run(files, variables, "logs", "--no-color", "--tail", 100))
-        engine.compose_run(files, variables, "down", "-v", "-t", 5)
+        try:
+            print(engine.compose_run(files, variables, "logs", "--no-color", "--tail", 100))
+        finally:
+            engine.compose_run(files, variables, "down", "-v", "-t", 5)
