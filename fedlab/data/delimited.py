@@ -110,18 +110,19 @@ def _swallowed(
 ) -> int | None:
     """The first line of a record that swallowed others, or None.
 
-    It has several lines, of which at least half would be rows of the table with labels and owners that others have.
+    It has several lines, of which at least half would be rows of the table with labels and owners that others have; or
+    just rows of it, where it has more lines than the table has others to compare with.
     """
     known = [(names.index(name), set[str]()) for name in coded if name in names]
     for position, values in known:
         values.update(fields[position].strip() for fields in rows.fields[1:] if len(fields) == len(names))
+    others = sum(first == last for first, last in zip(rows.first[1:], rows.last[1:], strict=True))
     for first, last in zip(rows.first, rows.last, strict=True):
         if not known or first == last:
             continue
         inner = [line.rstrip("\r\n").split(delimiter) for line in lines[first - 1 : last - 1]]
-        alike = sum(
-            len(own) == len(names) and all(own[i].strip(' "') in values for i, values in known) for own in inner
-        )
+        told = known if others >= len(inner) else []
+        alike = sum(len(own) == len(names) and all(own[i].strip(' "') in values for i, values in told) for own in inner)
         if 2 * alike >= len(inner):
             return first
     return None

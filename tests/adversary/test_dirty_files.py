@@ -184,6 +184,13 @@ def test_stray_quotes_never_merge_rows(data: st.DataObject, tmp_path_factory: py
     assert labels(corpus) == ["fmo"[i % 3] for i in range(count)]
 
 
+def test_a_quote_that_swallows_the_whole_file_is_refused(tmp_path: Path):
+    (tmp_path / "d.csv").write_text('text,label\n"apple pear,f\niron zinc,m\nwave reef,o\nthe old thing",f\n')
+    told = attempt(tmp_path / "d.csv")
+    assert isinstance(told, str)
+    assert "holds rows of its own" in told
+
+
 def test_the_stray_quotes_of_a_tsv_are_text(tmp_path: Path):
     lines = [f"{chr(34) if i % 10 == 0 else ''}{WORDS[i % 6]} {i}\t{'fmo'[i % 3]}" for i in range(240)]
     (tmp_path / "d.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")

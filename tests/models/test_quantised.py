@@ -168,5 +168,6 @@ def test_an_adapter_is_not_merged_into_few_bits(llama_toml: str, tmp_path: Path)
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     (tmp_path / "run" / "adapter" / "labels.json").write_text("{}")
     (tmp_path / "run" / "run.toml").write_text(RunConfig.parse(llama_toml, ["model.quantize=int8"]).to_toml())
+    (tmp_path / "run" / "result.json").write_text('{"status": "completed"}')
     with pytest.raises(ConfigError, match=r"would be rounded to them; load both with peft"):
         merge(tmp_path / "run", tmp_path / "out")

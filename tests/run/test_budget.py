@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import clients.app
+import clients.answer
 import fedlab
 from fedlab.config import RunConfig
 from fedlab.privacy.accounting import Event, epsilon
@@ -144,7 +144,7 @@ def test_client_level_budget_ends_the_run(tiny_toml: str, tmp_path: Path):
 def test_local_accuracy_is_the_simulators_and_a_client_refuses_to_send_it(
     tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(clients.app.ANSWERS, "evaluate", lambda *_: pytest.fail("a client was asked"))
+    monkeypatch.setitem(clients.answer.ANSWERS, "evaluate", lambda *_: pytest.fail("a client was asked"))
     run = simulate(tiny_toml, tmp_path / "run", "run.rounds=1")
     assert run.result["client_scores"]["mean"] is not None
     monkeypatch.undo()

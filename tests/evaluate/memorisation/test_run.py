@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +140,16 @@ def test_figures_that_were_edited_are_seen(tiny_toml: str, tmp_path: Path):
     assert any("was changed" in finding.message for finding in audit_run(run.path, regenerate=regenerate).findings)
 
 
-def test_data_on_other_machines_are_not_measured(heart_toml: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    import clients.node as node
+def test_data_on_other_machines_are_not_measured(heart_toml: str, tmp_path: Path):
+    from flwr.app import Context, RecordDict
 
-    made = node.simulated_owners
-    monkeypatch.setattr(node, "simulated_owners", lambda *given: replace(made(*given), exclusive=True))
+    from fedlab.run.deployment import Deployment
+    from fedlab.run.launch import deploy_run
+    from fedlab.run.launch.local import LocalGrid
+
+    def nobody(server_app: Any, client_app: Any, config: RunConfig, run_config: dict[str, Any]) -> None:
+        server_app(LocalGrid(client_app, 0), Context(1, 1, {}, RecordDict(), run_config))
+
+    config = RunConfig.parse(heart_toml, ["privacy={unit='none'}"])
     with pytest.raises(ConfigError, match="is for simulations: it looks at single records"):
-        simulate(heart_toml, tmp_path / "run", "privacy={unit='none'}")
+        deploy_run(config, Deployment(server="here", wait=0.0), tmp_path / "run", quiet=True, backend=nobody)

@@ -90,7 +90,7 @@ def test_a_run_is_seen_while_it_trains_and_when_it_is_over(tiny_toml: str, tmp_p
 
 
 def test_what_a_run_leaves_out_is_counted_by_its_code(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    answers = load_reference("clients.app:ANSWERS")
+    answers = load_reference("clients.answer:ANSWERS")
     train, left = answers["train"], []
 
     def diverges(node: Any, request: Any) -> object:
@@ -113,7 +113,7 @@ def test_a_round_with_too_few_is_a_failed_run(tiny_toml: str, tmp_path: Path, mo
     def diverges(node: Any, request: Any) -> object:
         raise Diverged("all of them")
 
-    monkeypatch.setitem(load_reference("clients.app:ANSWERS"), "train", diverges)
+    monkeypatch.setitem(load_reference("clients.answer:ANSWERS"), "train", diverges)
     file = tmp_path / "run.json"
     with pytest.raises(RunFailed, match="0 usable updates"):
         run(RunConfig.parse(tiny_toml), tmp_path / "run", {"quiet": True, "monitor": str(file)})
