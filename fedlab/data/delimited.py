@@ -116,7 +116,7 @@ def _swallowed(
     known = [(names.index(name), set[str]()) for name in coded if name in names]
     for position, values in known:
         values.update(fields[position].strip() for fields in rows.fields[1:] if len(fields) == len(names))
-    others = sum(first == last for first, last in zip(rows.first[1:], rows.last[1:], strict=True))
+    others = len(rows.fields) - 2  # beside the header and the one that is looked at
     for first, last in zip(rows.first, rows.last, strict=True):
         if not known or first == last:
             continue
