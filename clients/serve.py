@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from fedlab.run.places import LOG
 
 logger = logging.getLogger("fedlab")
 TOO_LATE = 75  # exit code of a trainer that missed its deadline
+MOST_CONNECTIONS = 8  # at a time; others wait
 PATIENCE = 60.0  # seconds that a connection may be silent before its request is there
 
 
@@ -69,7 +71,8 @@ class Trainer:
     def __init__(self, file: ClientFile, monitor: ClientMonitor) -> None:
         self._desk, self._monitor, self._file = OwnDesk(file), monitor, file
         self._allowed = {os.getuid(), *_user(file.client.transport_user)}
-        self._turn = threading.Lock()
+        self._connections = ThreadPoolExecutor(MOST_CONNECTIONS, "connection")
+        self._work = ThreadPoolExecutor(1, "trainer")  # one thread, or torch would start its own anew for every request
         self._listener = listen(file.socket, shared=file.client.transport_user is not None)
 
     def run(self) -> None:
@@ -79,12 +82,14 @@ class Trainer:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            self._connections.submit(self._serve, connection)
 
     def close(self) -> None:
         """Take no more connections."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._connections.shutdown(cancel_futures=True)
+        self._work.shutdown(cancel_futures=True)
 
     def _serve(self, connection: socket.socket) -> None:
         """One connection: one request. Whoever goes away gets nothing, and nobody else notices."""
@@ -97,16 +102,22 @@ class Trainer:
                 connection.settimeout(PATIENCE)
                 fields = receive(connection, MOST)
                 connection.settimeout(None)
-                with self._turn, deadline(self._file.machine.deadline):
-                    started = time.monotonic()
-                    reply = answer(Frame(**fields), self._desk)
+                reply, seconds = self._work.submit(self._answered, Frame(**fields)).result()
                 send(connection, vars(reply))
-                self._monitor.replied(fields["kind"], time.monotonic() - started, reply)
+                self._monitor.replied(fields["kind"], seconds, reply)
                 self._monitor.look_up(self._file)
             except NothingCame:
                 return
             except (BrokenPipe, TimeoutError, OSError) as error:
                 logger.warning("a connection came to nothing: %s: %s", type(error).__name__, error)
+            except Exception:  # in a thread nobody else would say it
+                logger.exception("a connection came to nothing")
+
+    def _answered(self, frame: Frame) -> tuple[Frame, float]:
+        """The reply, and the seconds it took."""
+        with deadline(self._file.machine.deadline):
+            started = time.monotonic()
+            return answer(frame, self._desk), time.monotonic() - started
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
-SECONDS = 4.0
+SECONDS = 8.0
 ACCEPTS = 0x10000  # the kernel's __SO_ACCEPTCON
 
 

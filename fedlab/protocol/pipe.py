@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 PARTS = ("header", "table", "body")
-MOST = {"header": 2**28, "table": 2**26, "body": 2**33}  # bytes
+MOST = {"header": 2**28, "table": 2**26, "body": 2**31}  # bytes
 MOST_LINE = 512
 
 
@@ -29,7 +29,8 @@ def send(connection: socket.socket, fields: dict[str, Any]) -> None:
     line = {"kind": fields["kind"]} | {part: len(fields[part]) for part in PARTS}
     connection.sendall(json.dumps(line).encode() + b"\n")
     for part in PARTS:
-        connection.sendall(fields[part])
+        if fields[part]:  # whoever has all may have answered and gone: nothing more is sent, not even nothing
+            connection.sendall(fields[part])
 
 
 def receive(connection: socket.socket, most: dict[str, int] = MOST) -> dict[str, Any]:

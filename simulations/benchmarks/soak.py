@@ -245,7 +245,8 @@ def endure(soak: Soak, every: float, seconds: float) -> bool:
         if seconds and time.monotonic() - began > seconds:
             soak.again.clear()
             soak.processes["run"].send_signal(signal.SIGTERM)
-            soak.processes["run"].wait(120)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                soak.processes["run"].wait(300)
             break
     soak.measure(len(soak.done()))
     return False

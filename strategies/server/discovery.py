@@ -28,6 +28,7 @@ from strategies.server.server_data import ServerData
 
 logger = logging.getLogger("fedlab")
 AWAIT_SECONDS = 0.5  # between two looks at who is there
+WELCOME_SECONDS = 30.0  # to wait for a node that came later; one that does not answer is asked again, ever more rarely
 AGAIN_SECONDS = 5.0  # before nodes that could not say who they are are asked again
 
 
@@ -63,6 +64,8 @@ class Discovery:
         self._grid, self._directory, self._config, self._run = grid, directory, config, run
         self._data, self._mirror, self._basis = data, mirror, basis
         self.absent: dict[int, str] = {}  # node → why nobody of it takes part
+        self._looks = 0
+        self._ask_at: dict[int, tuple[int, int]] = {}  # silent node → the look that asks it again, and looks left out
 
     @property
     def retries(self) -> int:
@@ -81,7 +84,7 @@ class Discovery:
         deadline = time.monotonic() + self._patience
         nodes = self._await(lambda there: len(there) >= self._config.population, self._config.run.min_clients)
         found = Federation(self._config, {}, {}, nodes, self._run, self._mirror)
-        self._enrol(found, nodes, meanwhile)
+        self._enrol(found, nodes, self._config.run.timeout, meanwhile)
         while self._data.deployment is not None and len(found.clients) < self._config.run.min_clients:
             if time.monotonic() >= deadline:
                 raise RunFailed(self._too_few(len(found.clients), "take part"))
@@ -98,8 +101,13 @@ class Discovery:
             return []
         there = set(self._grid.get_node_ids())
         before = set(federation.clients)
-        if new := sorted(there - set(federation.hosts.values())):
-            self._enrol(federation, new)
+        self._looks += 1
+        unknown = there - set(federation.hosts.values())
+        if new := sorted(node for node in unknown if self._ask_at.get(node, (0, 0))[0] <= self._looks):
+            self._enrol(federation, new, min(WELCOME_SECONDS, self._config.run.timeout))
+            for node in [node for node in new if self.absent.get(node, "").startswith("no reply")]:
+                pause = 2 * self._ask_at.get(node, (0, 0))[1] or 1
+                self._ask_at[node] = (self._looks + 1 + pause, pause)
         federation.nodes = sorted(there)
         federation.offline = {client for client, node in federation.hosts.items() if node not in there}
         return [client for client in federation.clients if client not in before]
@@ -154,16 +162,20 @@ class Discovery:
         )
 
     def _enrol(
-        self, federation: Federation, nodes: Sequence[int], meanwhile: Callable[[], object] = lambda: None
+        self,
+        federation: Federation,
+        nodes: Sequence[int],
+        timeout: float,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        """Ask nodes who they are, and enter what they declare."""
+        """Ask nodes who they are, wait so many seconds for their answers, and enter what they declare."""
         text, arrays, clients = self._config.to_toml(), to_wire(self._basis), self._data.clients
         place = str(self._directory.path) if self._data.deployment is None else ""  # no path of the server's leaves it
         requests = {
             node: DescribeRequest(self._run, text, tuple(clients[i :: len(nodes)]), place, arrays)
             for i, node in enumerate(nodes)
         }
-        answers = ask(self._grid, "describe", requests, DescribeReply, self._config.run.timeout, meanwhile=meanwhile)
+        answers = ask(self._grid, "describe", requests, DescribeReply, timeout, meanwhile=meanwhile)
         deployed = self._data.deployment is not None
         absent = _failed(answers, self._directory, deployed)
         for node, reply in answers.replies.items():

@@ -228,13 +228,13 @@ class Rounds:
         usable, needed = len(outcome.updates), max(self._needed(), 1 if drawn else 0)
         if usable >= needed:
             return True
-        spent = set(self.federation.refused) - set(self.federation.unfit)
-        if all(client in spent for client in outcome.excluded):
+        if set(outcome.excluded) <= set(self.federation.refused) - set(self.federation.unfit):
             return False
         if not self.federation.hosts and all("storage:" in reason for reason in outcome.excluded.values()):
             raise Unwritable(self.accounts.ledgers, "no client could write its ledger, or what it keeps")
         reasons = "; ".join(f"{c}: {r}" for c, r in list(outcome.excluded.items())[:3])
-        log = "each client's own log" if self.federation.hosts else self.directory.path / LOG
+        path = self.directory.path
+        log = f"each client's own log, then: fedlab resume {path}" if self.federation.hosts else path / LOG
         raise RunFailed(f"round {number}: {usable} usable updates, {needed} needed ({reasons}); see {log}")
 
     @property

@@ -115,7 +115,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             yield found
         finally:
             box.stdin.close()
-            box.wait(60)
+            box.wait(180)
             if not kept:
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import time
 import tomllib
@@ -47,10 +48,23 @@ def made(engine: Any, images: dict[str, str], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def compose(engine: Any, made: Path) -> Iterator[Compose]:
+def port() -> int:
+    """A free one, to publish the server at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def compose(engine: Any, made: Path, port: int) -> Iterator[Compose]:
     """The example, started and open to clients from elsewhere; a function that runs compose in it."""
     files = [DOCKER / "compose.yaml", DOCKER / "publish.compose.yaml"]
-    variables = {"FEDLAB_IMAGE": PREFIX, "FEDLAB_MADE": str(made), "COMPOSE_PROJECT_NAME": f"fedlab{uuid4().hex[:8]}"}
+    variables = {
+        "FEDLAB_IMAGE": PREFIX,
+        "FEDLAB_MADE": str(made),
+        "FEDLAB_PUBLISH": str(port),
+        "COMPOSE_PROJECT_NAME": f"fedlab{uuid4().hex[:8]}",
+    }
 
     def command(*words: object) -> str:
         found: str = engine.compose_run(files, variables, *words)
@@ -60,8 +74,10 @@ def compose(engine: Any, made: Path) -> Iterator[Compose]:
         command("up", "-d", "--no-build")
         yield command
     finally:
-        print(command("logs", "--no-color", "--tail", 100))
-        command("down", "-v", "-t", 5)
+        try:
+            print(command("logs", "--no-color", "--tail", 100))
+        finally:
+            command("down", "-v", "-t", 5)
 
 
 def python(compose: Compose, service: str, code: str) -> str:
@@ -163,21 +179,31 @@ def test_three_rounds_of_two_hospitals(compose: Compose):
     before = compose(*spent)
     compose("up", "-d", "--no-build", "--force-recreate", "north-trainer")
     assert compose(*spent) == before
-    ready = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9464/metrics').read().decode())"
-    assert left(python(compose, "north-trainer", ready)) == pytest.approx(12 - result["epsilon"], abs=0.1)
+    left = figure(compose, "north-trainer", "fedlab_client_left_epsilon", lambda value: value < 12)
+    assert left == pytest.approx(12 - result["epsilon"], abs=0.1)
 
 
-def left(figures: str) -> float:
-    """What is left of the budget, as a client's endpoint tells it."""
-    (line,) = [line for line in figures.splitlines() if line.startswith("fedlab_client_left_epsilon ")]
-    return float(line.split()[1])
+def figure(compose: Compose, service: str, name: str, wanted: Callable[[float], bool]) -> float:
+    """A figure of a service's endpoint, once it is there and as wanted."""
+    code = f"""
+import urllib.request as u
+try: text = u.urlopen("http://127.0.0.1:9464/metrics").read().decode()
+except OSError: text = ""
+print(*[line.split()[1] for line in text.splitlines() if line.startswith("{name} ")])
+"""
+    deadline = time.monotonic() + 300
+    while not (told := python(compose, service, code)) or not wanted(float(told)):
+        assert time.monotonic() < deadline, f"{name} of {service}: {told or 'not there'}"
+        time.sleep(2)
+    return float(told)
 
 
-def test_a_hospital_joins_from_elsewhere(engine: Any, compose: Compose, made: Path, tmp_path: Path):
+def test_a_hospital_joins_from_elsewhere(engine: Any, compose: Compose, made: Path, port: int, tmp_path: Path):
     """By ``client.compose.yaml`` and the server's published port, while the server runs."""
     folder = made / "elsewhere"
     text = (DOCKER / "example/north.toml").read_text(encoding="utf-8").replace("north", "west")
-    (tmp_path / "client.toml").write_text(text.replace('path = "/models/tiny"', 'path = "/models/model"'))
+    text = text.replace('path = "/models/tiny"', 'path = "/models/model"').replace("server:8443", f"server:{port}")
+    (tmp_path / "client.toml").write_text(text, encoding="utf-8")
     (tmp_path / "client.toml").chmod(0o644)
     steps = """set -e
 fedlab keys node west --out /made/elsewhere
@@ -199,13 +225,11 @@ chown 10002:10002 /made/elsewhere/node.key
         "FEDLAB_DATA": str(made / "data/north"),
         "COMPOSE_PROJECT_NAME": f"west{uuid4().hex[:8]}",
     }
-    code = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9464/metrics').read().decode())"
     try:
         engine.compose_run(files, variables, "up", "-d", "--no-build")
-        deadline = time.monotonic() + 300
-        while "fedlab_server_nodes_live 3.0" not in (figures := python(compose, "server", code)):
-            assert time.monotonic() < deadline, figures
-            time.sleep(2)
+        assert figure(compose, "server", "fedlab_server_nodes_live", lambda value: value == 3) == 3
     finally:
-        print(engine.compose_run(files, variables, "logs", "--no-color", "--tail", 100))
-        engine.compose_run(files, variables, "down", "-v", "-t", 5)
+        try:
+            print(engine.compose_run(files, variables, "logs", "--no-color", "--tail", 100))
+        finally:
+            engine.compose_run(files, variables, "down", "-v", "-t", 5)

@@ -222,3 +222,23 @@ def test_health_checks(tmp_path: Path):
 
 def test_docker_is_no_package():
     assert not list(DOCKER.rglob("__init__.py"))
+
+
+def test_the_example_is_what_fedlab_reads():
+    from fedlab.config import RunConfig
+    from fedlab.config.client import ClientFile
+    from fedlab.config.server import ServerFile
+
+    server = ServerFile.load(DOCKER / "example/server.toml")
+    run = RunConfig.load(DOCKER / "example/run.toml")
+    for name in ("north", "south"):
+        client = ClientFile.load(DOCKER / f"example/{name}.toml")
+        assert client.client.id == name
+        assert client.client.server == f"server:{server.server.port}"
+        assert client.client.transport_user == UIDS["transport"]
+        assert str(client.socket) == "/run/fedlab/trainer.sock"
+        assert run.model.name in client.models
+        assert client.policy.max_epsilon is not None
+        assert run.privacy.epsilon is not None
+        assert run.privacy.epsilon <= client.policy.max_epsilon
+    assert run.data.clients == 2

@@ -142,20 +142,29 @@ class Clock:
 
 
 class Grid(LocalGrid):
-    """A grid whose nodes come, go, and are started again."""
+    """A grid whose nodes come, go, are started again and shut out, and whose server is away for a while."""
 
-    def __init__(self, app: Any, sites: list[Site], there: set[str], started: dict[str, int]) -> None:
-        super().__init__(app, len(sites))
-        self._sites, self._there, self._started = sites, there, started
+    def __init__(self, app: Any, world: Sites) -> None:
+        super().__init__(app, len(world.sites))
+        self._world = world
+
+    @property
+    def outages(self) -> int:
+        return self._world.outages
 
     def get_node_ids(self) -> Iterable[int]:
-        return [FIRST_NODE + i for i, site in enumerate(self._sites) if site.name in self._there]
+        return [FIRST_NODE + i for i, site in enumerate(self._world.sites) if site.name in self._world.there]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = list(messages)
+        names = [self._world.sites[message.metadata.dst_node_id - FIRST_NODE].name for message in sent]
+        ids = super().push_messages(sent)
+        return [one if name not in self._world.shut_out else "" for one, name in zip(ids, names, strict=True)]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        return [
-            NodeInfo(node_id=n, last_activated_at=str(self._started.get(self._sites[n - FIRST_NODE].name, 0)))
-            for n in self.get_node_ids()
-        ]
+        names = {node: self._world.sites[node - FIRST_NODE].name for node in self.get_node_ids()}
+        started = self._world.started
+        return [NodeInfo(node_id=node, last_activated_at=str(started.get(name, 0))) for node, name in names.items()]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         try:
@@ -174,6 +183,8 @@ class Sites:
     toml: str
     there: set[str] = field(default_factory=set)
     started: dict[str, int] = field(default_factory=dict)
+    shut_out: set[str] = field(default_factory=set)
+    outages: int = 0
     fault: Fault = Asked.answer
     wait: float = 100.0
     retries: int = 1
@@ -196,8 +207,7 @@ class Sites:
         return Message(RecordDict({"fedlab": ConfigRecord(vars(reply))}), reply_to=message)
 
     def _carry(self, server_app: Any, client_app: Any, config: RunConfig, run_config: dict[str, Any]) -> None:
-        grid = Grid(self._app, self.sites, self.there, self.started)
-        server_app(grid, Context(1, 1, {}, RecordDict(), run_config))
+        server_app(Grid(self._app, self), Context(1, 1, {}, RecordDict(), run_config))
 
     def config(self, *overrides: str) -> RunConfig:
         given = ["privacy.noise=secure", f"objective.labels={json.dumps(LABELS)}", "evaluate.clients=never"]

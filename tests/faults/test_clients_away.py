@@ -151,6 +151,36 @@ def test_a_transport_that_was_started_again_lost_the_message_and_is_asked_again_
     world.check_nothing_is_lost()
 
 
+def test_what_a_node_was_fetching_while_the_server_was_away_is_sent_again(sites: Callable[..., Any], faults: Any):
+    world = sites("north", "south")
+
+    def fault(asked: Any) -> Any:
+        if (asked.site.name, asked.kind, asked.times) == ("south", "train", 1):
+            world.outages += 1
+            raise faults.Lost
+        return asked.answer()
+
+    world.fault, world.retries = fault, 0
+    assert world.run().result["status"] == "completed"
+    assert world.excluded() == [{}, {}]
+    assert world.clock.now < 1000, "nobody waited for the deadline of an hour"
+    world.check_nothing_is_lost()
+
+
+def test_a_node_that_was_shut_out_in_mid_run_is_left_out_with_the_reason(sites: Callable[..., Any], faults: Any):
+    world = sites("north", "south")
+
+    def fault(asked: Any) -> Any:
+        if asked.kind == "receipts" and asked.site.name == "south":
+            world.shut_out.add("south")
+        return asked.answer()
+
+    world.fault = fault
+    assert world.run().result["status"] == "completed"
+    assert "the server did not take the message for it: it was shut out" in world.excluded()[1]["south"]
+    world.check_nothing_is_lost()
+
+
 def test_a_late_joiner_takes_part_from_the_next_round_and_one_that_goes_comes_back(
     sites: Callable[..., Any], faults: Any
 ):
@@ -188,6 +218,26 @@ def test_a_run_whose_clients_do_not_come_ends_with_a_sentence(sites: Callable[..
         world.run()
     world.there |= {"north", "south"}
     assert world.resume().result["status"] == "completed"
+    world.check_nothing_is_lost()
+
+
+def test_one_that_joins_and_never_says_who_it_is_keeps_the_others_waiting_for_seconds_only(
+    sites: Callable[..., Any], faults: Any
+):
+    world = sites()
+    world.there -= {"east"}
+
+    def fault(asked: Any) -> Any:
+        world.there |= {"east"} if asked.kind == "train" else set()
+        if asked.site.name == "east":
+            raise faults.Lost
+        return asked.answer()
+
+    world.fault = fault
+    result = world.run("run.rounds=4", "privacy.participations=4").result
+    assert (result["status"], result["rounds"]) == ("completed", 4)
+    assert world.clock.now < 400, "not an hour in every round"
+    assert [line for line in world.asked if line[0] == "east"] == [("east", "describe", 0)] * 2
     world.check_nothing_is_lost()
 
 

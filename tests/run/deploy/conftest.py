@@ -234,7 +234,7 @@ class House:
         outer, inner = free_ports(2)
         self.address = f"{host}:{outer}"
         keys.init(folder / "keys", ["localhost", *([] if host == "127.0.0.1" else [host])])
-        text = f'[server]\naddress = "{self.address}"\ninner_port = {inner}\n[rounds]\nwait = 60\n'
+        text = f'[server]\naddress = "{self.address}"\ninner_port = {inner}\n[rounds]\nwait = 240\n'
         (folder / "server.toml").write_text(text, encoding="utf-8")
         (folder / "run.toml").write_text(toml, encoding="utf-8")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -302,7 +302,15 @@ class House:
             out,
             *words,
         ]
-        return self.begin(out, *command)
+        self.runs.append(self.begin(out, *command))
+        return self.runs[-1]
+
+    def end_runs(self) -> None:
+        """After a test that failed, a run may be left."""
+        for process in self.runs:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
     def fedlab(self, *words: str, out: str = "out") -> int:
         """Run a command to its end; its exit code."""

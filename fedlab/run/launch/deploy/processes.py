@@ -26,7 +26,7 @@ from typing import IO, Any
 from fedlab.errors import FedlabError, RunFailed
 
 GUARD = Path(__file__).with_name("guard.py")
-READY_SECONDS = 60.0  # for a program to answer for the first time
+READY_SECONDS = 240.0  # for a program to answer for the first time: a cold disk under a busy machine takes minutes
 STEADY_SECONDS = 60.0  # whoever lived that long is started again at once
 DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # before it is started for the second time, the third, …
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
