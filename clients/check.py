@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fedlab.config import RunConfig
 from fedlab.config.client import ClientFile
 from fedlab.config.sections import ModelSection
 from fedlab.data.opening import OwnRecords, own_records
+from fedlab.data.sources import SOURCES
 from fedlab.errors import ConfigError, FedlabError, PrivacyError
 from fedlab.models.fingerprint import check_fingerprint, model_fingerprint
 from fedlab.models.hub import check_model
@@ -33,6 +35,7 @@ def show(path: Path, run: Path | None, say: Say, complain: Say) -> int:
     from fedlab.run.launch.deploy.client import check
 
     file = ClientFile.load(path)
+    check_data(file)
     for warning in check(file, "trainer" if file.client.server is None else None):
         complain(f"fedlab: warning: {warning}")
     for line in about(file):
@@ -47,6 +50,16 @@ def show(path: Path, run: Path | None, say: Say, complain: Say) -> int:
         say(f"refused: {reason}")
     say("this run would be refused" if refusals else "this run would be taken part in")
     return PrivacyError.exit_code if refusals else 0
+
+
+def check_data(file: ClientFile) -> None:
+    """Raise ConfigError where the files of the client's data are not there, or may not be read."""
+    section = file.data.section(64)
+    if file.data.source == "files" and file.data.path is not None and not Path(file.data.path).exists():
+        raise ConfigError(f"data.path = {file.data.path!r} is not there; name a file or directory that is")
+    for _, place in SOURCES[section.source].files(section):
+        if place.exists() and not os.access(place, os.R_OK):
+            raise ConfigError(f"data.path: {str(place)!r} cannot be read by this user; change its permissions")
 
 
 def about(file: ClientFile) -> Iterator[str]:

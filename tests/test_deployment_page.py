@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from fedlab.cli import app
+from fedlab.config import RunConfig
 from fedlab.config.client import ClientFile
 from fedlab.config.server import ServerFile
 
@@ -35,11 +36,12 @@ def test_a_command_is_one(line: str):
 
 def test_the_page_has_commands_and_files():
     assert len(COMMANDS) >= 9
-    assert len(FILES) == 2
+    assert len(FILES) == 3
 
 
 def test_the_files_are_read(tmp_path: Path):
-    server, client = FILES
+    server, run, client = FILES
+    assert RunConfig.parse(run).privacy.noise == "secure"
     assert ServerFile.parse(server, tmp_path).test is not None
     assert ClientFile.parse(client.replace('sha256 = ["…"]', "# sha256"), tmp_path).client.id == "north"
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedlab.config.base import Section
 from fedlab.config.data import DataSection
 from fedlab.config.load import parse_model, read_text
 from fedlab.config.monitor import LogSection, MetricsSection
 from fedlab.config.sections import Budget
+from fedlab.config.server import split_address
 from fedlab.identifiers import checked_identifier
 
 PartName = Literal["lora_A", "lora_B", "head"]
@@ -56,6 +57,13 @@ class ClientSection(Section):
         default=None, description="user that Flower's processes run as (name or uid); default: the one who starts them"
     )
     insecure: bool = Field(default=False, description="speak to the server without TLS: only on networks of your own")
+
+    @field_validator("server")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None:
+            split_address(value)
+        return value
 
 
 class OwnData(Section):

@@ -24,6 +24,8 @@ INNER_PORT = 8444
 def split_address(address: str) -> tuple[str, int]:
     """``"host:port"`` (``"[::1]:8443"`` for IPv6) → host, port. Raises ValueError with a sentence."""
     host, colon, number = address.rpartition(":")
+    if "/" in address:
+        raise ValueError(f"{address!r} is no host:port; leave out https:// and what follows the port")
     bare = host.removeprefix("[").removesuffix("]")
     if not colon or not bare or not (number.isascii() and number.isdigit()) or not 0 < int(number) < 65536:
         raise ValueError(f"{address!r} is no host:port; write for example fed.example.org:{PORT}")

@@ -42,8 +42,8 @@ key = "{client}.key"   # fedlab keys node {client}; its .pub goes to the coordin
 
 [data]
 path = {json.dumps(str(data.resolve()))}
-text = {json.dumps(text)}
-label = {json.dumps(label)}   # found here: {", ".join(names[:8])}{", …" if len(names) > 8 else ""}
+text = {json.dumps(text, ensure_ascii=False)}
+label = {json.dumps(label, ensure_ascii=False)}   # found here: {", ".join(names[:8])}{", …" if len(names) > 8 else ""}
 held_out = 0.1                    # share that is never trained on
 
 [models.{json.dumps(model)}]   # one for each base model that may be run on the data
@@ -81,8 +81,8 @@ labels = {json.dumps(names, ensure_ascii=False)}
 [data]                            # of a simulation; real clients read their own files
 source = "files"
 path = {json.dumps(str(data.resolve()))}
-text = {json.dumps(text)}
-label = {json.dumps(label)}
+text = {json.dumps(text, ensure_ascii=False)}
+label = {json.dumps(label, ensure_ascii=False)}
 clients = 3                       # simulated, or expected
 
 [lora]

@@ -182,7 +182,9 @@ def closing(config: RunConfig, result: dict[str, Any], path: Path) -> str:
     spent = promise.closing(config, result["epsilon"])
     spread = result["client_scores"]
     figures = ", ".join(f"{name} {shown(value)}" for name, value in spread.items() if name != "curve")
-    clients = "" if spread["mean"] is None else f"clients' {result['primary']}: {figures}\n"
+    sigma = config.privacy.scores_sigma
+    noised = "" if sigma is None else f" (each with noise of σ = {sigma:g} on the number of right ones, cut to 0..1)"
+    clients = "" if spread["mean"] is None else f"clients' {result['primary']}: {figures}{noised}\n"
     scores = ", ".join(f"{name} {shown(value)}" for name, value in (result["scores"] or {}).items())
     per_round = result["seconds_per_round"]
     overhead = (

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from clients.check import check_data
 from clients.own_session import own_config
 from fedlab.config import RunConfig
 from fedlab.config.client import ClientFile
@@ -47,3 +48,18 @@ def test_a_model_that_is_none_of_its_own_is_refused(tiny_toml: str, tmp_path: Pa
     file = ClientFile.parse(FILE.format(model="another", copy=""), tmp_path)
     with pytest.raises(ConfigError, match="is none of this client's"):
         own_config(RunConfig.parse(tiny_toml), file)
+
+
+@pytest.mark.parametrize("server", ["localhost", "https://fed.example.org:8443", "fed.example.org:8443/x", "h:0"])
+def test_a_server_that_is_no_address_is_told_when_the_file_is_read(server: str, tmp_path: Path):
+    text = FILE.format(model="m", copy="").replace('id = "north"', f'id = "north"\nserver = "{server}"')
+    with pytest.raises(ConfigError, match=r"client\.server: .*is no host:port"):
+        ClientFile.parse(text, tmp_path)
+
+
+def test_records_that_are_not_there_are_told_by_the_check(tmp_path: Path):
+    file = ClientFile.parse(FILE.format(model="m", copy=""), tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.path = '.*records\.csv' is not there"):
+        check_data(file)
+    (tmp_path / "records.csv").write_text("text,topic\n")
+    check_data(file)
