@@ -73,13 +73,13 @@ def about(file: ClientFile) -> Iterator[str]:
             yield f"model {name}: {copy.path or 'by its name'}, sha256 {model_fingerprint(model)}"
         except ConfigError as error:
             yield f"model {name}: {error}"
-    if file.budget is None:
+    if (budget := file.counted_budget) is None:
         yield "no budget: under its policy nothing is charged"
         return
-    delta = file.budget.delta or file.policy.max_delta
+    assert budget.delta is not None
     spent = spent_before(file)
-    used = spent_of_budget(spent, delta) if spent else 0.0
-    yield f"budget: ε = {file.budget.epsilon:g} at δ = {delta:g}; spent so far {used:.4f}"
+    used = spent_of_budget(spent, budget.delta) if spent else 0.0
+    yield f"budget: ε = {budget.epsilon:g} at δ = {budget.delta:g}; spent so far {used:.4f}"
 
 
 def of_run(file: ClientFile, config: RunConfig, refusals: list[str]) -> Iterator[str]:
@@ -134,11 +134,11 @@ def _of_privacy(
         yield "leaves once with noise, within that cost: accuracy on the held-out records"
     if problem := policy.problem_of_plan(plan, beside):
         refusals.append(problem)
-    if file.budget is not None:
-        delta = file.budget.delta or file.policy.max_delta
-        who, found = affordable([*spent_before(file), plan.event(), *beside], file.budget.epsilon, delta)
+    if (budget := file.counted_budget) is not None:
+        assert budget.delta is not None
+        who, found = affordable([*spent_before(file), plan.event(), *beside], budget.epsilon, budget.delta)
         if who is None:
-            refusals.append(f"the budget of ε = {file.budget.epsilon:g} does not cover one round: {found:.4f} in all")
+            refusals.append(f"the budget of ε = {budget.epsilon:g} does not cover one round: {found:.4f} in all")
 
 
 def spent_before(file: ClientFile) -> list[Event]:

@@ -20,12 +20,10 @@ from fedlab.evaluate import evaluate, primary_score
 from fedlab.lora.state import State, digest, from_wire
 from fedlab.privacy.ledger.terms import scope_of
 from fedlab.privacy.release import NOISED_SCORES, SCORES, public
-from fedlab.privacy.scores_plan import ScoresPlan
+from fedlab.privacy.scores_plan import SCORE, ScoresPlan
 from fedlab.protocol.messages import ClientReply, EvaluateReply, EvaluateRequest, Release
 from fedlab.seeds import random_stream
 from fedlab.session import Session
-
-SCORE = "score"  # name of the array
 
 
 def answer_evaluate(node: Node, request: EvaluateRequest) -> EvaluateReply:

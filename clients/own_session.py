@@ -6,12 +6,10 @@ Of what the server sent, neither a path nor the place of a model is used.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fedlab.config import RunConfig
 from fedlab.config.client import ClientFile
-from fedlab.data.opening import own_records
-from fedlab.data.sources import SOURCES
+from fedlab.data.opening import own_records, stamps_of
 from fedlab.errors import ConfigError
 from fedlab.models.fingerprint import check_fingerprint, model_fingerprint
 from fedlab.models.hidden_states import cache_hidden_states
@@ -19,15 +17,13 @@ from fedlab.models.loading import build
 from fedlab.objectives import objective_class
 from fedlab.session import Session, check_vocabulary, torch_threads
 
-Stamp = tuple[tuple[str, int, int, int], ...]
-
 
 @dataclass
 class OwnSessions:
     """What a client's process holds open: the last run's session, opened anew if the run, or the data, are others."""
 
     file: ClientFile
-    _key: tuple[str, Stamp] | None = None
+    _key: tuple[str, dict[str, tuple[int, int, int]]] | None = None
     _session: Session | None = field(default=None, repr=False)
 
     def open(self, text: str) -> Session:
@@ -37,7 +33,7 @@ class OwnSessions:
             ConfigError: model or data cannot be opened, or do not work with the configuration.
             LabelError: the data have a label that the run does not name.
         """
-        key = (text, stamp(self.file))
+        key = (text, stamps_of(self.file.data.section(64)))
         if self._session is None or self._key != key:
             self._key, self._session = None, None  # the old data go before the new ones come
             self._session, self._key = open_own(RunConfig.parse(text), self.file), key
@@ -76,14 +72,3 @@ def open_own(config: RunConfig, file: ClientFile) -> Session:
         with torch_threads(own.run.threads):
             data = cache_hidden_states(model, data)
     return Session(own, model, data)
-
-
-def stamp(file: ClientFile) -> Stamp:
-    """Size, time and number of every file of the client's data: whether they are what they were."""
-    section = file.data.section(64)
-    found: list[tuple[str, int, int, int]] = []
-    for _, path in SOURCES[section.source].files(section):
-        if (where := Path(path)).exists():
-            status = where.stat()
-            found.append((str(where), status.st_size, status.st_mtime_ns, status.st_ino))
-    return tuple(found)

@@ -259,13 +259,10 @@ def own_owner(file: ClientFile, run: str, sessions: Callable[[str], Session]) ->
         run: what is asked for, by its id.
         sessions: opens its data and its copy of the model for a resolved configuration.
     """
-    client, home, rules = file.client.id, file.home, file.policy
+    client, home = file.client.id, file.home
     ledgers = home / "ledger"
     places = Places(ledgers, below(home / "personal", run), home / "bases", ledgers / LOG)
-    budget = file.budget
-    if budget is not None and budget.delta is None:  # the server's δ must not make the budget cheap
-        budget = Budget(epsilon=budget.epsilon, delta=rules.max_delta)
-    owner = Owner(client, places, OwnPolicy.of(file), identity(file.data.section(2)), budget)
+    owner = Owner(client, places, OwnPolicy.of(file), identity(file.data.section(2)), file.counted_budget)
     return SingleOwner(owner, sessions, file.machine.threads)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pwd
 import socket
 import sys
 import threading
@@ -70,7 +69,7 @@ class Trainer:
 
     def __init__(self, file: ClientFile, monitor: ClientMonitor) -> None:
         self._desk, self._monitor, self._file = OwnDesk(file), monitor, file
-        self._allowed = {os.getuid(), *_user(file.client.transport_user)}
+        self._allowed = {os.getuid(), file.transport_user}
         self._connections = ThreadPoolExecutor(MOST_CONNECTIONS, "connection")
         self._work = ThreadPoolExecutor(1, "trainer")  # one thread, or torch would start its own anew for every request
         self._listener = listen(file.socket, shared=file.client.transport_user is not None)
@@ -165,16 +164,6 @@ def listen(path: Path, shared: bool) -> socket.socket:
         os.umask(before)
     listener.listen(16)
     return listener
-
-
-def _user(name: str | None) -> set[int]:
-    """The id of the user that Flower's processes run as. Raises ConfigError if there is none."""
-    if name is None:
-        return set()
-    try:
-        return {int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid}
-    except KeyError:
-        raise ConfigError(f"client.transport_user = {name!r}: this machine has no such user") from None
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from fedlab import cli_client, cli_deploy
+from fedlab.command import DebugOption, QuietOption, SetOption
 from fedlab.command import guarded as _guarded
 from fedlab.run import output
 from fedlab.run.output import say
@@ -34,15 +35,9 @@ VaryOption = Annotated[
     list[str] | None,
     typer.Option("--vary", help="run once for each value: section.key=[value, ...]", metavar="KEY=[VALUES]"),
 ]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="override one key: section.key=value (the value is TOML)", metavar="KEY=VALUE"),
-]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="run directory (default: runs/<name>-<time>)", metavar="RUN_DIR")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="print errors only")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="show a traceback with an error")]
 
 
 @app.command()

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from fedlab.command import guarded
+from fedlab.command import DebugOption, guarded
 from fedlab.run.output import complain, say
 
 SERVER = "fed.example.org:8443"
-DebugOption = Annotated[bool, typer.Option("--debug", help="show a traceback with an error")]
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedlab.command import guarded
+from fedlab.command import DebugOption, QuietOption, SetOption, guarded
 from fedlab.run.output import complain, say
 
 keys = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Keys of a server and of its clients.")
@@ -18,7 +18,6 @@ HostOption = Annotated[
     typer.Option("--host", help="name or address by which clients reach the server; may be repeated", metavar="NAME"),
 ]
 DaysOption = Annotated[int, typer.Option("--days", min=1, help="days until the server's certificate ends")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="show a traceback with an error")]
 DAYS = 365
 
 
@@ -42,10 +41,7 @@ def run_command(
     keys: Annotated[
         Path | None, typer.Option("--keys", help="directory of keys; default: the server's file says it", metavar="DIR")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="override one key: section.key=value (the value is TOML)", metavar="KEY=VALUE"),
-    ] = None,
+    set_: SetOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="run directory (default: <name>-<time> in server.runs)", metavar="RUN_DIR"),
@@ -56,7 +52,7 @@ def run_command(
             "--rehearsal", help="let seeded noise through, which protects nobody: to compare with a simulation"
         ),
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Fine-tune one model with the clients of a server, each on its own machine."""

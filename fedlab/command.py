@@ -1,14 +1,23 @@
-"""How every command ends: with its errors as sentences, and their exit codes."""
+"""What all commands share: a few options, and how they end, with errors as sentences and exit codes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Annotated, NoReturn
+
+import typer
 
 from fedlab.errors import FedlabError, Interrupted
 from fedlab.files import unwritable
 from fedlab.run import interrupt, output
 from fedlab.run.output import complain
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="override one key: section.key=value (the value is TOML)", metavar="KEY=VALUE"),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="print errors only")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="show a traceback with an error")]
 
 
 def guarded(action: Callable[[], None], debug: bool, quiet: bool = False) -> None:

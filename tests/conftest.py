@@ -289,3 +289,29 @@ def _once(function: Callable[..., str]) -> Callable[..., str]:
         return made[key]
 
     return cached
+
+
+@pytest.fixture
+def carried() -> Any:
+    """Files of clients on machines of their own → what carries a deployed run's messages to them in this process."""
+    from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+    from clients.answer import answer
+    from clients.serve import OwnDesk
+    from fedlab.protocol import Frame
+    from fedlab.run.launch.local import LocalGrid
+
+    def make(files: Any) -> Any:
+        desks = [OwnDesk(file) for file in files]
+
+        def app(message: Message, context: Context) -> Message:
+            fields: dict[str, Any] = dict(message.content.config_records["fedlab"])
+            reply = answer(Frame(**fields), desks[int(context.node_config["partition-id"])])
+            return Message(RecordDict({"fedlab": ConfigRecord(vars(reply))}), reply_to=message)
+
+        def run(server_app: Any, client_app: Any, config: Any, run_config: dict[str, Any]) -> None:
+            server_app(LocalGrid(app, len(desks)), Context(1, 1, {}, RecordDict(), run_config))
+
+        return run
+
+    return make

@@ -8,6 +8,7 @@ says is held against every request before data are opened (``clients.policy``).
 
 from __future__ import annotations
 
+import pwd
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from fedlab.config.load import parse_model, read_text
 from fedlab.config.monitor import LogSection, MetricsSection
 from fedlab.config.sections import Budget
 from fedlab.config.server import split_address
+from fedlab.errors import ConfigError
 from fedlab.identifiers import checked_identifier
 
 PartName = Literal["lora_A", "lora_B", "head"]
@@ -202,6 +204,27 @@ class ClientFile(Section):
         """Where it keeps what is its own."""
         assert self.client.home is not None
         return Path(self.client.home)
+
+    @property
+    def counted_budget(self) -> Budget | None:
+        """The budget with its δ: the policy's where it names none, so that no server's δ makes the budget cheap."""
+        if self.budget is None or self.budget.delta is not None:
+            return self.budget
+        return Budget(epsilon=self.budget.epsilon, delta=self.policy.max_delta)
+
+    @property
+    def transport_user(self) -> int | None:
+        """Number of the user that what carries messages runs as; None: of whoever starts it.
+
+        Raises ConfigError if this machine has none of that name.
+        """
+        name = self.client.transport_user
+        if name is None:
+            return None
+        try:
+            return int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid
+        except KeyError:
+            raise ConfigError(f"client.transport_user = {name!r}: this machine has no such user") from None
 
     @property
     def socket(self) -> Path:

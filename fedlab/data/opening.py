@@ -162,19 +162,25 @@ def forget_changed(config: RunConfig) -> bool:
 
     For who starts a run: during one, data stay what they were.
     """
-    stamps = {}
+    stamps: dict[str, tuple[int, int, int]] = {}
     for data in sections(config):
-        for _, path in SOURCES[data.source].files(data):
-            if not path.exists():
-                continue
-            status = path.stat()
-            stamps[str(path.resolve())] = (status.st_size, status.st_mtime_ns, status.st_ino)
+        stamps |= stamps_of(data)
     changed = any(_stamps.get(path, stamp) != stamp for path, stamp in stamps.items())
     _stamps.update(stamps)
     if changed:
         _task_data.cache_clear()
         _corpus_and_shards.cache_clear()
     return changed
+
+
+def stamps_of(data: DataSection) -> dict[str, tuple[int, int, int]]:
+    """File → size, time and number, of all that are read: whether they are what they were."""
+    found = {}
+    for _, path in SOURCES[data.source].files(data):
+        if path.exists():
+            status = path.stat()
+            found[str(path.resolve())] = (status.st_size, status.st_mtime_ns, status.st_ino)
+    return found
 
 
 _stamps: dict[str, tuple[int, int, int]] = {}  # of the files that this process read, when it began a run

@@ -22,6 +22,7 @@ from fedlab.privacy.ledger.terms import plan_terms
 from fedlab.privacy.noise import SecureNoise, SeededNoise
 
 ATTEMPTS = 3  # a run that is cut off after its last round asks again when it is resumed
+SCORE = "score"  # name of the array that leaves
 COUNTED = ("accuracy",)  # primary scores that are a share of records
 
 

@@ -20,6 +20,7 @@ from fedlab.lora.ranks import narrow
 from fedlab.lora.state import State, digest, from_wire, nbytes, to_wire
 from fedlab.privacy.ledger.ledger import Entry
 from fedlab.privacy.release import METRICS, NOISED_SCORES, SCORES, TIMING, UPDATE, event_of
+from fedlab.privacy.scores_plan import SCORE
 from fedlab.protocol import ProtocolError
 from fedlab.protocol.checks import check_arrays, wire_bytes
 from fedlab.protocol.failures import explained
@@ -250,11 +251,11 @@ class Messenger:
 def _noised_score(client: str, release: Release, excluded: dict[str, str]) -> dict[str, float]:
     """The share in a charged release, between 0 and 1: cutting it off is post-processing."""
     try:
-        check_arrays(release, {"score": (1,)}, "float32", client)
+        check_arrays(release, {SCORE: (1,)}, "float32", client)
     except ProtocolError as error:
         excluded[client] = f"{UNUSABLE}: {error.field}: {error.problem}"
         return {}
-    return {client: min(1.0, max(0.0, float(release.arrays["score"][0])))}
+    return {client: min(1.0, max(0.0, float(release.arrays[SCORE][0])))}
 
 
 def _shapes(state: State, names: Sequence[str]) -> dict[str, tuple[int, ...]]:

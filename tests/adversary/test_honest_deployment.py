@@ -10,20 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import fedlab
 import fedlab.data.opening
-from clients.answer import answer
-from clients.serve import OwnDesk
-from fedlab.config import RunConfig
 from fedlab.config.client import ClientFile
 from fedlab.privacy.ledger.ledger import parse_lines
-from fedlab.protocol import Frame
 from fedlab.run.audit import audit_directory
 from fedlab.run.deployment import Deployment
 from fedlab.run.launch import deploy_run
-from fedlab.run.launch.local import LocalGrid
 
 
 @pytest.fixture
@@ -33,7 +27,7 @@ def homes(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def backend(homes: Path, tiny_bert: Path, tiny_data: Path, helpers: Any) -> Callable[..., Any]:
+def backend(homes: Path, tiny_bert: Path, tiny_data: Path, helpers: Any, carried: Any) -> Callable[..., Any]:
     """What carries messages to so many clients, each with its own file, in this process; ``changes``: client → text of
     its file → another text.
     """
@@ -44,17 +38,7 @@ def backend(homes: Path, tiny_bert: Path, tiny_data: Path, helpers: Any) -> Call
             home = homes / str(i)
             text = helpers.CLIENT_FILE.format(client=f"client-{i}", home=home, model=tiny_bert, data=tiny_data)
             files.append(ClientFile.parse((changes or {}).get(i, lambda text: text)(text), homes))
-        desks = [OwnDesk(file) for file in files]
-
-        def app(message: Message, context: Context) -> Message:
-            fields: dict[str, Any] = dict(message.content.config_records["fedlab"])
-            reply = answer(Frame(**fields), desks[int(context.node_config["partition-id"])])
-            return Message(RecordDict({"fedlab": ConfigRecord(vars(reply))}), reply_to=message)
-
-        def run(server_app: Any, client_app: Any, config: RunConfig, run_config: dict[str, Any]) -> None:
-            server_app(LocalGrid(app, count), Context(1, 1, {}, RecordDict(), run_config))
-
-        return run
+        return carried(files)
 
     return make
 

@@ -7,17 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import fedlab
-from clients.answer import answer
-from clients.serve import OwnDesk
 from fedlab.config import RunConfig
 from fedlab.config.client import ClientFile
-from fedlab.protocol import Frame
 from fedlab.run.deployment import Deployment
 from fedlab.run.launch import deploy_run
-from fedlab.run.launch.local import LocalGrid
 
 CLIENT = """
 [client]
@@ -53,24 +48,9 @@ def sites(tiny_data: Path, tmp_path: Path) -> dict[str, Path]:
     return found
 
 
-def carried(files: list[ClientFile]) -> Any:
-    """What carries messages to these clients in this process."""
-    desks = [OwnDesk(file) for file in files]
-
-    def app(message: Message, context: Context) -> Message:
-        fields: dict[str, Any] = dict(message.content.config_records["fedlab"])
-        reply = answer(Frame(**fields), desks[int(context.node_config["partition-id"])])
-        return Message(RecordDict({"fedlab": ConfigRecord(vars(reply))}), reply_to=message)
-
-    def run(server_app: Any, client_app: Any, config: RunConfig, run_config: dict[str, Any]) -> None:
-        server_app(LocalGrid(app, len(files)), Context(1, 1, {}, RecordDict(), run_config))
-
-    return run
-
-
 @pytest.mark.parametrize("overrides", [(), ("strategy.name=rolora",), ("privacy={unit='none'}",)], ids=str)
 def test_a_deployed_run_gives_the_simulated_ones_adapter_to_the_bit(
-    overrides: tuple[str, ...], tiny_toml: str, tiny_bert: Path, sites: dict[str, Path], tmp_path: Path
+    overrides: tuple[str, ...], tiny_toml: str, tiny_bert: Path, sites: dict[str, Path], tmp_path: Path, carried: Any
 ):
     import shutil
 

@@ -97,9 +97,10 @@ class ClientMonitor:
 
     def look_up(self, file: ClientFile) -> None:
         """What is spent and left of the budget in a client's file; nothing where there is none, or nobody reads it."""
-        if self._file is not None and file.budget is not None and file.policy.unit == "example":
-            delta = file.budget.delta or file.policy.max_delta
-            self.budget(file.budget.epsilon, delta, below(file.home / "ledger", f"{file.client.id}.jsonl"))
+        budget = file.counted_budget
+        if self._file is not None and budget is not None and file.policy.unit == "example":
+            assert budget.delta is not None
+            self.budget(budget.epsilon, budget.delta, below(file.home / "ledger", f"{file.client.id}.jsonl"))
 
     def ready(self, ready: bool) -> None:
         """Whether model and data are there and a request would be answered."""

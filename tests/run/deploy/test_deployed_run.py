@@ -14,31 +14,10 @@ import pytest
 
 from fedlab.run.launch.deploy import keys
 
-from .conftest import LiveServer, environment, make_folder, start_server, wait_for
+from .conftest import LABELS, OWN_FILE, LiveServer, environment, make_folder, start_server, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 CLIENTS = ("north", "south")
-CLIENT_FILE = """
-[client]
-id = "{name}"
-server = "{server}"
-ca = "{ca}"
-key = "{key}"
-home = "{home}"
-[data]
-path = "{data}"
-text = "text"
-label = "topic"
-[models."{model}"]
-[policy]
-min_sigma = 0.5
-max_epsilon = 30.0
-max_clip = 2.0
-trained = ["lora_B", "head"]
-[budget]
-epsilon = 90.0
-"""
-LABELS = ["fruit", "metal", "ocean"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +32,7 @@ def house(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_data: 
         for i, name in enumerate(CLIENTS):
             (folder / f"{name}.jsonl").write_text("\n".join(lines[i::3]), encoding="utf-8")
             (folder / f"{name}.toml").write_text(
-                CLIENT_FILE.format(
+                OWN_FILE.format(
                     name=name,
                     server=live.address,
                     ca=folder / "keys" / "ca.crt",

@@ -27,7 +27,6 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
-    SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -35,10 +34,10 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from fedlab.protocol.pipe import receive, send
 from fedlab.run.launch.deploy.heartbeat import Heartbeat
+from fedlab.run.launch.deploy.tasks import executor
 from fedlab.run.launch.reference import load_reference
 
 RECORD = "fedlab"  # of a message
-ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 LOOK_SECONDS = 0.1  # between two looks for a task, on loopback
 AWAY_SECONDS = 1.0  # between two tries while the SuperNode is away
 CALL_SECONDS = 60.0
@@ -59,8 +58,7 @@ class Carrier:
 
     def __init__(self, address: str, secret: bytes, app: App) -> None:
         self._address, self._app = address, app
-        signing = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({ACQUIRE}))
-        self._executor = self._client(signing)
+        self._executor = self._client(executor(secret))
 
     def run(self) -> None:
         """Work until the process ends."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pwd
 import secrets
 import shutil
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -38,6 +38,7 @@ SYSTEM = (
     *("/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/sys", "/proc/filesystems"),  # nobody else's
 )
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+LISTENS = "the trainer listens at"  # what ``clients.serve`` says
 NOT_LET_IN = "the server does not let this node in"  # what the front answers, and a SuperNode prints
 WATCH_SECONDS = 1.0
 INSECURE = (
@@ -109,11 +110,16 @@ def serve(path: Path, only: str | None = None, ready: Callable[[], object] = lam
 
 
 def trainer(file: ClientFile, path: Path) -> Program:
-    """The resident trainer: this Python's own package, with this process's environment."""
+    """The resident trainer: this Python's own package, with this process's environment.
 
-    def listens() -> bool:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            return probe.connect_ex(str(file.socket)) == 0
+    It is ready when it has said so, and that was passed on: what is said later comes later.
+    """
+    listens = threading.Event()
+
+    def heard(line: str) -> None:
+        say(line)
+        if LISTENS in line:
+            listens.set()
 
     def hopeless(code: int, lines: Sequence[str]) -> FedlabError | None:
         told = [line for line in lines if line.startswith("fedlab: error: ")]
@@ -121,7 +127,7 @@ def trainer(file: ClientFile, path: Path) -> Program:
 
     command = [sys.executable, "-m", "clients.serve", str(path.absolute())]
     log = file.home / "logs" / "trainer.log"
-    return Program("trainer", command, dict(os.environ), log, ready=listens, on_line=say, hopeless=hopeless)
+    return Program("trainer", command, dict(os.environ), log, ready=listens.is_set, on_line=heard, hopeless=hopeless)
 
 
 def transport(file: ClientFile) -> list[Program]:
@@ -217,13 +223,7 @@ def _other_user(file: ClientFile) -> int | None:
 
     Raises ConfigError if there is none of that name.
     """
-    name = file.client.transport_user
-    if name is None:
-        return None
-    try:
-        user = int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid
-    except KeyError:
-        raise ConfigError(f"client.transport_user = {name!r}: this machine has no such user") from None
+    user = file.transport_user
     return None if user == os.geteuid() else user
 
 

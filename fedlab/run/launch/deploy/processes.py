@@ -49,7 +49,7 @@ class Program:
         ready: whether it does its work; default: as soon as it runs.
         on_line: called with each line of its output, in another thread.
         hopeless: exit code and last lines of output → the error to raise where another start cannot help, else None.
-        user: whom it runs as (name or number), with that user's group alone; default: as this process.
+        user: whom it runs as, by number, with that user's group alone; default: as this process.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Program:
     ready: Callable[[], bool] | None = None
     on_line: Callable[[str], object] | None = None
     hopeless: Callable[[int, Sequence[str]], FedlabError | None] = lambda code, lines: None
-    user: str | int | None = None
+    user: int | None = None
 
 
 @dataclass
@@ -200,11 +200,11 @@ class Supervisor:
         raise error or RunFailed(f"{child.program.name} {ended(code)} before it was ready:{child.told}")
 
 
-def _identity(user: str | int | None) -> dict[str, Any]:
+def _identity(user: int | None) -> dict[str, Any]:
     """Arguments for ``Popen`` that make a child another user."""
     if user is None:
         return {}
-    entry = pwd.getpwnam(user) if isinstance(user, str) and not user.isdigit() else pwd.getpwuid(int(user))
+    entry = pwd.getpwuid(user)
     return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
 
 

@@ -31,7 +31,6 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
-    SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
@@ -46,6 +45,7 @@ from fedlab.run.launch.deploy.grid import OUTAGE_SECONDS, DeployedGrid, ServerLo
 from fedlab.run.launch.deploy.heartbeat import Heartbeat
 from fedlab.run.launch.deploy.keys import SECRET
 from fedlab.run.launch.deploy.superlink import Inner
+from fedlab.run.launch.deploy.tasks import executor
 from fedlab.run.launch.environment import without_proxy
 from fedlab.run.launch.reference import CLIENT_APP, SERVER_APP
 from fedlab.run.monitor import logs
@@ -54,7 +54,6 @@ from fedlab.run.monitor.rounds import JSON, MONITOR
 from fedlab.run.output import complain
 
 SHIM = CLIENT_APP  # named because Flower wants a name: clients run no app that comes from a server
-ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 ACQUIRE_SECONDS = 30.0
 ANSWER_SECONDS = 10.0
 SUBMISSIONS = 10  # of one run, by one process
@@ -226,9 +225,7 @@ def _submit(inner: Inner, client_app: str) -> str:
 
 def _acquire(inner: Inner, run_id: int) -> str:
     """The token of a run's task. Tasks of others are those of processes that ended before they took them."""
-    secret = SuperExecAuthHttpInterceptor(
-        master_secret=(inner.keys / SECRET).read_bytes(), protected_methods=frozenset({ACQUIRE})
-    )
+    secret = executor((inner.keys / SECRET).read_bytes())
     deadline = time.monotonic() + ACQUIRE_SECONDS
     with _runtime(inner, None, secret) as client:
         while time.monotonic() < deadline:
