@@ -36,8 +36,11 @@ def show(path: Path, run: Path | None, say: Say, complain: Say) -> int:
 
     file = ClientFile.load(path)
     check_data(file)
-    for warning in check(file, "trainer" if file.client.server is None else None):
-        complain(f"fedlab: warning: {warning}")
+    try:
+        for warning in check(file, "trainer" if file.client.server is None else None):
+            complain(f"fedlab: warning: {warning}")
+    except ConfigError as error:  # what would be trained on can be known before there is a certificate
+        complain(f"fedlab: warning: it cannot reach a server yet: {error}")
     for line in about(file):
         say(line)
     if run is None:
@@ -84,11 +87,12 @@ def about(file: ClientFile) -> Iterator[str]:
 
 def of_run(file: ClientFile, config: RunConfig, refusals: list[str]) -> Iterator[str]:
     """What would be trained on, what it would cost, and, into ``refusals``, what would be refused."""
-    own, policy = own_config(config, file), OwnPolicy.of(file)
+    policy = OwnPolicy.of(file)
     parts = load_reference("strategies:STRATEGIES")[config.strategy.name].trained_parts(config)
     if problem := policy.problem(config, list(parts)):
         refusals.append(problem)
     try:
+        own = own_config(config, file)
         found = model_fingerprint(own.model)
         for names in (file.models[config.model.name].sha256, (config.model.sha256,)):
             if names and names[0] is not None:

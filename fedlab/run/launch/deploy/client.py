@@ -66,6 +66,21 @@ def check(file: ClientFile, only: str | None = None) -> list[str]:
     return warnings
 
 
+def _make_home(home: Path) -> None:
+    """Raises ConfigError where it can be neither made nor written to."""
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        problem = error.strerror
+    else:
+        if os.access(home, os.W_OK | os.X_OK):
+            return
+        problem = "this user may not write there"
+    raise ConfigError(
+        f"client.home = {str(home)!r} cannot be used ({problem}); it keeps the ledger: name a directory of this user's"
+    )
+
+
 def serve(path: Path, only: str | None = None, ready: Callable[[], object] = lambda: None) -> None:
     """Run a client until it is interrupted, which is how it ends.
 
@@ -84,7 +99,7 @@ def serve(path: Path, only: str | None = None, ready: Callable[[], object] = lam
         complain(f"fedlab: warning: {warning}")
     if only != "trainer" and not file.client.insecure:
         _look_at_server(file)
-    file.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _make_home(file.home)
     programs = [
         *([trainer(file, path)] if only != "transport" else []),
         *(transport(file) if only != "trainer" else []),

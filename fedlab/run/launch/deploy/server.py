@@ -282,7 +282,9 @@ def _listening(file: ServerFile) -> Iterator[socket.socket]:
         made.bind(address)
         made.listen(1024)
     except OSError as error:
-        raise ConfigError(f"server.address = {file.server.address!r}: {error.strerror or error}") from None
+        raise ConfigError(
+            f"server.address = {file.server.address!r}: {error.strerror or error}; end what listens there, or take another"
+        ) from None
     try:
         yield made
     finally:
