@@ -6,6 +6,7 @@ divided by the answer's length in bytes, so that short answers are not preferred
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from fedlab.objectives.language import LanguageModel, output_layer
 from fedlab.objectives.seq2seq import Seq2Seq
 from fedlab.objectives.vocabulary import token_losses
 
+logger = logging.getLogger("fedlab")
 LONG = 2**20  # tokens that no answer has
 SHOWN = 40  # characters of one in an error
 
@@ -40,6 +42,14 @@ def chosen(model: LoadedModel, data: FederatedData, indices: np.ndarray, setting
     found = likelihoods(model, list(prompts), answers, settings.batch_size)
     sizes = np.array([max(1, len(name.encode())) for name in names])
     right = np.array([names.index(text.strip()) if text.strip() in names else -1 for text in written])
+    if (right < 0).all():
+        logger.warning(
+            "evaluate.choices: none of the %d answers scored is one of %s (%r, for example); write the choices as the"
+            " records have them",
+            len(right),
+            ", ".join(repr(name) for name in names),
+            written[0].strip()[:SHOWN],
+        )
     return {
         "choice_accuracy": float((found.argmax(1) == right).mean()),
         "choice_accuracy_norm": float(((found / sizes).argmax(1) == right).mean()),

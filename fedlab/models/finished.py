@@ -97,6 +97,8 @@ def merge(run: str | Path, out: str | Path) -> Path:
         config, _ = saved(path)
     if not (path / RESULT).is_file():
         raise ConfigError(f"{str(run)!r} has no {RESULT}: the run is not finished; fedlab resume {str(run)!r}")
+    if target.is_relative_to(path.resolve()):
+        raise ConfigError(f"{str(out)!r} lies in the run directory, whose files are sealed; give a place outside it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{str(out)!r} is there already; give another directory")
     if config.model.quantize != "none":

@@ -65,6 +65,18 @@ def test_length_counts_once_normalised_and_answers_that_are_no_choice_are_wrong(
     assert scores["choice_accuracy_norm"] == pytest.approx(1 / 3)
 
 
+def test_answers_of_which_none_is_a_choice_are_told(llama_toml: str, caplog: pytest.LogCaptureFixture):
+    session = open_session(RunConfig.parse(llama_toml, ASKED).to_toml())
+    tokens = tokenise(
+        Corpus("c", ["old tide"] * 2, written(["Ocean", "Metal"])), session.model.tokenizer, 64, session.model.objective
+    )
+    data = FederatedData(tokens, session.data.shards)
+    section = session.config.evaluate.model_copy(update={"choices": ("ocean", "metal")})
+    scores = evaluate(session.model, data, np.arange(2), session.config.model_copy(update={"evaluate": section}))
+    assert scores["choice_accuracy"] == 0
+    assert "none of the 2 answers scored is one of 'ocean', 'metal'" in caplog.text
+
+
 def test_choices_are_needed_and_read_by_nothing_else(llama_toml: str):
     for settings in (ASKED[:1], ASKED[1:], [ASKED[0], "evaluate.choices=['one']"]):
         with pytest.raises(ConfigError, match="needs two answers or more"):

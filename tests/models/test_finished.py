@@ -93,6 +93,7 @@ def test_a_model_that_cannot_be_merged_is_refused_and_nothing_is_left(
     runner = CliRunner()
     for arguments, expected in (
         ([str(run), str(tmp_path / "there")], "is there already"),
+        ([str(run), str(run / "merged")], "lies in the run directory"),
         ([str(tmp_path / "nothing"), str(tmp_path / "x")], "is no run directory"),
     ):
         done = runner.invoke(app, ["merge", *arguments])

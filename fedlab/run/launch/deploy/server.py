@@ -283,7 +283,7 @@ def _listening(file: ServerFile) -> Iterator[socket.socket]:
         made.listen(1024)
     except OSError as error:
         raise ConfigError(
-            f"server.address = {file.server.address!r}: {error.strerror or error}; end what listens there, or take another"
+            f"server.address = {file.server.address!r}: {error.strerror or error}; take another, or end what is there"
         ) from None
     try:
         yield made
