@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from strategies.base import Strategy
+from strategies.fed_sb import FedSB
 from strategies.fedavg import FedAvg
 from strategies.fedex import FedEx
 from strategies.fedsa import FedSA
@@ -31,6 +32,7 @@ AGGREGATORS: dict[str, type[Strategy]] = {
     "lora-fair": LoraFair,
     "rolora": RoLora,
     "fedsa": FedSA,
+    "fed-sb": FedSB,
     "head": HeadOnly,
 }
 CONTINUAL: dict[str, type[Strategy]] = {

@@ -23,7 +23,8 @@ def first_state(config: RunConfig, strategy: Strategy, session: Session) -> tupl
     """
     fresh = initial_state(session.model, config.lora, config.run.seed)
     if config.stage is None:
-        return fresh, {}
+        with torch_threads(1):
+            return strategy.begin_task(fresh, {}, 0), {}
     memory: dict[str, Tensor] = {}
     if config.stage.previous is not None:
         path = Path(config.stage.previous) / MEMORY

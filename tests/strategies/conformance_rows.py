@@ -58,6 +58,7 @@ ROWS = [
     Row("lora-fair", PROJECTED),
     Row("rolora", EXACT, ranks="changes"),
     Row("fedsa", EXACT, ranks="changes"),  # of what is shared: B·(mean of A) for every B
+    Row("fed-sb", EXACT),
     Row("head", "unchanged", ranks="changes"),
 ]
 
