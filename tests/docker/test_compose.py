@@ -179,7 +179,7 @@ def test_three_rounds_of_two_hospitals(compose: Compose):
     before = compose(*spent)
     compose("up", "-d", "--no-build", "--force-recreate", "north-trainer")
     assert compose(*spent) == before
-    left = figure(compose, "north-trainer", "fedlab_client_left_epsilon", lambda value: value < 12)
+    left = figure(compose, "north-transport", "fedlab_client_left_epsilon", lambda value: value < 12)
     assert left == pytest.approx(12 - result["epsilon"], abs=0.1)
 
 
