@@ -33,6 +33,10 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 NoDigest = Literal[""]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 PublicKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+Share = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]  # of a secret, in hex
+Sealed = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{96}$")]  # two shares, encrypted and authenticated
+SumName = Annotated[str, StringConstraints(pattern=r"^(round|gram)-[0-9]{1,9}-[0-9]{1,3}$")]  # what, its number, attempt
 Lines = Annotated[str, StringConstraints(max_length=MOST_LINES)]
 Part = Annotated[str, StringConstraints(pattern=r"^(lora_A|lora_B|head)$")]
 WireType = Literal["float32", "bfloat16"]
@@ -103,6 +107,50 @@ class ClientOrder(Strict):
 
 
 @dataclass(frozen=True)
+class SumKey(Strict):
+    """A client's key of a run's secure sums, to which shares for it are sealed (``fedlab.privacy.secure_sum``)."""
+
+    identity: PublicKey  # Ed25519, that signs its ledger
+    public: PublicKey  # X25519, fresh in every run
+    signature: Signature
+
+
+@dataclass(frozen=True)
+class SumSetting(Strict):
+    """A secure sum, as all who take part in it must see it alike."""
+
+    name: SumName
+    survivors: Positive  # fewest clients whose values may be added up
+    colluding: Count  # clients that may put what they know together with the server
+    participants: dict[ClientId, PublicKey]  # client → identity
+
+
+@dataclass(frozen=True)
+class SumPlan(Strict):
+    """A secure sum that is to be prepared, and the keys of whoever is asked and of their neighbours in it."""
+
+    setting: SumSetting
+    keys: dict[ClientId, SumKey]
+
+
+@dataclass(frozen=True)
+class MaskKey(Strict):
+    """A client's key of one sum, from which masks are derived, and what its self-mask seed hashes to."""
+
+    public: PublicKey
+    commitment: Digest
+    signature: Signature  # of the setting too
+
+
+@dataclass(frozen=True)
+class SumOrder(Strict):
+    """What goes with a request whose answer is masked: the keys of the clients in it and of their neighbours."""
+
+    name: SumName
+    keys: dict[ClientId, MaskKey]
+
+
+@dataclass(frozen=True)
 class TrainRequest(Strict):
     """Train these clients for one round, in passes of so many of them."""
 
@@ -147,11 +195,42 @@ class ReceiptsRequest(Strict):
 
 
 @dataclass(frozen=True)
-class KeysRequest(Strict):
-    """Make a fresh key for a masked sum."""
+class PrepareRequest(Strict):
+    """Make fresh keys for a secure sum, and shares of them."""
 
     run: RunReference
     clients: tuple[ClientId, ...]
+    sum: SumPlan
+
+
+@dataclass(frozen=True)
+class ConfirmRequest(Strict):
+    """Sign once whose values have not come; all other participants' have."""
+
+    run: RunReference
+    clients: tuple[ClientId, ...]
+    name: SumName
+    dropped: tuple[ClientId, ...]
+
+
+@dataclass(frozen=True)
+class UnmaskOrder(Strict):
+    """The shares that a client's neighbours sealed for it."""
+
+    client: ClientId
+    sealed: dict[ClientId, Sealed]  # from whom
+
+
+@dataclass(frozen=True)
+class UnmaskRequest(Strict):
+    """Reveal one share of every neighbour: of its self-mask seed, or of its mask key if it dropped out."""
+
+    run: RunReference
+    name: SumName
+    clients: tuple[UnmaskOrder, ...]
+    dropped: tuple[ClientId, ...]
+    confirmed: dict[ClientId, Signature]  # by whom; empty where nobody dropped out
+    following: SumPlan | None = None  # the next sum, to be prepared by those of the clients that take part in it
 
 
 @dataclass(frozen=True)
@@ -160,8 +239,7 @@ class GramRequest(Strict):
 
     run: RunReference
     clients: tuple[ClientOrder, ...]
-    keys: dict[ClientId, PublicKey]  # of everybody in a masked sum; empty where none is masked
-    attempt: Count
+    sum: SumOrder | None  # None where nothing is masked
     state: Arrays  # float32
 
 
@@ -196,6 +274,7 @@ class Enrolment(Strict):
     key: PublicKey | NoDigest = ""
     delta: Number | None = None
     event: EventFields | None = None
+    sum_key: SumKey | None = None  # where the run has secure sums
 
 
 @dataclass(frozen=True)
@@ -243,10 +322,53 @@ class ReceiptsReply(Strict):
 
 
 @dataclass(frozen=True)
-class KeysReply(Strict):
-    """Fresh public keys."""
+class Preparation(Strict):
+    """One client's fresh key of a sum, and shares sealed for its neighbours; or why there is none."""
 
-    keys: dict[ClientId, PublicKey]
+    client: ClientId
+    key: MaskKey | None = None
+    sealed: dict[ClientId, Sealed] = field(default_factory=dict)  # for whom
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class PrepareReply(Strict):
+    """Each client's preparation."""
+
+    clients: tuple[Preparation, ...]
+
+
+@dataclass(frozen=True)
+class Confirmation(Strict):
+    """One client's signature of who dropped out; or why there is none."""
+
+    client: ClientId
+    signature: Signature | NoDigest = ""
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class ConfirmReply(Strict):
+    """Each client's signature."""
+
+    clients: tuple[Confirmation, ...]
+
+
+@dataclass(frozen=True)
+class Revealed(Strict):
+    """One client's shares, one of each neighbour and of itself; or why there are none."""
+
+    client: ClientId
+    shares: dict[ClientId, Share] = field(default_factory=dict)  # whose
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class UnmaskReply(Strict):
+    """Each client's shares, and its preparation of the next sum if it was asked for one."""
+
+    clients: tuple[Revealed, ...]
+    prepared: tuple[Preparation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -257,14 +379,25 @@ class GramReply(Timed):
     sum: Release | None
 
 
-Request = DescribeRequest | TrainRequest | EvaluateRequest | ReceiptsRequest | KeysRequest | GramRequest
+Request = (
+    DescribeRequest
+    | TrainRequest
+    | EvaluateRequest
+    | ReceiptsRequest
+    | PrepareRequest
+    | ConfirmRequest
+    | UnmaskRequest
+    | GramRequest
+)
 NODE_FAILURE = "failure"  # kind of a ``NodeFailure``, which may come instead of any reply
 REQUESTS: dict[str, type[Strict]] = {
     "describe": DescribeRequest,
     "train": TrainRequest,
     "evaluate": EvaluateRequest,
     "receipts": ReceiptsRequest,
-    "keys": KeysRequest,
+    "prepare": PrepareRequest,
+    "confirm": ConfirmRequest,
+    "unmask": UnmaskRequest,
     "gram": GramRequest,
 }
 REPLIES: dict[str, type[Strict]] = {
@@ -272,6 +405,8 @@ REPLIES: dict[str, type[Strict]] = {
     "train": TrainReply,
     "evaluate": EvaluateReply,
     "receipts": ReceiptsReply,
-    "keys": KeysReply,
+    "prepare": PrepareReply,
+    "confirm": ConfirmReply,
+    "unmask": UnmaskReply,
     "gram": GramReply,
 }
