@@ -10,45 +10,37 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
-from fedlab.identifiers import PATTERN, is_identifier
 from fedlab.protocol.failures import FailureCode
+from fedlab.protocol.fields import (
+    MOST_CONFIGURATION,
+    ClientId,
+    Count,
+    Failure,
+    Lines,
+    Name,
+    NoDigest,
+    Number,
+    Part,
+    Positive,
+    PublicKey,
+    RunReference,
+    Strict,
+    WireType,
+)
+from fedlab.protocol.sum_messages import (
+    ConfirmReply,
+    ConfirmRequest,
+    PrepareReply,
+    PrepareRequest,
+    SumKey,
+    SumOrder,
+    UnmaskReply,
+    UnmaskRequest,
+)
 from fedlab.protocol.wire import Arrays
 from fedlab.version import VERSION
-
-MOST_CONFIGURATION, MOST_LINES = 2**20, 2**26  # characters
-
-
-def _identifier(text: str) -> str:
-    """It becomes a file's name: reserved ones are none."""
-    if not is_identifier(text):
-        raise ValueError("is no identifier of a client (fedlab.identifiers)")
-    return text
-
-
-ClientId = Annotated[str, StringConstraints(pattern=PATTERN), AfterValidator(_identifier)]
-RunId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-NoDigest = Literal[""]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
-PublicKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
-Share = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]  # of a secret, in hex
-Sealed = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{96}$")]  # two shares, encrypted and authenticated
-SumName = Annotated[str, StringConstraints(pattern=r"^(round|gram)-[0-9]{1,9}-[0-9]{1,3}$")]  # what, its number, attempt
-Lines = Annotated[str, StringConstraints(max_length=MOST_LINES)]
-Part = Annotated[str, StringConstraints(pattern=r"^(lora_A|lora_B|head)$")]
-WireType = Literal["float32", "bfloat16"]
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Positive = Annotated[int, Field(ge=1, lt=2**53)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Strict:
-    """Base of the messages: unknown fields are refused."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -76,16 +68,6 @@ class Release(Strict):
 
 
 @dataclass(frozen=True)
-class RunReference(Strict):
-    """Which run a request belongs to."""
-
-    run: RunId
-    configuration: Digest  # SHA-256 of the resolved TOML
-    parts: tuple[Part, ...]  # the most that clients are ever asked to train: what a privacy plan's scope covers
-    basis: Digest | NoDigest = ""  # of what stays as it is during this task of a stream; "" if nothing does
-
-
-@dataclass(frozen=True)
 class DescribeRequest(Strict):
     """Before the first round: take the configuration, say who is there, and sign the privacy plan."""
 
@@ -104,50 +86,6 @@ class ClientOrder(Strict):
     client: ClientId
     known: Count
     rank: Positive
-
-
-@dataclass(frozen=True)
-class SumKey(Strict):
-    """A client's key of a run's secure sums, to which shares for it are sealed (``fedlab.privacy.secure_sum``)."""
-
-    identity: PublicKey  # Ed25519, that signs its ledger
-    public: PublicKey  # X25519, fresh in every run
-    signature: Signature
-
-
-@dataclass(frozen=True)
-class SumSetting(Strict):
-    """A secure sum, as all who take part in it must see it alike."""
-
-    name: SumName
-    survivors: Positive  # fewest clients whose values may be added up
-    colluding: Count  # clients that may put what they know together with the server
-    participants: dict[ClientId, PublicKey]  # client → identity
-
-
-@dataclass(frozen=True)
-class SumPlan(Strict):
-    """A secure sum that is to be prepared, and the keys of whoever is asked and of their neighbours in it."""
-
-    setting: SumSetting
-    keys: dict[ClientId, SumKey]
-
-
-@dataclass(frozen=True)
-class MaskKey(Strict):
-    """A client's key of one sum, from which masks are derived, and what its self-mask seed hashes to."""
-
-    public: PublicKey
-    commitment: Digest
-    signature: Signature  # of the setting too
-
-
-@dataclass(frozen=True)
-class SumOrder(Strict):
-    """What goes with a request whose answer is masked: the keys of the clients in it and of their neighbours."""
-
-    name: SumName
-    keys: dict[ClientId, MaskKey]
 
 
 @dataclass(frozen=True)
@@ -195,45 +133,6 @@ class ReceiptsRequest(Strict):
 
 
 @dataclass(frozen=True)
-class PrepareRequest(Strict):
-    """Make fresh keys for a secure sum, and shares of them."""
-
-    run: RunReference
-    clients: tuple[ClientId, ...]
-    sum: SumPlan
-
-
-@dataclass(frozen=True)
-class ConfirmRequest(Strict):
-    """Sign once whose values have not come; all other participants' have."""
-
-    run: RunReference
-    clients: tuple[ClientId, ...]
-    name: SumName
-    dropped: tuple[ClientId, ...]
-
-
-@dataclass(frozen=True)
-class UnmaskOrder(Strict):
-    """The shares that a client's neighbours sealed for it."""
-
-    client: ClientId
-    sealed: dict[ClientId, Sealed]  # from whom
-
-
-@dataclass(frozen=True)
-class UnmaskRequest(Strict):
-    """Reveal one share of every neighbour: of its self-mask seed, or of its mask key if it dropped out."""
-
-    run: RunReference
-    name: SumName
-    clients: tuple[UnmaskOrder, ...]
-    dropped: tuple[ClientId, ...]
-    confirmed: dict[ClientId, Signature]  # by whom; empty where nobody dropped out
-    following: SumPlan | None = None  # the next sum, to be prepared by those of the clients that take part in it
-
-
-@dataclass(frozen=True)
 class GramRequest(Strict):
     """At a task's end: release which inputs it used."""
 
@@ -241,14 +140,6 @@ class GramRequest(Strict):
     clients: tuple[ClientOrder, ...]
     sum: SumOrder | None  # None where nothing is masked
     state: Arrays  # float32
-
-
-@dataclass(frozen=True)
-class Failure(Strict):
-    """Why a client gives nothing. ``refused``: it will not take part in this run any more."""
-
-    code: FailureCode
-    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -319,56 +210,6 @@ class ReceiptsReply(Strict):
     """Each client's new ledger lines."""
 
     clients: tuple[ClientReply, ...]
-
-
-@dataclass(frozen=True)
-class Preparation(Strict):
-    """One client's fresh key of a sum, and shares sealed for its neighbours; or why there is none."""
-
-    client: ClientId
-    key: MaskKey | None = None
-    sealed: dict[ClientId, Sealed] = field(default_factory=dict)  # for whom
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True)
-class PrepareReply(Strict):
-    """Each client's preparation."""
-
-    clients: tuple[Preparation, ...]
-
-
-@dataclass(frozen=True)
-class Confirmation(Strict):
-    """One client's signature of who dropped out; or why there is none."""
-
-    client: ClientId
-    signature: Signature | NoDigest = ""
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True)
-class ConfirmReply(Strict):
-    """Each client's signature."""
-
-    clients: tuple[Confirmation, ...]
-
-
-@dataclass(frozen=True)
-class Revealed(Strict):
-    """One client's shares, one of each neighbour and of itself; or why there are none."""
-
-    client: ClientId
-    shares: dict[ClientId, Share] = field(default_factory=dict)  # whose
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True)
-class UnmaskReply(Strict):
-    """Each client's shares, and its preparation of the next sum if it was asked for one."""
-
-    clients: tuple[Revealed, ...]
-    prepared: tuple[Preparation, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from fedlab.privacy.ledger.ledger import event_of as event_of_line
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.release import SIZE, event_of
 from fedlab.protocol.failures import explained
-from fedlab.protocol.messages import DescribeReply, DescribeRequest, Enrolment, RunReference
+from fedlab.protocol.fields import RunReference
+from fedlab.protocol.messages import DescribeReply, DescribeRequest, Enrolment
 from fedlab.run import interrupt
 from fedlab.run.directory import RunDirectory
 from fedlab.run.places import LOG

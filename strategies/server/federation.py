@@ -17,7 +17,8 @@ from fedlab.errors import FedlabError
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.noise import SecureStream
-from fedlab.protocol.messages import ClientReply, RunReference
+from fedlab.protocol.fields import RunReference
+from fedlab.protocol.messages import ClientReply
 from fedlab.seeds import client_order, random_stream
 
 NOWHERE = 0  # host of a client that took part before its run was resumed, and is not back yet

@@ -19,6 +19,7 @@ from fedlab.lora.state import digest, from_wire, to_wire
 from fedlab.models.adapters import initial_state
 from fedlab.privacy.ledger.ledger import Entry, charged, parse_lines
 from fedlab.protocol import Frame, decode, encode
+from fedlab.protocol.fields import RunReference
 from fedlab.protocol.messages import (
     NODE_FAILURE,
     REPLIES,
@@ -32,7 +33,6 @@ from fedlab.protocol.messages import (
     ReceiptFor,
     ReceiptsRequest,
     Release,
-    RunReference,
     TrainRequest,
 )
 from fedlab.session import open_session

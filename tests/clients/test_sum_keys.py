@@ -13,7 +13,8 @@ from clients.owner import SimulatedOwners
 from clients.sum_keys import answer_keys, hide, key_file
 from fedlab.config import RunConfig
 from fedlab.errors import PrivacyError
-from fedlab.protocol.messages import KeysRequest, RunReference
+from fedlab.protocol.fields import RunReference
+from fedlab.protocol.messages import KeysRequest
 
 RUN = RunReference("a" * 32, "b" * 64, ("head",))
 NAMES = ("client-0", "client-1", "client-2", "client-3")

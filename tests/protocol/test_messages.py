@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedlab.identifiers import PATTERN, is_identifier
 from fedlab.protocol import Frame, ProtocolError, decode, encode, encode_all
 from fedlab.protocol.failures import SENTENCES
+from fedlab.protocol.fields import Failure, RunReference
 from fedlab.protocol.messages import (
     REPLIES,
     REQUESTS,
@@ -25,7 +26,6 @@ from fedlab.protocol.messages import (
     EvaluateReply,
     EvaluateRequest,
     EventFields,
-    Failure,
     GramReply,
     GramRequest,
     KeysReply,
@@ -34,7 +34,6 @@ from fedlab.protocol.messages import (
     ReceiptsReply,
     ReceiptsRequest,
     Release,
-    RunReference,
     TrainReply,
     TrainRequest,
 )

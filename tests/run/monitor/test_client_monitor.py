@@ -14,12 +14,12 @@ from fedlab.errors import PrivacyError
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.ledger.guard import affordable, spent_of_budget
 from fedlab.protocol import encode
+from fedlab.protocol.fields import Failure
 from fedlab.protocol.messages import (
     NODE_FAILURE,
     ClientReply,
     DescribeReply,
     Enrolment,
-    Failure,
     GramReply,
     KeysReply,
     NodeFailure,
