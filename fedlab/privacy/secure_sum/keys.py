@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedlab.errors import PrivacyError
+from fedlab.errors import SumRefused
 from fedlab.privacy.ledger.keys import public_hex, verified
 from fedlab.protocol.sum_messages import MaskKey, SumKey, SumSetting
 
@@ -44,13 +44,13 @@ def derived(secret: bytes, purpose: str, *context: str) -> bytes:
 def agreed(private: bytes, public: str, purpose: str, *context: str) -> bytes:
     """32 bytes that whoever has either private key derives.
 
-    Raises PrivacyError for a public key that is none, or of low order.
+    Raises SumRefused for a public key that is none, or of low order.
     """
     try:
         other = X25519PublicKey.from_public_bytes(bytes.fromhex(public))
         secret = X25519PrivateKey.from_private_bytes(private).exchange(other)
     except ValueError as error:
-        raise PrivacyError(f"{public[:64]!r} is no X25519 public key: {error}") from None
+        raise SumRefused(f"{public[:64]!r} is no X25519 public key: {error}") from None
     return derived(secret, purpose, *context)
 
 

@@ -24,12 +24,13 @@ def shifted(values: Values, add: Iterable[bytes], subtract: Iterable[bytes] = ()
     for name in sorted(values):
         total = np.array(values[name], dtype=np.int64).view(np.uint64)  # a copy
         flat = total.reshape(-1)
-        streams = [(_stream(key, name), np.add) for key in added]
-        streams += [(_stream(key, name), np.subtract) for key in subtracted]
+        plus, minus = [_stream(key, name) for key in added], [_stream(key, name) for key in subtracted]
         for start in range(0, flat.size, BLOCK):
             part = flat[start : start + BLOCK]
-            for stream, change in streams:
-                change(part, np.frombuffer(stream.update(_ZEROS[: 8 * part.size]), dtype="<u8"), out=part)
+            for stream in plus:
+                part += _next(stream, part.size)
+            for stream in minus:
+                part -= _next(stream, part.size)
         result[name] = total.view(np.int64)
     return result
 
@@ -57,3 +58,8 @@ def _stream(key: bytes, name: str) -> Any:
     """Uniform bytes of this key for this tensor: AES-256-CTR from a place that the tensor's name says."""
     place = hashlib.sha256(name.encode()).digest()[:16]
     return Cipher(algorithms.AES(key), modes.CTR(place)).encryptor()
+
+
+def _next(stream: Any, count: int) -> np.ndarray:
+    """The next ``count`` (at most ``BLOCK``) uniform 64-bit numbers of a stream."""
+    return np.frombuffer(stream.update(_ZEROS[: 8 * count]), dtype="<u8")
