@@ -4,7 +4,7 @@ P(x) ∝ exp(−x²/2σ²) on the integers: floating-point noise has no place in
 what it was added to (Mironov, 2012). A discrete Laplace is proposed and accepted with the exact probability. Every
 comparison of a uniform number with a real one is made in float64 with a bound on its error; where the two are closer
 than the bound, the uniform number is continued word by word and compared in decimals, until they differ. So what comes
-out has exactly the distribution, provided that numpy's exp and log are right to 2^-46 (they are to a few 2^-53).
+out has exactly the distribution, provided that numpy's exp and log are right to 2^-48 (they are to a few 2^-53).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 
 from fedlab._validate import non_negative, positive
 
-ERROR = 2.0**-46  # relative, of a logarithm, an exponential or a quotient in float64
+ERROR = 2.0**-48  # relative, of a logarithm, an exponential or a quotient in float64
+LEAST = 2.0**-16  # uniform numbers below are looked at one by one
 MOST_STD = 2.0**40  # beyond it a proposal may be no integer of float64
 CHUNK = 2**16  # proposals at once: what stays in a processor's cache
 
@@ -63,7 +64,7 @@ def discrete_gaussian(count: int, std: float, source: Words) -> np.ndarray:
     result, filled = np.empty(count, dtype=np.int64), 0
     while filled < count:
         wanted = count - filled
-        found = _accepted(min(CHUNK, wanted + wanted // 2 + 16), std, source)[:wanted]
+        found = _accepted(min(CHUNK, wanted + wanted * 3 // 8 + 64), std, source)[:wanted]
         result[filled : filled + len(found)] = found
         filled += len(found)
     return result
@@ -76,31 +77,39 @@ def _accepted(proposals: int, std: float, source: Words) -> np.ndarray:
     size = _geometric(words[:proposals], t, source)
     last = words[proposals:]
     negative = (last & np.uint64(1)).astype(bool)  # one bit for the sign, 63 for the decision
-    y = size.astype(np.float64)
-    z = y / std
-    # exp(−(|y| − σ²/t)²/2σ²), as −(y/σ − σ/t)²/2: the error of the exponent grows with y²
-    exponent = (z - std / t) ** 2 / 2
-    chance = np.exp(-exponent)
-    bound = chance * (1 + z) ** 2 * ERROR + 2.0**-60
-    drawn = (last >> np.uint64(1)).astype(np.float64) * 2.0**-63
-    take = drawn < chance
-    for i in np.flatnonzero(np.abs(drawn - chance) <= bound):
+    # exp(−(|y| − σ²/t)²/2σ²), as −(y/σ − σ/t)²/2. The exponent is off by at most (1 + y/σ)²·ERROR, and that times the
+    # exponential is below 6·ERROR for every y, as σ < t.
+    chance = size / std
+    chance -= std / t
+    chance *= chance
+    chance *= -0.5
+    np.exp(chance, out=chance)
+    gap = (last >> np.uint64(1)) * 2.0**-63
+    gap -= chance
+    take = gap < 0
+    for i in np.flatnonzero(np.abs(gap) < 8 * ERROR):
         take[i] = _below_exponential(int(last[i]) >> 1, 63, _exponent(int(size[i]), std, t), source)
     take &= ~(negative & (size == 0))  # zero would come twice as often
-    return np.where(negative, -size, size)[take]
+    chosen = size[take]
+    np.negative(chosen, out=chosen, where=negative[take])
+    return chosen
 
 
 def _geometric(words: np.ndarray, t: int, source: Words) -> np.ndarray:
     """k with P(k ≥ m) = exp(−m/t): ⌊−t·ln u⌋ for u uniform in (0, 1), of which a word holds the first 64 bits."""
-    low = words.astype(np.float64) * 2.0**-64
-    with np.errstate(divide="ignore"):
-        value = -t * np.log(low)
-        error = np.abs(value) * ERROR + t * 2.0**-62 / low + 1e-9  # of the logarithm, and of the bits that are missing
+    value = words * 2.0**-64
+    small = value < LEAST  # rare, and where the bits that are missing count
+    value[small] = 0.5
+    np.log(value, out=value)
+    value *= -t
     floor = np.floor(value)
-    with np.errstate(invalid="ignore"):
-        clear = (value - floor > error) & (floor + 1 - value > error)  # False where the word is 0
-    result = np.where(clear, floor, 0.0).astype(np.int64)
-    for i in np.flatnonzero(~clear):
+    value -= floor
+    # −ln u ≤ 11.1 with an error of 11.1·ERROR, and 2^-64/u ≤ ERROR for the missing bits
+    error = 13 * t * ERROR
+    unclear = (value <= error) | (value >= 1 - error)
+    unclear |= small
+    result = floor.astype(np.int64)
+    for i in np.flatnonzero(unclear):
         result[i] = _geometric_exact(int(words[i]), t, source)
     return result
 
