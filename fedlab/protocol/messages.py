@@ -223,9 +223,10 @@ class Timed(Strict):
 
 @dataclass(frozen=True)
 class TrainReply(Timed):
-    """Each client's update."""
+    """Each client's update; or, under shared noise, the sum of the shares of those of the clients that did not fail."""
 
     clients: tuple[ClientReply, ...]
+    sum: Release | None = None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, State, part_of
 from fedlab.models.loaded import LoadedModel
 from fedlab.privacy.plan import DPPlan
+from fedlab.seeds import random_stream
 from fedlab.train.cohort import add_by_client, pass_memory, row_factors
 from fedlab.train.dp import PerExampleGradients
 from fedlab.train.dropout import DropoutLayers, Masks, row_keys
@@ -88,6 +89,17 @@ def sum_client(
     local.executed += 1
     inside = local.inside(names) if training.rank is not None else {}
     return local.summed({n: total[n].cpu() * inside[n] if n in inside else total[n] for n in names}, _since(started))
+
+
+def noised_share(
+    found: Summed, plan: DPPlan, dimension: int, config: RunConfig, client: str, round_number: int
+) -> dict[str, np.ndarray]:
+    """A client's clipped sum on the grid, with its share of the noise: int64 arrays, to be added modulo 2^64.
+
+    By itself it protects nobody; it leaves in a sum over clients alone. ``dimension``: coordinates of the signed scope.
+    """
+    draws = random_stream(config.sampling_seed, "noise", client, round_number)
+    return plan.share_of(found.sums, dimension, plan.noise_words(draws))
 
 
 def _local(
