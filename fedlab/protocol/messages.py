@@ -51,7 +51,7 @@ class Strict:
 class EventFields(Strict):
     """A DP event as it travels (``fedlab.privacy.accounting.Event``)."""
 
-    sampler: Literal["poisson", "fixed_wor", "shuffle", "full"]
+    sampler: Literal["poisson", "poisson_discrete", "fixed_wor", "shuffle", "full"]
     q: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
     sigma: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     steps: Count
