@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
@@ -40,11 +41,13 @@ class ClientAccount:
         self._beside = beside_rounds(session.config)
         self.guard = owner.guard(run.run)
         shapes = {name: shape for name, shape in session.shapes.items() if part_of(name) in run.parts}
+        self.dimension = sum(math.prod(shape) for shape in shapes.values())  # coordinates of the signed scope
         budget = owner.budget
         self.terms: Mapping[str, Any] = {
             **plan.terms(),
             **run_terms(run.configuration, public_names(session.config)),
             "scope": scope_of(shapes),
+            "shared": plan.shared_terms(self.dimension),
             "budget": budget_terms(budget.epsilon, budget.delta or plan.delta) if budget else None,
             "content": keyed_hash(self.guard.ledger.key, "content", session.data.fingerprint(owner.client)),
         }

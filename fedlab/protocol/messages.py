@@ -47,7 +47,7 @@ from fedlab.version import VERSION
 class EventFields(Strict):
     """A DP event as it travels (``fedlab.privacy.accounting.Event``)."""
 
-    sampler: Literal["poisson", "fixed_wor", "shuffle", "full"]
+    sampler: Literal["poisson", "poisson_discrete", "fixed_wor", "shuffle", "full"]
     q: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
     sigma: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     steps: Count
@@ -193,9 +193,10 @@ class Timed(Strict):
 
 @dataclass(frozen=True)
 class TrainReply(Timed):
-    """Each client's update."""
+    """Each client's update; or, under shared noise, the sum of the shares of those of the clients that did not fail."""
 
     clients: tuple[ClientReply, ...]
+    sum: Release | None = None
 
 
 @dataclass(frozen=True)

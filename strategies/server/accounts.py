@@ -146,8 +146,8 @@ class Accounts:
         """
         if self._mirror is None:
             return {}
-        commits = {client: outcome.commits[client] for client in outcome.updates if client in outcome.commits}
-        updates = {client: commits[client]["out"] if client in commits else None for client in outcome.updates}
+        commits = {client: outcome.commits[client] for client in outcome.used if client in outcome.commits}
+        updates = {client: commits[client]["out"] if client in commits else None for client in outcome.used}
         return self._mirror.close_round(round_number, states, updates, commits)
 
     def rounds_charged_after(self, client: str, round_number: int) -> int:

@@ -33,7 +33,7 @@ COMMON = {"v", "seq", "prev", "type", "time", "run", "owner", "dataset", "hash",
 FIELDS: dict[str, set[str]] = {
     "PLAN": (
         {"key", "unit", "relation", "event", "clip", "normaliser", "delta", "n"}
-        | {"participations", "scope", "budget", "noise", "content", "configuration", "releases", "code"}
+        | {"participations", "scope", "budget", "noise", "content", "configuration", "releases", "shared", "code"}
     ),
     "CHARGE": {"round", "plan", "event", "in", "filter"},
     "COMMIT": {"charge", "steps", "out"},
@@ -48,7 +48,7 @@ FIELDS: dict[str, set[str]] = {
     "FINAL": {"heads", "files", "state", "status"},
 }
 # keys that lines of the first edition lack: such ledgers are read and continued
-SINCE_2: dict[str, set[str]] = {"PLAN": {"configuration", "releases"}, "START": {"config"}, "ROUND": {"before"}}
+SINCE_2: dict[str, set[str]] = {"PLAN": {"configuration", "releases", "shared"}, "START": {"config"}, "ROUND": {"before"}}
 
 
 def canonical(value: Mapping[str, Any]) -> bytes:
