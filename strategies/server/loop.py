@@ -181,7 +181,7 @@ class Rounds:
 
     def _train(self, number: int) -> TrainOutcome | None:
         """Draw clients, let them train, aggregate, and countersign; None if only refusals are missing."""
-        drawn = self.federation.draw(number)
+        drawn = self.messenger.prepared(number, self.federation.draw(number))
         order = self.messenger.order_training(number, self.state, self.client_ranks, drawn)
         self.progress.round_started(number, len(drawn))
         with self.accounts.charge(number, drawn, order.received) as commit:
@@ -191,6 +191,7 @@ class Rounds:
             self._warn(number, "is excluded from", outcome.excluded)
             self.accounts.settle(outcome, drawn)
             state, server_state = self.state, self.server_state
+            self.messenger.finish(number, outcome)
             released = self.unreleased.judge(number, outcome) if self.config.shared_noise else True
             if not self.config.shared_noise and not self._enough(number, outcome, drawn):
                 return None
