@@ -18,8 +18,8 @@ import torch
 from clients.account import ClientAccount, digest_of
 from clients.node import Node
 from clients.owner import Owner
-from clients.secure_sum import hide
 from clients.pending import Asked, PendingRelease, Releases, failure_of
+from clients.secure_sum import hide
 from fedlab.errors import FedlabError, PrivacyError
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, PAST, State, digest, from_wire, part_of, select, to_wire

@@ -1,4 +1,4 @@
-"""What clients add to a sum over all of them: one Poisson batch each, clipped per example and summed, all at one state.
+"""What clients add to a sum over all of them: one Poisson batch each, clipped per example and summed, at one state.
 
 Under shared noise (``privacy.survivors``) a round is one step of DP-SGD (Abadi et al., arXiv 1607.00133) on the clients'
 pooled examples: gradients can be added over clients because all are taken at the same state. So the rows of all clients

@@ -43,8 +43,8 @@ from strategies.server.messages import Messenger, TrainingOrder
 from strategies.server.outcome import TrainOutcome, busy_seconds, mean_loss
 from strategies.server.outliers import set_outliers_aside
 from strategies.server.scoring import Scoring
-from strategies.server.shared_round import SumMessenger, Unreleased
 from strategies.server.server_data import ServerData
+from strategies.server.shared_round import SumMessenger, Unreleased
 from strategies.server.task_start import first_state
 
 logger = logging.getLogger("fedlab")

@@ -1,10 +1,10 @@
 """A round under shared noise: the server sees one sum of all clients' shares, and nothing of one client.
 
-Every client's clipped sum came with its share of the noise, in integers on a grid (``fedlab.privacy.noise_share``). Their
-sum modulo 2^64, decoded and divided by the expected number of examples of those in it, is the noised gradient of one step
-of DP-SGD on their pooled examples; what the server's optimiser makes of it is post-processing. Where fewer clients than
-``privacy.survivors`` are in the sum, its noise would be less than was promised: nothing is released, and the charges
-stand.
+Every client's clipped sum came with its share of the noise, in integers on a grid (``fedlab.privacy.noise_share``).
+Their sum modulo 2^64, decoded and divided by the expected number of examples of those in it, is the noised gradient of
+one step of DP-SGD on their pooled examples; what the server's optimiser makes of it is post-processing. Where fewer
+clients than ``privacy.survivors`` are in the sum, its noise would be less than was promised: nothing is released, and
+the charges stand.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from strategies.server.federation import Federation
 from strategies.server.heads import sent_names
 from strategies.server.messages import Messenger, TrainingOrder
 from strategies.server.outcome import UNUSABLE, TrainOutcome
-from strategies.server.secure_sum import SecureSum
+from strategies.server.secure_sum import Purpose, SecureSum
 
 logger = logging.getLogger("fedlab")
 MOST_UNRELEASED = 3  # rounds in a row that release nothing, after which the run fails
@@ -82,7 +82,7 @@ class SumMessenger(Messenger):
         """Take the masks off the sum, and let the clients prepare the next round in the same exchange."""
         if self.sums is None or not outcome.members:
             return
-        following = None
+        following: tuple[Purpose, int, list[str]] | None = None
         if number < self.config.run.rounds:
             following = "round", number + 1, self.federation.chosen(number + 1)
         total = self.sums.unmask(outcome.total, outcome.members, following)
@@ -92,7 +92,7 @@ class SumMessenger(Messenger):
     def order_training(
         self, number: int, state: State, ranks: Mapping[str, int], drawn: Sequence[str]
     ) -> TrainingOrder:
-        """See ``Messenger.order_training``. Noise is everybody's, so a share has the state's shapes, whatever a client's
+        """See ``Messenger.order_training``. Noise is everybody's: a share has the state's shapes, whatever the client's
         rank.
         """
         order = super().order_training(number, state, ranks, drawn)
