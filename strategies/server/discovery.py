@@ -279,5 +279,9 @@ def _admit(federation: Federation, enrolment: Enrolment) -> None:
             problem = str(error)
     elif mirror is not None and not problem:
         problem = "it declared no ledger"
+    if (key := enrolment.sum_key) is not None and (problem or enrolment.key in ("", key.identity)):
+        federation.sum_keys[client] = key
+    elif key is not None:
+        problem = "its key of secure sums is not its ledger's"
     if problem:
         federation.refused[client] = problem

@@ -19,6 +19,7 @@ from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.noise import SecureStream
 from fedlab.protocol.fields import RunReference
 from fedlab.protocol.messages import ClientReply
+from fedlab.protocol.sum_messages import SumKey
 from fedlab.seeds import client_order, random_stream
 
 NOWHERE = 0  # host of a client that took part before its run was resumed, and is not back yet
@@ -47,6 +48,7 @@ class Federation:
     refused: dict[str, str] = field(default_factory=dict)  # client → why it takes part no more
     offline: set[str] = field(default_factory=set)  # clients whose node is not there now
     recalled: list[str] = field(default_factory=list)  # clients of before that were not here when the run went on
+    sum_keys: dict[str, SumKey] = field(default_factory=dict)  # of clients that mask what is added up
     participations: Counter[str] = field(default_factory=Counter)
     max_clients_per_pass: int = 0  # clients of a pass that fit into memory; 0: as many as the configuration says
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedlab.errors import SumRefused
 from fedlab.privacy.secure_sum.graph import Graph
-from fedlab.privacy.secure_sum.keys import commitment_of, is_mask_key, public_of, setting_digest
+from fedlab.privacy.secure_sum.keys import commitment_of, is_confirmation, is_mask_key, public_of, setting_digest
 from fedlab.privacy.secure_sum.masking import shifted
 from fedlab.privacy.secure_sum.participant import graph_for, mask_private, pair_mask, self_mask
 from fedlab.privacy.secure_sum.shares import combine
@@ -69,6 +69,11 @@ class Coordinator:
     def order(self, clients: Iterable[str]) -> SumOrder:
         """What goes with a request to these clients, whose answers are masked: their keys and their neighbours'."""
         return SumOrder(self.setting.name, {client: self._key(client) for client in self._around(clients)})
+
+    def is_confirmed(self, client: str, signature: str, dropped: Collection[str]) -> bool:
+        """Whether a participant signed that these dropped out."""
+        identity = self.setting.participants.get(client, "")
+        return is_confirmation(identity, signature, self.digest, frozenset(dropped))
 
     def unmask_order(self, client: str) -> UnmaskOrder:
         """The shares that were sealed for a client."""

@@ -18,24 +18,24 @@ BLOCK = 2**15  # numbers of a stream at a time: they stay in the processor's cac
 _ZEROS = bytes(8 * BLOCK)
 
 
-def shifted(values: Values, add: Iterable[bytes], subtract: Iterable[bytes] = ()) -> dict[str, np.ndarray]:
+def shifted(values: Values, plus: Iterable[bytes], minus: Iterable[bytes] = ()) -> dict[str, np.ndarray]:
     """Values (int64 arrays) with the streams of keys (32 bytes) added and subtracted, modulo 2⁶⁴; they are copied."""
-    added, subtracted, result = list(add), list(subtract), {}
+    added, subtracted, result = list(plus), list(minus), {}
     for name in sorted(values):
         total = np.array(values[name], dtype=np.int64).view(np.uint64)  # a copy
         flat = total.reshape(-1)
-        plus, minus = [_stream(key, name) for key in added], [_stream(key, name) for key in subtracted]
+        up, down = [_stream(key, name) for key in added], [_stream(key, name) for key in subtracted]
         for start in range(0, flat.size, BLOCK):
             part = flat[start : start + BLOCK]
-            for stream in plus:
+            for stream in up:
                 part += _next(stream, part.size)
-            for stream in minus:
+            for stream in down:
                 part -= _next(stream, part.size)
         result[name] = total.view(np.int64)
     return result
 
 
-def sum_of(first: Values, second: Values) -> dict[str, np.ndarray]:
+def add(first: Values, second: Values) -> dict[str, np.ndarray]:
     """Sums modulo 2⁶⁴ by name; either may lack a name."""
     result = dict(first)
     for name, value in second.items():

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedlab.privacy.ledger.keys import public_hex
 from fedlab.privacy.secure_sum.coordinator import Coordinator
 from fedlab.privacy.secure_sum.keys import new_private, public_of, signed_cipher_key
-from fedlab.privacy.secure_sum.masking import sum_of
+from fedlab.privacy.secure_sum.masking import add
 from fedlab.privacy.secure_sum.participant import Prepared, confirmed, masked, prepare, revealed
 from fedlab.protocol.sum_messages import SumSetting
 
@@ -60,7 +60,7 @@ class Sum:
     def total(self, sent: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         total: dict[str, np.ndarray] = {}
         for values in sent.values():
-            total = sum_of(total, values)
+            total = add(total, values)
         return total
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlab.errors import SumRefused
-from fedlab.privacy.secure_sum.masking import sum_of
+from fedlab.privacy.secure_sum.masking import add
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -32,7 +32,7 @@ def values_of(clients: list[str], seed: int = 0) -> dict[str, dict[str, np.ndarr
 def plain(values: dict[str, dict[str, np.ndarray]], clients: list[str]) -> dict[str, np.ndarray]:
     total: dict[str, np.ndarray] = {}
     for c in clients:
-        total = sum_of(total, values[c])
+        total = add(total, values[c])
     return total
 
 
