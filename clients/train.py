@@ -24,7 +24,7 @@ from fedlab.errors import FedlabError, PrivacyError
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, PAST, State, digest, from_wire, part_of, select, to_wire
 from fedlab.privacy.release import METRICS, TIMING, UPDATE, public, public_names
-from fedlab.privacy.secure_sum.masking import sum_of
+from fedlab.privacy.secure_sum.masking import add
 from fedlab.protocol import ProtocolError
 from fedlab.protocol.messages import ClientOrder, ClientReply, Release, TrainReply, TrainRequest
 from fedlab.session import Session
@@ -114,7 +114,7 @@ def _added(reply: ClientReply, total: Release | None) -> tuple[ClientReply, Rele
     """A client's reply without its share, and the node's sum with it."""
     share = reply.release(UPDATE)
     assert share is not None
-    arrays = sum_of(total.arrays if total is not None else {}, share.arrays)
+    arrays = add(total.arrays if total is not None else {}, share.arrays)
     rest = tuple(release for release in reply.releases if release is not share)
     return replace(reply, releases=rest), replace(share, arrays=arrays)
 

@@ -203,7 +203,7 @@ class Rounds:
         self.adapter_moved = self.adapter_moved or check_moved(self.strategy, self.state, outcome)
         before = digest(self.state) if self.config.private else ""
         self.state, self.server_state = state, server_state
-        self._release(number, (before, order.received, digest(state)), outcome)
+        self._release(number, (before, order.received, digest(state)), outcome, released)
         return outcome
 
     def _trained(self, order: TrainingOrder, drawn: list[str]) -> TrainOutcome:
@@ -255,9 +255,9 @@ class Rounds:
         everyone = dict.fromkeys(self.federation.clients, widest)
         return everyone | given | self.strategy.client_ranks(self.server_state)
 
-    def _release(self, number: int, states: tuple[str, str, str], outcome: TrainOutcome) -> None:
+    def _release(self, number: int, states: tuple[str, str, str], outcome: TrainOutcome, released: bool) -> None:
         """Countersign what was received, and let the clients keep their receipts."""
-        receipts = self.accounts.close_round(number, states, outcome)
+        receipts = self.accounts.close_round(number, states, outcome, released)
         if receipts:
             self._exchange_lines(number, receipts, sorted(receipts, key=client_order))
 

@@ -145,7 +145,7 @@ def test_two_exchanges_a_round(tiny_toml: str, tmp_path: Path, monkeypatch: pyte
         asked.append(frame.kind)
         return exchange(frame, desk)
 
-    monkeypatch.setattr("clients.app.answer", counted)
+    monkeypatch.setattr("clients.app.answered", counted)
     simulate(tiny_toml, tmp_path / "run", MASKED)
     beside = ("describe", "receipts", "evaluate")
     assert [kind for kind in asked if kind not in beside] == ["prepare", *["train", "unmask"] * 3]
