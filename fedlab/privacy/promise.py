@@ -71,14 +71,19 @@ TRUST = {
         "The adversary sees every client's every update: the server, the other clients and the public are not trusted."
     ),
     "shared": (
-        "The adversary sees every sum of a round's clients and no single client's part: the server, up to {colluding}"
-        " clients who tell it all that they know, and the public are not trusted. The noise of a sum is that of at"
+        "The adversary sees every sum of a round's clients and no single client's part: the server, {colluding}, and"
+        " the public are not trusted. The noise of a sum is that of at"
         " least {honest} honest clients, and it is there whoever drops out: a round draws {drawn} clients, and with"
         " fewer than {survivors} in its sum nothing is released. Each of them adds 1/{honest} of the noise's variance:"
         " who colludes in greater number, or sees one client's part without a mask, is not covered by ε."
     ),
     "client": "The server is trusted: it sees each client's update as it is, and adds the noise.",
 }
+COLLUDING = (
+    "as long as no client tells it what it knows",
+    "one client who tells it all that it knows",
+    "up to {} clients who tell it all that they know",
+)
 MASKED = "The parts were masked, so that the server learnt their sum alone."
 UNMASKED = (
     "This simulation left the masks out (`privacy.masked = false`), since they cancel in the sum to the bit: whoever"
@@ -143,7 +148,7 @@ def trust(config: RunConfig) -> str:
     assert privacy.survivors is not None
     drawn = config.clients_per_round if config.population_known else "at least as many"
     said = said.format(
-        colluding=privacy.colluding,
+        colluding=COLLUDING[min(privacy.colluding, 2)].format(privacy.colluding),
         survivors=privacy.survivors,
         honest=privacy.survivors - privacy.colluding,
         drawn=drawn,
@@ -207,8 +212,8 @@ def promise(config: RunConfig, epsilon: float | str, delta: float | None) -> str
     return (
         f"Every {what}, and everything computed from them, is (ε, δ)-differentially private for"
         f" **{UNIT[unit]}**: the largest ε over the clients is **{shown}** at {at} ({NEIGHBOURS[unit]})."
-        f" {trust(config)} A person with records at several clients, or with k at one, is protected less: the ε of several clients add"
-        " up, and k records at one client can cost more than k times its ε."
+        f" {trust(config)} A person with records at several clients, or with k at one, is protected less: the ε of"
+        " several clients add up, and k records at one client can cost more than k times its ε."
     )
 
 
