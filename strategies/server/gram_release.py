@@ -35,6 +35,7 @@ from strategies.server.federation import Federation
 from strategies.server.secure_sum import SecureSum
 
 logger = logging.getLogger("fedlab")
+ATTEMPTS = 3  # at a masked sum, each of those clients that gave nothing yet
 RELEASED = "released.safetensors"  # the sums that were released at a task's end, and what they cost to send
 TRAFFIC = ("bytes_up", "bytes_down")
 Shapes = dict[str, tuple[int, ...]]
@@ -88,7 +89,11 @@ def _collect(release: GramRelease, shapes: Shapes, traffic: dict[str, int]) -> d
     hidden = not release.config.private and not settings.clear
     sums = SecureSum(release.grid, release.config, federation) if hidden else None
     clients = sums.prepare("gram", 0, clients) if sums is not None else clients
-    total, given = _ask(release, shapes, clients, sums, traffic) if clients else ({}, [])
+    total, given = dict[str, np.ndarray](), list[str]()
+    for _ in range(ATTEMPTS if sums is not None else 1):  # what a client masked once it masks again, to the bit
+        missing = [client for client in clients if client not in given]
+        values, more = _ask(release, shapes, missing, sums, traffic) if missing else ({}, [])
+        total, given = add(total, values), given + more
     if sums is None and given:
         return from_fixed(total)
     found = sums.unmask(total, given) if sums is not None and clients else None

@@ -43,6 +43,7 @@ from strategies.server.messages import Messenger, TrainingOrder
 from strategies.server.outcome import TrainOutcome, busy_seconds, mean_loss
 from strategies.server.outliers import set_outliers_aside
 from strategies.server.scoring import Scoring
+from strategies.server.secure_sum import destroy_keys
 from strategies.server.server_data import ServerData
 from strategies.server.shared_round import SumMessenger, Unreleased
 from strategies.server.task_start import first_state
@@ -361,6 +362,8 @@ class Rounds:
             problems = self._exchange_lines(self.done, {}, clients, closing=True)
             self.accounts.see([client for client in clients if client not in problems])
         self.accounts.close_ledger()
+        if not self.federation.hosts:
+            destroy_keys(self.config, self.directory.path)
 
     def seal(self, files: Mapping[str, tuple[int, str]], status: str) -> None:
         """The last line of the server's file. ``files``: path in the run directory → size and SHA-256."""

@@ -7,7 +7,9 @@ prepared. ``confirm`` comes between them if somebody did.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -31,6 +33,7 @@ from fedlab.protocol.sum_messages import (
     UnmaskReply,
     UnmaskRequest,
 )
+from fedlab.run.places import simulated_places
 from strategies.server.exchange import Answers, ask
 from strategies.server.federation import Federation
 
@@ -38,6 +41,11 @@ logger = logging.getLogger("fedlab")
 ATTEMPTS = 4  # at preparing a sum: without those that did not answer, or under another name than before a crash
 R = TypeVar("R", PrepareReply, ConfirmReply, UnmaskReply)
 Mine = TypeVar("Mine", Preparation, Confirmation, Revealed)
+
+
+def destroy_keys(config: RunConfig, run_path: Path) -> None:
+    """Delete the keys of a simulation's clients, which lie in its run's directory, when it is over."""
+    shutil.rmtree(simulated_places(config, run_path).store / "keys", ignore_errors=True)
 
 
 class SecureSum:
