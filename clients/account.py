@@ -61,7 +61,8 @@ class ClientAccount:
         problem = self._owner.policy.problem_of_plan(self.plan, self._beside)
         if problem is not None:
             raise self.guard.refused(0, "policy", problem)
-        return self.guard.plan(self.terms, code_versions())
+        by = {} if self.plan.shared is None else {"accountant": "dp-accounting RDP at integer orders,"}
+        return self.guard.plan(self.terms, code_versions() | by)
 
     def beside(self, run: str) -> Guard:
         """The same ledger for a release beside the rounds, which is a run of its own in it."""

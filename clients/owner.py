@@ -26,7 +26,7 @@ from fedlab.errors import PrivacyError, RunFailed
 from fedlab.files import below
 from fedlab.lora.state import State
 from fedlab.privacy.ledger.guard import Guard, Refusal
-from fedlab.privacy.ledger.keys import keyed_hash, load_or_create_key
+from fedlab.privacy.ledger.keys import keyed_hash, load_or_create_key, public_hex
 from fedlab.privacy.ledger.ledger import Ledger, lines_after
 from fedlab.privacy.release import SCORES, public_names
 from fedlab.privacy.secure_sum.settings import purposes
@@ -281,3 +281,8 @@ def _ledger(directory: Path, client: str, source: str, run: str) -> Ledger:
     key = load_or_create_key(below(directory, "keys", f"{client}.pem"))
     path = below(directory, f"{client}.jsonl")
     return Ledger(path, client, keyed_hash(key, "dataset", source), key)
+
+
+def own_identity(file: ClientFile) -> str:
+    """The public key of a client's ledger, which its peers enter in their [roster]; made if there is none yet."""
+    return public_hex(load_or_create_key(below(file.home / "ledger", "keys", f"{file.client.id}.pem")))

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from clients.account import ClientAccount, digest_of
 from clients.node import Node
 from clients.owner import Owner
 from clients.pending import Asked, PendingRelease, Releases, failure_of
+from clients.secure_sum import hide
 from fedlab.errors import FedlabError, PrivacyError
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, PAST, State, digest, from_wire, part_of, select, to_wire
@@ -83,6 +84,7 @@ class _Client:
 def answer_train(node: Node, request: TrainRequest) -> TrainReply:
     """Every client's update, or why there is none."""
     started = time.time()
+    _check_sum(node, request)
     received = from_wire(request.state, request.wire)
     current = _Round(node, request, received | node.session.basis, digest(received) if node.config.private else "")
     replies, total = [], None
@@ -95,6 +97,17 @@ def answer_train(node: Node, request: TrainRequest) -> TrainReply:
                 reply, total = _added(reply, total)
             replies.append(reply)
     return TrainReply(started, time.time(), tuple(replies), total)
+
+
+def _check_sum(node: Node, request: TrainRequest) -> None:
+    """Raise ProtocolError unless shares are asked for as they may leave: masked, but for a simulation that leaves that
+    out.
+    """
+    config = node.config
+    if request.sum is not None and not config.shared_noise:
+        raise ProtocolError("sum", "this configuration has no shared noise, so nothing is masked")
+    if config.shared_noise and request.sum is None and (config.privacy.masked or node.owners.exclusive):
+        raise ProtocolError("sum", "is missing: a share leaves its client masked, or not at all")
 
 
 def _added(reply: ClientReply, total: Release | None) -> tuple[ClientReply, Release]:
@@ -174,7 +187,8 @@ def _asked(current: _Round, client: _Client, account: ClientAccount) -> Asked:
     """What a round is charged under; the state, and everything else in the request that decides the update."""
     request = current.request
     decides = (request.run.basis, sorted(request.trained), sorted(request.personal), request.wire, client.order.rank)
-    asked = digest_of(request.run.configuration, current.received, *decides)
+    masks = (asdict(request.sum),) if request.sum is not None else ()
+    asked = digest_of(request.run.configuration, current.received, *decides, *masks)
     return Asked(account.guard, account.terms, account.plan.event(), request.round, current.received, asked)
 
 
@@ -244,11 +258,14 @@ def _end(current: _Round, client: _Client, result: Trained | Summed) -> None:
 
 
 def _share(current: _Round, client: _Client, result: Summed) -> dict[str, np.ndarray]:
-    """The client's clipped sum with its share of the noise: what may leave it in a sum over clients."""
-    account = client.account
+    """The client's clipped sum with its share of the noise, masked where that is asked for: what may leave it."""
+    account, request = client.account, current.request
     assert account is not None
-    config, number = current.session.config, current.request.round
-    return noised_share(result, account.plan, account.dimension, config, client.name, number)
+    config, number = current.session.config, request.round
+    share = noised_share(result, account.plan, account.dimension, config, client.name, number)
+    if request.sum is None:
+        return share
+    return hide(client.owner, share, request.run.run, ("round", number), request.sum)
 
 
 def _reply(current: _Round, client: _Client) -> ClientReply:

@@ -84,7 +84,6 @@ def training(run: RunSection, train: TrainSection, privacy: PrivacySection) -> I
 
 def shared_noise(
     privacy: PrivacySection,
-    run: RunSection,
     train: TrainSection,
     clients: ClientsSection,
     strategy: StrategySection,
@@ -124,8 +123,6 @@ def shared_noise(
             "strategy.robust with privacy.survivors: a robust rule looks at each client's update, and the server sees"
             " their sum alone; remove one of the two"
         )
-    if run.sampling == "poisson":
-        yield 'run.sampling = "poisson" with privacy.survivors: use balanced or uniform'
     if drawn is not None and not (least := (drawn + privacy.colluding) // 2 + 1) <= fewest <= drawn:
         yield (
             f"privacy.survivors = {fewest} with {drawn} clients per round and privacy.colluding = {privacy.colluding}:"

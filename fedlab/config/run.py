@@ -65,7 +65,6 @@ class RunConfig(Section):
             *consistency.training(self.run, self.train, self.privacy),
             *consistency.shared_noise(
                 self.privacy,
-                self.run,
                 self.train,
                 self.clients,
                 self.strategy,

@@ -100,6 +100,7 @@ class TrainRequest(Strict):
     personal: tuple[Part, ...]  # of them, what clients keep
     wire: WireType
     state: Arrays
+    sum: SumOrder | None = None  # under shared noise, where what is sent is masked
 
 
 @dataclass(frozen=True)

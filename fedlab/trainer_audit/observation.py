@@ -104,7 +104,8 @@ def observe(
     −``scale``.
 
     ``as_configured`` keeps the run's optimiser, learning rates and prox; of the result only ``update`` then has a
-    meaning. Under shared noise it is the sum that the server sees of as many rounds (``sum_observation``). Raises what ``train_client`` raises.
+    meaning. Under shared noise it is the sum that the server sees, of as many rounds (``sum_observation``). Raises what
+    ``train_client`` raises.
     """
     client, log = who.client if client is None else client, Log()
     plan = replace(plan, log=log)

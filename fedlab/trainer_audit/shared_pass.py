@@ -77,9 +77,7 @@ def _shared_sums(who: Subject) -> list[str]:
     for t in trainings:
         alone = sum_client(who.model, session.data, t, who.names, config, 1)
         if (gap := _gap(found[t.client].sums, alone.sums)) > TOLERANCE:
-            sentences.append(
-                f"{t.client} adds another sum in a shared pass than alone (relative difference {gap:.2g})"
-            )
+            sentences.append(f"{t.client} adds another sum in a shared pass than alone (relative difference {gap:.2g})")
     return sentences
 
 

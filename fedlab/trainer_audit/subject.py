@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedlab.config import RunConfig
@@ -57,7 +56,7 @@ class Subject:
             raise ConfigError(
                 'privacy.unit = "none" adds no noise: there is nothing to audit; set privacy.unit = "example"'
             )
-        values = {
+        values: dict[str, Any] = {
             "n": n,
             "batch_size": batch_size,
             "steps": steps if own.shared is None else 1,

@@ -1,4 +1,4 @@
-"""What ``observation.observe`` sees under shared noise: the sum that the server sees, of the audited client's real share
+"""What ``observation.observe`` sees under shared noise: what the server sees, a sum of the audited client's real share
 and those of the fewest honest clients beside it.
 
 The audited client's clipped sum comes from the real ``sum_client`` and its share from the real plan; the other honest

@@ -95,6 +95,12 @@ class Federation:
         secure. May return fewer than
         ``clients_per_round``, also none.
         """
+        drawn = self.chosen(round_number)
+        self.participations.update(drawn)
+        return drawn
+
+    def chosen(self, round_number: int) -> list[str]:
+        """Who would be drawn for a round, as things are now."""
         eligible = [client for client in self.eligible if client not in self.offline]
         rng = random_stream(self.config.sampling_seed, "clients", round_number)
         if self.config.run.sampling == "poisson":
@@ -109,7 +115,6 @@ class Federation:
             if self.config.run.sampling == "balanced":
                 shuffled.sort(key=lambda client: self.participations[client])
             drawn = sorted(shuffled[: self.config.clients_per_round], key=client_order)
-        self.participations.update(drawn)
         return drawn
 
     def groups(self, clients: list[str]) -> list[list[str]]:

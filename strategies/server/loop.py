@@ -182,7 +182,7 @@ class Rounds:
 
     def _train(self, number: int) -> TrainOutcome | None:
         """Draw clients, let them train, aggregate, and countersign; None if only refusals are missing."""
-        drawn = self.federation.draw(number)
+        drawn = self.messenger.prepared(number, self.federation.draw(number))
         order = self.messenger.order_training(number, self.state, self.client_ranks, drawn)
         self.progress.round_started(number, len(drawn))
         with self.accounts.charge(number, drawn, order.received) as commit:
@@ -192,6 +192,7 @@ class Rounds:
             self._warn(number, "is excluded from", outcome.excluded)
             self.accounts.settle(outcome, drawn)
             state, server_state = self.state, self.server_state
+            self.messenger.finish(number, outcome)
             released = self.unreleased.judge(number, outcome) if self.config.shared_noise else True
             if not self.config.shared_noise and not self._enough(number, outcome, drawn):
                 return None
@@ -203,7 +204,7 @@ class Rounds:
         self.adapter_moved = self.adapter_moved or check_moved(self.strategy, self.state, outcome)
         before = digest(self.state) if self.config.private else ""
         self.state, self.server_state = state, server_state
-        self._release(number, (before, order.received, digest(state)), outcome)
+        self._release(number, (before, order.received, digest(state)), outcome, released)
         return outcome
 
     def _trained(self, order: TrainingOrder, drawn: list[str]) -> TrainOutcome:
@@ -255,9 +256,9 @@ class Rounds:
         everyone = dict.fromkeys(self.federation.clients, widest)
         return everyone | given | self.strategy.client_ranks(self.server_state)
 
-    def _release(self, number: int, states: tuple[str, str, str], outcome: TrainOutcome) -> None:
+    def _release(self, number: int, states: tuple[str, str, str], outcome: TrainOutcome, released: bool) -> None:
         """Countersign what was received, and let the clients keep their receipts."""
-        receipts = self.accounts.close_round(number, states, outcome)
+        receipts = self.accounts.close_round(number, states, outcome, released)
         if receipts:
             self._exchange_lines(number, receipts, sorted(receipts, key=client_order))
 

@@ -106,6 +106,13 @@ class Messenger:
         bytes_down = len(drawn) * nbytes(travelling, wire)
         return TrainingOrder(requests, shapes, number, digest(from_wire(arrays, wire)), bytes_down)
 
+    def prepared(self, number: int, drawn: list[str]) -> list[str]:
+        """Those of the clients drawn for a round that are ready to be asked."""
+        return drawn
+
+    def finish(self, number: int, outcome: TrainOutcome) -> None:
+        """Do what is left to be done once all that came of a round is here."""
+
     def train(self, order: TrainingOrder, on_reply: Callable[[], object] = lambda: None) -> TrainOutcome:
         """What is usable of the replies; the outcome says why the rest is not."""
         cohorts = {node: [entry.client for entry in request.clients] for node, request in order.requests.items()}

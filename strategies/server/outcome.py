@@ -35,6 +35,7 @@ class TrainOutcome:
     # under shared noise, in place of updates: Σ of the shares of the members, int64 modulo 2^64
     total: dict[str, np.ndarray] = field(default_factory=dict)
     members: list[str] = field(default_factory=list)
+    lost: str = ""  # why nothing can be had of their sum; "" if something can
 
     @property
     def used(self) -> list[str]:

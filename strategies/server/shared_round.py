@@ -1,10 +1,10 @@
 """A round under shared noise: the server sees one sum of all clients' shares, and nothing of one client.
 
-Every client's clipped sum came with its share of the noise, in integers on a grid (``fedlab.privacy.noise_share``). Their
-sum modulo 2^64, decoded and divided by the expected number of examples of those in it, is the noised gradient of one step
-of DP-SGD on their pooled examples; what the server's optimiser makes of it is post-processing. Where fewer clients than
-``privacy.survivors`` are in the sum, its noise would be less than was promised: nothing is released, and the charges
-stand.
+Every client's clipped sum came with its share of the noise, in integers on a grid (``fedlab.privacy.noise_share``).
+Their sum modulo 2^64, decoded and divided by the expected number of examples of those in it, is the noised gradient of
+one step of DP-SGD on their pooled examples; what the server's optimiser makes of it is post-processing. Where fewer
+clients than ``privacy.survivors`` are in the sum, its noise would be less than was promised: nothing is released, and
+the charges stand.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from flwr.serverapp import Grid
 
 from fedlab.config import RunConfig
 from fedlab.errors import PrivacyError, RunFailed
@@ -24,26 +25,80 @@ from fedlab.protocol import ProtocolError
 from fedlab.protocol.checks import check_arrays, wire_bytes
 from fedlab.protocol.messages import ClientReply, Release, TrainReply
 from fedlab.train.optimizer import learning_rate_factor
+from strategies.base import Strategy
 from strategies.server.exchange import Answers
 from strategies.server.federation import Federation
 from strategies.server.heads import sent_names
 from strategies.server.messages import Messenger, TrainingOrder
 from strategies.server.outcome import UNUSABLE, TrainOutcome
+from strategies.server.secure_sum import Purpose, SecureSum
 
 logger = logging.getLogger("fedlab")
 MOST_UNRELEASED = 3  # rounds in a row that release nothing, after which the run fails
 
 
 class SumMessenger(Messenger):
-    """Asks for shares of a sum in place of updates; a node that plays several clients adds theirs up."""
+    """Asks for shares of a sum in place of updates; a node that plays several clients adds theirs up.
+
+    What comes is masked (``strategies.server.secure_sum``), unless a simulation leaves that out.
+    """
+
+    def __init__(self, grid: Grid, config: RunConfig, federation: Federation, strategy: Strategy) -> None:
+        super().__init__(grid, config, federation, strategy)
+        self.sums: SecureSum | None = None
+        if config.privacy.masked or federation.hosts:
+            self.sums = SecureSum(grid, config, federation)
+        self._unready: dict[str, str] = {}  # client → why it is not asked in this round
+
+    def prepared(self, number: int, drawn: list[str]) -> list[str]:
+        """Those of the clients drawn whose masks are ready; nobody where a cut-off run asked for this round before,
+        whose masks nobody can take off any more.
+        """
+        if self.sums is None:
+            return drawn
+        if asked := self._asked_before(number):
+            logger.warning("round %d was cut off when %s had sent masked values: it is lost", number, asked[0])
+            self._unready = dict.fromkeys(drawn, "the round was cut off, and its masks are gone")
+            if self.config.privacy.noise == "secure":  # what it was charged is counted already
+                self.federation.participations.subtract(drawn)
+            return []
+        ready = self.sums.prepare("round", number, drawn)
+        self._unready = dict.fromkeys(sorted(set(drawn) - set(ready)), "it prepared no masks")
+        self.federation.participations.subtract(self._unready.keys())
+        return ready
+
+    def _asked_before(self, number: int) -> list[str]:
+        """Clients that were charged for a round that is yet to be."""
+        mirror = self.federation.mirror
+        assert mirror is not None
+        run = self.federation.run.run
+        return [
+            client
+            for client in self.federation.clients
+            if any((e["type"], e["run"], e.get("round")) == ("CHARGE", run, number) for e in mirror.entries(client))
+        ]
+
+    def finish(self, number: int, outcome: TrainOutcome) -> None:
+        """Take the masks off the sum, and let the clients prepare the next round in the same exchange."""
+        if self.sums is None or not outcome.members:
+            return
+        following: tuple[Purpose, int, list[str]] | None = None
+        if number < self.config.run.rounds:
+            following = "round", number + 1, self.federation.chosen(number + 1)
+        total = self.sums.unmask(outcome.total, outcome.members, following)
+        outcome.total = total or {}
+        outcome.lost = "" if total is not None else "too few of them revealed what takes the masks off"
 
     def order_training(
         self, number: int, state: State, ranks: Mapping[str, int], drawn: Sequence[str]
     ) -> TrainingOrder:
-        """See ``Messenger.order_training``. Noise is everybody's, so a share has the state's shapes, whatever a client's
+        """See ``Messenger.order_training``. Noise is everybody's: a share has the state's shapes, whatever the client's
         rank.
         """
         order = super().order_training(number, state, ranks, drawn)
+        if (sums := self.sums) is not None:
+            masks = {node: sums.order([c.client for c in asked.clients]) for node, asked in order.requests.items()}
+            order = replace(order, requests={n: replace(asked, sum=masks[n]) for n, asked in order.requests.items()})
         shapes = {name: tuple(state[name].shape) for name in sent_names(self.strategy, state, number)}
         return replace(order, shapes=dict.fromkeys(drawn, shapes))
 
@@ -58,6 +113,7 @@ class SumMessenger(Messenger):
         outcome: TrainOutcome,
     ) -> None:
         """Enter every node's sum."""
+        outcome.excluded |= self._unready
         heard = self._by_client(cohorts, answers, outcome.excluded)
         inside = {client for client, reply in heard.items() if self.hear(client, reply, outcome)}
         for node, reply in answers.replies.items():
@@ -135,14 +191,15 @@ class Unreleased:
 
     def judge(self, number: int, outcome: TrainOutcome) -> bool:
         """Whether a round releases something. Raises RunFailed where several in a row did not."""
-        if len(outcome.members) >= self.least:
+        if len(outcome.members) >= self.least and not outcome.lost:
             self.in_a_row = 0
             return True
         self.rounds, self.in_a_row = self.rounds + 1, self.in_a_row + 1
         reasons = "; ".join(f"{client}: {reason}" for client, reason in list(outcome.excluded.items())[:3])
+        why = outcome.lost or reasons or "nobody answered"
         told = (
             f"round {number} released nothing: {len(outcome.members)} clients' shares came, privacy.survivors ="
-            f" {self.least} are needed ({reasons or 'nobody answered'}); what it cost is spent"
+            f" {self.least} are needed ({why}); what it cost is spent"
         )
         if self.in_a_row >= MOST_UNRELEASED:
             raise RunFailed(f"{told}. So it was in {self.in_a_row} rounds one after another")
