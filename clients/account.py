@@ -20,7 +20,8 @@ from fedlab.privacy.ledger.ledger import lines_after
 from fedlab.privacy.ledger.terms import budget_terms, run_terms, scope_of
 from fedlab.privacy.release import public_names
 from fedlab.privacy.scores_plan import beside_rounds
-from fedlab.protocol.messages import Release, RunReference
+from fedlab.protocol.fields import RunReference
+from fedlab.protocol.messages import Release
 from fedlab.session import Session
 
 PACKAGES = ("fedlab", "torch", "dp-accounting", "opacus", "cryptography")

@@ -8,11 +8,13 @@ trainer (``clients.serve``) or a node of a simulation (``clients.app``), never o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from clients.log import note
 from clients.policy import OwnPolicy, Policy, SimulationPolicy
@@ -27,15 +29,10 @@ from fedlab.privacy.ledger.guard import Guard, Refusal
 from fedlab.privacy.ledger.keys import keyed_hash, load_or_create_key, public_hex
 from fedlab.privacy.ledger.ledger import Ledger, lines_after
 from fedlab.privacy.release import SCORES, public_names
+from fedlab.privacy.secure_sum.settings import purposes
 from fedlab.protocol import ProtocolError
-from fedlab.protocol.messages import (
-    DescribeRequest,
-    EvaluateRequest,
-    GramRequest,
-    KeysRequest,
-    ReceiptsRequest,
-    Request,
-)
+from fedlab.protocol.messages import DescribeRequest, EvaluateRequest, GramRequest, ReceiptsRequest, Request
+from fedlab.protocol.sum_messages import ConfirmRequest, PrepareRequest, UnmaskRequest
 from fedlab.run.personal import load_personal, save_personal
 from fedlab.run.places import LOG, Places, simulated_places
 from fedlab.session import Session, open_session
@@ -51,6 +48,8 @@ class Owner:
         policy: what it allows.
         source: where its records are from (``fedlab.data.sources.identity``); its ledger is about them.
         budget: what it may spend over all runs.
+        roster: client → identity, as its owner entered them: whom it takes part in secure sums with. None in a
+            simulation, where it takes the server's word.
     """
 
     client: str
@@ -58,6 +57,15 @@ class Owner:
     policy: Policy
     source: str = ""
     budget: Budget | None = None
+    roster: Mapping[str, str] | None = None
+
+    @property
+    def identity(self) -> Ed25519PrivateKey:
+        """What it signs with: its ledger's key, or where a simulation keeps no ledgers one beside its other keys."""
+        owned = self.guarded or self.policy.one_answer
+        return load_or_create_key(
+            below(self.places.ledgers if owned else self.places.store, "keys", f"{self.client}.pem")
+        )
 
     @property
     def guarded(self) -> bool:
@@ -119,10 +127,10 @@ def _unfit(request: Request, config: RunConfig) -> str | None:
     noised = config.privacy.scores_sigma is not None
     if isinstance(request, EvaluateRequest) and SCORES not in public_names(config) and not noised:
         return "local scores are not covered by the noise; privacy.share_metrics = true would send them"
-    if isinstance(request, GramRequest | KeysRequest) and config.gram is None:
+    if isinstance(request, GramRequest) and config.gram is None:
         return "this configuration has no release at a task's end"
-    if isinstance(request, KeysRequest) and config.private:
-        return "under DP no sum is masked"
+    if isinstance(request, PrepareRequest | ConfirmRequest | UnmaskRequest) and not purposes(config):
+        return "this configuration has no secure sums"
     if isinstance(request, ReceiptsRequest) and config.privacy.unit != "example":
         return "this configuration's clients keep no ledgers"
     return None

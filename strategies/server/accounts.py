@@ -139,15 +139,24 @@ class Accounts:
                 if client in outcome.unproven and event is not None:
                     self.spent.assume(client, event, for_good=True)
 
-    def close_round(self, round_number: int, states: tuple[str, str, str], outcome: TrainOutcome) -> dict[str, Entry]:
+    def close_round(
+        self, round_number: int, states: tuple[str, str, str], outcome: TrainOutcome, released: bool = True
+    ) -> dict[str, Entry]:
         """Receipts for the updates of a round, on the disk when this returns; empty if clients keep no ledgers.
 
-        ``states``: digests of the state before, as it was sent, and after.
+        Of a round that released nothing what came has its receipt, and is named as used nowhere.
+
+        Args:
+            round_number: from 1.
+            states: digests of the state before, as it was sent, and after.
+            outcome: what came.
+            released: whether it went into the state.
         """
         if self._mirror is None:
             return {}
-        commits = {client: outcome.commits[client] for client in outcome.updates if client in outcome.commits}
-        updates = {client: commits[client]["out"] if client in commits else None for client in outcome.updates}
+        commits = {client: outcome.commits[client] for client in outcome.used if client in outcome.commits}
+        used = outcome.used if released else []
+        updates = {client: commits[client]["out"] if client in commits else None for client in used}
         return self._mirror.close_round(round_number, states, updates, commits)
 
     def rounds_charged_after(self, client: str, round_number: int) -> int:

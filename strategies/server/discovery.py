@@ -17,7 +17,8 @@ from fedlab.privacy.ledger.ledger import event_of as event_of_line
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.release import SIZE, event_of
 from fedlab.protocol.failures import explained
-from fedlab.protocol.messages import DescribeReply, DescribeRequest, Enrolment, RunReference
+from fedlab.protocol.fields import RunReference
+from fedlab.protocol.messages import DescribeReply, DescribeRequest, Enrolment
 from fedlab.run import interrupt
 from fedlab.run.directory import RunDirectory
 from fedlab.run.places import LOG
@@ -278,5 +279,9 @@ def _admit(federation: Federation, enrolment: Enrolment) -> None:
             problem = str(error)
     elif mirror is not None and not problem:
         problem = "it declared no ledger"
+    if (key := enrolment.sum_key) is not None and (problem or enrolment.key in ("", key.identity)):
+        federation.sum_keys[client] = key
+    elif key is not None:
+        problem = "its key of secure sums is not its ledger's"
     if problem:
         federation.refused[client] = problem
