@@ -48,7 +48,7 @@ def agreed(private: bytes, public: str, purpose: str, *context: str) -> bytes:
     """
     try:
         other = X25519PublicKey.from_public_bytes(bytes.fromhex(public))
-        secret = X25519PrivateKey.from_private_bytes(private).exchange(other)
+        secret = _key(private).exchange(other)
     except ValueError as error:
         raise SumRefused(f"{public[:64]!r} is no X25519 public key: {error}") from None
     return derived(secret, purpose, *context)
@@ -125,6 +125,12 @@ def _confirmed(setting: str, dropped: frozenset[str]) -> bytes:
 def _named(purpose: str, *parts: str) -> bytes:
     """Parts that cannot run into each other, and what for."""
     return "".join(f"{len(part)}:{part}" for part in (purpose, *parts)).encode()
+
+
+@lru_cache(maxsize=1)
+def _key(private: bytes) -> X25519PrivateKey:
+    """The key object of a private key, which is used with one neighbour after another."""
+    return X25519PrivateKey.from_private_bytes(private)
 
 
 @lru_cache(maxsize=2**14)
