@@ -270,7 +270,8 @@ def own_owner(file: ClientFile, run: str, sessions: Callable[[str], Session]) ->
     client, home = file.client.id, file.home
     ledgers = home / "ledger"
     places = Places(ledgers, below(home / "personal", run), home / "bases", ledgers / LOG)
-    owner = Owner(client, places, OwnPolicy.of(file), identity(file.data.section(2)), file.counted_budget)
+    roster = dict(file.roster) or None
+    owner = Owner(client, places, OwnPolicy.of(file), identity(file.data.section(2)), file.counted_budget, roster)
     return SingleOwner(owner, sessions, file.machine.threads)
 
 
