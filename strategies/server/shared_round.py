@@ -149,8 +149,9 @@ class SumMessenger(Messenger):
         if share.name != UPDATE:
             raise ProtocolError(share.name, "was not asked for")
         check_arrays(share, order.shapes[said[0]], "int64", "")
-        arrays = {name: torch.from_numpy(value) for name, value in share.arrays.items()}
-        alone = digest(arrays) if len(said) == 1 else None
+        alone = None
+        if len(said) == 1:
+            alone = digest({name: torch.from_numpy(value.copy()) for name, value in share.arrays.items()})
         commits = {}
         for client in said:
             if client not in inside:
