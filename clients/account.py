@@ -38,7 +38,7 @@ class ClientAccount:
         plan = session.plan(owner.client)
         assert plan is not None
         self.plan, self.client, self._owner = plan, owner.client, owner
-        self._beside = beside_rounds(session.config)
+        self._beside, self._drawn = beside_rounds(session.config), session.config.clients_per_round
         self.guard = owner.guard(run.run)
         shapes = {name: shape for name, shape in session.shapes.items() if part_of(name) in run.parts}
         self.dimension = sum(math.prod(shape) for shape in shapes.values())  # coordinates of the signed scope
@@ -56,8 +56,12 @@ class ClientAccount:
     def sign(self) -> Refusal | None:
         """Sign the plan of this run, or find the signed one; the refusal if not even one round is affordable.
 
-        Raises Refusal for a plan that the owner's policy does not allow, or other terms than were signed.
+        Raises Refusal for a plan that the owner's policy does not allow, or other terms than were signed; ConfigError
+        for shares of noise that do not add up.
         """
+        if (shared := self.plan.shared) is not None:
+            shared.check_distance(self.plan.sigma, self.dimension, self._drawn)
+            shared.check_overflow([self.plan.n], self.plan.sigma, self.dimension)
         problem = self._owner.policy.problem_of_plan(self.plan, self._beside)
         if problem is not None:
             raise self.guard.refused(0, "policy", problem)

@@ -48,8 +48,8 @@ class Owner:
         policy: what it allows.
         source: where its records are from (``fedlab.data.sources.identity``); its ledger is about them.
         budget: what it may spend over all runs.
-        roster: client → identity, as its owner entered them: whom it takes part in secure sums with. None in a
-            simulation, where it takes the server's word.
+        roster: client → identity, as its owner entered them: whom it takes part in secure sums with. None: it takes the
+            server's word, in a simulation, and without DP where its owner entered nobody.
     """
 
     client: str
@@ -270,8 +270,8 @@ def own_owner(file: ClientFile, run: str, sessions: Callable[[str], Session]) ->
     client, home = file.client.id, file.home
     ledgers = home / "ledger"
     places = Places(ledgers, below(home / "personal", run), home / "bases", ledgers / LOG)
-    source = identity(file.data.section(2))
-    owner = Owner(client, places, OwnPolicy.of(file), source, file.counted_budget, file.roster)
+    roster = dict(file.roster) or None
+    owner = Owner(client, places, OwnPolicy.of(file), identity(file.data.section(2)), file.counted_budget, roster)
     return SingleOwner(owner, sessions, file.machine.threads)
 
 

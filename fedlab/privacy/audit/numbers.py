@@ -112,7 +112,7 @@ def _check_client(
             )
     if found.optimistic is not None:
         audit.note(
-            f"{name}: its noise is discrete, for which RDP at integer orders holds; by PLD, were it continuous, ε ="
+            "noise is discrete, for which RDP at integer orders holds; by PLD, were it continuous, ε ="
             f" {found.optimistic:.4f}"
         )
     elif "pld" in found.replaced or "prv" in found.replaced:
