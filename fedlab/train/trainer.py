@@ -151,8 +151,9 @@ def _private_gradients(
     plan: DPPlan,
 ) -> dict[str, Tensor]:
     """Clipped sums, noised and divided by the expected batch size."""
+    total = clipped_sums(losses, model, names, hooks, local, plan.clip)
     assert local.noise is not None
-    return plan.privatise(clipped_sums(losses, model, names, hooks, local, plan.clip), local.noise)
+    return plan.privatise(total, local.noise)
 
 
 def _mean_gradients(

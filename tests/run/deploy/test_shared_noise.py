@@ -1,4 +1,4 @@
-"""Real processes under shared noise: three clients, one killed between masking and unmasking, or before it masks."""
+"""Real processes under shared noise: three clients, one killed between masking and unmasking, one before it masks."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def test_one_that_is_killed_between_masking_and_unmasking_is_in_the_sum(house: H
     assert house.check("two")["unreleased_rounds"] == 0
 
 
-def test_where_all_are_needed_one_that_is_killed_before_it_masks_costs_the_round(house: House):
+def test_where_all_are_needed_one_that_is_killed_before_it_masks_is_asked_again(house: House):
+    """And charged again: what it drew before is gone with it."""
     if house.processes["north"].poll() is not None:
         house.start("north")
     process = house.run(*SHARED, "privacy.survivors=3", "run.timeout=60", "run.min_clients=3", out="three")
@@ -78,6 +79,9 @@ def test_where_all_are_needed_one_that_is_killed_before_it_masks_costs_the_round
     os.kill(house.part("north", "clients.serve"), signal.SIGKILL)
     assert process.wait(600) == 0, house.said("three")
     first, second = house.rounds("three")
-    assert (first["clients"], first["released"]) == (["east", "south"], False)
+    assert (first["clients"], first["released"]) == (list(NAMES), True)
     assert (second["clients"], second["released"]) == (list(NAMES), True)
-    assert house.check("three")["unreleased_rounds"] == 1
+    assert house.check("three")["unreleased_rounds"] == 0
+    run = house.ledger("north")[-1]["run"]
+    kinds = [line["type"] for line in house.ledger("north") if line["run"] == run]
+    assert kinds[:4] == ["PLAN", "CHARGE", "CHARGE", "COMMIT"]
