@@ -48,8 +48,8 @@ class Owner:
         policy: what it allows.
         source: where its records are from (``fedlab.data.sources.identity``); its ledger is about them.
         budget: what it may spend over all runs.
-        roster: client → identity, as its owner entered them: whom it takes part in secure sums with. None in a
-            simulation, where it takes the server's word.
+        roster: client → identity, as its owner entered them: whom it takes part in secure sums with. None: it takes the
+            server's word, in a simulation, and without DP where its owner entered nobody.
     """
 
     client: str

@@ -1,9 +1,9 @@
 """What clients add to a sum over all of them: one Poisson batch each, clipped per example and summed, at one state.
 
 Under shared noise (``privacy.survivors``) a round is one step of DP-SGD (Abadi et al., arXiv 1607.00133) on all
-examples together: gradients can be added over clients because all are taken at the same state. So the rows of all clients
-of a pass go through the model as if they were one client's, and only the clipped gradients are added up by their owner.
-``sum_client`` is one client by itself, the reference (tests/train/test_sums.py).
+examples together: gradients can be added over clients because all are taken at the same state. So the rows of all
+clients of a pass go through the model as if they were one client's, and only the clipped gradients are added up by
+their owner. ``sum_client`` is one client by itself, the reference (tests/train/test_sums.py).
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ class SecureSum:
             if coordinator is None:
                 break
             missing = [client for client in clients if client not in coordinator.prepared]
-            self._ask_to_prepare(coordinator, missing)
+            if missing:
+                self._ask_to_prepare(coordinator, missing)
             if len(coordinator.prepared) == len(clients):
                 self._sum, self._following = coordinator, None
                 return clients

@@ -21,6 +21,7 @@ from fedlab.errors import PrivacyError, RunFailed
 from fedlab.lora.state import State, digest, part_of
 from fedlab.privacy.noise_share import NoiseShare
 from fedlab.privacy.release import METRICS, TIMING, UPDATE
+from fedlab.privacy.secure_sum.settings import Purpose
 from fedlab.protocol import ProtocolError
 from fedlab.protocol.checks import check_arrays, wire_bytes
 from fedlab.protocol.messages import ClientReply, Release, TrainReply
@@ -31,7 +32,7 @@ from strategies.server.federation import Federation
 from strategies.server.heads import sent_names
 from strategies.server.messages import Messenger, TrainingOrder
 from strategies.server.outcome import UNUSABLE, TrainOutcome
-from strategies.server.secure_sum import Purpose, SecureSum
+from strategies.server.secure_sum import SecureSum
 
 logger = logging.getLogger("fedlab")
 MOST_UNRELEASED = 3  # rounds in a row that release nothing, after which the run fails
@@ -148,8 +149,9 @@ class SumMessenger(Messenger):
         if share.name != UPDATE:
             raise ProtocolError(share.name, "was not asked for")
         check_arrays(share, order.shapes[said[0]], "int64", "")
-        arrays = {name: torch.from_numpy(value) for name, value in share.arrays.items()}
-        alone = digest(arrays) if len(said) == 1 else None
+        alone = None
+        if len(said) == 1:
+            alone = digest({name: torch.from_numpy(value.copy()) for name, value in share.arrays.items()})
         commits = {}
         for client in said:
             if client not in inside:
