@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,12 @@ def test_a_sum_that_could_overflow_is_refused_before_anything_is_charged(tiny_to
         fedlab.simulate(RunConfig.parse(tiny_toml, [*SHARED, "privacy.sigma=1e11"]), tmp_path / "run", quiet=True)
     ledgers = (tmp_path / "run" / "ledger").glob("client-*.jsonl")
     assert not any("CHARGE" in path.read_text() for path in ledgers)
+
+
+def test_the_noise_of_a_run_is_that_of_its_sums(tiny_toml: str, tmp_path: Path):
+    """Three shares of 1/2 of the variance each, over one step on the gradients of all records."""
+    run = fedlab.simulate(RunConfig.parse(tiny_toml, [*SHARED, "privacy.sigma=1.5"]), tmp_path / "run", quiet=True)
+    plans = [json.loads(path.read_text().splitlines()[0]) for path in sorted((run.path / "ledger").glob("*-?.jsonl"))]
+    coordinates, records = plans[0]["shared"]["dimension"], sum(plan["n"] for plan in plans)
+    expected = 1.5 * math.sqrt(3 / 2) / (0.2 * records) * math.sqrt(coordinates)
+    assert run.result["noise_ratio"] == pytest.approx(expected)
