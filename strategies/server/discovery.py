@@ -279,9 +279,10 @@ def _admit(federation: Federation, enrolment: Enrolment) -> None:
             problem = str(error)
     elif mirror is not None and not problem:
         problem = "it declared no ledger"
-    if (key := enrolment.sum_key) is not None and (problem or enrolment.key in ("", key.identity)):
-        federation.sum_keys[client] = key
+    key = enrolment.sum_key
+    if key is not None and enrolment.key not in ("", key.identity):
+        problem = problem or "its key of secure sums is not signed by its ledger's"
     elif key is not None:
-        problem = "its key of secure sums is not its ledger's"
+        federation.sum_keys[client] = key
     if problem:
         federation.refused[client] = problem
