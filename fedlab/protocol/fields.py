@@ -29,7 +29,7 @@ PublicKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 Share = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]  # of a secret, in hex
 Sealed = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{96}$")]  # two shares, encrypted and authenticated
-SumName = Annotated[str, StringConstraints(pattern=r"^(round|gram)-[0-9]{1,9}-[0-9]{1,3}$")]  # what, number, attempt
+SumName = Annotated[str, StringConstraints(pattern=r"^(round|gram)-[0-9]{1,9}-[0-9]$")]  # what, number, attempt
 Lines = Annotated[str, StringConstraints(max_length=MOST_LINES)]
 Part = Annotated[str, StringConstraints(pattern=r"^(lora_A|lora_B|head)$")]
 WireType = Literal["float32", "bfloat16"]

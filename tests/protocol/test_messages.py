@@ -93,7 +93,7 @@ order = st.builds(ClientOrder, clients, counts, positive)
 reply = st.builds(ClientReply, clients, tuples(release), st.text(max_size=80), failure, st.booleans())
 wire = st.sampled_from(["float32", "bfloat16"])
 few = {n: st.dictionaries(clients, hexes[n], max_size=3) for n in (32, 64, 96, 128)}
-sum_name = st.from_regex(r"(round|gram)-[0-9]{1,9}-[0-9]{1,3}", fullmatch=True)
+sum_name = st.from_regex(r"(round|gram)-[0-9]{1,9}-[0-9]", fullmatch=True)
 sum_key = st.builds(SumKey, hexes[64], hexes[64], hexes[128])
 setting = st.builds(SumSetting, sum_name, positive, counts, few[64])
 sum_plan = st.builds(SumPlan, setting, st.dictionaries(clients, sum_key, max_size=3))

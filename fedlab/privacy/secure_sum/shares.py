@@ -2,7 +2,7 @@
 
 A polynomial of degree threshold − 1 has the secret at 0 and uniform coefficients; share i is its value at i. Any
 ``threshold`` shares give the secret, fewer say nothing of it. Libraries share in GF(2¹²⁸) with Python loops over bits:
-for a thousand clients of 116 neighbours that took minutes a round, here it is a second
+for a thousand clients of 114 neighbours each that takes minutes a round, here it is seconds
 (``simulations/benchmarks/secure_sum.py``).
 """
 

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlab.errors import SumRefused
-from fedlab.privacy.secure_sum.masking import add
+from fedlab.privacy.secure_sum.masking import add, shifted
+from fedlab.privacy.secure_sum.participant import mask_private, pair_mask, self_mask
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -122,3 +123,24 @@ def test_wrong_shares_of_a_few_are_found_and_left_out(sums: Any):
         shares[liar] = dict.fromkeys(case.clients, "00" * 16)
     with pytest.raises(SumRefused, match="wrong ones"):
         case.server.unmasked(case.total(sent), case.clients, shares)
+
+
+def test_a_value_that_came_although_its_client_was_called_gone_stays_hidden(sums: Any):
+    """The server has it, and takes its pairwise masks off; its own mask stays."""
+    case = sums(5, 4)
+    zeros = {"a": np.zeros(20_000, dtype=np.int64)}
+    sent = {c: case.mask(c, zeros) for c in case.clients}
+    inside, gone = case.clients[:4], {"client-4"}
+    shares = {c: case.reveal(c, gone, case.confirm(inside, gone)) for c in inside}
+    others = case.server.unmasked(case.total({c: sent[c] for c in inside}), inside, shares)
+    assert not others["a"].any()
+    late = add(others, sent["client-4"])
+    private = mask_private(bytes.fromhex(case.prepared["client-4"].mask_secret))
+    streams = {c: pair_mask(private, case.prepared[c].reply.key.public, case.server.digest) for c in inside}
+    plus = [key for c, key in streams.items() if c < "client-4"]
+    bare = shifted(late, plus, [key for c, key in streams.items() if c > "client-4"])
+    for value in (late["a"], bare["a"]):
+        assert len(np.unique(value)) == len(value)
+        assert abs(np.unpackbits(value.view(np.uint8)).mean() - 0.5) < 0.005
+    own = self_mask(bytes.fromhex(case.prepared["client-4"].seed), case.server.digest)
+    assert not shifted(bare, [], [own])["a"].any(), "that is all that hides it"
