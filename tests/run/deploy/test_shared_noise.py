@@ -71,7 +71,7 @@ def test_one_that_is_killed_between_masking_and_unmasking_is_in_the_sum(house: H
 
 
 def test_where_all_are_needed_one_that_is_killed_before_it_masks_is_asked_again(house: House):
-    """And charged again: what it drew before is gone with it."""
+    """And charged again, for one of the two rounds that it may join: the second lacks it, and releases nothing."""
     if house.processes["north"].poll() is not None:
         house.start("north")
     process = house.run(*SHARED, "privacy.survivors=3", "run.timeout=60", "run.min_clients=3", out="three")
@@ -80,8 +80,8 @@ def test_where_all_are_needed_one_that_is_killed_before_it_masks_is_asked_again(
     assert process.wait(600) == 0, house.said("three")
     first, second = house.rounds("three")
     assert (first["clients"], first["released"]) == (list(NAMES), True)
-    assert (second["clients"], second["released"]) == (list(NAMES), True)
-    assert house.check("three")["unreleased_rounds"] == 0
+    assert (second["clients"], second["released"]) == (["east", "south"], False)
+    assert house.check("three")["unreleased_rounds"] == 1
     run = house.ledger("north")[-1]["run"]
     kinds = [line["type"] for line in house.ledger("north") if line["run"] == run]
-    assert kinds[:4] == ["PLAN", "CHARGE", "CHARGE", "COMMIT"]
+    assert (kinds.count("CHARGE"), kinds.count("COMMIT")) == (2, 1)
