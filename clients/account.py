@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
@@ -19,7 +20,8 @@ from fedlab.privacy.ledger.ledger import lines_after
 from fedlab.privacy.ledger.terms import budget_terms, run_terms, scope_of
 from fedlab.privacy.release import public_names
 from fedlab.privacy.scores_plan import beside_rounds
-from fedlab.protocol.messages import Release, RunReference
+from fedlab.protocol.fields import RunReference
+from fedlab.protocol.messages import Release
 from fedlab.session import Session
 
 PACKAGES = ("fedlab", "torch", "dp-accounting", "opacus", "cryptography")
@@ -36,14 +38,16 @@ class ClientAccount:
         plan = session.plan(owner.client)
         assert plan is not None
         self.plan, self.client, self._owner = plan, owner.client, owner
-        self._beside = beside_rounds(session.config)
+        self._beside, self._drawn = beside_rounds(session.config), session.config.clients_per_round
         self.guard = owner.guard(run.run)
         shapes = {name: shape for name, shape in session.shapes.items() if part_of(name) in run.parts}
+        self.dimension = sum(math.prod(shape) for shape in shapes.values())  # coordinates of the signed scope
         budget = owner.budget
         self.terms: Mapping[str, Any] = {
             **plan.terms(),
             **run_terms(run.configuration, public_names(session.config)),
             "scope": scope_of(shapes),
+            "shared": plan.shared_terms(self.dimension),
             "budget": budget_terms(budget.epsilon, budget.delta or plan.delta) if budget else None,
             "content": keyed_hash(self.guard.ledger.key, "content", session.data.fingerprint(owner.client)),
         }
@@ -52,12 +56,17 @@ class ClientAccount:
     def sign(self) -> Refusal | None:
         """Sign the plan of this run, or find the signed one; the refusal if not even one round is affordable.
 
-        Raises Refusal for a plan that the owner's policy does not allow, or other terms than were signed.
+        Raises Refusal for a plan that the owner's policy does not allow, or other terms than were signed; ConfigError
+        for shares of noise that do not add up.
         """
+        if (shared := self.plan.shared) is not None:
+            shared.check_distance(self.plan.sigma, self.dimension, self._drawn)
+            shared.check_overflow([self.plan.n], self.plan.sigma, self.dimension)
         problem = self._owner.policy.problem_of_plan(self.plan, self._beside)
         if problem is not None:
             raise self.guard.refused(0, "policy", problem)
-        return self.guard.plan(self.terms, code_versions())
+        by = {} if self.plan.shared is None else {"accountant": "dp-accounting RDP at integer orders,"}
+        return self.guard.plan(self.terms, code_versions() | by)
 
     def beside(self, run: str) -> Guard:
         """The same ledger for a release beside the rounds, which is a run of its own in it."""

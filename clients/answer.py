@@ -16,7 +16,7 @@ from clients.node import Memory, Node, enter
 from clients.owner import Owners
 from clients.receipts import answer_receipts
 from clients.refusal import nothing, unreadable
-from clients.sum_keys import answer_keys
+from clients.secure_sum import answer_confirm, answer_prepare, answer_unmask
 from clients.train import answer_train
 from fedlab.protocol import Frame, decode, encode
 from fedlab.protocol.messages import REQUESTS, Request
@@ -28,7 +28,9 @@ ANSWERS: dict[str, Callable[[Node, Any], object]] = {
     "train": answer_train,
     "evaluate": answer_evaluate,
     "receipts": answer_receipts,
-    "keys": answer_keys,
+    "prepare": answer_prepare,
+    "confirm": answer_confirm,
+    "unmask": answer_unmask,
     "gram": answer_gram,
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clients.own_session import own_config
+from clients.owner import own_identity
 from clients.policy import OwnPolicy
 from fedlab.config import RunConfig
 from fedlab.config.client import ClientFile
@@ -76,6 +77,9 @@ def about(file: ClientFile) -> Iterator[str]:
             yield f"model {name}: {copy.path or 'by its name'}, sha256 {model_fingerprint(model)}"
         except ConfigError as error:
             yield f"model {name}: {error}"
+    if file.policy.shared_noise:
+        yield f'identity, for the [roster] of its peers: {file.client.id} = "{own_identity(file)}"'
+        yield f"roster: {', '.join(sorted(file.roster)) or 'nobody, so no run under shared noise is taken part in'}"
     if (budget := file.counted_budget) is None:
         yield "no budget: under its policy nothing is charged"
         return
@@ -129,8 +133,8 @@ def _of_privacy(
         return
     beside = beside_rounds(config)
     yield (
-        f"noise: σ = {plan.sigma:.4g}, clip {plan.clip:g}, {plan.batch_size} of {plan.n} expected per step,"
-        f" {plan.steps} steps in each of at most {plan.participations} rounds"
+        f"noise: σ = {plan.sigma:.4g}{_share(plan)}, clip {plan.clip:g}, {plan.normaliser:g} of {plan.n} expected per"
+        f" step, {plan.steps} steps in each of at most {plan.participations} rounds"
     )
     cost = epsilon([plan.event(plan.participations), *beside], plan.delta)
     yield f"cost: ε = {cost:.4f} at δ = {plan.delta:g}, if it takes part to the end"
@@ -143,6 +147,15 @@ def _of_privacy(
         who, found = affordable([*spent_before(file), plan.event(), *beside], budget.epsilon, budget.delta)
         if who is None:
             refusals.append(f"the budget of ε = {budget.epsilon:g} does not cover one round: {found:.4f} in all")
+
+
+def _share(plan: DPPlan) -> str:
+    """Whose noise that is, where it is shared."""
+    if (shared := plan.shared) is None:
+        return ""
+    return (
+        f" of a sum of {shared.survivors} clients or more, of which this client adds 1/{shared.honest} of the variance"
+    )
 
 
 def spent_before(file: ClientFile) -> list[Event]:

@@ -17,7 +17,7 @@ from clients.account import ClientAccount, digest_of, release_run
 from clients.node import Node
 from clients.owner import Owner
 from clients.pending import Asked, PendingRelease, Releases, failure_of
-from clients.sum_keys import hide
+from clients.secure_sum import hide
 from fedlab.config.tasks import Gram
 from fedlab.continual.input_grams import input_grams, input_groups
 from fedlab.continual.sketch import to_fixed
@@ -128,4 +128,6 @@ def _matrices(task: _Task, owner: Owner, plan: GramPlan | None) -> dict[str, np.
     values = to_fixed(grams)
     if settings.clear:
         return values
-    return hide(owner, values, request.run.run, request.attempt, request.keys, settings.min_clients)
+    if request.sum is None:
+        raise ProtocolError("sum", "is missing: without DP nothing leaves that is not masked (strategy.gram.clear)")
+    return hide(owner, values, request.run.run, ("gram", 0), request.sum)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from fedlab.files import below, write
 from fedlab.protocol import Frame, ProtocolError, decode, encode
-from fedlab.protocol.messages import Digest, Positive, Release, Strict
+from fedlab.protocol.fields import Digest, Positive, Strict
+from fedlab.protocol.messages import Release
 
 KIND = "kept"
 

@@ -18,7 +18,8 @@ from clients.owner import Owners, simulated_owners
 from fedlab.config import RunConfig
 from fedlab.lora.state import from_wire
 from fedlab.protocol import ProtocolError
-from fedlab.protocol.messages import DescribeRequest, EvaluateRequest, KeysRequest, Request
+from fedlab.protocol.messages import DescribeRequest, EvaluateRequest, Request
+from fedlab.protocol.sum_messages import ConfirmRequest, PrepareRequest
 from fedlab.session import Session
 
 Memory = MutableMapping[str, Any]  # hash → configuration, and "simulation" → run directory; str all of them
@@ -89,7 +90,7 @@ def asked(request: Request, owners: Owners) -> Sequence[str]:
     """The clients that a request concerns."""
     if isinstance(request, DescribeRequest):
         return owners.present(request.clients)
-    if isinstance(request, EvaluateRequest | KeysRequest):
+    if isinstance(request, EvaluateRequest | PrepareRequest | ConfirmRequest):
         return request.clients
     return [entry.client for entry in request.clients]
 

@@ -8,11 +8,13 @@ trainer (``clients.serve``) or a node of a simulation (``clients.app``), never o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from clients.log import note
 from clients.policy import OwnPolicy, Policy, SimulationPolicy
@@ -24,18 +26,13 @@ from fedlab.errors import PrivacyError, RunFailed
 from fedlab.files import below
 from fedlab.lora.state import State
 from fedlab.privacy.ledger.guard import Guard, Refusal
-from fedlab.privacy.ledger.keys import keyed_hash, load_or_create_key
+from fedlab.privacy.ledger.keys import keyed_hash, load_or_create_key, public_hex
 from fedlab.privacy.ledger.ledger import Ledger, lines_after
 from fedlab.privacy.release import SCORES, public_names
+from fedlab.privacy.secure_sum.settings import purposes
 from fedlab.protocol import ProtocolError
-from fedlab.protocol.messages import (
-    DescribeRequest,
-    EvaluateRequest,
-    GramRequest,
-    KeysRequest,
-    ReceiptsRequest,
-    Request,
-)
+from fedlab.protocol.messages import DescribeRequest, EvaluateRequest, GramRequest, ReceiptsRequest, Request
+from fedlab.protocol.sum_messages import ConfirmRequest, PrepareRequest, UnmaskRequest
 from fedlab.run.personal import load_personal, save_personal
 from fedlab.run.places import LOG, Places, simulated_places
 from fedlab.session import Session, open_session
@@ -51,6 +48,8 @@ class Owner:
         policy: what it allows.
         source: where its records are from (``fedlab.data.sources.identity``); its ledger is about them.
         budget: what it may spend over all runs.
+        roster: client → identity, as its owner entered them: whom it takes part in secure sums with. None: it takes the
+            server's word, in a simulation, and without DP where its owner entered nobody.
     """
 
     client: str
@@ -58,6 +57,15 @@ class Owner:
     policy: Policy
     source: str = ""
     budget: Budget | None = None
+    roster: Mapping[str, str] | None = None
+
+    @property
+    def identity(self) -> Ed25519PrivateKey:
+        """What it signs with: its ledger's key, or where a simulation keeps no ledgers one beside its other keys."""
+        owned = self.guarded or self.policy.one_answer
+        return load_or_create_key(
+            below(self.places.ledgers if owned else self.places.store, "keys", f"{self.client}.pem")
+        )
 
     @property
     def guarded(self) -> bool:
@@ -119,10 +127,10 @@ def _unfit(request: Request, config: RunConfig) -> str | None:
     noised = config.privacy.scores_sigma is not None
     if isinstance(request, EvaluateRequest) and SCORES not in public_names(config) and not noised:
         return "local scores are not covered by the noise; privacy.share_metrics = true would send them"
-    if isinstance(request, GramRequest | KeysRequest) and config.gram is None:
+    if isinstance(request, GramRequest) and config.gram is None:
         return "this configuration has no release at a task's end"
-    if isinstance(request, KeysRequest) and config.private:
-        return "under DP no sum is masked"
+    if isinstance(request, PrepareRequest | ConfirmRequest | UnmaskRequest) and not purposes(config):
+        return "this configuration has no secure sums"
     if isinstance(request, ReceiptsRequest) and config.privacy.unit != "example":
         return "this configuration's clients keep no ledgers"
     return None
@@ -262,7 +270,8 @@ def own_owner(file: ClientFile, run: str, sessions: Callable[[str], Session]) ->
     client, home = file.client.id, file.home
     ledgers = home / "ledger"
     places = Places(ledgers, below(home / "personal", run), home / "bases", ledgers / LOG)
-    owner = Owner(client, places, OwnPolicy.of(file), identity(file.data.section(2)), file.counted_budget)
+    roster = dict(file.roster) or None
+    owner = Owner(client, places, OwnPolicy.of(file), identity(file.data.section(2)), file.counted_budget, roster)
     return SingleOwner(owner, sessions, file.machine.threads)
 
 
@@ -273,3 +282,8 @@ def _ledger(directory: Path, client: str, source: str, run: str) -> Ledger:
     key = load_or_create_key(below(directory, "keys", f"{client}.pem"))
     path = below(directory, f"{client}.jsonl")
     return Ledger(path, client, keyed_hash(key, "dataset", source), key)
+
+
+def own_identity(file: ClientFile) -> str:
+    """The public key of a client's ledger, which its peers enter in their [roster]; made if there is none yet."""
+    return public_hex(load_or_create_key(below(file.home / "ledger", "keys", f"{file.client.id}.pem")))

@@ -22,7 +22,8 @@ from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.guard import Guard, Refusal
 from fedlab.privacy.release import protected, public
 from fedlab.protocol.failures import code_of
-from fedlab.protocol.messages import Failure, Release
+from fedlab.protocol.fields import Failure
+from fedlab.protocol.messages import Release
 
 Releases = tuple[Release, ...]
 

@@ -67,18 +67,21 @@ class OwnPolicy:
         models: base models that may be run on the data.
         budgeted: whether its owner set a budget over all runs.
         purged: whether held-out records are left out whose text is trained on.
+        rostered: whether its owner named peers of a sum, and their keys.
     """
 
     rules: ClientPolicy
     models: tuple[str, ...]
     budgeted: bool
     purged: bool = False
+    rostered: bool = False
     one_answer: bool = True
 
     @classmethod
     def of(cls, file: ClientFile) -> OwnPolicy:
         """What a client's file says."""
-        return cls(file.policy, tuple(file.models), file.budget is not None, file.data.duplicates == "purge")
+        rostered = bool(file.roster.keys() - {file.client.id})
+        return cls(file.policy, tuple(file.models), file.budget is not None, file.data.duplicates == "purge", rostered)
 
     @property
     def unit(self) -> str:
@@ -103,7 +106,17 @@ class OwnPolicy:
             yield "there is no budget: without one, runs could follow runs for ever"
         if rules.max_clip is not None and privacy.clip is not None and privacy.clip > rules.max_clip:
             yield f"privacy.clip = {privacy.clip:g}, the policy allows at most {rules.max_clip:g}"
-        if config.train.batch_size < rules.min_batch:
+        if config.shared_noise and not rules.shared_noise:
+            yield "privacy.survivors is given: the policy does not allow noise that is shared (shared_noise)"
+        if config.shared_noise and not self.rostered:
+            yield "privacy.survivors is given, and the client's [roster] names no peers, so a server could invent them"
+        honest = (privacy.survivors or 0) - privacy.colluding
+        if config.shared_noise and honest < rules.min_honest:
+            yield (
+                f"privacy.survivors − colluding = {honest}: the policy wants the noise of at least"
+                f" {rules.min_honest} honest clients"
+            )
+        if config.train.sampling_rate is None and config.train.batch_size < rules.min_batch:
             yield f"train.batch_size = {config.train.batch_size}, the policy wants at least {rules.min_batch}"
         if odd := sorted(set(parts) - set(rules.trained)):
             yield f"{odd[0]} is to be trained, which the policy does not allow"

@@ -8,6 +8,7 @@ from clients.account import release_run
 from clients.kept import forget
 from clients.node import Node
 from clients.pending import failure_of
+from clients.secure_sum import forget as forget_sums
 from fedlab.privacy.ledger.ledger import lines_after
 from fedlab.privacy.release import GRAM, NOISED_SCORES
 from fedlab.protocol.messages import ClientReply, ReceiptFor, ReceiptsReply, ReceiptsRequest
@@ -28,6 +29,7 @@ def _keep(node: Node, entry: ReceiptFor, request: ReceiptsRequest) -> ClientRepl
             guard.close()
             beside = [release_run(guard.run, name) for name in (GRAM, NOISED_SCORES)]
             forget(owner.places.ledgers, owner.client, (guard.run, *beside))
+            forget_sums(owner, guard.run)
         with guard.ledger.locked():
             return ClientReply(entry.client, lines=lines_after(guard.ledger.entries, entry.known))
     except Exception as error:

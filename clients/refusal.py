@@ -21,14 +21,23 @@ from fedlab.protocol.messages import (
     EvaluateRequest,
     GramReply,
     GramRequest,
-    KeysReply,
-    KeysRequest,
     NodeFailure,
     ReceiptsReply,
     ReceiptsRequest,
     Request,
     TrainReply,
     TrainRequest,
+)
+from fedlab.protocol.sum_messages import (
+    Confirmation,
+    ConfirmReply,
+    ConfirmRequest,
+    Preparation,
+    PrepareReply,
+    PrepareRequest,
+    Revealed,
+    UnmaskReply,
+    UnmaskRequest,
 )
 
 
@@ -59,8 +68,12 @@ def _whole(request: Request, owners: Owners, replies: tuple[ClientReply, ...]) -
             return "gram", GramReply(now, now, replies, None)
         case ReceiptsRequest():
             return "receipts", ReceiptsReply(replies)
-        case KeysRequest():
-            return "keys", KeysReply({})
+        case PrepareRequest():
+            return "prepare", PrepareReply(tuple(Preparation(r.client, failure=r.failure) for r in replies))
+        case ConfirmRequest():
+            return "confirm", ConfirmReply(tuple(Confirmation(r.client, failure=r.failure) for r in replies))
+        case UnmaskRequest():
+            return "unmask", UnmaskReply(tuple(Revealed(r.client, failure=r.failure) for r in replies))
 
 
 def _reply(request: Request, owners: Owners, client: str, error: Exception) -> ClientReply:

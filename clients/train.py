@@ -10,26 +10,30 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import torch
 
 from clients.account import ClientAccount, digest_of
 from clients.node import Node
 from clients.owner import Owner
 from clients.pending import Asked, PendingRelease, Releases, failure_of
+from clients.secure_sum import hide
 from fedlab.errors import FedlabError, PrivacyError
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, PAST, State, digest, from_wire, part_of, select, to_wire
 from fedlab.privacy.release import METRICS, TIMING, UPDATE, public, public_names
+from fedlab.privacy.secure_sum.masking import add
 from fedlab.protocol import ProtocolError
-from fedlab.protocol.messages import ClientOrder, ClientReply, TrainReply, TrainRequest
+from fedlab.protocol.messages import ClientOrder, ClientReply, Release, TrainReply, TrainRequest
 from fedlab.session import Session
 from fedlab.train.check_gradients import require_per_example
 from fedlab.train.cohort import supports_fused, train_cohort
 from fedlab.train.dp import PerExampleGradients
-from fedlab.train.local import LocalTraining, Trained
+from fedlab.train.local import LocalTraining, Summed, Trained
 from fedlab.train.opacus import OpacusGradients
+from fedlab.train.sums import noised_share, sum_client, sum_clients
 from fedlab.train.trainer import train_client
 
 logger = logging.getLogger("fedlab")
@@ -48,6 +52,11 @@ class _Round:
     def session(self) -> Session:
         return self.node.session
 
+    @property
+    def shared(self) -> bool:
+        """Whether what leaves is a share of a sum over clients, and not an update."""
+        return self.node.config.shared_noise
+
 
 @dataclass
 class _Client:
@@ -58,7 +67,7 @@ class _Client:
     pending: PendingRelease
     account: ClientAccount | None = None
     training: LocalTraining | None = None
-    trained: Trained | None = None
+    trained: Trained | Summed | None = None
     releases: Releases = ()
 
     @property
@@ -75,14 +84,39 @@ class _Client:
 def answer_train(node: Node, request: TrainRequest) -> TrainReply:
     """Every client's update, or why there is none."""
     started = time.time()
+    _check_sum(node, request)
     received = from_wire(request.state, request.wire)
     current = _Round(node, request, received | node.session.basis, digest(received) if node.config.private else "")
-    replies = []
+    replies, total = [], None
     for orders in _passes(request):
         clients = [_client(node, order) for order in orders]
         _train_pass(current, clients)
-        replies += [_reply(current, client) for client in clients]
-    return TrainReply(started, time.time(), tuple(replies))
+        for client in clients:
+            reply = _reply(current, client)
+            if current.shared and reply.failure is None:
+                reply, total = _added(reply, total)
+            replies.append(reply)
+    return TrainReply(started, time.time(), tuple(replies), total)
+
+
+def _check_sum(node: Node, request: TrainRequest) -> None:
+    """Raise ProtocolError unless shares are asked for as they may leave: masked, but for a simulation that leaves that
+    out.
+    """
+    config = node.config
+    if request.sum is not None and not config.shared_noise:
+        raise ProtocolError("sum", "this configuration has no shared noise, so nothing is masked")
+    if config.shared_noise and request.sum is None and (config.privacy.masked or node.owners.exclusive):
+        raise ProtocolError("sum", "is missing: a share leaves its client masked, or not at all")
+
+
+def _added(reply: ClientReply, total: Release | None) -> tuple[ClientReply, Release]:
+    """A client's reply without its share, and the node's sum with it."""
+    share = reply.release(UPDATE)
+    assert share is not None
+    arrays = add(total.arrays if total is not None else {}, share.arrays)
+    rest = tuple(release for release in reply.releases if release is not share)
+    return replace(reply, releases=rest), replace(share, arrays=arrays)
 
 
 def _client(node: Node, order: ClientOrder) -> _Client:
@@ -153,21 +187,21 @@ def _asked(current: _Round, client: _Client, account: ClientAccount) -> Asked:
     """What a round is charged under; the state, and everything else in the request that decides the update."""
     request = current.request
     decides = (request.run.basis, sorted(request.trained), sorted(request.personal), request.wire, client.order.rank)
-    asked = digest_of(request.run.configuration, current.received, *decides)
+    masks = (asdict(request.sum),) if request.sum is not None else ()
+    asked = digest_of(request.run.configuration, current.received, *decides, *masks)
     return Asked(account.guard, account.terms, account.plan.event(), request.round, current.received, asked)
 
 
-def _results(current: _Round, trainings: list[LocalTraining]) -> Mapping[str, Trained | Exception]:
+def _results(current: _Round, trainings: list[LocalTraining]) -> Mapping[str, Trained | Summed | Exception]:
     """The clients' results; a group that does not fit into a GPU's memory is halved."""
     session, request = current.session, current.request
     if not trainings:
         return {}
     if session.config.train.gradients != "fused" or not supports_fused(session.model, request.trained):
         return _one_by_one(current, trainings)
+    together = sum_clients if current.shared else train_cohort
     try:
-        return train_cohort(
-            session.model, session.data, trainings, list(request.trained), session.config, request.round
-        )
+        return together(session.model, session.data, trainings, list(request.trained), session.config, request.round)
     except torch.cuda.OutOfMemoryError:
         if len(trainings) == 1:
             raise
@@ -179,37 +213,38 @@ def _results(current: _Round, trainings: list[LocalTraining]) -> Mapping[str, Tr
     return {**_results(current, trainings[:half]), **_results(current, trainings[half:])}
 
 
-def _one_by_one(current: _Round, trainings: list[LocalTraining]) -> Mapping[str, Trained | Exception]:
+def _one_by_one(current: _Round, trainings: list[LocalTraining]) -> Mapping[str, Trained | Summed | Exception]:
     """The clients' results without fused layers; what fails for one is its own failure."""
     session, request = current.session, current.request
     if any(part_of(name) in (BASIS, PAST) for name in trainings[0].state):
         raise FedlabError(
             f'strategy.name = "{session.config.strategy.name}" needs a linear head and train.gradients = "fused"'
         )
-    results: dict[str, Trained | Exception] = {}
+    results: dict[str, Trained | Summed | Exception] = {}
     hooks = OpacusGradients if session.config.train.gradients == "opacus" else PerExampleGradients
+    model, data, config, names = session.model, session.data, session.config, request.trained
     for t in trainings:
         try:
+            if current.shared:
+                results[t.client] = sum_client(model, data, t, names, config, request.round, hooks)
+                continue
             results[t.client] = train_client(
-                session.model,
-                session.data,
-                t.client,
-                t.state,
-                request.trained,
-                session.config,
-                request.round,
-                t.plan,
-                t.rank,
-                hooks,
+                model, data, t.client, t.state, names, config, request.round, t.plan, t.rank, hooks
             )
         except Exception as error:
             results[t.client] = error
     return results
 
 
-def _end(current: _Round, client: _Client, result: Trained) -> None:
+def _end(current: _Round, client: _Client, result: Trained | Summed) -> None:
     """What the client keeps goes to its disk, what it sends is committed."""
     request = current.request
+    if isinstance(result, Summed):
+        share = _share(current, client, result)
+        content = {name: torch.from_numpy(value) for name, value in share.items()}
+        client.releases = client.pending.commit(result.steps, share, content, _beside(current, result))
+        client.trained = result
+        return
     assert client.training is not None
     start = client.training.state
     own = select(result.update, list(request.personal))
@@ -220,6 +255,17 @@ def _end(current: _Round, client: _Client, result: Trained) -> None:
     content = from_wire(wire, request.wire) if client.pending.guarded else {}
     client.releases = client.pending.commit(result.steps, wire, content, _beside(current, result))
     client.trained = result
+
+
+def _share(current: _Round, client: _Client, result: Summed) -> dict[str, np.ndarray]:
+    """The client's clipped sum with its share of the noise, masked where that is asked for: what may leave it."""
+    account, request = client.account, current.request
+    assert account is not None
+    config, number = current.session.config, request.round
+    share = noised_share(result, account.plan, account.dimension, config, client.name, number)
+    if request.sum is None:
+        return share
+    return hide(client.owner, share, request.run.run, ("round", number), request.sum)
 
 
 def _reply(current: _Round, client: _Client) -> ClientReply:
@@ -235,7 +281,7 @@ def _reply(current: _Round, client: _Client) -> ClientReply:
         return replace(reply, failure=reply.failure or failure_of(error))
 
 
-def _beside(current: _Round, found: Trained) -> Releases:
+def _beside(current: _Round, found: Trained | Summed) -> Releases:
     """Beside the update: what the statement says is not protected."""
     config = current.session.config
     timing = public(TIMING, {"steps": found.steps, "seconds": found.seconds})

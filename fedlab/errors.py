@@ -48,6 +48,12 @@ class NotPerExample(PrivacyError):
     code = "configuration"
 
 
+class SumRefused(PrivacyError):
+    """A secure sum would not hide what it is to hide, or cannot be brought to an end."""
+
+    code = "secure-sum"
+
+
 class RunFailed(FedlabError):
     """The run started and could not be finished."""
 

@@ -56,8 +56,11 @@ class Strategy:
     effective: ClassVar[str] = "product of means"
     # the state carries a residual, which goes down with it
     folds: ClassVar[bool] = False
-    # aggregate depends on the updates through their weighted mean alone: what client-level DP can noise
-    linear: ClassVar[bool] = True
+    # aggregate depends on the updates through their weighted mean alone: what client-level DP can noise, and what a sum
+    # over clients suffices for; each strategy says it, and one that says nothing is not
+    linear: ClassVar[bool] = False
+    # why shared noise is nothing for it although it is linear; "" if it is
+    own_steps: ClassVar[str] = ""
     # what clients of lower rank amount to; "" if all must have the same
     ranks: ClassVar[str] = "zero-padded changes"
     # parts that clients train and keep
@@ -103,6 +106,12 @@ class Strategy:
                 f'strategy.name = "{config.strategy.name}" needs each client\'s own factors, but under privacy.unit ='
                 ' "client" the server noises one mean; use fedavg, ffa, fedsvd, rolora or head'
             )
+        if config.shared_noise and (why := cls.unsummed()):
+            raise ConfigError(
+                f'privacy.survivors with strategy.name = "{config.strategy.name}": {why}. Under shared noise the server'
+                " sees one sum over all clients of gradients at one state; use fedsvd, ffa, fedavg, rolora or head, or"
+                " remove privacy.survivors"
+            )
         if config.clients.rank and not cls.ranks:
             raise ConfigError(
                 f'clients.rank with strategy.name = "{config.strategy.name}": its rule needs equal ranks; use flexlora,'
@@ -134,6 +143,13 @@ class Strategy:
             require_float32(config)
         if isinstance(options := cls.Options(**config.strategy.options), MeanOptions):
             options.check(config)
+
+    @classmethod
+    def unsummed(cls) -> str:
+        """Why one sum over the clients' gradients at one state is not enough for its rule; "" if it is."""
+        if cls.personal:
+            return f"clients keep {', '.join(sorted(cls.personal))}, so they are not at one state"
+        return cls.own_steps if cls.linear else "its rule needs each client's own factors"
 
     # --- a round
 

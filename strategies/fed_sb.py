@@ -28,6 +28,7 @@ class FedSB(Strategy):
     trains: ClassVar[frozenset[str]] = frozenset({"lora_B"})
     static: ClassVar[frozenset[str]] = frozenset({"lora_A", BASIS})
     ranks: ClassVar[str] = ""
+    linear: ClassVar[bool] = True
 
     @classmethod
     def check(cls, config: RunConfig) -> None:

@@ -6,8 +6,12 @@ changes (unless A is equal everywhere); under DP the noises of A and B multiply.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from strategies.base import Strategy
 
 
 class FedAvg(Strategy):
     """A_t+1 = Σ p_k A_k, B_t+1 = Σ p_k B_k."""
+
+    linear: ClassVar[bool] = True

@@ -17,6 +17,7 @@ from strategies.base import Strategy
 class FedSA(Strategy):
     """A_t+1 = Σ p_k A_k; B_k and head_k stay where they are."""
 
+    linear: ClassVar[bool] = True
     effective: ClassVar[str] = "per client: B_k·(mean of A)"
     personal: ClassVar[frozenset[str]] = frozenset({"lora_B", "head"})
 

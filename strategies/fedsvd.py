@@ -61,6 +61,7 @@ class FedSVDOptions(MeanOptions):
 class FedSVD(Strategy):
     """B_t+1 = U_r Σ_r and A_t+1 = V_rᵀ of (Σ p_k B_k)·A_t (Eq. 7)."""
 
+    linear: ClassVar[bool] = True
     effective: ClassVar[str] = "mean of products, exactly"
     trains: ClassVar[frozenset[str]] = frozenset({"lora_B"})
     Options: ClassVar[type[FedSVDOptions]] = FedSVDOptions

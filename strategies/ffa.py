@@ -13,5 +13,6 @@ from strategies.base import Strategy
 class FFALora(Strategy):
     """B_t+1 = Σ p_k B_k with one A for ever: B_t+1·A = Σ p_k (B_k·A)."""
 
+    linear: ClassVar[bool] = True
     effective: ClassVar[str] = "mean of products, exactly"
     trains: ClassVar[frozenset[str]] = frozenset({"lora_B"})

@@ -13,5 +13,6 @@ from strategies.base import Strategy
 class HeadOnly(Strategy):
     """head_t+1 = Σ p_k head_k."""
 
+    linear: ClassVar[bool] = True
     effective: ClassVar[str] = "unchanged"
     trains: ClassVar[frozenset[str]] = frozenset()

@@ -20,8 +20,10 @@ from strategies.stream import Memory, carried, check_stream, merged, placed
 class OLoRA(Strategy):
     """A_t+1 = Σ p_k A_k, B_t+1 = Σ p_k B_k, from a new A in every task."""
 
+    linear: ClassVar[bool] = True
     static: ClassVar[frozenset[str]] = frozenset({*RESIDUAL, PAST})
     ranks: ClassVar[str] = ""
+    own_steps: ClassVar[str] = "its penalty is a part of each client's own steps, and here clients make none"
 
     @classmethod
     def check(cls, config: RunConfig) -> None:

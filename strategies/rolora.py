@@ -14,6 +14,7 @@ from strategies.base import Strategy
 class RoLora(Strategy):
     """B·A of the mean is the mean of B_k·A, or of B·A_k."""
 
+    linear: ClassVar[bool] = True
     effective: ClassVar[str] = "mean of products, exactly"
 
     def trained_names(self, state: State, round_number: int = 1) -> list[str]:

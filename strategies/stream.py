@@ -43,6 +43,7 @@ class FixedBases(Strategy):
     static: ClassVar[frozenset[str]] = frozenset({"lora_A", BASIS, *RESIDUAL})
     trains: ClassVar[frozenset[str]] = frozenset({"lora_B"})
     effective: ClassVar[str] = "mean of products, exactly"
+    linear: ClassVar[bool] = True
     ranks: ClassVar[str] = ""
 
     @classmethod

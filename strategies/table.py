@@ -20,7 +20,7 @@ COLUMNS = (
     "effective weights after a round",
     "clients of lower rank",
     "client-level DP",
-    "secure aggregation",
+    "shared noise",
     "own keys",
 )
 SIZES = ("bytes up", "bytes down")
@@ -49,8 +49,9 @@ def _row(name: str, strategy: type[Strategy]) -> tuple[str, ...]:
     keys = ", ".join(f"`{key}`" for key in strategy.Options.model_fields) or "–"
     linear = "yes" if strategy.linear else "no"
     noised = "no" if strategy.personal or strategy.reads_inputs else linear
+    shared = "no" if strategy.unsummed() else "yes"
     trained, kept = parts({*strategy.trains, "head"}), parts(strategy.personal) or "–"
-    return (f"`{name}`", trained, kept, strategy.effective, strategy.ranks or "refused", noised, linear, keys)
+    return (f"`{name}`", trained, kept, strategy.effective, strategy.ranks or "refused", noised, shared, keys)
 
 
 def parts(names: Collection[str]) -> str:

@@ -9,6 +9,7 @@ says is held against every request before data are opened (``clients.policy``).
 from __future__ import annotations
 
 import pwd
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,6 +133,18 @@ class ClientPolicy(Section):
     unit: Literal["example", "client", "none"] = Field(
         default="example", description="what a run must protect (privacy.unit), exactly"
     )
+    shared_noise: bool = Field(
+        default=False,
+        description=(
+            "take part under shared noise (privacy.survivors), where one's own noise protects only in a sum; needs"
+            " [roster]"
+        ),
+    )
+    min_honest: int = Field(
+        default=2,
+        gt=0,
+        description="shared noise: fewest honest clients whose noise a sum has (privacy.survivors − colluding)",
+    )
     noise: Literal["secure", "seeded"] = Field(
         default="secure",
         description="where noise must come from: seeded noise can be subtracted by who knows the seed (tests only)",
@@ -184,6 +197,13 @@ class ClientFile(Section):
     data: OwnData = Field(description="the records of this client")
     models: dict[str, ModelCopy] = Field(min_length=1, description="base models that may be run on the data")
     policy: ClientPolicy = Field(description="what it takes part in")
+    roster: dict[str, str] = Field(
+        default={},
+        description=(
+            "client id = its ledger's public key (64 hex digits; fedlab client --check prints one's own): the peers of"
+            " a sum under shared noise; whoever is not in it, or has another key, is refused"
+        ),
+    )
     budget: Budget | None = Field(default=None, description="what may be spent of the data over all runs")
     machine: Machine = Field(default=Machine(), description="what the trainer may use")
     metrics: MetricsSection = Field(default=MetricsSection(), description="a Prometheus endpoint, for this machine")
@@ -192,6 +212,12 @@ class ClientFile(Section):
     @model_validator(mode="after")
     def _named(self) -> ClientFile:
         checked_identifier(self.client.id, "client.id")
+        for name, key in self.roster.items():
+            checked_identifier(name, "roster")
+            if not re.fullmatch("[0-9a-f]{64}", key):
+                raise ValueError(f"roster: {name} = {key[:70]!r} is no public key; it has 64 lower-case hex digits")
+        if len(set(self.roster.values())) < len(self.roster):
+            raise ValueError("roster: two clients have one key; each has a key of its own")
         if self.policy.unit == "example" and self.budget is None:
             raise ValueError(
                 "[budget] is missing: without one, runs could follow runs for ever; say how much may be spent in all,"

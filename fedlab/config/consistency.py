@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from fedlab.config.data import ClientsSection, DataSection
 from fedlab.config.privacy import PrivacySection
-from fedlab.config.sections import EvaluateSection, LoraSection, RunSection, TrainSection
+from fedlab.config.sections import EvaluateSection, LoraSection, RunSection, StrategySection, TrainSection
 from fedlab.config.tasks import StageSection, StreamSection, TaskSection
 
 SHARED_BY_TASKS = ("clients", "max_length")  # keys of [data] that no task may set for itself
@@ -71,10 +71,63 @@ def participation(run: RunSection, privacy: PrivacySection, clients: int | None,
         yield f"privacy.participations = {cap} cannot cover one round of {run.min_clients} clients"
 
 
-def training(run: RunSection, train: TrainSection) -> Iterator[str]:
-    """What is kept in memory fits how gradients are made."""
+def training(run: RunSection, train: TrainSection, privacy: PrivacySection) -> Iterator[str]:
+    """What is kept in memory fits how gradients are made, and a sampling rate has a plan that draws by it."""
+    if train.sampling_rate is not None and privacy.unit != "example":
+        yield (
+            f'train.sampling_rate = {train.sampling_rate:g} with privacy.unit = "{privacy.unit}": without example-level'
+            " DP batches have a fixed size; use train.batch_size"
+        )
     if run.checkpointing and train.gradients != "fused":
         yield f'run.checkpointing = true needs train.gradients = "fused", got "{train.gradients}"'
+
+
+def shared_noise(
+    privacy: PrivacySection,
+    train: TrainSection,
+    clients: ClientsSection,
+    strategy: StrategySection,
+    drawn: int | None,
+) -> Iterator[str]:
+    """Clients whose shares of noise add up are all at one state, make one step of plain SGD each, at one rate; and two
+    different sets of ``drawn`` clients (None: not known yet) can never both be confirmed.
+    """
+    if (fewest := privacy.survivors) is None:
+        return
+    if train.sampling_rate is None:
+        yield (
+            "train.sampling_rate is missing: under shared noise (privacy.survivors) all clients draw their records with"
+            " one probability, since the noise of each must be enough for all; give it in place of train.batch_size"
+        )
+    if train.steps != 1:
+        yield (
+            f"train.steps = {train.steps} with privacy.survivors: what is summed are gradients at one state; set"
+            " train.steps = 1"
+        )
+    plain: dict[str, tuple[object, object]] = {
+        "train.optimizer": (train.optimizer, "sgd"),
+        "train.momentum": (train.momentum, 0.0),
+        "train.weight_decay": (train.weight_decay, 0.0),
+        "train.prox": (train.prox, 0.0),
+        "clients.lr": (clients.lr, {}),
+        "strategy.weights": (strategy.weights, "examples"),
+    }
+    for key, (value, needed) in plain.items():
+        if value != needed:
+            yield (
+                f"{key} = {value!r} with privacy.survivors: the server steps, on a sum of gradients that it cannot"
+                f" take apart; set it to {needed!r} (momentum: strategy.server)"
+            )
+    if strategy.options.get("robust") is not None:
+        yield (
+            "strategy.robust with privacy.survivors: a robust rule looks at each client's update, and the server sees"
+            " their sum alone; remove one of the two"
+        )
+    if drawn is not None and not (least := (drawn + privacy.colluding) // 2 + 1) <= fewest <= drawn:
+        yield (
+            f"privacy.survivors = {fewest} with {drawn} clients per round and privacy.colluding = {privacy.colluding}:"
+            f" it must be at least {least}, so that no two sets of survivors can both be confirmed, and at most {drawn}"
+        )
 
 
 def adapters(lora: LoraSection, clients: ClientsSection) -> Iterator[str]:

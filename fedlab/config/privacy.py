@@ -72,6 +72,25 @@ class PrivacySection(Section):
             " multiplier on the number of right ones, charged to its ledger; default: no such release"
         ),
     )
+    survivors: int | None = Field(
+        default=None,
+        gt=0,
+        description=(
+            "shared noise: fewest clients whose shares are in a round's sum, which is all that the server sees; with"
+            " fewer nothing is released; default: every client adds all of the noise to its own update"
+        ),
+    )
+    colluding: int = Field(
+        default=0,
+        ge=0,
+        description="shared noise: clients that may put what they know together with the server, fewer than survivors",
+    )
+    masked: bool = Field(
+        default=False,
+        description=(
+            "shared noise: a simulation masks the clients' sums too, which cancel to the bit; a deployment always does"
+        ),
+    )
     budget: Budget | None = Field(
         default=None, description="what one client may spend on its data, over all runs in its ledger; default: no end"
     )
@@ -99,10 +118,28 @@ class PrivacySection(Section):
             )
         if self.unit == "client" and self.participations is not None:
             raise ValueError('participations has no meaning with unit = "client": every round charges every client')
+        self._refuse_half_shared()
         return self
 
+    def _refuse_half_shared(self) -> None:
+        """Shares belong to example-level DP, and somebody honest must be left among the survivors."""
+        if self.survivors is None:
+            if given := [key for key in ("colluding", "masked") if getattr(self, key)]:
+                raise ValueError(f"{given[0]} belongs to shared noise; give survivors too, or remove it")
+            return
+        if self.unit != "example":
+            raise ValueError(
+                f'survivors = {self.survivors} (shared noise) is for unit = "example", got "{self.unit}": it is clients'
+                " that add the noise"
+            )
+        if self.colluding >= self.survivors:
+            raise ValueError(
+                f"colluding = {self.colluding} must be below survivors = {self.survivors}: the noise is that of the"
+                " honest ones alone"
+            )
+
     def _refuse_without_noise(self) -> None:
-        keys = ("epsilon", "sigma", "delta", "clip", "participations", "scores_sigma", "budget", "ledger")
+        keys = ("epsilon", "sigma", "delta", "clip", "participations", "scores_sigma", "survivors", "budget", "ledger")
         if given := [key for key in keys if getattr(self, key) is not None]:
             off = "remove them, for example with --set 'privacy={unit=\"none\"}'"
             raise ValueError(

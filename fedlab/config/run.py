@@ -62,7 +62,14 @@ class RunConfig(Section):
             ),
             *consistency.memorisation(self.tasks, self.data, self.evaluate),
             *consistency.noised_scores(self.tasks, self.privacy, self.evaluate),
-            *consistency.training(self.run, self.train),
+            *consistency.training(self.run, self.train, self.privacy),
+            *consistency.shared_noise(
+                self.privacy,
+                self.train,
+                self.clients,
+                self.strategy,
+                self.clients_per_round if known else None,
+            ),
             *consistency.adapters(self.lora, self.clients),
         ]
         if problems:
@@ -113,6 +120,11 @@ class RunConfig(Section):
     def private(self) -> bool:
         """Whether noise is added at all."""
         return self.privacy.unit != "none"
+
+    @property
+    def shared_noise(self) -> bool:
+        """Whether the clients' noise shares add up in a sum, which is all that the server sees of their updates."""
+        return self.privacy.survivors is not None
 
     @property
     def is_stream(self) -> bool:

@@ -225,7 +225,18 @@ class TrainSection(Section):
         default=None, gt=0, description="passes over a client's examples in a round; this or steps"
     )
     batch_size: int = Field(
-        default=32, gt=0, description="examples per step; the expected number under Poisson sampling"
+        default=32,
+        gt=0,
+        description="examples per step; the expected number under Poisson sampling; not used with sampling_rate",
+    )
+    sampling_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description=(
+            "probability with which each record of a client enters a step, the same for all clients, in place of"
+            " batch_size / n; with example-level DP only"
+        ),
     )
     physical_batch: int = Field(
         default=32, gt=0, description="examples per forward pass; changes speed and memory only"
@@ -253,6 +264,8 @@ class TrainSection(Section):
     def _one_length(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
+        if self.sampling_rate is not None and self.steps is None:
+            raise ValueError(f"sampling_rate = {self.sampling_rate:g} with epochs: give steps in their place")
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f'momentum = {self.momentum} needs optimizer = "sgd", got "{self.optimizer}"')
         return self
@@ -260,6 +273,10 @@ class TrainSection(Section):
     def local_steps(self, examples: int) -> int:
         """Optimiser steps of one round: ``steps``, or ``epochs`` passes over the client's examples."""
         return self.steps if self.steps is not None else math.ceil((self.epochs or 0) * examples / self.batch_size)
+
+    def rate(self, examples: int) -> float:
+        """Probability with which each of a client's examples enters a step that is drawn by Poisson sampling."""
+        return min(1.0, self.batch_size / examples) if self.sampling_rate is None else self.sampling_rate
 
 
 class Membership(Section):

@@ -29,11 +29,16 @@ class ServerOptimizer(pydantic.BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     optimizer: Literal["momentum", "adam", "yogi"] = Field(description="what the mean change is fed to, as a gradient")
     lr: float = Field(default=1.0, gt=0, description="learning rate of the server's optimiser")
+    head_lr: float | None = Field(default=None, gt=0, description="the same, for the head; default: lr")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="of the first moment")
     beta2: float = Field(default=0.99, ge=0, lt=1, description="of the second moment; adam and yogi")
     tau: float = Field(
         default=1e-3, gt=0, description="added to the root of the second moment, which starts at tau²; adam and yogi"
     )
+
+    def lr_of(self, name: str) -> float:
+        """The learning rate of a tensor, by its name."""
+        return self.head_lr if self.head_lr is not None and part_of(name) == "head" else self.lr
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def server_step(options: ServerOptimizer, mean: Mapping[str, Tensor], before: Mo
     """The server's step of one round.
 
     momentum: m ← β₁m + Δ, change η·m. adam: m ← β₁m + (1−β₁)Δ, v ← β₂v + (1−β₂)Δ², change η·m/(√v + τ), without bias
-    correction, as published. yogi: v ← v − (1−β₂)Δ²·sign(v − Δ²).
+    correction, as published. yogi: v ← v − (1−β₂)Δ²·sign(v − Δ²). Of the head η is ``head_lr``, if given.
 
     Args:
         options: which optimiser, η, β₁, β₂ and τ.
@@ -67,9 +72,10 @@ def server_step(options: ServerOptimizer, mean: Mapping[str, Tensor], before: Mo
         if not bool(torch.isfinite(delta).all()):
             raise ValueError(f"the mean change of {name} holds NaN or infinite values")
         m = first.get(name, torch.zeros_like(delta))
+        lr = options.lr_of(name)
         if options.optimizer == "momentum":
             first[name] = options.beta1 * m + delta
-            change[name] = (options.lr * first[name]).to(value.dtype)
+            change[name] = (lr * first[name]).to(value.dtype)
             continue
         v = second.get(name, torch.full_like(delta, options.tau**2))
         first[name] = options.beta1 * m + (1 - options.beta1) * delta
@@ -79,7 +85,7 @@ def server_step(options: ServerOptimizer, mean: Mapping[str, Tensor], before: Mo
             if options.optimizer == "adam"
             else v - (1 - options.beta2) * square * torch.sign(v - square)
         )
-        change[name] = (options.lr * first[name] / (second[name].sqrt() + options.tau)).to(value.dtype)
+        change[name] = (lr * first[name] / (second[name].sqrt() + options.tau)).to(value.dtype)
     return change, Moments(first, second)
 
 

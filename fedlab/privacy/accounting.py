@@ -18,16 +18,19 @@ from typing import Any, Literal
 from fedlab._validate import non_negative, probability
 from fedlab.errors import PrivacyError
 
-Sampler = Literal["poisson", "fixed_wor", "shuffle", "full"]
+Sampler = Literal["poisson", "poisson_discrete", "fixed_wor", "shuffle", "full"]
 Accountant = Literal["pld", "rdp", "prv"]
 Relation = Literal["add_remove", "replace_one"]
-SAMPLERS = ("poisson", "fixed_wor", "shuffle", "full")
+SAMPLERS = ("poisson", "poisson_discrete", "fixed_wor", "shuffle", "full")
+DISCRETE: Sampler = "poisson_discrete"  # Poisson batches, discrete Gaussian noise on a grid
 FINE = 1e-4  # PLD grid of a reported number; a coarser grid gives a slightly larger upper bound, sooner
 COARSE = 1e-3
 LEAST_SIGMA = 1e-3  # below it nothing is promised
 MOST_SIGMA = 1e6  # above it amplification is not worth a grid
 MANY_STEPS = 20_000  # from here on the grid's surplus may exceed what RDP gives away: the smaller of both bounds counts
 TOO_MANY_STEPS = 10_000_000  # a PLD of so many compositions would exhaust memory: RDP alone
+# of RDP under discrete Gaussian noise
+INTEGER_ORDERS = (*range(2, 65), *range(68, 129, 4), *range(144, 257, 16), 320, 384, 512, 768, 1024, 2048)
 GRID_POINTS = 2**18  # at most, per composed PLD: a grid is made coarser rather than memory exhausted
 
 
@@ -65,11 +68,15 @@ def epsilon(
 
     Formal guarantee: it is an upper bound by every accountant.
 
-    Only ``poisson`` is amplified by sampling. Where batches have a fixed size, a record that leaves is replaced by
-    another, so even add/remove moves a sum by 2C. ``fixed_wor`` counts as if every step saw the record: sensitivity 2C
-    per step. ``shuffle`` has it in one batch per pass of at least ⌊1/q⌋ steps; its place is taken by the last record of
-    the pass, which leaves the last batch: √(2² + 1²)·C per started pass (2C for replacement). That assumes equally many
-    batches per pass on both sides, i.e. a public number of records.
+    Only ``poisson`` and ``poisson_discrete`` are amplified by sampling. Where batches have a fixed size, a record that
+    leaves is replaced by another, so even add/remove moves a sum by 2C. ``fixed_wor`` counts as if every step saw the
+    record: sensitivity 2C per step. ``shuffle`` has it in one batch per pass of at least ⌊1/q⌋ steps; its place is
+    taken by the last record of the pass, which leaves the last batch: √(2² + 1²)·C per started pass (2C for
+    replacement). That assumes equally many batches per pass on both sides, i.e. a public number of records.
+
+    Where one of the events is ``poisson_discrete``, every accountant answers with RDP at integer orders over all
+    events: there every moment of the discrete Gaussian is that of the continuous one (docs/privacy.md), and nothing of
+    the kind holds for a PLD. Under replacement it counts as if every step saw the record.
 
     | case | ε |
     |---|---|
@@ -102,8 +109,15 @@ def epsilon(
         return 0.0
     if delta == 0 or math.isinf(work.mu):
         return math.inf
-    result = _ACCOUNTANTS[accountant](work, delta, relation, interval)
+    account = _rdp if work.discrete else _ACCOUNTANTS[accountant]
+    result = account(work, delta, relation, interval)
     return math.inf if math.isnan(result) else max(0.0, result)  # a number that is none must not pass for 0
+
+
+def optimistic(events: Sequence[Event], delta: float) -> float:
+    """ε by PLD as if all noise were continuous: what a finer proof for discrete noise could give, and no guarantee."""
+    plain = [Event("poisson", e.q, e.sigma, e.steps) if e.sampler == DISCRETE else e for e in events]
+    return epsilon(plain, delta)
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,7 @@ class _Work:
     # sensitivity / noise of that Gaussian, sqrt(Σ steps·(s/σ)²): Gaussian releases compose exactly; inf if one has no
     # noise
     mu: float
+    discrete: bool = False  # one of them has discrete Gaussian noise: RDP at integer orders is what holds
 
     @property
     def nothing(self) -> bool:
@@ -125,12 +140,21 @@ class _Work:
 def _merge(events: Sequence[Event], relation: Relation) -> _Work:
     """Equal mechanisms with their steps added; those that release nothing left out."""
     poisson: dict[tuple[float, float], int] = {}
-    squared = {"poisson": 1.0, "full": 1.0, "fixed_wor": 4.0, "shuffle": 5.0}  # (sensitivity / C)²; see ``epsilon``
+    squared = {
+        "poisson": 1.0,
+        DISCRETE: 1.0,
+        "full": 1.0,
+        "fixed_wor": 4.0,
+        "shuffle": 5.0,
+    }  # (sensitivity / C)²; see ``epsilon``
     unamplified: list[float] = []
+    discrete = False
     for event in events:
         if event.steps == 0 or event.q == 0:
             continue
-        if event.sampler == "poisson" and event.q < 1 and LEAST_SIGMA <= event.sigma <= MOST_SIGMA:
+        discrete = discrete or event.sampler == DISCRETE
+        amplified = event.sampler == "poisson" or (event.sampler == DISCRETE and relation == "add_remove")
+        if amplified and event.q < 1 and LEAST_SIGMA <= event.sigma <= MOST_SIGMA:
             key = event.q, event.sigma
             poisson[key] = poisson.get(key, 0) + event.steps
             continue
@@ -142,7 +166,9 @@ def _merge(events: Sequence[Event], relation: Relation) -> _Work:
         s2 = 4.0 if relation == "replace_one" else squared[event.sampler]
         unamplified.append(releases * s2 / event.sigma / event.sigma if event.sigma >= LEAST_SIGMA else math.inf)
     return _Work(
-        tuple((q, sigma, steps) for (q, sigma), steps in sorted(poisson.items())), math.sqrt(math.fsum(unamplified))
+        tuple((q, sigma, steps) for (q, sigma), steps in sorted(poisson.items())),
+        math.sqrt(math.fsum(unamplified)),
+        discrete,
     )
 
 
@@ -210,7 +236,8 @@ def _widest(work: _Work, relation: Relation) -> float:
 def _rdp(work: _Work, delta: float, relation: Relation, interval: float) -> float:
     try:
         with _silent_absl():
-            return float(_rdp_curve(work, relation).get_epsilon(delta))
+            orders = INTEGER_ORDERS if work.discrete else None
+            return float(_rdp_curve(work, relation, orders).get_epsilon(delta))
     except OverflowError:  # more steps than a double can count
         return math.inf
 

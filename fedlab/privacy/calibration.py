@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from fedlab._validate import positive, probability
 from fedlab.errors import Unreachable
-from fedlab.privacy.accounting import COARSE, FINE, Accountant, Event, epsilon
+from fedlab.privacy.accounting import COARSE, FINE, Accountant, Event, Sampler, epsilon
 
 LOWEST, HIGHEST = math.log(1e-2), math.log(1e4)  # log σ between which is searched
 
@@ -21,6 +21,7 @@ def calibrate_sigma(
     accountant: Accountant = "pld",
     beside: tuple[Event, ...] = (),
     also: tuple[tuple[float, int], ...] = (),
+    sampler: Sampler = "poisson",
 ) -> float:
     """Smallest noise multiplier with which ``steps`` Poisson steps at rate q spend at most ε.
 
@@ -32,6 +33,7 @@ def calibrate_sigma(
         accountant: by which ε is counted.
         beside: events that are spent as well and count towards ε.
         also: further Poisson steps under the same σ, pairs (q, steps).
+        sampler: "poisson", or "poisson_discrete" where the noise is a discrete Gaussian.
 
     Returns:
         σ, to about 5e-4 relative and never below the smallest; 0 if nothing is released.
@@ -46,18 +48,23 @@ def calibrate_sigma(
         raise ValueError(f"delta must be in (0, 1), got {delta}")
     if steps <= 0 or q == 0:
         return 0.0
-    return _calibrate(((q, steps), *also), epsilon, delta, accountant, beside)
+    return _calibrate(((q, steps), *also), epsilon, delta, accountant, beside, sampler)
 
 
 @lru_cache(maxsize=4096)
 def _calibrate(
-    parts: tuple[tuple[float, int], ...], target: float, delta: float, accountant: Accountant, beside: tuple[Event, ...]
+    parts: tuple[tuple[float, int], ...],
+    target: float,
+    delta: float,
+    accountant: Accountant,
+    beside: tuple[Event, ...],
+    sampler: Sampler,
 ) -> float:
     from scipy.optimize import brentq
 
     def excess(log_sigma: float, by: Accountant = accountant, interval: float = COARSE) -> float:
         """log(ε/target): above 0 where more noise is needed."""
-        own = [Event("poisson", q, math.exp(log_sigma), steps) for q, steps in parts]
+        own = [Event(sampler, q, math.exp(log_sigma), steps) for q, steps in parts]
         spent = epsilon([*own, *beside], delta, by, interval=interval)
         return math.log(max(spent, 1e-9) / target)
 

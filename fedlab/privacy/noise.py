@@ -65,12 +65,15 @@ class SecureStream:
 
     def random(self, size: int) -> np.ndarray:
         """``size`` float64 in [0, 1), 53 bits each, like ``np.random.Generator.random``."""
+        return (self.words(size) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def words(self, size: int) -> np.ndarray:
+        """``size`` uniform uint64: what exact samplers draw from."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 "a secure stream was carried across a fork and would repeat itself; make a new one in the new process"
             )
-        bits = np.frombuffer(self._stream.update(bytes(8 * size)), dtype=np.uint64) >> np.uint64(11)
-        return bits.astype(np.float64) * 2.0**-53
+        return np.frombuffer(self._stream.update(bytes(8 * size)), dtype=np.uint64)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("secure noise cannot be copied or pickled: the copy would repeat it")

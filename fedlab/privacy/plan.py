@@ -22,14 +22,18 @@ from torch import Tensor
 from fedlab._validate import positive
 from fedlab.config import RunConfig
 from fedlab.config.sections import PrivacySection, TrainSection
-from fedlab.errors import ConfigError, Unreachable
-from fedlab.privacy.accounting import Event, epsilon
+from fedlab.errors import ConfigError, PrivacyError, Unreachable
+from fedlab.privacy.accounting import DISCRETE, Accountant, Event, Sampler, epsilon
 from fedlab.privacy.calibration import calibrate_sigma
+from fedlab.privacy.discrete_gaussian import SeededWords, Words, discrete_gaussian
 from fedlab.privacy.gram_plan import gram_event
 from fedlab.privacy.ledger.terms import plan_terms
 from fedlab.privacy.noise import GaussianNoise, SecureNoise, SecureStream, SeededNoise
+from fedlab.privacy.noise_share import NoiseShare
 from fedlab.privacy.sampling import Uniform, poisson_batch
 from fedlab.privacy.scores_plan import scores_event
+
+SHARED_DELTA = 1e-5  # under shared noise, where none is configured
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class DPPlan:
     delta: float
     participations: int  # rounds at most
     noise: str  # "seeded" | "secure"
+    rate: float | None = None  # probability with which an example enters a batch; default: batch_size / n
+    shared: NoiseShare | None = None  # how the noise is split among clients; None: it is all this client's own
 
     def __post_init__(self) -> None:
         for name in ("n", "batch_size", "steps", "sigma", "clip", "delta", "participations"):
@@ -52,11 +58,15 @@ class DPPlan:
             raise ValueError(f"sigma·clip, the noise, must be positive and finite, got {self.sigma} × {self.clip}")
         if self.noise not in ("seeded", "secure"):
             raise ValueError(f"noise must be 'seeded' or 'secure', got {self.noise!r}")
+        if self.rate is not None and not 0 < self.rate <= 1:
+            raise ValueError(f"rate must be in (0, 1], got {self.rate}")
+        if self.shared is not None and (self.rate is None or self.steps != 1):
+            raise ValueError("shared noise needs one rate for all clients and one step per round")
 
     @property
     def q(self) -> float:
         """Probability with which an example enters a batch."""
-        return min(1.0, self.batch_size / self.n)
+        return min(1.0, self.batch_size / self.n) if self.rate is None else self.rate
 
     @property
     def normaliser(self) -> float:
@@ -64,11 +74,15 @@ class DPPlan:
         return self.q * self.n
 
     def event(self, rounds: int = 1) -> Event:
-        """The DP event of so many rounds."""
-        return Event("poisson", self.q, self.sigma, self.steps * rounds)
+        """The DP event of so many rounds; under shared noise, of the sum that the server sees."""
+        return Event("poisson" if self.shared is None else DISCRETE, self.q, self.sigma, self.steps * rounds)
+
+    def shared_terms(self, dimension: int) -> dict[str, Any] | None:
+        """``shared`` of what the client signs, for a scope of so many coordinates; None if all noise is its own."""
+        return None if self.shared is None else self.shared.terms(self.sigma, dimension)
 
     def terms(self) -> dict[str, Any]:
-        """What the client signs: see ``PLAN`` in docs/ledger.md."""
+        """What the client signs: see ``PLAN`` in docs/ledger.md. ``shared`` depends on the scope and is the owner's."""
         return plan_terms(
             self.event(),
             unit="example",
@@ -105,7 +119,12 @@ class DPPlan:
 
         Returns:
             name → float64 tensor of the same shape, on the same device.
+
+        Raises:
+            PrivacyError: under shared noise, where no client's own noise is enough for what it sends.
         """
+        if self.shared is not None:
+            raise PrivacyError("a client's share of the noise does not protect its update; use share_of, and a sum")
         names = sorted(clipped_sum)
         drawn = [noise.draw(tuple(clipped_sum[name].shape), self.sigma * self.clip).flatten() for name in names]
         total = torch.cat([clipped_sum[name].flatten().double() for name in names])
@@ -114,8 +133,46 @@ class DPPlan:
         parts = released.split([len(part) for part in drawn])
         return {name: part.view(clipped_sum[name].shape) for name, part in zip(names, parts, strict=True)}
 
+    def noise_words(self, rng: np.random.Generator) -> Words:
+        """The source of one round's share: as ``noise_source``, in integers."""
+        return SeededWords(rng) if self.noise == "seeded" else SecureStream()
+
+    def share_of(self, clipped_sum: Mapping[str, Tensor], dimension: int, source: Words) -> dict[str, np.ndarray]:
+        """Σ clipped gradients on the grid, plus this client's share of the noise.
+
+        What comes out protects nobody by itself: it may leave in a sum over at least ``shared.survivors`` clients.
+
+        Args:
+            clipped_sum: name → float64 sum over the batch; together they move by at most C if one example is added or
+                removed.
+            dimension: coordinates of the signed scope, of which ``clipped_sum`` is all or a part.
+            source: the round's words; tensors draw in the order of their names.
+
+        Returns:
+            name → int64 array of the same shape, to be added modulo 2^64.
+
+        Raises:
+            ValueError: a plan without shared noise.
+            PrivacyError: more coordinates than were signed, or a sum that is none of clipped gradients.
+        """
+        if self.shared is None:
+            raise ValueError("this plan's noise is all the client's own; use privatise")
+        names = sorted(clipped_sum)
+        counts = [clipped_sum[name].numel() for name in names]
+        if sum(counts) > dimension:
+            raise PrivacyError(f"{sum(counts)} coordinates were summed, the signed scope has {dimension}")
+        encoded = [
+            self.shared.encode(clipped_sum[name].detach().cpu().double().numpy(), self.clip, self.n * self.clip)
+            for name in names
+        ]  # all before any noise is drawn
+        noise = discrete_gaussian(sum(counts), self.shared.std(self.sigma, dimension), source)
+        parts = np.split(noise, np.cumsum(counts)[:-1])
+        return {
+            name: value + part.reshape(value.shape) for name, value, part in zip(names, encoded, parts, strict=True)
+        }
+
     def epsilon(self, rounds: int) -> float:
-        """ε of so many rounds at this plan's δ (PLD, upper bound)."""
+        """ε of so many rounds at this plan's δ (PLD, under shared noise RDP; an upper bound)."""
         return epsilon([self.event(rounds)], self.delta)
 
 
@@ -127,11 +184,15 @@ def default_delta(n: int) -> float:
 def delta_of(privacy: PrivacySection, n: int) -> float:
     """δ for a client of n examples (or n clients): the configured one, the budget's, or the default.
 
+    Under shared noise the default does not depend on n: every client's claim rests on the others' shares, so all must
+    come to one σ.
+
     Raises:
         Unreachable: a δ that promises nothing (δ·n ≥ 1). Above 0.1 it warns.
     """
     budget = privacy.budget.delta if privacy.budget is not None else None
-    delta = next((d for d in (privacy.delta, budget) if d is not None), default_delta(n))
+    default = default_delta(n) if privacy.survivors is None else SHARED_DELTA
+    delta = next((d for d in (privacy.delta, budget) if d is not None), default)
     if delta * n >= 1:
         raise Unreachable(
             f"privacy.delta = {delta:g} with {n} examples: δ·n >= 1 allows publishing a record outright; use at most"
@@ -185,6 +246,7 @@ def make_plan(
         raise ConfigError(f'privacy.unit = "{privacy.unit}" has no plan of a client; see fedlab.privacy.client_level')
     assert privacy.clip is not None
     parts = tasks or ((n, participations),)
+    shared = None if privacy.survivors is None else NoiseShare(privacy.survivors, privacy.colluding)
     delta = min(delta_of(privacy, m) for m, _ in parts)
     sigma = privacy.sigma
     if sigma is None:
@@ -197,12 +259,20 @@ def make_plan(
             )
         counts: dict[float, int] = {}
         for m, rounds in parts:
-            counts[_rate(train, m)] = counts.get(_rate(train, m), 0) + train.local_steps(m) * rounds
+            counts[train.rate(m)] = counts.get(train.rate(m), 0) + train.local_steps(m) * rounds
         (q, count), *others = sorted(counts.items())
-        sigma = calibrate_sigma(q, count, privacy.epsilon, delta, "rdp" if others else "pld", beside, tuple(others))
-    return DPPlan(n, train.batch_size, train.local_steps(n), sigma, privacy.clip, delta, participations, privacy.noise)
-
-
-def _rate(train: TrainSection, n: int) -> float:
-    """Poisson sampling rate of a client of n examples."""
-    return min(1.0, train.batch_size / n)
+        by: Accountant = "rdp" if others or shared else "pld"
+        sampler: Sampler = DISCRETE if shared else "poisson"
+        sigma = calibrate_sigma(q, count, privacy.epsilon, delta, by, beside, tuple(others), sampler)
+    return DPPlan(
+        n,
+        train.batch_size,
+        train.local_steps(n),
+        sigma,
+        privacy.clip,
+        delta,
+        participations,
+        privacy.noise,
+        train.sampling_rate,
+        shared,
+    )

@@ -14,6 +14,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
 from fedlab.config import RunConfig
+from fedlab.privacy.accounting import DISCRETE
 from fedlab.privacy.client_level import client_sampler
 from fedlab.privacy.release import sentences
 
@@ -48,7 +49,12 @@ MEASURED = (
     " They were measured by whoever holds all data of this simulation, on records that were trained on; publishing them"
     " is not covered by ε."
 )
-LEVEL = {"example": "example-level DP-SGD", "client": "client-level DP, noise by a trusted server"}
+# keyed by whom is trusted (``trust_model``): nobody, with all noise a client's own or shared; or the server
+LEVEL = {
+    "example": "example-level DP-SGD",
+    "shared": "example-level DP-SGD, noise shared by clients",
+    "client": "client-level DP, noise by a trusted server",
+}
 UNIT = {"example": "one record of one client", "client": "one client with all its records"}
 NEIGHBOURS = {
     "example": (
@@ -64,13 +70,35 @@ TRUST = {
     "example": (
         "The adversary sees every client's every update: the server, the other clients and the public are not trusted."
     ),
+    "shared": (
+        "The adversary sees every sum of a round's clients and no single client's part: the server, {colluding}, and"
+        " the public are not trusted. The noise of a sum is that of at"
+        " least {honest} honest clients, and it is there whoever drops out: a round draws {drawn} clients, and with"
+        " fewer than {survivors} in its sum nothing is released. Each of them adds 1/{honest} of the noise's variance:"
+        " who colludes in greater number, or sees one client's part without a mask, is not covered by ε."
+    ),
     "client": "The server is trusted: it sees each client's update as it is, and adds the noise.",
 }
+COLLUDING = (
+    "as long as no client tells it what it knows",
+    "one client who tells it all that it knows",
+    "up to {} clients who tell it all that they know",
+)
+MASKED = "The parts were masked, so that the server learnt their sum alone."
+UNMASKED = (
+    "This simulation left the masks out (`privacy.masked = false`), since they cancel in the sum to the bit: whoever"
+    " ran it could have seen each client's part, as it could have seen all data."
+)
 # (unit, sampler of the DP events) → in the accountant's line, and as a sentence of the statement
 SAMPLING = {
     ("example", "poisson"): (
         "Poisson sampling within a client",
         "Poisson: each is drawn independently; ε counts on that, and the column without amplification does not",
+    ),
+    ("example", "poisson_discrete"): (
+        "Poisson sampling within a client, discrete noise shared by clients",
+        "Poisson: each is drawn independently, at one rate for all clients; ε counts on that, and the column without"
+        " amplification does not",
     ),
     ("client", "poisson"): (
         "Poisson sampling of clients",
@@ -101,7 +129,31 @@ def shown_epsilon(value: float | str | None, digits: int = 3) -> str:
 
 def sampler_of(config: RunConfig) -> str:
     """The sampler of a private run's DP events: of records within a client, or of clients by the server."""
-    return client_sampler(config) if config.privacy.unit == "client" else "poisson"
+    if config.privacy.unit == "client":
+        return client_sampler(config)
+    return DISCRETE if config.shared_noise else "poisson"
+
+
+def trust_model(config: RunConfig) -> str:
+    """Who is trusted with what in a private run: a key of ``LEVEL`` and ``TRUST``."""
+    return "shared" if config.shared_noise else config.privacy.unit
+
+
+def trust(config: RunConfig) -> str:
+    """Against whom a private run promises what it does, with how many colluding, and after how many dropouts."""
+    said = TRUST[trust_model(config)]
+    if not config.shared_noise:
+        return said
+    privacy = config.privacy
+    assert privacy.survivors is not None
+    drawn = config.clients_per_round if config.population_known else "at least as many"
+    said = said.format(
+        colluding=COLLUDING[min(privacy.colluding, 2)].format(privacy.colluding),
+        survivors=privacy.survivors,
+        honest=privacy.survivors - privacy.colluding,
+        drawn=drawn,
+    )
+    return f"{said} {MASKED if privacy.masked else UNMASKED}"
 
 
 def accountant(config: RunConfig) -> str:
@@ -109,7 +161,8 @@ def accountant(config: RunConfig) -> str:
     if not config.private:
         return NO_DP
     unit = config.privacy.unit
-    return f"dp-accounting PLD, zero-out or add/remove one {unit}, {SAMPLING[unit, sampler_of(config)][0]}"
+    by = "RDP at integer orders" if config.shared_noise else "PLD"
+    return f"dp-accounting {by}, zero-out or add/remove one {unit}, {SAMPLING[unit, sampler_of(config)][0]}"
 
 
 def headline(config: RunConfig) -> str:
@@ -119,7 +172,16 @@ def headline(config: RunConfig) -> str:
         return NO_DP
     asked = f"ε = {privacy.epsilon:g} per client" if privacy.epsilon is not None else f"σ = {privacy.sigma:g}"
     seeded = " (seeded noise: reproducible, so not for real data)" if privacy.noise == "seeded" else ""
-    return f"{asked}, {LEVEL[privacy.unit]}{seeded}"
+    return f"{asked}, {LEVEL[trust_model(config)]}{_split(config)}{seeded}"
+
+
+def _split(config: RunConfig) -> str:
+    """How the noise is shared, in a headline."""
+    privacy = config.privacy
+    if not config.shared_noise:
+        return ""
+    colluding = f", {privacy.colluding} of them colluding" if privacy.colluding else ""
+    return f" (sums of {privacy.survivors} or more{colluding}; {'masked' if privacy.masked else 'masks left out'})"
 
 
 def closing(config: RunConfig, epsilon: float | str) -> str:
@@ -144,13 +206,14 @@ def promise(config: RunConfig, epsilon: float | str, delta: float | None) -> str
         return (
             f"The models that this run sent out, its final adapter included, are ({shown}, δ)-differentially private at"
             f" {at} for **{UNIT[unit]}**: whether any one client took part changes what anybody sees of them by no more"
-            f" than that ({NEIGHBOURS[unit]}). {TRUST[unit]}"
+            f" than that ({NEIGHBOURS[unit]}). {trust(config)}"
         )
+    what = "sum of updates that the server received" if config.shared_noise else "update that a client sent"
     return (
-        f"Every update that a client sent, and everything computed from them, is (ε, δ)-differentially private for"
-        f" **{UNIT[unit]}**: the largest ε over the clients is **{shown}** at {at} ({NEIGHBOURS[unit]}). {TRUST[unit]}"
-        " A person with records at several clients, or with k at one, is protected less: the ε of several clients add"
-        " up, and k records at one client can cost more than k times its ε."
+        f"Every {what}, and everything computed from them, is (ε, δ)-differentially private for"
+        f" **{UNIT[unit]}**: the largest ε over the clients is **{shown}** at {at} ({NEIGHBOURS[unit]})."
+        f" {trust(config)} A person with records at several clients, or with k at one, is protected less: the ε of"
+        " several clients add up, and k records at one client can cost more than k times its ε."
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedlab.config import RunConfig
 from fedlab.files import write
-from fedlab.privacy.accounting import Event
+from fedlab.privacy.accounting import DISCRETE, Event, optimistic
 from fedlab.privacy.ledger.ledger import SERVER, Entry, charged, event_of, events, parse_lines
 from fedlab.privacy.ledger.spending import exact, merged
 from fedlab.privacy.promise import NOTHING, SAMPLING, SEEDED, limits, memorised, promise, rounded_up
@@ -83,13 +83,19 @@ def _row(client: str, entries: Sequence[Entry], run: str, known: Mapping[str, An
         "delta": delta,
         "spent": spent,
         "epsilon": exact(spent, delta) if plan else 0.0,
-        "unamplified": exact([Event("full", 1.0, e.sigma, e.steps) for e in spent], delta) if plan else 0.0,
+        "unamplified": exact(map(_unsampled, spent), delta) if plan else 0.0,
+        "optimistic": optimistic(spent, delta) if plan and any(e.sampler == DISCRETE for e in spent) else None,
         "before": exact([event_of(e["event"]) for e in charged(entries) if e["run"] != run], delta) if plan else 0.0,
         "rounds": len(charged(entries, run)),
         "earlier": len({e["run"] for e in charged(entries)} - {run}),
         "unseen": len(unseen),
         "refusals": [e for e in entries if e["type"] == "REFUSE" and e["run"] == run],
     }
+
+
+def _unsampled(event: Event) -> Event:
+    """The same steps as if each had seen every record."""
+    return Event(DISCRETE if event.sampler == DISCRETE else "full", 1.0, event.sigma, event.steps)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -129,21 +135,36 @@ def _mechanism(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
     plan = next((row["plan"] for row in rows if row["plan"]), None)
     if plan is None:
         return ""
-    event, code = event_of(plan["event"]), plan["code"]
+    event, code, shared = event_of(plan["event"]), plan["code"], plan.get("shared")
     who = "the server, over clients" if unit == "client" else "each client, over its records"
     sampler = SAMPLING.get((unit, event.sampler), ("", f"{event.sampler}: no amplification"))[1]
     sigmas = sorted({round(event_of(row["plan"]["event"]).sigma, 4) for row in rows if row["plan"]})
+    kind = "exact integers" if shared else "float64"
     noise = (
-        "AES-256-CTR keyed by the operating system, float64"
+        f"AES-256-CTR keyed by the operating system, {kind}"
         if plan["noise"] == "secure"
-        else "seeded generator, float64: reproducible"
+        else f"seeded generator, {kind}: reproducible"
     )
     return (
         f"**Mechanism.** Clipped sums with Gaussian noise, by {who}: one joint norm C = {float.fromhex(plan['clip']):g} over all trained tensors, noise "
         f"multiplier σ = {sigmas[0]:g}{f' to {sigmas[-1]:g}' if len(sigmas) > 1 else ''}, {event.steps} step(s) per round. **Sampling**: {sampler}. "
         f"**Noise source**: {noise}. **Accountant**: {code.get('accountant', 'dp-accounting PLD')}"
         f"{' ' + code['dp-accounting'] if 'dp-accounting' in code else ''} (upper bound). "
-        "Averaging and re-factorising noised updates is post-processing and costs nothing.\n"
+        f"Averaging and re-factorising noised updates is post-processing and costs nothing.\n{_shares(rows, shared)}"
+    )
+
+
+def _shares(rows: Sequence[Mapping[str, Any]], shared: Mapping[str, Any] | None) -> str:
+    """How the noise of a sum is split among its clients, and what ε would be if it were continuous."""
+    if shared is None:
+        return ""
+    honest, grid = shared["survivors"] - shared["colluding"], 2.0 ** -shared["bits"]
+    share = float.fromhex(shared["share"]) * grid
+    best = max((row["optimistic"] for row in rows if row["optimistic"] is not None), default=0.0)
+    return (
+        f"\n**Shares.** Each client rounds its sum to a grid of C/2^{shared['bits']} and adds a discrete Gaussian of standard deviation {share:.6g}·C, sampled exactly; those of "
+        f"{honest} honest clients of at least {shared['survivors']} come to σ·(C + √{shared['dimension']}·C/2^{shared['bits']}), the rounding included. ε is by RDP at integer orders, where "
+        f"discrete noise has the moments of continuous noise; by PLD, were it continuous, it would be {rounded_up(best)}, which is no guarantee.\n"
     )
 
 

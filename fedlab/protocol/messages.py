@@ -10,48 +10,44 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
-from fedlab.identifiers import PATTERN, is_identifier
 from fedlab.protocol.failures import FailureCode
+from fedlab.protocol.fields import (
+    MOST_CONFIGURATION,
+    ClientId,
+    Count,
+    Failure,
+    Lines,
+    Name,
+    NoDigest,
+    Number,
+    Part,
+    Positive,
+    PublicKey,
+    RunReference,
+    Strict,
+    WireType,
+)
+from fedlab.protocol.sum_messages import (
+    ConfirmReply,
+    ConfirmRequest,
+    PrepareReply,
+    PrepareRequest,
+    SumKey,
+    SumOrder,
+    UnmaskReply,
+    UnmaskRequest,
+)
 from fedlab.protocol.wire import Arrays
 from fedlab.version import VERSION
-
-MOST_CONFIGURATION, MOST_LINES = 2**20, 2**26  # characters
-
-
-def _identifier(text: str) -> str:
-    """It becomes a file's name: reserved ones are none."""
-    if not is_identifier(text):
-        raise ValueError("is no identifier of a client (fedlab.identifiers)")
-    return text
-
-
-ClientId = Annotated[str, StringConstraints(pattern=PATTERN), AfterValidator(_identifier)]
-RunId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-NoDigest = Literal[""]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
-PublicKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Lines = Annotated[str, StringConstraints(max_length=MOST_LINES)]
-Part = Annotated[str, StringConstraints(pattern=r"^(lora_A|lora_B|head)$")]
-WireType = Literal["float32", "bfloat16"]
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Positive = Annotated[int, Field(ge=1, lt=2**53)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Strict:
-    """Base of the messages: unknown fields are refused."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class EventFields(Strict):
     """A DP event as it travels (``fedlab.privacy.accounting.Event``)."""
 
-    sampler: Literal["poisson", "fixed_wor", "shuffle", "full"]
+    sampler: Literal["poisson", "poisson_discrete", "fixed_wor", "shuffle", "full"]
     q: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
     sigma: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     steps: Count
@@ -69,16 +65,6 @@ class Release(Strict):
     arrays: Arrays = field(default_factory=dict)
     numbers: dict[Name, Number] = field(default_factory=dict)
     event: EventFields | None = None
-
-
-@dataclass(frozen=True)
-class RunReference(Strict):
-    """Which run a request belongs to."""
-
-    run: RunId
-    configuration: Digest  # SHA-256 of the resolved TOML
-    parts: tuple[Part, ...]  # the most that clients are ever asked to train: what a privacy plan's scope covers
-    basis: Digest | NoDigest = ""  # of what stays as it is during this task of a stream; "" if nothing does
 
 
 @dataclass(frozen=True)
@@ -114,6 +100,7 @@ class TrainRequest(Strict):
     personal: tuple[Part, ...]  # of them, what clients keep
     wire: WireType
     state: Arrays
+    sum: SumOrder | None = None  # under shared noise, where what is sent is masked
 
 
 @dataclass(frozen=True)
@@ -147,30 +134,13 @@ class ReceiptsRequest(Strict):
 
 
 @dataclass(frozen=True)
-class KeysRequest(Strict):
-    """Make a fresh key for a masked sum."""
-
-    run: RunReference
-    clients: tuple[ClientId, ...]
-
-
-@dataclass(frozen=True)
 class GramRequest(Strict):
     """At a task's end: release which inputs it used."""
 
     run: RunReference
     clients: tuple[ClientOrder, ...]
-    keys: dict[ClientId, PublicKey]  # of everybody in a masked sum; empty where none is masked
-    attempt: Count
+    sum: SumOrder | None  # None where nothing is masked
     state: Arrays  # float32
-
-
-@dataclass(frozen=True)
-class Failure(Strict):
-    """Why a client gives nothing. ``refused``: it will not take part in this run any more."""
-
-    code: FailureCode
-    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,6 +166,7 @@ class Enrolment(Strict):
     key: PublicKey | NoDigest = ""
     delta: Number | None = None
     event: EventFields | None = None
+    sum_key: SumKey | None = None  # where the run has secure sums
 
 
 @dataclass(frozen=True)
@@ -223,9 +194,10 @@ class Timed(Strict):
 
 @dataclass(frozen=True)
 class TrainReply(Timed):
-    """Each client's update."""
+    """Each client's update; or, under shared noise, the sum of the shares of those of the clients that did not fail."""
 
     clients: tuple[ClientReply, ...]
+    sum: Release | None = None
 
 
 @dataclass(frozen=True)
@@ -243,13 +215,6 @@ class ReceiptsReply(Strict):
 
 
 @dataclass(frozen=True)
-class KeysReply(Strict):
-    """Fresh public keys."""
-
-    keys: dict[ClientId, PublicKey]
-
-
-@dataclass(frozen=True)
 class GramReply(Timed):
     """The sum over those of the clients that did not fail, and each client's ledger lines."""
 
@@ -257,14 +222,25 @@ class GramReply(Timed):
     sum: Release | None
 
 
-Request = DescribeRequest | TrainRequest | EvaluateRequest | ReceiptsRequest | KeysRequest | GramRequest
+Request = (
+    DescribeRequest
+    | TrainRequest
+    | EvaluateRequest
+    | ReceiptsRequest
+    | PrepareRequest
+    | ConfirmRequest
+    | UnmaskRequest
+    | GramRequest
+)
 NODE_FAILURE = "failure"  # kind of a ``NodeFailure``, which may come instead of any reply
 REQUESTS: dict[str, type[Strict]] = {
     "describe": DescribeRequest,
     "train": TrainRequest,
     "evaluate": EvaluateRequest,
     "receipts": ReceiptsRequest,
-    "keys": KeysRequest,
+    "prepare": PrepareRequest,
+    "confirm": ConfirmRequest,
+    "unmask": UnmaskRequest,
     "gram": GramRequest,
 }
 REPLIES: dict[str, type[Strict]] = {
@@ -272,6 +248,8 @@ REPLIES: dict[str, type[Strict]] = {
     "train": TrainReply,
     "evaluate": EvaluateReply,
     "receipts": ReceiptsReply,
-    "keys": KeysReply,
+    "prepare": PrepareReply,
+    "confirm": ConfirmReply,
+    "unmask": UnmaskReply,
     "gram": GramReply,
 }

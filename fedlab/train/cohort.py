@@ -114,7 +114,7 @@ def train_cohort(
     optimizer = StackedOptimizer(config.train, names, stack.values, factor, factors)
     with (
         CohortLayers(model, stack.used, names, config.lora.dropout) as layers,
-        _memory(model, config.run.checkpointing),
+        pass_memory(model, config.run.checkpointing),
     ):
         for step in range(clients[0].count):
             active = [c for c in clients if c.count > step]  # sorted: the first ones of the stack
@@ -129,7 +129,7 @@ def train_cohort(
     return {c.training.client: _result(c, k, stack, seconds) for k, c in enumerate(clients)}
 
 
-def _memory(model: LoadedModel, checkpointing: bool) -> AbstractContextManager[None]:
+def pass_memory(model: LoadedModel, checkpointing: bool) -> AbstractContextManager[None]:
     """Blocks with adapters keep their inputs only, if asked; those below keep nothing anyway."""
     if not checkpointing:
         return nullcontext()
@@ -209,8 +209,8 @@ def _sum_gradients(
         each = model.objective.per_example_loss(model, tokens)
         each.sum().backward()
         gradients = layers.take()
-        factors, over = _factors(gradients, limits[layers.rows.owner]) if private else (None, None)
-        _add_by_client(total, gradients, factors, layers.rows.owner)
+        factors, over = row_factors(gradients, limits[layers.rows.owner]) if private else (None, None)
+        add_by_client(total, gradients, factors, layers.rows.owner)
         np.add.at(losses, owner, each.detach().double().cpu().numpy())
         if over is not None:
             np.add.at(clipped, owner, over.cpu().numpy())
@@ -219,7 +219,7 @@ def _sum_gradients(
     return total
 
 
-def _factors(gradients: dict[str, Tensor], limits: Tensor) -> tuple[Tensor, Tensor]:
+def row_factors(gradients: dict[str, Tensor], limits: Tensor) -> tuple[Tensor, Tensor]:
     """Clip factor per row, 0 for a gradient that is not finite, and whether it was above its clip."""
     norms = joint_norms(gradient for _, gradient in sorted(gradients.items()))
     factors = torch.ones_like(norms)
@@ -230,7 +230,7 @@ def _factors(gradients: dict[str, Tensor], limits: Tensor) -> tuple[Tensor, Tens
     return factors, ~(norms <= limits)
 
 
-def _add_by_client(
+def add_by_client(
     total: dict[str, Tensor], gradients: dict[str, Tensor], factors: Tensor | None, owner: Tensor
 ) -> None:
     """total[k] += Σ over rows of client k, in the order of the rows.

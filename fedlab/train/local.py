@@ -58,6 +58,21 @@ class Trained:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Summed:
+    """What a client adds to a sum over clients, before its share of the noise: one Poisson batch's clipped gradients.
+
+    ``loss`` and ``clip_fraction`` are as in ``Trained``.
+    """
+
+    sums: State  # trained name → Σ clipped gradients, float64, in the state's shapes
+    examples: int
+    steps: int
+    loss: float
+    clip_fraction: float
+    seconds: float
+
+
 class LocalSteps:
     """The steps of one client in one round: its batches, noise and masks, and what is counted while they are taken."""
 
@@ -97,9 +112,18 @@ class LocalSteps:
             end = narrow(dict(end), self.training.rank)
         update = {name: end[name] - self.own[name] for name in names}
         check_finite(self.training.client, update, self._config.train, self._rate)
+        return Trained(update, len(self.indices), self.executed, *self._seen_means, seconds)
+
+    def summed(self, sums: Mapping[str, Tensor], seconds: float) -> Summed:
+        """What the client adds to a sum over clients, from sums in the shapes of its own rank: zero beyond it."""
+        whole = widen({name: value.to("cpu") for name, value in sums.items()}, self.training.state)
+        return Summed(whole, len(self.indices), self.executed, *self._seen_means, seconds)
+
+    @property
+    def _seen_means(self) -> tuple[float, float]:
+        """Mean loss and clip fraction of the examples seen."""
         loss = self._losses / self._seen if self._seen else math.nan
-        clip_fraction = self._clipped / self._seen if self.plan and self._seen else math.nan
-        return Trained(update, len(self.indices), self.executed, loss, clip_fraction, seconds)
+        return loss, self._clipped / self._seen if self.plan and self._seen else math.nan
 
 
 def trainable(names: Iterable[str]) -> list[str]:

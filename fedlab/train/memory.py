@@ -173,7 +173,7 @@ def _tokens_per_round(session: Session) -> float:
     for client in clients:
         plan, own = session.plan(client), data.train(client)
         steps = plan.steps if plan else config.train.local_steps(len(own))
-        texts = steps * min(config.train.batch_size, len(own))
+        texts = steps * (plan.normaliser if plan else min(config.train.batch_size, len(own)))
         tokens += texts * float(np.mean(data.tokens.lengths(own))) if len(own) else 0.0
     return tokens * config.clients_per_round / max(1, len(clients))
 

@@ -34,7 +34,7 @@ PerExample = Callable[[LoadedModel, Iterable[str]], PerExampleGradients | Opacus
 
 
 @dataclass
-class _Examples:
+class Examples:
     """One client's examples as a model sees them in a forward pass, with masks of their own.
 
     Args:
@@ -89,9 +89,9 @@ def train_client(
     inside = {n: v.to(model.device) for n, v in local.inside(names).items()} if rank is not None else {}
     start = {name: model.parameters[name].detach().clone() for name in names} if config.train.prox else {}
     masks = Masks(config.lora.dropout)
-    examples = _Examples(model, data, config.train.physical_batch, local.mask_seed, masks)
+    examples = Examples(model, data, config.train.physical_batch, local.mask_seed, masks)
 
-    with _left_as_it_was(model), DropoutLayers(model, masks), per_example(model, names if plan else []) as hooks:
+    with left_as_it_was(model), DropoutLayers(model, masks), per_example(model, names if plan else []) as hooks:
         for step in range(local.count):
             batch = local.batch(step)
             losses = examples.losses(batch, step)
@@ -113,7 +113,7 @@ def train_client(
 
 
 @contextmanager
-def _left_as_it_was(model: LoadedModel) -> Iterator[None]:
+def left_as_it_was(model: LoadedModel) -> Iterator[None]:
     """Afterwards nothing requires a gradient and none is kept."""
     try:
         yield
@@ -121,6 +121,25 @@ def _left_as_it_was(model: LoadedModel) -> Iterator[None]:
         model.module.requires_grad_(False)
         for parameter in model.parameters.values():
             parameter.grad = None
+
+
+def clipped_sums(
+    losses: Iterator[Tensor],
+    model: LoadedModel,
+    names: list[str],
+    hooks: PerExampleGradients | OpacusGradients,
+    local: LocalSteps,
+    clip: float,
+) -> dict[str, Tensor]:
+    """A Poisson batch's per-example gradients clipped and summed in float64; zeros for an empty batch."""
+    total = {name: torch.zeros_like(model.parameters[name], dtype=torch.float64) for name in names}
+    for each in losses:
+        each.sum().backward()
+        partial, norms = clipped_sum(hooks.take(), clip)
+        for name in names:
+            total[name] += partial[name]
+        local.saw(len(each), float(each.detach().sum()), int((~(norms <= clip)).sum()))
+    return total
 
 
 def _private_gradients(
@@ -131,16 +150,8 @@ def _private_gradients(
     local: LocalSteps,
     plan: DPPlan,
 ) -> dict[str, Tensor]:
-    """A Poisson batch's per-example gradients clipped and summed in float64 (zeros for an empty batch), then noised and
-    divided by the expected batch size.
-    """
-    total = {name: torch.zeros_like(model.parameters[name], dtype=torch.float64) for name in names}
-    for each in losses:
-        each.sum().backward()
-        partial, norms = clipped_sum(hooks.take(), plan.clip)
-        for name in names:
-            total[name] += partial[name]
-        local.saw(len(each), float(each.detach().sum()), int((~(norms <= plan.clip)).sum()))
+    """Clipped sums, noised and divided by the expected batch size."""
+    total = clipped_sums(losses, model, names, hooks, local, plan.clip)
     assert local.noise is not None
     return plan.privatise(total, local.noise)
 

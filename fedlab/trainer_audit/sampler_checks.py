@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedlab.privacy.accounting import DISCRETE
 from fedlab.trainer_audit import p_values
 from fedlab.trainer_audit.findings import ALARM, SLACK, SPARSE, accounted_std
 from fedlab.trainer_audit.observation import PREFIX, Observation
@@ -12,7 +13,7 @@ from fedlab.trainer_audit.observation import PREFIX, Observation
 def sampler(runs: list[Observation], findings: list[str]) -> None:
     """Which records were read in which step, against independent coins of probability q."""
     event, n = runs[0].plan.event(), runs[0].plan.n
-    if event.sampler != "poisson":
+    if event.sampler not in ("poisson", DISCRETE):
         findings.append(f"batches are accounted for as {event.sampler!r}; only Poisson batches are known here")
     batches = [batch for run in runs for batch in run.log.positions]
     if any(len(np.unique(batch)) < len(batch) for batch in batches):

@@ -66,7 +66,7 @@ def sensitivity(who: Subject, findings: list[str]) -> None:
                     )
     with failing("over several steps, ", findings):
         several, spiked = (
-            replace(plan, steps=3),
+            plan.of_steps(3),
             replace(records, size=np.append(others[:-1], 1000 * clip)),
         )  # where steps are recorded
         runs = observe(who, records, several, scale=0.01), observe(who, spiked, several, scale=0.01)

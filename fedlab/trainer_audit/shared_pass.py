@@ -12,9 +12,11 @@ from dataclasses import replace
 import torch
 
 from fedlab.errors import FedlabError
+from fedlab.lora.state import State
 from fedlab.seeds import torch_stream
 from fedlab.train.cohort import supports_fused, train_cohort
-from fedlab.train.local import LocalTraining, Trained
+from fedlab.train.local import LocalTraining
+from fedlab.train.sums import sum_client, sum_clients
 from fedlab.train.trainer import train_client
 from fedlab.trainer_audit.observation import Subject
 
@@ -31,6 +33,8 @@ def shared_pass(who: Subject) -> list[str]:
     weights of its own, so that another's in their place would show. Steps are small, so that rounding stays rounding.
     """
     session, config = who.session, who.config
+    if config.shared_noise:
+        return _shared_sums(who)
     others = [client for client in session.data.clients if client != who.client]
     if config.train.gradients != "fused" or not supports_fused(who.model, who.names):
         return []
@@ -52,7 +56,7 @@ def shared_pass(who: Subject) -> list[str]:
         mine = found[t.client]
         if isinstance(mine, FedlabError):
             sentences.append(f"{t.client} fails in a shared pass, and not alone: {mine}")
-        elif (gap := _gap(mine, alone)) > TOLERANCE:
+        elif (gap := _gap(mine.update, alone.update)) > TOLERANCE:
             sentences.append(
                 f"{t.client} releases another update from a shared pass than alone (relative difference {gap:.2g})"
             )
@@ -61,10 +65,26 @@ def shared_pass(who: Subject) -> list[str]:
     return sentences
 
 
-def _gap(mine: Trained, alone: Trained) -> float:
+def _shared_sums(who: Subject) -> list[str]:
+    """The same under shared noise: what a client adds to the sum, which all clients do at one state."""
+    session, config = who.session, who.config
+    if config.train.gradients != "fused" or not supports_fused(who.model, who.names):
+        return []
+    clients = [who.client, *(client for client in session.data.clients if client != who.client)][:CLIENTS]
+    trainings = [LocalTraining(client, who.state, session.plan(client)) for client in clients]
+    found = sum_clients(who.model, session.data, trainings, who.names, config, 1)
+    sentences = []
+    for t in trainings:
+        alone = sum_client(who.model, session.data, t, who.names, config, 1)
+        if (gap := _gap(found[t.client].sums, alone.sums)) > TOLERANCE:
+            sentences.append(f"{t.client} adds another sum in a shared pass than alone (relative difference {gap:.2g})")
+    return sentences
+
+
+def _gap(mine: State, alone: State) -> float:
     """Largest relative difference of any tensor, so that a small one cannot hide behind a large one."""
     gaps = []
-    for name, wanted in alone.update.items():
-        difference = (mine.update[name] - wanted).double()
+    for name, wanted in alone.items():
+        difference = (mine[name] - wanted).double()
         gaps.append(float(difference.norm() / wanted.double().norm().clamp(min=torch.finfo(torch.float32).tiny)))
     return max(gaps)

@@ -45,7 +45,7 @@ class Mutation:
 
 
 STD = "self.sigma * self.clip"
-TAKE = "partial, norms = clipped_sum(hooks.take(), plan.clip)"
+TAKE = "partial, norms = clipped_sum(hooks.take(), clip)"
 PRIVATISE = "return plan.privatise(total, local.noise)"
 NOISE_STREAM = 'random_stream(seed, "noise", client, round_number)'
 DRAW = "self._rng.standard_normal(shape) * std"
@@ -90,11 +90,11 @@ MUTATIONS = (
         (
             (
                 trainer,
-                "_private_gradients",
+                "clipped_sums",
                 TAKE,
                 (
                     "partial, norms = clipped_sum({n: g.mean(0, keepdim=True) for n, g in hooks.take().items()},"
-                    " plan.clip); partial = {n: len(each) * v for n, v in partial.items()}"
+                    " clip); partial = {n: len(each) * v for n, v in partial.items()}"
                 ),
             ),
         ),
@@ -104,10 +104,10 @@ MUTATIONS = (
         (
             (
                 trainer,
-                "_private_gradients",
+                "clipped_sums",
                 TAKE,
                 (
-                    "pieces = {n: clipped_sum({n: g}, plan.clip) for n, g in hooks.take().items()}; "
+                    "pieces = {n: clipped_sum({n: g}, clip) for n, g in hooks.take().items()}; "
                     "partial, norms = {n: p[0][n] for n, p in pieces.items()}, next(iter(pieces.values()))[1]"
                 ),
             ),

@@ -381,7 +381,8 @@ def rubbish(place: Path, chance: random.Random) -> None:
 def replay(home: Path) -> None:
     """A request of the run comes once more: who it is, with the configuration that it knows."""
     from fedlab.protocol import encode
-    from fedlab.protocol.messages import DescribeRequest, RunReference
+    from fedlab.protocol.fields import RunReference
+    from fedlab.protocol.messages import DescribeRequest
     from fedlab.protocol.pipe import receive, send
 
     for folder in (home / "runs").glob("*"):

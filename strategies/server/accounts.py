@@ -6,6 +6,7 @@ server adds the noise, so the ledger is its own and every client of the populati
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ from fedlab.privacy.ledger.ledger import SERVER, Entry, Ledger, charged, events
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.ledger.spending import PrivacySpent
 from fedlab.privacy.ledger.terms import budget_terms, run_terms, scope_of
+from fedlab.privacy.noise_share import NoiseShare
+from fedlab.privacy.plan import plan_of
 from fedlab.privacy.release import public_names
 from fedlab.run.directory import RunDirectory
 from fedlab.run.places import ledger_directory
@@ -54,7 +57,9 @@ class Accounts:
         self._federation = federation
         if self._mirror is None:
             return
+        self._dimension = sum(math.prod(shape) for shape in shapes.values())
         if self.plan is None:
+            self._check_shares(federation)
             self.spent = PrivacySpent(
                 {client: info.delta for client, info in federation.clients.items() if info.event is not None}
             )
@@ -91,8 +96,31 @@ class Accounts:
         self.spent = PrivacySpent(dict.fromkeys(federation.clients, self.plan.delta))
         self._record_population()
 
+    def _check_shares(self, federation: Federation) -> None:
+        """Leave out whoever signed other shares of noise than the rest: each one's claim rests on the others'.
+
+        Raises ConfigError for a sum that could overflow, or whose shares do not add up to one discrete Gaussian.
+        """
+        privacy, sizes = self.config.privacy, []
+        if privacy.survivors is None or self._mirror is None:
+            return
+        shared = NoiseShare(privacy.survivors, privacy.colluding)
+        for client, info in federation.clients.items():
+            signed = self._mirror.plan(client)
+            if signed is None or info.event is None or client in federation.refused:
+                continue
+            plan = plan_of(self.config, info.examples)
+            expected = plan.event(), plan.delta.hex(), plan.shared_terms(self._dimension)
+            if (info.event, signed["delta"], signed.get("shared")) != expected:
+                federation.refused[client] = "it signed other shares of noise than this run's configuration makes"
+                continue
+            sizes.append(info.examples)
+            shared.check_distance(plan.sigma, self._dimension, self.config.clients_per_round)
+            shared.check_overflow(sorted(sizes)[-self.config.clients_per_round :], plan.sigma, self._dimension)
+
     def enrol(self, client: str) -> None:
         """Count what a client that came later was charged before."""
+        self._check_shares(self._federation)
         info = self._federation.clients[client]
         if self.plan is not None:
             self.spent.enrol(client, self.plan.delta)
@@ -139,15 +167,24 @@ class Accounts:
                 if client in outcome.unproven and event is not None:
                     self.spent.assume(client, event, for_good=True)
 
-    def close_round(self, round_number: int, states: tuple[str, str, str], outcome: TrainOutcome) -> dict[str, Entry]:
+    def close_round(
+        self, round_number: int, states: tuple[str, str, str], outcome: TrainOutcome, released: bool = True
+    ) -> dict[str, Entry]:
         """Receipts for the updates of a round, on the disk when this returns; empty if clients keep no ledgers.
 
-        ``states``: digests of the state before, as it was sent, and after.
+        Of a round that released nothing what came has its receipt, and is named as used nowhere.
+
+        Args:
+            round_number: from 1.
+            states: digests of the state before, as it was sent, and after.
+            outcome: what came.
+            released: whether it went into the state.
         """
         if self._mirror is None:
             return {}
-        commits = {client: outcome.commits[client] for client in outcome.updates if client in outcome.commits}
-        updates = {client: commits[client]["out"] if client in commits else None for client in outcome.updates}
+        commits = {client: outcome.commits[client] for client in outcome.used if client in outcome.commits}
+        used = outcome.used if released else []
+        updates = {client: commits[client]["out"] if client in commits else None for client in used}
         return self._mirror.close_round(round_number, states, updates, commits)
 
     def rounds_charged_after(self, client: str, round_number: int) -> int:

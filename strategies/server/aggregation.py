@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+
 from fedlab.config import RunConfig
+from fedlab.errors import RunFailed
 from fedlab.lora.average import client_weights
 from fedlab.lora.ranks import widen
-from fedlab.lora.state import State
+from fedlab.lora.state import State, part_of
 from fedlab.privacy.client_level import ClientPlan
 from fedlab.privacy.noise import SecureNoise, SeededNoise
 from fedlab.seeds import random_stream
 from strategies.base import Round, ServerState, Strategy
 from strategies.server.federation import Federation
-from strategies.server.heads import keep_other_heads, sent_names
+from strategies.server.heads import keep_other_heads, sent_names, trained_names
 from strategies.server.outcome import TrainOutcome
+from strategies.server.shared_round import shared_change
+
+logger = logging.getLogger("fedlab")
 
 
 def aggregate(
@@ -33,13 +39,16 @@ def aggregate(
             takes the place of the clients' own; from there on all is post-processing.
         state: that the clients started from.
         server_state: the strategy's own, before the round.
-        outcome: the usable updates; at least one unless ``plan`` is given.
+        outcome: the usable updates; at least one unless ``plan`` is given. Under shared noise their sum, as one change.
         number: of the round.
     """
     config = strategy.config
     if plan is not None:
         mean = noised_mean(strategy, plan, state, outcome, number)
         updates, weights = {"everyone": mean}, {"everyone": 1.0}
+    elif config.shared_noise:
+        change = shared_change(config, federation, outcome, number)
+        updates, weights = {"everyone": change}, {"everyone": 1.0}
     else:
         updates = outcome.updates
         sizes = {client: federation.clients[client].examples for client in updates}
@@ -60,3 +69,23 @@ def noise_source(config: RunConfig, plan: ClientPlan, number: int) -> SeededNois
     if plan.noise == "seeded":
         return SeededNoise(random_stream(config.sampling_seed, "noise", "server", number))
     return SecureNoise()
+
+
+def warn_of_products(strategy: Strategy, state: State) -> None:
+    """Say it where noise would be squared."""
+    parts = {part_of(name) for name in trained_names(strategy, state)}
+    if strategy.config.private and parts >= {"lora_A", "lora_B"}:
+        told = "%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone"
+        logger.warning(told, strategy.config.strategy.name)
+
+
+def check_moved(strategy: Strategy, state: State, outcome: TrainOutcome) -> bool:
+    """Whether updates came that change something. Raises RunFailed for a first round whose every update is zero:
+    nothing is being trained, whatever the loss says.
+    """
+    if not outcome.updates:
+        return False
+    watched = [n for n in sent_names(strategy, state) if strategy.trains == frozenset() or ".lora_" in n]
+    if not any(bool(update[name].any()) for update in outcome.updates.values() for name in watched):
+        raise RunFailed("no client changed the adapter in the first round; check train.lr and lora.target_modules")
+    return True

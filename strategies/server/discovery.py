@@ -17,7 +17,8 @@ from fedlab.privacy.ledger.ledger import event_of as event_of_line
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.release import SIZE, event_of
 from fedlab.protocol.failures import explained
-from fedlab.protocol.messages import DescribeReply, DescribeRequest, Enrolment, RunReference
+from fedlab.protocol.fields import RunReference
+from fedlab.protocol.messages import DescribeReply, DescribeRequest, Enrolment
 from fedlab.run import interrupt
 from fedlab.run.directory import RunDirectory
 from fedlab.run.places import LOG
@@ -278,5 +279,10 @@ def _admit(federation: Federation, enrolment: Enrolment) -> None:
             problem = str(error)
     elif mirror is not None and not problem:
         problem = "it declared no ledger"
+    key = enrolment.sum_key
+    if key is not None and enrolment.key not in ("", key.identity):
+        problem = problem or "its key of secure sums is not signed by its ledger's"
+    elif key is not None:
+        federation.sum_keys[client] = key
     if problem:
         federation.refused[client] = problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -34,13 +35,28 @@ def _noise_ratio(rounds: Rounds) -> float | None:
     coordinates = sum(rounds.state[name].numel() for name in trained_names(rounds.strategy, rounds.state))
     if (plan := rounds.accounts.plan) is not None:
         return noise_ratio([(plan.sigma / plan.normaliser, rounds.done)], coordinates)
-    federation = rounds.federation
+    federation, privacy = rounds.federation, rounds.config.privacy
+    if privacy.survivors is not None:
+        return _noise_of_sums(rounds, privacy.survivors - privacy.colluding, coordinates)
     parts = [
         (info.event.sigma / (info.event.q * info.examples), info.event.steps * federation.participations[client])
         for client, info in federation.clients.items()
         if info.event is not None and info.examples
     ]
     return noise_ratio(parts, coordinates)
+
+
+def _noise_of_sums(rounds: Rounds, honest: int, coordinates: int) -> float | None:
+    """Of a run under shared noise: one step per round on the mean over all records of the clients drawn, with the
+    shares of all of them, of which ``honest`` alone come to σ.
+    """
+    known = [info for info in rounds.federation.clients.values() if info.event is not None and info.examples]
+    if not known:
+        return None
+    drawn, event = rounds.config.clients_per_round, known[0].event
+    assert event is not None
+    expected = event.q * sum(info.examples for info in known) * drawn / len(known)
+    return noise_ratio([(event.sigma * math.sqrt(drawn / honest) / expected, rounds.done)], coordinates)
 
 
 def _held_out(rounds: Rounds) -> tuple[dict[str, int], int]:

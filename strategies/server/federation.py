@@ -17,7 +17,9 @@ from fedlab.errors import FedlabError
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.noise import SecureStream
-from fedlab.protocol.messages import ClientReply, RunReference
+from fedlab.protocol.fields import RunReference
+from fedlab.protocol.messages import ClientReply
+from fedlab.protocol.sum_messages import SumKey
 from fedlab.seeds import client_order, random_stream
 
 NOWHERE = 0  # host of a client that took part before its run was resumed, and is not back yet
@@ -46,6 +48,7 @@ class Federation:
     refused: dict[str, str] = field(default_factory=dict)  # client → why it takes part no more
     offline: set[str] = field(default_factory=set)  # clients whose node is not there now
     recalled: list[str] = field(default_factory=list)  # clients of before that were not here when the run went on
+    sum_keys: dict[str, SumKey] = field(default_factory=dict)  # of clients that mask what is added up
     participations: Counter[str] = field(default_factory=Counter)
     max_clients_per_pass: int = 0  # clients of a pass that fit into memory; 0: as many as the configuration says
 
@@ -92,6 +95,12 @@ class Federation:
         secure. May return fewer than
         ``clients_per_round``, also none.
         """
+        drawn = self.chosen(round_number)
+        self.participations.update(drawn)
+        return drawn
+
+    def chosen(self, round_number: int) -> list[str]:
+        """Who would be drawn for a round, as things are now."""
         eligible = [client for client in self.eligible if client not in self.offline]
         rng = random_stream(self.config.sampling_seed, "clients", round_number)
         if self.config.run.sampling == "poisson":
@@ -106,7 +115,6 @@ class Federation:
             if self.config.run.sampling == "balanced":
                 shuffled.sort(key=lambda client: self.participations[client])
             drawn = sorted(shuffled[: self.config.clients_per_round], key=client_order)
-        self.participations.update(drawn)
         return drawn
 
     def groups(self, clients: list[str]) -> list[list[str]]:

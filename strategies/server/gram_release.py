@@ -5,7 +5,7 @@ clear.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +28,16 @@ from fedlab.privacy.secure_sum.masking import add
 from fedlab.protocol import ProtocolError
 from fedlab.protocol.checks import check_arrays, wire_bytes
 from fedlab.protocol.failures import explained
-from fedlab.protocol.messages import ClientOrder, GramReply, GramRequest, KeysReply, KeysRequest
+from fedlab.protocol.messages import ClientOrder, GramReply, GramRequest
 from strategies.server.accounts import Accounts
 from strategies.server.exchange import ask
 from strategies.server.federation import Federation
+from strategies.server.secure_sum import SecureSum
 
 logger = logging.getLogger("fedlab")
+ATTEMPTS = 3  # at a masked sum, each of those clients that gave nothing yet
 RELEASED = "released.safetensors"  # the sums that were released at a task's end, and what they cost to send
 TRAFFIC = ("bytes_up", "bytes_down")
-ATTEMPTS = 3  # at a masked sum
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -68,9 +69,8 @@ def collect_grams(
 
     Kept in the run's ``directory``: released once, also if the run is cut off.
 
-    Under DP, and where sums may be seen in the clear, whoever fails is left out and named. A masked sum that lacks
-    somebody is noise: it is asked for again, from the same clients, since the difference of two sums would show who is
-    in one of them alone. Raises RunFailed if too few are left, or a masked sum cannot be completed.
+    Whoever fails is left out and named. Of a masked sum too (``SecureSum``), but it is made once: two sums would show
+    by their difference who is in one of them alone. Raises RunFailed if too few are left, or it cannot be unmasked.
     """
     kept, groups = directory / RELEASED, input_groups(model)
     if not kept.is_file():
@@ -87,44 +87,30 @@ def _collect(release: GramRelease, shapes: Shapes, traffic: dict[str, int]) -> d
     settings, federation = release.settings, release.federation
     clients = [client for client in federation.clients if client not in federation.refused]
     hidden = not release.config.private and not settings.clear
-    least = settings.min_clients if hidden else 1
-    for attempt in range(ATTEMPTS if hidden else 1):
-        keys = _keys(release, clients) if hidden else {}
-        if hidden and attempt == 0:  # who has no key was in no sum yet and may stay out
-            clients = [client for client in clients if client in keys]
-        if len(clients) < least or (hidden and len(keys) < len(clients)):
-            break
-        total, given = _ask(release, shapes, clients, keys, attempt, traffic)
-        if len(given) >= least and (not hidden or set(given) == set(clients)):
-            return from_fixed(total)
-        if not hidden:
-            clients = given
-    hint = "; a masked sum needs all clients of its first try: resume when they are back, or set strategy.gram.clear"
+    sums = SecureSum(release.grid, release.config, federation) if hidden else None
+    clients = sums.prepare("gram", 0, clients) if sums is not None else clients
+    total, given = dict[str, np.ndarray](), list[str]()
+    for _ in range(ATTEMPTS if sums is not None else 1):  # what a client masked once it masks again, to the bit
+        missing = [client for client in clients if client not in given]
+        values, more = _ask(release, shapes, missing, sums, traffic) if missing else ({}, [])
+        total, given = add(total, values), given + more
+    if sums is None and given:
+        return from_fixed(total)
+    found = sums.unmask(total, given) if sums is not None and clients else None
+    if found is not None:
+        return from_fixed(found)
+    hint = "; resume when they are back, or set strategy.gram.clear" if hidden else ""
     raise RunFailed(
-        f"{len(clients)} clients were to release what inputs they used, at least {least} must; see the log for what"
-        f" failed{hint if hidden else ''}"
+        f"{len(given)} clients released what inputs they used, at least {settings.min_clients if hidden else 1} must,"
+        f" and more than half of those that were asked; see the log for what failed{hint}"
     )
-
-
-def _keys(release: GramRelease, clients: list[str]) -> dict[str, str]:
-    """client → fresh public key, of those who answer."""
-    cohorts = release.federation.cohorts(clients)
-    requests = {node: KeysRequest(release.federation.run, tuple(cohort)) for node, cohort in cohorts.items()}
-    answers = ask(release.grid, "keys", requests, KeysReply, release.config.run.timeout)
-    return {
-        client: key
-        for node, reply in answers.replies.items()
-        for client, key in reply.keys.items()
-        if client in cohorts[node]
-    }
 
 
 def _ask(
     release: GramRelease,
     shapes: Shapes,
     clients: list[str],
-    keys: Mapping[str, str],
-    attempt: int,
+    sums: SecureSum | None,
     traffic: dict[str, int],
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The sum in fixed point, and who is in it. Whoever is asked counts as charged until its ledger is seen."""
@@ -138,8 +124,7 @@ def _ask(
         node: GramRequest(
             federation.run,
             tuple(ClientOrder(client, federation.known(client), 1) for client in cohort),
-            dict(keys),
-            attempt,
+            sums.order(cohort) if sums is not None else None,
             arrays,
         )
         for node, cohort in cohorts.items()

@@ -35,15 +35,17 @@ from fedlab.train.memory import plan_memory
 from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy
 from strategies.server.accounts import Accounts
-from strategies.server.aggregation import aggregate
+from strategies.server.aggregation import aggregate, check_moved, warn_of_products
 from strategies.server.discovery import Discovery, run_reference
 from strategies.server.federation import Federation
-from strategies.server.heads import sent_names, trained_names
+from strategies.server.heads import trained_names
 from strategies.server.messages import Messenger, TrainingOrder
 from strategies.server.outcome import TrainOutcome, busy_seconds, mean_loss
 from strategies.server.outliers import set_outliers_aside
 from strategies.server.scoring import Scoring
+from strategies.server.secure_sum import destroy_keys
 from strategies.server.server_data import ServerData
+from strategies.server.shared_round import SumMessenger, Unreleased
 from strategies.server.task_start import first_state
 
 logger = logging.getLogger("fedlab")
@@ -75,7 +77,9 @@ class Rounds:
         self.accounts = Accounts(config, directory)
         self.personal = directory.path / "personal"  # of simulated clients
         self.federation = self._discover(strategy)
-        self.messenger = Messenger(grid, config, self.federation, self.strategy)
+        messenger = SumMessenger if config.shared_noise else Messenger
+        self.messenger = messenger(grid, config, self.federation, self.strategy)
+        self.unreleased = Unreleased(config.privacy.survivors or 0)
         trained = trained_names(self.strategy, self.state)
         self.accounts.begin(self.federation, {name: tuple(self.state[name].shape) for name in trained})
         self.done, self.adapter_moved = 0, False
@@ -130,7 +134,7 @@ class Rounds:
         """Run the remaining rounds. Returns the status, ``completed`` or ``budget-exhausted``; raises RunFailed."""
         logger.info("%s: %s", type(self.strategy).__name__, self.strategy.options.model_dump())
         if self.done == 0:
-            self._warn_of_products()
+            warn_of_products(self.strategy, self.state)
             self._evaluate_model(0)
             self.scoring.measure_public("before", 0, self.state, self.directory)
         status = "completed"
@@ -178,25 +182,29 @@ class Rounds:
 
     def _train(self, number: int) -> TrainOutcome | None:
         """Draw clients, let them train, aggregate, and countersign; None if only refusals are missing."""
-        drawn = self.federation.draw(number)
+        drawn = self.messenger.prepared(number, self.federation.draw(number))
         order = self.messenger.order_training(number, self.state, self.client_ranks, drawn)
         self.progress.round_started(number, len(drawn))
         with self.accounts.charge(number, drawn, order.received) as commit:
             outcome = self._trained(order, drawn)
-            if self.config.privacy.unit != "client":
+            if self.config.privacy.unit != "client" and not self.config.shared_noise:
                 set_outliers_aside(outcome, self.config.run.outlier)
             self._warn(number, "is excluded from", outcome.excluded)
             self.accounts.settle(outcome, drawn)
-            if not self._enough(number, outcome, drawn):
+            state, server_state = self.state, self.server_state
+            self.messenger.finish(number, outcome)
+            released = self.unreleased.judge(number, outcome) if self.config.shared_noise else True
+            if not self.config.shared_noise and not self._enough(number, outcome, drawn):
                 return None
-            state, server_state = aggregate(
-                self.strategy, self.federation, self.accounts.plan, self.state, self.server_state, outcome, number
-            )
+            if released:
+                state, server_state = aggregate(
+                    self.strategy, self.federation, self.accounts.plan, state, server_state, outcome, number
+                )
             commit(digest(state))
-        self._check_moved(outcome)
+        self.adapter_moved = self.adapter_moved or check_moved(self.strategy, self.state, outcome)
         before = digest(self.state) if self.config.private else ""
         self.state, self.server_state = state, server_state
-        self._release(number, (before, order.received, digest(state)), outcome)
+        self._release(number, (before, order.received, digest(state)), outcome, released)
         return outcome
 
     def _trained(self, order: TrainingOrder, drawn: list[str]) -> TrainOutcome:
@@ -206,7 +214,7 @@ class Rounds:
         outcome = self.messenger.train(order, self.progress.node_done)
         for _ in range(self.discovery.retries):
             missing = {client for client in drawn if client in outcome.silent}
-            if len(outcome.updates) >= max(self._needed(), 1) or not missing:
+            if len(outcome.used) >= max(self._needed(), 1) or not missing:
                 break
             nodes = self.discovery.await_back({self.federation.hosts[client] for client in missing})
             logger.warning("round %d: %d of %d missing nodes are asked again", order.number, len(nodes), len(missing))
@@ -216,9 +224,12 @@ class Rounds:
     def _needed(self) -> int:
         """Fewest clients that must be there.
 
-        Under client-level Poisson sampling an empty round is a round like any other.
+        Under client-level Poisson sampling an empty round is a round like any other; under shared noise fewer would
+        release nothing.
         """
-        return 0 if self.config.run.sampling == "poisson" else self.config.run.min_clients
+        if self.config.run.sampling == "poisson":
+            return 0
+        return max(self.config.run.min_clients, self.config.privacy.survivors or 0)
 
     def _enough(self, number: int, outcome: TrainOutcome, drawn: list[str]) -> bool:
         """Whether the usable updates suffice.
@@ -245,15 +256,9 @@ class Rounds:
         everyone = dict.fromkeys(self.federation.clients, widest)
         return everyone | given | self.strategy.client_ranks(self.server_state)
 
-    def _warn_of_products(self) -> None:
-        parts = {part_of(name) for name in trained_names(self.strategy, self.state)}
-        if self.config.private and parts >= {"lora_A", "lora_B"}:
-            told = "%s trains A and B at once under DP: their product squares the noise; ffa or fedsvd train B alone"
-            logger.warning(told, self.config.strategy.name)
-
-    def _release(self, number: int, states: tuple[str, str, str], outcome: TrainOutcome) -> None:
+    def _release(self, number: int, states: tuple[str, str, str], outcome: TrainOutcome, released: bool) -> None:
         """Countersign what was received, and let the clients keep their receipts."""
-        receipts = self.accounts.close_round(number, states, outcome)
+        receipts = self.accounts.close_round(number, states, outcome, released)
         if receipts:
             self._exchange_lines(number, receipts, sorted(receipts, key=client_order))
 
@@ -283,7 +288,7 @@ class Rounds:
         self.events.write(
             "train",
             number,
-            clients=sorted(outcome.updates),
+            clients=sorted(outcome.used),
             excluded=outcome.excluded,
             loss=loss,
             epsilon=epsilon,
@@ -294,11 +299,12 @@ class Rounds:
             evaluate_seconds=round(evaluate_seconds, 4),
             overhead_seconds=round(overhead, 4),
             per_client=outcome.metrics,
+            **({"released": not self.unreleased.in_a_row} if self.config.shared_noise else {}),
         )
         scores = self.scoring.scores if evaluated else None
         worst_client = self.scoring.worst_client if evaluated else None
         self.progress.round_done(
-            RoundLine(number, scores, loss, epsilon, worst_client, len(outcome.updates), seconds, overhead)
+            RoundLine(number, scores, loss, epsilon, worst_client, len(outcome.used), seconds, overhead)
         )
 
     def _evaluate_model(self, number: int) -> float:
@@ -326,23 +332,13 @@ class Rounds:
         if not self.federation.hosts:
             self.scoring.save_personal_adapters(self.state, self.done, self.federation.clients)
 
-    def _check_moved(self, outcome: TrainOutcome) -> None:
-        """A first round whose every update is zero means that nothing is being trained, whatever the loss says."""
-        if self.adapter_moved or not outcome.updates:
-            return
-        watched = [
-            n for n in sent_names(self.strategy, self.state) if self.strategy.trains == frozenset() or ".lora_" in n
-        ]
-        if not any(bool(update[name].any()) for update in outcome.updates.values() for name in watched):
-            raise RunFailed("no client changed the adapter in the first round; check train.lr and lora.target_modules")
-        self.adapter_moved = True
-
     def _checkpoint(self) -> None:
         extra = {
             "participations": dict(self.federation.participations),
             "totals": self.totals,
             **self.scoring.kept(),
             "max_clients_per_pass": self.federation.max_clients_per_pass,
+            "unreleased": [self.unreleased.rounds, self.unreleased.in_a_row],
         }
         save_checkpoint(self.directory, self.done, self.state, self.server_state, extra)
 
@@ -353,6 +349,7 @@ class Rounds:
             self.adapter_moved = True
             self.federation.participations.update(extra["participations"])
             self.totals = extra["totals"]
+            self.unreleased.rounds, self.unreleased.in_a_row = extra.get("unreleased", (0, 0))
             self.scoring.restore(extra)
         if self.config.private and self.config.privacy.noise == "secure":  # what was cut off released its own
             for client in self.federation.clients:
@@ -365,6 +362,8 @@ class Rounds:
             problems = self._exchange_lines(self.done, {}, clients, closing=True)
             self.accounts.see([client for client in clients if client not in problems])
         self.accounts.close_ledger()
+        if not self.federation.hosts:
+            destroy_keys(self.config, self.directory.path)
 
     def seal(self, files: Mapping[str, tuple[int, str]], status: str) -> None:
         """The last line of the server's file. ``files``: path in the run directory → size and SHA-256."""
@@ -393,6 +392,7 @@ class Rounds:
             "bytes_up": self.totals["bytes_up"],
             "bytes_down": self.totals["bytes_down"],
             "excluded": self.totals["excluded"],
+            **({"unreleased_rounds": self.unreleased.rounds} if self.config.shared_noise else {}),
             "overhead_seconds_per_round": round(self.totals["overhead_seconds"] / self.done, 4) if self.done else None,
             "seconds_per_round": round(self.totals["round_seconds"] / self.done, 4) if self.done else None,
             "adapter_digest": digest(self.state),

@@ -106,15 +106,20 @@ class Messenger:
         bytes_down = len(drawn) * nbytes(travelling, wire)
         return TrainingOrder(requests, shapes, number, digest(from_wire(arrays, wire)), bytes_down)
 
+    def prepared(self, number: int, drawn: list[str]) -> list[str]:
+        """Those of the clients drawn for a round that are ready to be asked."""
+        return drawn
+
+    def finish(self, number: int, outcome: TrainOutcome) -> None:
+        """Do what is left to be done once all that came of a round is here."""
+
     def train(self, order: TrainingOrder, on_reply: Callable[[], object] = lambda: None) -> TrainOutcome:
         """What is usable of the replies; the outcome says why the rest is not."""
-        wire = self.config.run.wire_dtype
         cohorts = {node: [entry.client for entry in request.clients] for node, request in order.requests.items()}
         outcome = TrainOutcome(silent=set(order.shapes), bytes_down=order.bytes_down)
-        most = {node: sum(wire_bytes(order.shapes[c], wire) for c in cohort) for node, cohort in cohorts.items()}
+        most = {node: self._most(order, cohort) for node, cohort in cohorts.items()}
         answers = ask(self.grid, "train", order.requests, TrainReply, self.config.run.timeout, most, on_reply)
-        for client, reply in self._by_client(cohorts, answers, outcome.excluded).items():
-            self._take(order, client, reply, outcome)
+        self._take_all(order, cohorts, answers, outcome)
         for node, times in answers.asked.items():
             outcome.again.update(dict.fromkeys(cohorts[node], times - 1))
         outcome.busy = [(reply.started, reply.ended) for reply in answers.replies.values()]
@@ -170,6 +175,21 @@ class Messenger:
                 self.federation.take_lines(reply, problems)
         return problems
 
+    def _most(self, order: TrainingOrder, cohort: Sequence[str]) -> int:
+        """Bytes of arrays that a node's reply may hold."""
+        return sum(wire_bytes(order.shapes[client], self.config.run.wire_dtype) for client in cohort)
+
+    def _take_all(
+        self,
+        order: TrainingOrder,
+        cohorts: Mapping[int, Sequence[str]],
+        answers: Answers[TrainReply],
+        outcome: TrainOutcome,
+    ) -> None:
+        """Enter what came of every node."""
+        for client, reply in self._by_client(cohorts, answers, outcome.excluded).items():
+            self._take(order, client, reply, outcome)
+
     def _cohorts(self, clients: Iterable[str]) -> dict[int, list[str]]:
         return self.federation.cohorts(self.federation.reachable(clients))
 
@@ -192,20 +212,24 @@ class Messenger:
                     excluded[client] = "its node's reply does not name it"
         return found
 
-    def _take(self, order: TrainingOrder, client: str, reply: ClientReply, outcome: TrainOutcome) -> None:
-        """Enter one client's ledger lines, its failure or its update; what it lacks excludes it, never the round."""
+    def hear(self, client: str, reply: ClientReply, outcome: TrainOutcome) -> bool:
+        """Enter one client's ledger lines and its failure; whether it can have sent something."""
         if reply.failure is not None:
             outcome.excluded[client] = explained(reply.failure.code)
         if self.federation.take_lines(reply, outcome.excluded):
             outcome.silent.discard(client)
         if reply.exhausted or (reply.failure is not None and reply.failure.refused):
             self.federation.refused[client] = outcome.excluded.get(client, NO_BUDGET)
-        if client in outcome.excluded:
+        return client not in outcome.excluded
+
+    def _take(self, order: TrainingOrder, client: str, reply: ClientReply, outcome: TrainOutcome) -> None:
+        """Enter what one client sent; what it lacks excludes it, never the round."""
+        if not self.hear(client, reply, outcome):
             return
         try:
             update = self._update(order, client, reply)
             if self.federation.mirror is not None:
-                outcome.commits[client] = self._witness(order, client, update)
+                outcome.commits[client] = self.witness(order, client, digest(update))
         except PrivacyError as error:
             outcome.unproven.add(client)
             outcome.excluded[client] = f"{UNUSABLE}: {error}"
@@ -213,7 +237,7 @@ class Messenger:
             outcome.excluded[client] = f"{UNUSABLE}: {error.field}: {error.problem}"
         else:
             outcome.updates[client] = update
-            outcome.metrics[client] = self._metrics(client, reply)
+            outcome.metrics[client] = self.metrics(client, reply)
             outcome.bytes_up += nbytes(update, self.config.run.wire_dtype)
 
     def _update(self, order: TrainingOrder, client: str, reply: ClientReply) -> State:
@@ -223,15 +247,19 @@ class Messenger:
                 raise ProtocolError(release.name, "was not asked for", client)
             if release.name != UPDATE and release.arrays:
                 raise ProtocolError(release.name, "holds arrays, which were not asked for", client)
-        update, declared = reply.release(UPDATE), self.federation.clients[client].event
+        update = reply.release(UPDATE)
         if update is None:
             raise ProtocolError(UPDATE, "is missing", client)
-        if update.event is not None and event_of(update.event) != declared:
-            raise ProtocolError("event", f"{update.event} is not what it declared", client)
+        self.check_event(client, update)
         check_arrays(update, order.shapes[client], self.config.run.wire_dtype, client)
         return from_wire(update.arrays, self.config.run.wire_dtype)
 
-    def _metrics(self, client: str, reply: ClientReply) -> dict[str, float]:
+    def check_event(self, client: str, release: Release) -> None:
+        """Raise ProtocolError if a release says that it cost a client something else than it declared."""
+        if release.event is not None and event_of(release.event) != self.federation.clients[client].event:
+            raise ProtocolError("event", f"{release.event} is not what it declared", client)
+
+    def metrics(self, client: str, reply: ClientReply) -> dict[str, float]:
         """Of a client's training; what it does not share is NaN."""
         shown: dict[str, float] = {}
         for name in (TIMING, METRICS):
@@ -240,12 +268,14 @@ class Messenger:
         wanted = {name: shown.get(name, math.nan) for name in ("steps", "loss", "clip_fraction", "seconds")}
         return {"examples": self.federation.clients[client].examples, **wanted}
 
-    def _witness(self, order: TrainingOrder, client: str, update: State) -> Entry:
-        """The signed line that commits this very update. Raises PrivacyError without one."""
+    def witness(self, order: TrainingOrder, client: str, sent: str | None) -> Entry:
+        """The signed line that commits what has the digest ``sent``, or anything for None. Raises PrivacyError without
+        one.
+        """
         mirror, event = self.federation.mirror, self.federation.clients[client].event
         assert mirror is not None
         assert event is not None
-        return mirror.witness(client, order.number, event, order.received, digest(update))
+        return mirror.witness(client, order.number, event, order.received, sent)
 
 
 def _noised_score(client: str, release: Release, excluded: dict[str, str]) -> dict[str, float]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from fedlab.lora.state import State
 from fedlab.privacy.ledger.ledger import Entry
@@ -30,16 +32,32 @@ class TrainOutcome:
     busy: list[tuple[float, float]] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
+    # under shared noise, in place of updates: Σ of the shares of the members, int64 modulo 2^64
+    total: dict[str, np.ndarray] = field(default_factory=dict)
+    members: list[str] = field(default_factory=list)
+    lost: str = ""  # why nothing can be had of their sum; "" if something can
+
+    @property
+    def used(self) -> list[str]:
+        """Clients whose update, or share of a sum, came and can be used; in client order."""
+        return sorted({*self.updates, *self.members}, key=client_order)
+
+    def add_share(self, arrays: Mapping[str, np.ndarray], members: Iterable[str]) -> None:
+        """Add a sum of these clients' shares."""
+        self.total = {name: self.total[name] + value if self.total else value for name, value in arrays.items()}
+        self.members += members
 
     def add(self, later: TrainOutcome) -> None:
         """Enter what came back of those who were asked again: it takes the place of why they were missing."""
-        for client in (*later.updates, *later.excluded):
+        for client in (*later.used, *later.excluded):
             self.excluded.pop(client, None)
+        if later.members:
+            self.add_share(later.total, later.members)
         self.updates = dict(sorted({**self.updates, **later.updates}.items(), key=lambda item: client_order(item[0])))
         self.excluded |= later.excluded
-        self.silent -= set(later.updates) | (set(later.excluded) - later.silent)
+        self.silent -= set(later.used) | (set(later.excluded) - later.silent)
         self.again += later.again
-        self.again.update((*later.updates, *later.excluded))
+        self.again.update((*later.used, *later.excluded))
         self.unproven |= later.unproven
         self.commits |= later.commits
         self.metrics |= later.metrics

@@ -19,6 +19,7 @@ from fedlab.lora.state import digest, from_wire, to_wire
 from fedlab.models.adapters import initial_state
 from fedlab.privacy.ledger.ledger import Entry, charged, parse_lines
 from fedlab.protocol import Frame, decode, encode
+from fedlab.protocol.fields import RunReference
 from fedlab.protocol.messages import (
     NODE_FAILURE,
     REPLIES,
@@ -27,13 +28,19 @@ from fedlab.protocol.messages import (
     DescribeRequest,
     EvaluateRequest,
     GramRequest,
-    KeysRequest,
     NodeFailure,
     ReceiptFor,
     ReceiptsRequest,
     Release,
-    RunReference,
     TrainRequest,
+)
+from fedlab.protocol.sum_messages import (
+    ConfirmRequest,
+    PrepareRequest,
+    SumPlan,
+    SumSetting,
+    UnmaskOrder,
+    UnmaskRequest,
 )
 from fedlab.session import open_session
 
@@ -132,7 +139,7 @@ def content_of(release: Release) -> str:
 
 def releases_of(reply: Any) -> list[Release]:
     """Everything in a reply that could hold data."""
-    found = [release for mine in replies_of(reply) for release in mine.releases]
+    found = [release for mine in replies_of(reply) for release in getattr(mine, "releases", ())]
     whole = getattr(reply, "sum", None)
     return [*found, *([whole] if whole is not None else [])]
 
@@ -161,8 +168,18 @@ def requests_of(config: RunConfig, model: RunConfig, run: str = RUN) -> dict[str
         "train": TrainRequest(named, 1, order, (1,), trained, (), "float32", arrays),
         "evaluate": EvaluateRequest(named, 1, (CLIENT,), (), "float32", arrays),
         "receipts": ReceiptsRequest(named, (ReceiptFor(CLIENT, 0, ""),)),
-        "keys": KeysRequest(named, (CLIENT,)),
-        "gram": GramRequest(named, order, {}, 0, arrays),
+        **sum_requests_of(named),
+        "gram": GramRequest(named, order, None, arrays),
+    }
+
+
+def sum_requests_of(named: RunReference) -> dict[str, Any]:
+    """One request of every kind about a secure sum, which the client refuses."""
+    plan = SumPlan(SumSetting("round-1-0", 2, 0, {CLIENT: "0" * 64, "client-1": "1" * 64}), {})
+    return {
+        "prepare": PrepareRequest(named, (CLIENT,), plan),
+        "confirm": ConfirmRequest(named, (CLIENT,), "round-1-0", ("client-1",)),
+        "unmask": UnmaskRequest(named, "round-1-0", (UnmaskOrder(CLIENT, {}),), (), {}),
     }
 
 

@@ -13,6 +13,7 @@ import pytest
 from fedlab.config import RunConfig
 from fedlab.lora.state import digest, part_of, to_wire
 from fedlab.protocol.messages import ClientOrder, DescribeRequest, GramRequest, ReceiptFor, ReceiptsRequest
+from fedlab.protocol.sum_messages import SumOrder
 from fedlab.run.launch import prepared
 from fedlab.session import open_session
 from strategies import STRATEGIES
@@ -49,7 +50,7 @@ def asked(
     request = DescribeRequest(run, config.to_toml(), (helpers.CLIENT,), "", to_wire(basis))
     assert helpers.codes_of(hostile.send(request)) == [], hostile.log
     order = (ClientOrder(helpers.CLIENT, 0, 1),)
-    return hostile, GramRequest(run, order, {}, 0, to_wire(strategy.travelling(state)))
+    return hostile, GramRequest(run, order, None, to_wire(strategy.travelling(state)))
 
 
 def test_the_release_at_a_tasks_end_asked_again_gives_the_same_bytes_for_one_charge(
@@ -59,8 +60,8 @@ def test_the_release_at_a_tasks_end_asked_again_gives_the_same_bytes_for_one_cha
     first = hostile.send(request)
     assert helpers.codes_of(first) == [], hostile.log
     assert first.sum.event is not None
-    for attempt in (0, 1, 2, 3):
-        again = hostile.send(dataclasses.replace(request, attempt=attempt))
+    for order in (None, SumOrder("gram-0-0", {}), SumOrder("gram-0-1", {})):
+        again = hostile.send(dataclasses.replace(request, sum=order))
         assert all(np.array_equal(value, again.sum.arrays[name]) for name, value in first.sum.arrays.items())
     assert hostile.kinds() == ["PLAN", "PLAN", "CHARGE", "COMMIT"]
 

@@ -14,7 +14,8 @@ from clients.policy import SimulationPolicy
 from fedlab.config.sections import Budget
 from fedlab.lora.state import to_wire
 from fedlab.models.adapters import initial_state
-from fedlab.protocol.messages import ClientOrder, RunReference, TrainRequest
+from fedlab.protocol.fields import RunReference
+from fedlab.protocol.messages import ClientOrder, TrainRequest
 from fedlab.run.places import Places
 from fedlab.session import Session
 

@@ -41,7 +41,7 @@ def test_the_noises_of_two_clients_are_not_one_and_the_same(session: Session, tm
 def noise_of(client: str, node: Any, run: Any, state: dict[str, Tensor], session: Session) -> dict[str, Tensor]:
     """What a client released, less what its texts amount to."""
     ClientAccount(session, node.owners.one(client), run).sign()
-    reply = answer_gram(node, GramRequest(run, (ClientOrder(client, 0, 1),), {}, 0, to_wire(state)))
+    reply = answer_gram(node, GramRequest(run, (ClientOrder(client, 0, 1),), None, to_wire(state)))
     assert reply.clients[0].failure is None
     assert reply.sum is not None
     session.model.load(state)

@@ -14,7 +14,8 @@ from clients.owner import SimulatedOwners
 from fedlab.config import RunConfig
 from fedlab.lora.state import digest, to_wire
 from fedlab.protocol import ProtocolError
-from fedlab.protocol.messages import DescribeRequest, ReceiptsRequest, Request, RunReference
+from fedlab.protocol.fields import RunReference
+from fedlab.protocol.messages import DescribeRequest, ReceiptsRequest, Request
 
 
 def arrive(request: Request, memory: Memory) -> Node:

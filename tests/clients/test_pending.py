@@ -15,7 +15,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import PrivacyError
 from fedlab.privacy.ledger.ledger import parse_lines
 from fedlab.privacy.release import PUBLIC, public, sentences
-from fedlab.protocol.messages import Failure
+from fedlab.protocol.fields import Failure
 from fedlab.session import open_session
 
 VALUES = {"x": np.ones(2, np.float32)}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clients.policy import OwnPolicy
-from fedlab.config.client import ClientPolicy
+from fedlab.config import RunConfig
+from fedlab.config.client import ClientFile, ClientPolicy
+from fedlab.errors import ConfigError
 from fedlab.privacy.accounting import Event
 from fedlab.privacy.plan import DPPlan
 
@@ -51,6 +54,55 @@ def test_a_releases_epsilon_counts_with_that_of_the_rounds():
 def test_the_least_noise_is_asked_of_every_release():
     assert said(PLAN, RELEASE, min_sigma=1.2) == ""
     assert said(PLAN, dataclasses.replace(RELEASE, sigma=1.0), min_sigma=1.2).startswith("σ = 1,")
+
+
+SHARED = """
+[run]
+rounds = 2
+[lora]
+rank = 4
+alpha = 8
+[data]
+clients = 6
+[train]
+lr = 0.1
+steps = 1
+sampling_rate = 0.1
+[privacy]
+unit = "example"
+epsilon = 2.0
+clip = 0.5
+noise = "secure"
+survivors = 4
+colluding = 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("rules", "rostered", "named"),
+    [
+        ({}, True, "the policy does not allow noise that is shared"),
+        ({"shared_noise": True}, False, "[roster] names no peers"),
+        ({"shared_noise": True, "min_honest": 4}, True, "survivors − colluding = 3"),
+        ({"shared_noise": True, "min_honest": 3}, True, "objective.labels is empty"),
+    ],
+)
+def test_shared_noise_is_an_owners_choice(rules: dict[str, Any], rostered: bool, named: str):
+    """The last one is refused for what comes after: of its noise nothing is."""
+    one = OwnPolicy(ClientPolicy(**{"max_epsilon": 3.0, **rules}), ("m",), True, rostered=rostered)
+    assert named in (one.problem(RunConfig.parse(SHARED), ["lora_B"]) or "")
+
+
+@pytest.mark.parametrize(
+    ("roster", "named"),
+    [("x = 'ab'", "no public key"), (f"x = '{'a' * 64}'\ny = '{'a' * 64}'", "one key"), ("'../x' = 'ab'", "roster")],
+)
+def test_a_roster_has_a_key_for_each(roster: str, named: str, tmp_path: Path):
+    text = (
+        "[client]\nid = 'c'\n[data]\npath = 'd.csv'\ntext = 't'\nlabel = 'l'\n[models.m]\n[policy]\nmax_epsilon = 1.0\n"
+    )
+    with pytest.raises(ConfigError, match=named):
+        ClientFile.parse(f"{text}[budget]\nepsilon = 2.0\n[roster]\n{roster}\n", tmp_path)
 
 
 def test_a_client_with_fewer_records_than_a_batch_has_fewer_expected_examples():

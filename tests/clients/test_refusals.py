@@ -19,7 +19,8 @@ from fedlab.models.adapters import initial_state
 from fedlab.privacy.ledger.guard import Refusal
 from fedlab.privacy.ledger.ledger import parse_lines
 from fedlab.protocol import ProtocolError
-from fedlab.protocol.messages import ClientOrder, ClientReply, EvaluateRequest, Failure
+from fedlab.protocol.fields import Failure
+from fedlab.protocol.messages import ClientOrder, ClientReply, EvaluateRequest
 from fedlab.session import open_session
 
 

@@ -100,6 +100,54 @@ def test_half_a_privacy_promise_is_refused(overrides: list[str], expected: str):
     assert expected in error_of(*overrides)
 
 
+SHARED = [
+    "privacy={unit='example', epsilon=6.0, clip=1.0, survivors=4}", "train={steps=1, lr=0.1, sampling_rate=0.1}",
+    "data.clients=6",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("privacy.unit=client", 'for unit = "example"'),
+        ("privacy.unit=none", "adds no noise"),
+        ("privacy.colluding=4", "must be below survivors = 4"),
+        ("privacy={unit='example', sigma=1.0, clip=1.0, colluding=1}", "colluding belongs to shared noise"),
+        ("privacy={unit='example', sigma=1.0, clip=1.0, masked=true}", "masked belongs to shared noise"),
+        ("privacy.survivors=3", "at least 4"),
+        ("privacy.survivors=7", "at most 6"),
+        ("privacy.colluding=2", "at least 5"),
+        ("run.fraction=0.5", "at most 3"),
+        ("train={steps=1, lr=0.1}", "train.sampling_rate is missing"),
+        ("train.sampling_rate=1.5", "train.sampling_rate"),
+        ("train={epochs=1.0, lr=0.1, sampling_rate=0.1}", "give steps in their place"),
+        ("train.steps=2", "set train.steps = 1"),
+        ("train.optimizer=adamw", "train.optimizer"),
+        ("train.momentum=0.9", "train.momentum"),
+        ("train.weight_decay=0.1", "train.weight_decay"),
+        ("train.prox=0.1", "train.prox"),
+        ("clients.lr={'50%'=2.0}", "clients.lr"),
+        ("strategy.weights=uniform", "strategy.weights"),
+        ("strategy.robust={rule='median'}", "strategy.robust"),
+        ("run.sampling=poisson", "run.sampling"),
+    ],
+)
+def test_what_shared_noise_cannot_be_is_refused(override: str, expected: str):
+    assert expected in error_of(*SHARED, override)
+
+
+def test_shared_noise_and_what_belongs_to_it():
+    config = RunConfig.parse(MINIMAL, [*SHARED, "privacy.colluding=1", "privacy.masked=true"])
+    assert config.shared_noise
+    assert not RunConfig.parse(MINIMAL).shared_noise
+    assert config.train.rate(10) == config.train.rate(10**6) == 0.1
+    assert RunConfig.parse(config.to_toml()) == config
+
+
+def test_a_sampling_rate_without_example_level_dp_is_refused():
+    assert "train.sampling_rate" in error_of("train={steps=1, lr=0.1, sampling_rate=0.1}")
+
+
 @pytest.mark.parametrize("override", ["train.lr", "lr=3", "train.=3", "train.lr=[1"])
 def test_malformed_overrides(override: str):
     assert "--set" in error_of(override)

@@ -19,6 +19,7 @@ from fedlab.config import RunConfig
 from fedlab.config.explain import keys
 from fedlab.errors import ConfigError, RunFailed
 from fedlab.privacy.plan import plan_of
+from fedlab.privacy.promise import headline
 from fedlab.run.launch import check
 from fedlab.run.launch.local import LocalGrid
 from strategies import STRATEGIES
@@ -32,6 +33,7 @@ spec.loader.exec_module(look)
 Observer = Callable[[RunConfig, Path], Any]
 NO_DP = "privacy={{unit='none'}}"
 CALIBRATED = "privacy={{unit='example', epsilon=6.0, clip=1.0}}"
+SHARED = ("train.steps=1", "train.sampling_rate=0.2", "train.momentum=0.0")
 SECRETS = "data.canaries={{count=1, space=50}}"
 SHARDS = "data.partition={{kind='shard', shards_per_client=3}}"
 UNEQUAL = "data.partition={{kind='linear'}}"
@@ -176,6 +178,7 @@ ROWS = {
     "train.steps": Row("4", look.plan),
     "train.epochs": Row("2.0", look.plan, ("train={{epochs=1.0, lr=0.5}}",)),
     "train.batch_size": Row("20", look.plan),
+    "train.sampling_rate": Row("0.3", look.plan),
     "train.physical_batch": Row("4", look.forward_passes, ("run.rounds=1",)),
     "train.optimizer": Row("adamw", look.update, ("train.momentum=0.0",)),
     "train.lr": Row("0.1", look.update),
@@ -196,6 +199,9 @@ ROWS = {
     "privacy.noise": Row("secure", look.plan),
     "privacy.share_metrics": Row("true", look.lines, ("run.rounds=1",)),
     "privacy.scores_sigma": Row("2.0", look.plan, (CALIBRATED, "evaluate.clients=last")),
+    "privacy.survivors": Row("2", look.plan, SHARED),
+    "privacy.colluding": Row("1", look.plan, (*SHARED, "privacy.survivors=3")),
+    "privacy.masked": Row("true", lambda config, path: headline(config), (*SHARED, "privacy.survivors=3")),
     "privacy.budget.epsilon": Row("20.0", look.result, ("privacy.budget={{epsilon=3.2}}", "run.rounds=2")),
     "privacy.budget.delta": Row("1e-7", budgeted, ("privacy.budget={{epsilon=5.0}}",)),
     "privacy.ledger": Row("'{path}/ledgers'", look.files, ("run.rounds=1",)),

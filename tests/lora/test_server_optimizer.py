@@ -76,3 +76,15 @@ def test_rotated_momentum_means_the_same_change_of_weights():
         assert torch.allclose(rotated.first["x.lora_B"] @ A2, M @ old, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="second moments"):
         rotate_moments(Moments({"x.lora_B": M}, {"x.lora_B": M}), before, after)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_the_head_has_a_learning_rate_of_its_own(kind: str):
+    """It scales the head's step alone, and no moment: these are what they are without."""
+    mean = {"x.lora_B": torch.randn(3, 4), "head.weight": torch.randn(2, 3)}
+    one = ServerOptimizer(optimizer=kind, lr=0.3)
+    own = ServerOptimizer(optimizer=kind, lr=0.3, head_lr=1.5)
+    (plain, before), (scaled, after) = (server_step(options, mean, Moments()) for options in (one, own))
+    assert torch.equal(plain["x.lora_B"], scaled["x.lora_B"])
+    assert torch.allclose(5 * plain["head.weight"], scaled["head.weight"])
+    assert all(torch.equal(before.first[name], after.first[name]) for name in mean)

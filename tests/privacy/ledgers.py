@@ -76,7 +76,7 @@ class File:
             "normaliser": 20.0.hex(), "delta": 1e-5.hex(), "n": 1000, "participations": 10, "scope": SCOPE,
             "budget": None,
             "noise": "secure", "content": None, "configuration": "c0" * 32, "releases": ["size", "timing"],
-            "code": {"fedlab": "0.1.0"},
+            "code": {"fedlab": "0.1.0"}, "shared": None,
         }  # fmt: skip
         return self.add("PLAN", **{**fields, **more})
 
@@ -212,6 +212,9 @@ def configuration(unit: str, clients: int, rounds: int, events: dict[str, Any], 
     if plan.get("budget"):
         privacy["budget"] = {"epsilon": float.fromhex(plan["budget"]["epsilon"])}
     train = {"steps": one["steps"], "batch_size": 20}
+    if shared := plan.get("shared"):
+        privacy |= {"survivors": shared["survivors"], "colluding": shared["colluding"]}
+        train["sampling_rate"] = float.fromhex(one["q"])
     run = {"rounds": rounds, "fraction": 1.0, "sampling": "balanced", "min_clients": 1}
     tree = {"run": run, "data": {"clients": clients}, "train": train, "privacy": privacy}
     lines = []

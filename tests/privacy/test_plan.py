@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from fedlab.config import RunConfig
 from fedlab.config.sections import PrivacySection, TrainSection
-from fedlab.errors import ConfigError, PrivacyError
+from fedlab.errors import ConfigError, PrivacyError, Unreachable
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.ledger.spending import PrivacySpent, summary
+from fedlab.privacy.noise_share import NoiseShare
 from fedlab.privacy.plan import DPPlan, default_delta, make_plan, plan_of
 from fedlab.seeds import random_stream
 from strategies import STRATEGIES
@@ -23,6 +25,63 @@ TRAIN = TrainSection(lr=1.0, steps=5, batch_size=20)
 
 def section(**values) -> PrivacySection:
     return PrivacySection(**{"unit": "example", "clip": 0.5, **values})
+
+
+SHARED = """
+[run]
+rounds = 12
+[lora]
+rank = 4
+alpha = 8
+[data]
+clients = 6
+[train]
+lr = 0.1
+steps = 1
+sampling_rate = 0.2
+[privacy]
+unit = "example"
+epsilon = 6.0
+clip = 1.0
+survivors = 4
+colluding = 1
+"""
+
+
+def test_under_shared_noise_all_clients_come_to_one_claim():
+    """From the configuration alone: σ, δ, q and the share do not depend on how many records a client has."""
+    config = RunConfig.parse(SHARED)
+    plans = [plan_of(config, n) for n in (5, 64, 1000, 9000)]
+    assert len({(p.sigma, p.delta, p.q, p.steps, p.event(), str(p.shared_terms(100))) for p in plans}) == 1
+    assert [p.normaliser for p in plans] == [0.2 * n for n in (5, 64, 1000, 9000)]
+    assert plans[0].delta == 1e-5
+    assert 5.97 < plans[0].epsilon(12) <= 6.0
+    assert plans[0].event().sampler == "poisson_discrete"
+    assert plans[0].shared == NoiseShare(4, 1)
+
+
+def test_under_shared_noise_delta_is_the_configurations_or_refused():
+    budget = "privacy.budget={epsilon=9, delta=1e-6}"
+    for extra, delta in (([], 1e-5), (["privacy.delta=1e-7"], 1e-7), ([budget], 1e-6)):
+        assert plan_of(RunConfig.parse(SHARED, extra), 5000).delta == delta
+    with pytest.warns(UserWarning, match="above 0.1"):
+        assert plan_of(RunConfig.parse(SHARED), 50_000).delta == 1e-5
+    with pytest.raises(Unreachable, match="δ·n >= 1"):
+        plan_of(RunConfig.parse(SHARED), 100_000)
+
+
+def test_a_rate_without_shared_noise_is_each_clients_own_draw():
+    config = RunConfig.parse(SHARED, ["privacy={unit='example', sigma=1.0, clip=1.0}", "train.steps=3"])
+    plan = plan_of(config, 50)
+    assert (plan.q, plan.normaliser, plan.steps, plan.event().sampler) == (0.2, 10.0, 3, "poisson")
+
+
+@pytest.mark.parametrize(
+    "change", [{"rate": 0.0}, {"rate": 1.1}, {"shared": NoiseShare(2), "rate": None}, {"shared": NoiseShare(2)}]
+)
+def test_a_plan_that_shares_noise_has_a_rate_and_one_step(change: dict[str, Any]):
+    with pytest.raises(ValueError, match="rate"):
+        DPPlan(**{**vars(PLAN), "rate": 0.1, **change})
 
 
 def test_event_noise_and_normaliser_belong_together():

@@ -68,6 +68,33 @@ def test_what_is_said_is_what_is_promised(unit: str, settings: list[str], sampli
     assert "**" not in "".join(promise.report(one, 3.0, None))
 
 
+SHARED = [
+    "data={clients=6, source='files', path='x', text='t', label='l'}", "strategy={name='ffa'}", "run.fraction=0.84",
+    "privacy.survivors=4", "privacy.colluding=1", "train.sampling_rate=0.2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_under_shared_noise_it_says_against_whom_how_many_collude_and_who_may_drop_out(masked: bool):
+    one = config("example", *SHARED, f"privacy.masked={str(masked).lower()}")
+    said = everything(one)
+    assert "no single client's part: the server, one client who tells it all" in said
+    assert "that of at least 3 honest clients" in said
+    assert "a round draws 5 clients, and with fewer than 4 in its sum nothing is released" in said
+    assert "Every sum of updates that the server received" in said
+    assert "every client's every update" not in said
+    assert f"(sums of 4 or more, 1 of them colluding; {'masked' if masked else 'masks left out'})" in headline(
+        one, Path("x")
+    )
+    assert ("learnt their sum alone" in said) == masked
+    assert ("left the masks out" in said) == (not masked)
+    assert promise.accountant(one) == (
+        "dp-accounting RDP at integer orders, zero-out or add/remove one example, Poisson sampling within a client,"
+        " discrete noise shared by clients"
+    )
+    assert "3.0005" in said
+
+
 def test_without_dp_nothing_is_promised():
     said = everything(config("none"))
     assert "no DP" in said

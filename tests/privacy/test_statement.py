@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from fedlab.privacy.accounting import Event, epsilon
+from fedlab.privacy.accounting import DISCRETE, Event, epsilon, optimistic
+from fedlab.privacy.noise_share import NoiseShare
 from fedlab.privacy.promise import rounded_up
 from fedlab.privacy.statement import statement
 
@@ -21,6 +23,12 @@ sys.modules["ledgers"] = ledgers
 spec.loader.exec_module(ledgers)
 
 EARLIER = "ee" * 16
+SHARED = """
+survivors = 3
+colluding = 1
+[data]
+clients = 3
+"""
 ROUND, BEFORE = Event("poisson", 0.02, 1.0, 10), Event("poisson", 0.02, 1.0, 10)
 TEXT = """
 [run]
@@ -124,3 +132,29 @@ def test_under_client_level_dp_everybody_is_charged_what_the_servers_ledger_says
         "client-9": [spent, "1e-05", "3"],
     }
     assert "each client's update as it is, to the server" in text, "no noise protects it"
+
+
+def test_under_shared_noise_it_says_whose_noise_it_is_and_how_it_was_counted(tmp_path: Path):
+    happens, spent = ledgers.event(0.1, 1.5, 1, DISCRETE), [Event(DISCRETE, 0.1, 1.5, 2)]
+    shared = NoiseShare(3, 1).terms(1.5, 10_000)
+    (tmp_path / "ledger").mkdir()
+    for name in ("client-0", "client-1", "client-2"):
+        file = ledgers.File(name)
+        code = {"accountant": "dp-accounting RDP at integer orders,", "dp-accounting": "0.6.0"}
+        file.plan(happens, shared=shared, code=code)
+        for number in (1, 2):
+            file.commit(file.charge(number))
+        (tmp_path / "ledger" / f"{name}.jsonl").write_bytes(file.bytes)
+    text = TEXT.format(unit="example").replace("steps = 10", "steps = 1\nsampling_rate = 0.1")
+    text = text.replace('weights = "uniform"', 'name = "ffa"') + SHARED
+    (tmp_path / "run.toml").write_text(text)
+    (tmp_path / "environment.json").write_text(json.dumps({"run_id": ledgers.RUN}))
+    said = statement(tmp_path, {f"client-{i}": {"delta": 1e-5} for i in range(3)})
+    share = 1.5 * (1 + 100 / 2**20) / math.sqrt(2)
+    assert f"discrete Gaussian of standard deviation {share:.6g}·C, sampled exactly" in said
+    assert "2 honest clients of at least 3 come to σ·(C + √10000·C/2^20)" in said
+    assert f"it would be {rounded_up(optimistic(spent, 1e-5))}, which is no guarantee" in said
+    assert f"| client-0 | {rounded_up(epsilon(spent, 1e-5))} | 1e-05 | 2 | 0.0000 |" in said
+    assert "**Accountant**: dp-accounting RDP at integer orders, 0.6.0 (upper bound)" in said
+    assert "with fewer than 3 in its sum nothing is released" in said
+    assert "exact integers" in said

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedlab.identifiers import PATTERN, is_identifier
 from fedlab.protocol import Frame, ProtocolError, decode, encode, encode_all
 from fedlab.protocol.failures import SENTENCES
+from fedlab.protocol.fields import Failure, RunReference
 from fedlab.protocol.messages import (
     REPLIES,
     REQUESTS,
@@ -25,25 +26,38 @@ from fedlab.protocol.messages import (
     EvaluateReply,
     EvaluateRequest,
     EventFields,
-    Failure,
     GramReply,
     GramRequest,
-    KeysReply,
-    KeysRequest,
     ReceiptFor,
     ReceiptsReply,
     ReceiptsRequest,
     Release,
-    RunReference,
     TrainReply,
     TrainRequest,
+)
+from fedlab.protocol.sum_messages import (
+    Confirmation,
+    ConfirmReply,
+    ConfirmRequest,
+    MaskKey,
+    Preparation,
+    PrepareReply,
+    PrepareRequest,
+    Revealed,
+    SumKey,
+    SumOrder,
+    SumPlan,
+    SumSetting,
+    UnmaskOrder,
+    UnmaskReply,
+    UnmaskRequest,
 )
 from fedlab.protocol.wire import DTYPES
 
 KINDS = {f"{kind}?": cls for kind, cls in REQUESTS.items()} | {f"{kind}!": cls for kind, cls in REPLIES.items()}
 
 clients = st.from_regex(PATTERN, fullmatch=True).filter(is_identifier)
-hexes = {n: st.text("0123456789abcdef", min_size=n, max_size=n) for n in (32, 64)}
+hexes = {n: st.text("0123456789abcdef", min_size=n, max_size=n) for n in (32, 64, 96, 128)}
 names = st.text(min_size=1, max_size=30)
 counts, positive = st.integers(0, 2**40), st.integers(1, 2**40)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
@@ -78,7 +92,15 @@ failure = st.none() | st.builds(Failure, st.sampled_from(list(SENTENCES)), st.bo
 order = st.builds(ClientOrder, clients, counts, positive)
 reply = st.builds(ClientReply, clients, tuples(release), st.text(max_size=80), failure, st.booleans())
 wire = st.sampled_from(["float32", "bfloat16"])
-keys = st.dictionaries(clients, hexes[64], max_size=3)
+few = {n: st.dictionaries(clients, hexes[n], max_size=3) for n in (32, 64, 96, 128)}
+sum_name = st.from_regex(r"(round|gram)-[0-9]{1,9}-[0-9]", fullmatch=True)
+sum_key = st.builds(SumKey, hexes[64], hexes[64], hexes[128])
+setting = st.builds(SumSetting, sum_name, positive, counts, few[64])
+sum_plan = st.builds(SumPlan, setting, st.dictionaries(clients, sum_key, max_size=3))
+mask_key = st.builds(MaskKey, hexes[64], hexes[64], hexes[128])
+sum_order = st.none() | st.builds(SumOrder, sum_name, st.dictionaries(clients, mask_key, max_size=3))
+preparation = st.builds(Preparation, clients, st.none() | mask_key, few[96], failure)
+unmask_order = st.builds(UnmaskOrder, clients, few[96])
 MESSAGES: dict[str, st.SearchStrategy] = {
     "describe?": st.builds(DescribeRequest, run, st.text(max_size=200), tuples(clients), st.text(max_size=30), arrays),
     "train?": st.builds(
@@ -86,17 +108,27 @@ MESSAGES: dict[str, st.SearchStrategy] = {
     ),
     "evaluate?": st.builds(EvaluateRequest, run, counts, tuples(clients), parts, wire, arrays),
     "receipts?": st.builds(ReceiptsRequest, run, tuples(st.builds(ReceiptFor, clients, counts, st.text(max_size=99)))),
-    "keys?": st.builds(KeysRequest, run, tuples(clients)),
-    "gram?": st.builds(GramRequest, run, tuples(order), keys, counts, arrays),
+    "prepare?": st.builds(PrepareRequest, run, tuples(clients), sum_plan),
+    "confirm?": st.builds(ConfirmRequest, run, tuples(clients), sum_name, tuples(clients)),
+    "unmask?": st.builds(
+        UnmaskRequest, run, sum_name, tuples(unmask_order), tuples(clients), few[128], st.none() | sum_plan
+    ),
+    "gram?": st.builds(GramRequest, run, tuples(order), sum_order, arrays),
     "describe!": st.builds(
         DescribeReply,
-        tuples(st.builds(Enrolment, reply, st.just("") | hexes[64], st.none() | numbers, st.none() | event)),
+        tuples(
+            st.builds(
+                Enrolment, reply, st.just("") | hexes[64], st.none() | numbers, st.none() | event, st.none() | sum_key
+            )
+        ),
         st.booleans(),
     ),
     "train!": st.builds(TrainReply, numbers, numbers, tuples(reply)),
     "evaluate!": st.builds(EvaluateReply, numbers, numbers, tuples(reply)),
     "receipts!": st.builds(ReceiptsReply, tuples(reply)),
-    "keys!": st.builds(KeysReply, keys),
+    "prepare!": st.builds(PrepareReply, tuples(preparation)),
+    "confirm!": st.builds(ConfirmReply, tuples(st.builds(Confirmation, clients, st.just("") | hexes[128], failure))),
+    "unmask!": st.builds(UnmaskReply, tuples(st.builds(Revealed, clients, few[32], failure)), tuples(preparation)),
     "gram!": st.builds(GramReply, numbers, numbers, tuples(reply), st.none() | release),
 }
 messages = st.sampled_from(sorted(MESSAGES)).flatmap(lambda kind: st.tuples(st.just(kind), MESSAGES[kind]))

@@ -45,6 +45,11 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path):
         assert figures["overhead"] == figures["bare"] / figures["cohort"]
 
 
+def test_the_benchmark_of_secure_sums_adds_up(capsys: pytest.CaptureFixture[str]):
+    assert script("secure_sum").main(["--clients", "8", "--parameters", "100", "--dropouts", "0.2"])
+    assert "client: mask 100 numbers" in capsys.readouterr().out
+
+
 @pytest.mark.slow  # five processes, each with a model of its own
 def test_a_step_of_a_language_model_is_measured_in_every_way(tiny_llama: Path, tmp_path: Path):
     done = subprocess.run(

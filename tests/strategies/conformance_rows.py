@@ -76,7 +76,7 @@ VALUES: dict[str, list[str]] = {
         "{rule='norm_bounded_mean', bound=2.0}",
     ],
     "server": [
-        "{optimizer='momentum', lr=0.7, beta1=0.5}",
+        "{optimizer='momentum', lr=0.7, head_lr=1.4, beta1=0.5}",
         "{optimizer='adam', lr=0.1, beta2=0.9}",
         "{optimizer='yogi', lr=0.1, tau=0.01}",
     ],

@@ -23,8 +23,9 @@ from fedlab.config import RunConfig
 from fedlab.config.load import without_none
 from fedlab.errors import ConfigError, FedlabError
 from fedlab.lora import conformance
+from fedlab.lora.average import weighted_mean
 from fedlab.lora.conformance.cases import WEIGHTS, Subject, draw_state
-from fedlab.lora.state import State
+from fedlab.lora.state import State, effective_delta, modules
 from fedlab.run.checkpoint import POINTER, load_checkpoint, save_checkpoint
 from fedlab.run.directory import RunDirectory
 from strategies import CONTINUAL, STRATEGIES
@@ -205,6 +206,37 @@ def test_a_checkpoint_holds_all_that_a_strategy_needs(name: str, options: str, t
 def one_round(strategy: Strategy, state: State, server_state: ServerState, number: int) -> tuple[State, ServerState]:
     drawn = Subject(strategy, "", strategy.sent_names, lambda: strategy).case(state=state, round_number=number)
     return strategy.aggregate(drawn.state, server_state, drawn.updates, WEIGHTS, Round(number))
+
+
+@pytest.mark.parametrize("name", [name for name, strategy in STRATEGIES.items() if strategy.linear])
+@pytest.mark.parametrize("options", ["", "server={optimizer='momentum', head_lr=0.5}"])
+def test_what_says_that_it_is_linear_needs_the_mean_alone(name: str, options: str):
+    """The clients' updates, or their mean as the one update: what shared noise and client-level DP rest on."""
+    strategy = make(name, options)
+    state, other = draw_state(), draw_state()
+    server_state = other_state = strategy.init(state)
+    for number in (1, 2, 3):
+        drawn = Subject(strategy, "", strategy.sent_names, lambda: strategy).case(state=state, round_number=number)
+        mean = {"everyone": weighted_mean(drawn.updates, WEIGHTS)}
+        state, server_state = strategy.aggregate(state, server_state, drawn.updates, WEIGHTS, Round(number))
+        other, other_state = strategy.aggregate(other, other_state, mean, {"everyone": 1.0}, Round(number))
+        for module in modules(state):
+            one, two = (effective_delta(s, module, 1.0) for s in (state, other))
+            assert torch.allclose(one, two, atol=1e-4, rtol=1e-4)
+        heads = [n for n in state if n.startswith("head.")]
+        assert all(torch.allclose(state[n], other[n], atol=1e-5) for n in heads)
+
+
+@pytest.mark.parametrize("name", [name for name, strategy in STRATEGIES.items() if not strategy.linear])
+def test_what_says_that_it_is_not_linear_needs_more(name: str):
+    """Else it could be had under shared noise."""
+    strategy = make(name)
+    drawn = Subject(strategy, "", strategy.sent_names, lambda: strategy).case(state=draw_state(), round_number=1)
+    mean = {"everyone": weighted_mean(drawn.updates, WEIGHTS)}
+    one, _ = strategy.aggregate(drawn.state, strategy.init(drawn.state), drawn.updates, WEIGHTS, Round(1))
+    two, _ = strategy.aggregate(drawn.state, strategy.init(drawn.state), mean, {"everyone": 1.0}, Round(1))
+    gaps = [float((effective_delta(one, m, 1.0) - effective_delta(two, m, 1.0)).norm()) for m in modules(one)]
+    assert max(gaps) > 1e-3
 
 
 @each_row

@@ -36,7 +36,7 @@ def test_one_client_alone_in_a_pass_and_dropout_are_looked_at_too(
 ):
     who = subject(session_of(tiny_toml, *overrides))
     assert shared_pass(who) == []
-    monkeypatch.setattr(cohort, "_factors", first_clip_for_all)
+    monkeypatch.setattr(cohort, "row_factors", first_clip_for_all)
     assert shared_pass(who) != []
 
 
@@ -71,12 +71,12 @@ def of_the_first(tensors: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
     return tensors[0] if tensors.ndim == 3 else tensors
 
 
-FACTORS, ADD, DRAW = cohort._factors, cohort._add_by_client, cohort._draw
+FACTORS, ADD, DRAW = cohort.row_factors, cohort.add_by_client, cohort._draw
 BROKEN: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "clipping skipped": (cohort, "_factors", unclipped),
-    "another clip": (cohort, "_factors", first_clip_for_all),
-    "rows of all clients in the first one's sum": (cohort, "_add_by_client", everything_to_the_first),
-    "the last row of a chunk left out": (cohort, "_add_by_client", last_row_left_out),
+    "clipping skipped": (cohort, "row_factors", unclipped),
+    "another clip": (cohort, "row_factors", first_clip_for_all),
+    "rows of all clients in the first one's sum": (cohort, "add_by_client", everything_to_the_first),
+    "the last row of a chunk left out": (cohort, "add_by_client", last_row_left_out),
     "no batch after the first step": (cohort, "_draw", one_step_less),
     "B of the first client for everybody": (fused, "_of", of_the_first),
 }

@@ -189,6 +189,8 @@ def check_agreement(name: str, found: Recomputed) -> Iterator[Finding]:
     """Three accountants that know nothing of each other must agree where theory says so."""
     if math.isinf(found.pld) or math.isinf(found.rdp):
         return
+    if found.optimistic is not None and found.optimistic > found.pld * (1 + 1e-3) + 1e-3:
+        yield Finding(name, None, f"accountants disagree: PLD {found.optimistic:.6f} is above RDP {found.pld:.6f}")
     if found.pld > found.rdp * (1 + 1e-6) + 1e-9:
         yield Finding(name, None, f"accountants disagree: PLD {found.pld:.6f} is above RDP {found.rdp:.6f}")
     if not found.replaced and abs(found.prv - found.pld) > 0.03 + 0.03 * found.pld:

@@ -110,7 +110,12 @@ def _check_client(
             audit.find(
                 name, f"{RESULT} says that it took part {claim.participations} times, its ledger shows {charged}"
             )
-    if "pld" in found.replaced or "prv" in found.replaced:
+    if found.optimistic is not None:
+        audit.note(
+            "noise is discrete, for which RDP at integer orders holds; by PLD, were it continuous, ε ="
+            f" {found.optimistic:.4f}"
+        )
+    elif "pld" in found.replaced or "prv" in found.replaced:
         who = " and ".join(accountant.upper() for accountant in found.replaced)
         audit.note(f"{name}: {who} cannot resolve what was charged; the RDP number stands in its place")
     if (ledger is None or ledger.bounded) and claiming:

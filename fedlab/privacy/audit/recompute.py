@@ -8,6 +8,7 @@ never NaN, never an exception.
 | sampler | counted as |
 |---|---|
 | ``poisson`` | subsampled Gaussian (q, σ), add/remove |
+| ``poisson_discrete`` | the same with discrete noise: RDP at integer orders, over all events, by a sum of its own |
 | ``full`` | Gaussian, sensitivity C per step |
 | ``fixed_wor`` | Gaussian, sensitivity 2C per step: the record in a place moves another out of it |
 | ``shuffle`` | Gaussian, sensitivity √5·C per started pass of ⌊1/q⌋ steps |
@@ -26,6 +27,7 @@ from typing import Any
 
 from fedlab.privacy.accounting import Event
 
+ORDERS = (*range(2, 129), *range(132, 257, 4), *range(272, 513, 16), 640, 768, 1024, 2048)  # of discrete noise
 GRID = 1e-4
 MOST_POINTS = 2**19  # per PLD; the grid is widened beyond
 PRV_LOSS, PRV_POINTS = (
@@ -53,12 +55,14 @@ class Recomputed:
     unamplified: float
     ceiling: float
     replaced: tuple[str, ...] = ()
+    optimistic: float | None = None  # under discrete noise: PLD as if it were continuous, which guarantees nothing
 
 
 @dataclass(frozen=True)
 class _Spent:
     sampled: tuple[tuple[float, float, int], ...]  # (q, σ, steps), merged and sorted
     rho2: float  # Σ (sensitivity/σ)² of all unamplified Gaussians, which compose to one with this square
+    discrete: bool = False  # some of the noise is discrete
 
 
 def recompute(events: Iterable[Event], delta: float) -> Recomputed:
@@ -79,15 +83,24 @@ def recompute(events: Iterable[Event], delta: float) -> Recomputed:
     plain: list[float] = []
     everything: list[float] = []  # without amplification: never below what was counted
     for (sampler, q, sigma), times in counts.items():
-        square = {"poisson": 1.0, "full": 1.0, "fixed_wor": 4.0, "shuffle": 5.0}[sampler]
+        square = {"poisson": 1.0, "poisson_discrete": 1.0, "full": 1.0, "fixed_wor": 4.0, "shuffle": 5.0}[sampler]
         amount = times * square / sigma / sigma if sigma >= LITTLE_NOISE else math.inf
         everything.append(max(amount, steps[sampler, q, sigma] / sigma / sigma) if sigma >= LITTLE_NOISE else math.inf)
-        if sampler == "poisson" and q < 1 and LITTLE_NOISE <= sigma <= MUCH_NOISE:
+        if sampler in ("poisson", "poisson_discrete") and q < 1 and LITTLE_NOISE <= sigma <= MUCH_NOISE:
             sampled.append((q, sigma, times))
         else:
             plain.append(amount)
-    spent = _Spent(tuple(sorted(sampled)), math.fsum(plain))
-    return _compose(spent, math.fsum(everything), delta)
+    discrete = any(sampler == "poisson_discrete" for sampler, _, _ in counts)
+    spent = _Spent(_added(sampled), math.fsum(plain), discrete)
+    return (_discrete if discrete else _compose)(spent, math.fsum(everything), delta)
+
+
+def _added(sampled: Iterable[tuple[float, float, int]]) -> tuple[tuple[float, float, int], ...]:
+    """Steps of equal (q, σ) added, whether their noise is discrete or not."""
+    steps: Counter[tuple[float, float]] = Counter()
+    for q, sigma, times in sampled:
+        steps[q, sigma] += times
+    return tuple(sorted((q, sigma, times) for (q, sigma), times in steps.items()))
 
 
 def _passes(event: Event) -> int:
@@ -113,6 +126,45 @@ def _compose(spent: _Spent, everything: float, delta: float) -> Recomputed:
     return Recomputed(
         rdp if "pld" in replaced else pld, rdp, rdp if "prv" in replaced else prv, unamplified, ceiling, tuple(replaced)
     )
+
+
+@lru_cache(maxsize=4096)
+def _discrete(spent: _Spent, everything: float, delta: float) -> Recomputed:
+    """One number for all accountants: RDP at integer orders, where discrete noise has the moments of continuous
+    noise. The PLD of continuous noise is told beside it.
+    """
+    if not (spent.sampled or spent.rho2) or delta >= 1:
+        return Recomputed(0.0, 0.0, 0.0, 0.0, 0.0)
+    if not delta > 0 or math.isinf(spent.rho2):
+        return Recomputed(math.inf, math.inf, math.inf, math.inf, math.inf)
+    found = integer_epsilon(spent.sampled, spent.rho2, delta)
+    plain = _try(lambda: _pld(_Spent(spent.sampled, spent.rho2), delta))
+    without = integer_epsilon((), everything, delta)
+    return Recomputed(found, found, found, without, found, ("pld", "prv"), None if math.isnan(plain) else plain)
+
+
+def integer_epsilon(sampled: Iterable[tuple[float, float, int]], rho2: float, delta: float) -> float:
+    """ε by RDP at integer orders, from the binomial sum of each moment (Mironov, Talwar and Zhang, 2019, section 3.3).
+
+    Args:
+        sampled: (q, σ, steps) of Poisson-sampled Gaussians, discrete or not.
+        rho2: Σ (sensitivity/σ)² of the ones without sampling.
+        delta: δ in (0, 1).
+    """
+    import numpy as np
+    from scipy.special import gammaln, logsumexp
+
+    least = math.inf
+    for order in ORDERS:
+        k = np.arange(order + 1)
+        binomial = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
+        rdp = order * rho2 / 2
+        for q, sigma, times in sampled:
+            terms = binomial + (order - k) * math.log1p(-q) + k * math.log(q) + k * (k - 1.0) / (2 * sigma * sigma)
+            rdp += times * max(0.0, float(logsumexp(terms))) / (order - 1)
+        found = rdp + math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+        least = min(least, found)
+    return max(0.0, least)
 
 
 def _steps(spent: _Spent) -> int:

@@ -35,6 +35,7 @@ from fedlab.privacy.audit.memorisation import check_memorisation
 from fedlab.privacy.audit.numbers import Row, check_numbers
 from fedlab.privacy.audit.receipts import WHERE, compare
 from fedlab.privacy.audit.rounds import check_rounds
+from fedlab.privacy.audit.shares import check_shares
 from fedlab.privacy.audit.tensors import check_adapter
 from fedlab.privacy.audit.terms import check_terms
 
@@ -111,6 +112,7 @@ def audit_run(
     evidence = read_evidence(audit, unit, config, result, keys)
     check_run(audit, evidence)
     check_terms(audit, evidence)
+    check_shares(audit, evidence)
     if evidence.receipts:
         audit.findings += compare(evidence.receipts, evidence.ledgers)
     if evidence.receipts and not evidence.receipts.current:

@@ -12,9 +12,9 @@ from typing import Any
 
 Check = Callable[[Any], str | None]
 ZEROS = "0" * 64
-# keys that lines of the first edition lack, by type
-SINCE_2: Mapping[str, frozenset[str]] = {
-    "PLAN": frozenset({"configuration", "releases"}),
+# keys that lines of earlier editions lack, by type
+LATER: Mapping[str, frozenset[str]] = {
+    "PLAN": frozenset({"configuration", "releases", "shared"}),
     "START": frozenset({"config"}),
     "ROUND": frozenset({"before"}),
 }
@@ -41,10 +41,11 @@ def _hex(least: int, most: int | None = None) -> Check:
     return check
 
 
-def _integer(least: int) -> Check:
+def _integer(least: int, most: int = MOST - 1) -> Check:
     def check(value: Any) -> str | None:
-        good = isinstance(value, int) and not isinstance(value, bool) and least <= value < MOST
-        return None if good else f"must be an integer from {least} to 2^53, got {_shown(value)}"
+        good = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        end = "2^53" if most == MOST - 1 else str(most)
+        return None if good else f"must be an integer from {least} to {end}, got {_shown(value)}"
 
     return check
 
@@ -158,7 +159,7 @@ def _record(keys: Mapping[str, Check], later: frozenset[str] = frozenset()) -> C
 
 
 def _sampler(value: Any) -> str | None:
-    known = isinstance(value, str) and value in ("poisson", "fixed_wor", "shuffle", "full")
+    known = isinstance(value, str) and value in ("poisson", "poisson_discrete", "fixed_wor", "shuffle", "full")
     return None if known else f"unknown sampler {_shown(value)}, which cannot be accounted for"
 
 
@@ -180,6 +181,15 @@ def _sealed(value: Any) -> str | None:
 
 _HASH, _KEY, _DIGEST, _COUNT = _hex(64), _hex(64), _hex(32, 128), _integer(1)
 EVENT = _record({"sampler": _sampler, "q": _real(0, 1), "sigma": _real(0), "steps": _integer(0)})
+SHARED = _record(
+    {
+        "survivors": _COUNT,
+        "colluding": _integer(0),
+        "dimension": _COUNT,
+        "bits": _integer(1, 40),
+        "share": _real(0, above=True),
+    }
+)
 COMMON: Mapping[str, Check] = {
     "v": _exactly(1), "seq": _integer(0), "prev": _HASH, "type": _text, "time": _time, "run": _hex(32), "owner": _name,
     "dataset": _HASH, "hash": _HASH, "sig": _hex(128),
@@ -208,7 +218,7 @@ def problem(line: Mapping[str, Any], types: Mapping[str, Mapping[str, Check]]) -
     kind = line.get("type")
     if not isinstance(kind, str) or kind not in types:
         return f"unknown type {_shown(kind)}" if "type" in line else "lacks the key 'type'"
-    text = _record({**COMMON, **types[kind]}, SINCE_2.get(kind, frozenset()))(dict(line))
+    text = _record({**COMMON, **types[kind]}, LATER.get(kind, frozenset()))(dict(line))
     return None if text is None else f"{kind} {text}"
 
 
@@ -228,6 +238,7 @@ CLIENT: Mapping[str, Mapping[str, Check]] = {
         "scope": _HASH, "budget": _or_null(_record({"epsilon": _real(0), "delta": _real(0, 1)})),
         "noise": _one_of("seeded", "secure"),
         "content": _or_null(_HASH), "configuration": _HASH, "releases": _list(_name), "code": _each(_name, _text),
+        "shared": _or_null(SHARED),
     },
     "CHARGE": {"round": _COUNT, "plan": _HASH, "event": EVENT, "in": _DIGEST, "filter": _one_of("rdp", "pld", "none")},
     "COMMIT": {"charge": _HASH, "steps": _integer(0), "out": _DIGEST},

@@ -59,7 +59,9 @@ def _common(config: Tree, plan: Line, q: float) -> Iterator[tuple[str, Any, Any]
         most = real(plan["budget"]["epsilon"]) if plan["budget"] else math.inf
         yield "budget", max(most, float(budget["epsilon"])), float(budget["epsilon"])
     given = privacy.get("delta", (budget or {}).get("delta"))
-    delta = float(given) if given is not None else min(1e-5, 1 / (10 * n))
+    # under shared noise δ is one for all clients, as σ is
+    default = min(1e-5, 1 / (10 * n)) if privacy.get("survivors") is None else 1e-5
+    delta = float(given) if given is not None else default
     # In a stream δ is one for all tasks, the smallest of theirs.
     signed = real(plan["delta"])
     yield "δ", max(signed, delta) if config.get("tasks") else signed, delta
@@ -68,12 +70,14 @@ def _common(config: Tree, plan: Line, q: float) -> Iterator[tuple[str, Any, Any]
 def _of_client(config: Tree, plan: Line) -> Iterator[tuple[str, Any, Any]]:
     """What one client signs under unit ``example``."""
     train, n = config["train"], plan["n"]
-    yield "sampler", event_of(plan).sampler, "poisson"
+    shared = config["privacy"].get("survivors") is not None
+    yield "sampler", event_of(plan).sampler, "poisson_discrete" if shared else "poisson"
     steps = train.get("steps")
     wanted = steps if steps is not None else math.ceil(train["epochs"] * n / train["batch_size"])
     yield "steps", event_of(plan).steps, wanted
     yield "participations", plan["participations"], _participations(config)
-    yield from _common(config, plan, min(1.0, train["batch_size"] / n))
+    rate = train.get("sampling_rate")
+    yield from _common(config, plan, float(rate) if rate is not None else min(1.0, train["batch_size"] / n))
 
 
 def _of_server(config: Tree, plan: Line) -> Iterator[tuple[str, Any, Any]]:

@@ -33,7 +33,7 @@ COMMON = {"v", "seq", "prev", "type", "time", "run", "owner", "dataset", "hash",
 FIELDS: dict[str, set[str]] = {
     "PLAN": (
         {"key", "unit", "relation", "event", "clip", "normaliser", "delta", "n"}
-        | {"participations", "scope", "budget", "noise", "content", "configuration", "releases", "code"}
+        | {"participations", "scope", "budget", "noise", "content", "configuration", "releases", "code", "shared"}
     ),
     "CHARGE": {"round", "plan", "event", "in", "filter"},
     "COMMIT": {"charge", "steps", "out"},
@@ -47,8 +47,8 @@ FIELDS: dict[str, set[str]] = {
     "ROUND": {"round", "before", "in", "out", "clients"},
     "FINAL": {"heads", "files", "state", "status"},
 }
-# keys that lines of the first edition lack: such ledgers are read and continued
-SINCE_2: dict[str, set[str]] = {"PLAN": {"configuration", "releases"}, "START": {"config"}, "ROUND": {"before"}}
+# keys that lines of earlier editions lack: such ledgers are read and continued
+LATER: dict[str, set[str]] = {"PLAN": {"configuration", "releases", "shared"}, "START": {"config"}, "ROUND": {"before"}}
 
 
 def canonical(value: Mapping[str, Any]) -> bytes:
@@ -141,9 +141,9 @@ def check_chain(entries: Iterable[Entry], owner: str, public: str, after: Entry 
 
 
 def _complete(kind: str, entry: Entry) -> bool:
-    """Whether a line has the keys of its type, or of its type in the first edition."""
+    """Whether a line has the keys of its type, or of its type in an earlier edition."""
     keys = COMMON | FIELDS[kind]
-    return keys - SINCE_2.get(kind, set()) <= set(entry) <= keys
+    return keys - LATER.get(kind, set()) <= set(entry) <= keys
 
 
 def charged(entries: Iterable[Entry], run: str | None = None) -> list[Entry]:

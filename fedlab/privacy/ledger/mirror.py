@@ -132,7 +132,7 @@ class LedgerMirror:
         """What a client was charged: in all, or in one run."""
         return events(self.entries(client), run)
 
-    def witness(self, client: str, round_number: int, declared: Event, received: str, update: str) -> Entry:
+    def witness(self, client: str, round_number: int, declared: Event, received: str, update: str | None) -> Entry:
         """Find an update in its client's ledger.
 
         Args:
@@ -140,7 +140,7 @@ class LedgerMirror:
             round_number: of which round it is.
             declared: the event that the client's plan says a round is.
             received: digest of the state that was sent to the client.
-            update: digest of the update.
+            update: digest of the update; None where it came in a sum of several clients' and was not seen alone.
 
         Returns:
             Its COMMIT line.
@@ -161,7 +161,7 @@ class LedgerMirror:
         if charge["in"] != received:
             raise PrivacyError("it charged a round on another state than the one that was sent")
         commits = [e for e in self.entries(client) if e["type"] == "COMMIT" and e["charge"] == charge["hash"]]
-        if not commits or commits[-1]["out"] != update:
+        if not commits or (update is not None and commits[-1]["out"] != update):
             raise PrivacyError("its ledger does not commit the update that it sent")
         return commits[-1]
 

@@ -24,6 +24,7 @@ TERMS = (
     "content",
     "configuration",
     "releases",
+    "shared",
 )
 
 
@@ -42,8 +43,8 @@ def budget_terms(limit: float, delta: float) -> dict[str, str]:
 def plan_terms(
     event: Event, *, unit: str, clip: float, normaliser: float, delta: float, n: int, participations: int, noise: str
 ) -> dict[str, Any]:
-    """What a plan object knows of the terms; ``scope``, ``budget`` and ``content`` are the owner's to add,
-    ``run_terms`` the run's.
+    """What a plan object knows of the terms; ``scope``, ``budget``, ``content`` and, where noise is shared, ``shared``
+    are the owner's to add, ``run_terms`` the run's.
 
     Args:
         event: one round's.
@@ -65,6 +66,7 @@ def plan_terms(
         "n": n,
         "participations": participations,
         "noise": noise,
+        "shared": None,
     }
 
 

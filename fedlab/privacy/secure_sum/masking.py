@@ -1,66 +1,41 @@
-"""Sums of which the server learns nothing but the sum: pairwise masks that cancel (after Bonawitz et al., arXiv
-1611.04482).
+"""Masks modulo 2⁶⁴: key streams that hide what a client sends, and cancel in the sum (Bonawitz et al. 2017, section 4).
 
-Every client makes a fresh X25519 key; each pair derives one key stream from its shared secret, which one of the two
-adds and the other subtracts, modulo 2⁶⁴. Whoever sees a masked value sees uniform noise; the masks of all clients add
-up to zero. If one of them is missing the sum is noise: it is asked for again, with fresh keys, from the same clients
-only, since two sums over different clients differ by what those have who are in one of them alone (``clients.gram``
-refuses). Holds against a server that is curious and follows the protocol; one that invents clients with keys of its own
-is not kept out.
+Every pair of neighbours has a stream, which one of the two adds and the other subtracts; every client adds one more of
+its own, so that a value that came late, after its pairwise masks were taken off, is hidden still.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedlab.errors import PrivacyError
-
-
-def new_key() -> bytes:
-    """A fresh private key, 32 bytes, for one sum."""
-    return X25519PrivateKey.generate().private_bytes_raw()
+Values = Mapping[str, np.ndarray]  # name → int64 array, modulo 2⁶⁴
+BLOCK = 2**15  # numbers of a stream at a time: they stay in the processor's cache
+_ZEROS = bytes(8 * BLOCK)
 
 
-def public_of(private: bytes) -> str:
-    """Its public key, in hex."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw().hex()
+def shifted(values: Values, plus: Iterable[bytes], minus: Iterable[bytes] = ()) -> dict[str, np.ndarray]:
+    """Values (int64 arrays) with the streams of keys (32 bytes) added and subtracted, modulo 2⁶⁴; they are copied."""
+    added, subtracted, result = list(plus), list(minus), {}
+    for name in sorted(values):
+        total = np.array(values[name], dtype=np.int64).view(np.uint64)  # a copy
+        flat = total.reshape(-1)
+        up, down = [_stream(key, name) for key in added], [_stream(key, name) for key in subtracted]
+        for start in range(0, flat.size, BLOCK):
+            part = flat[start : start + BLOCK]
+            for stream in up:
+                part += _next(stream, part.size)
+            for stream in down:
+                part -= _next(stream, part.size)
+        result[name] = total.view(np.int64)
+    return result
 
 
-def masked(
-    values: Mapping[str, np.ndarray], private: bytes, client: str, peers: Mapping[str, str], context: str, least: int
-) -> dict[str, np.ndarray]:
-    """``values`` (int64 arrays) plus this client's masks towards all ``peers`` (client → public key, itself included),
-    modulo 2⁶⁴.
-
-    ``context`` names the sum (run, attempt): the same keys never mask two sums alike. Raises PrivacyError if fewer than
-    ``least`` clients take part, if two share a key, if this client's own key is not in it as it made it, or for a key
-    that is none.
-    """
-    if len(peers) < least:
-        raise PrivacyError(f"{len(peers)} clients would be added up, at least {least} are needed to hide one")
-    if len(set(peers.values())) < len(peers):
-        raise PrivacyError("two clients of this sum have the same key; a sum needs a fresh key of every client")
-    if peers.get(client) != public_of(private):
-        raise PrivacyError(f"the server lists another key of {client} than the one that it made")
-    total = {name: value.astype(np.int64).view(np.uint64).copy() for name, value in values.items()}
-    for peer, public in sorted(peers.items()):
-        if peer == client:
-            continue
-        key = _pair_key(private, public, client, peer, context)
-        for name, value in sorted(total.items()):
-            mask = _stream(key, name, value.size).reshape(value.shape)
-            total[name] = value + mask if client < peer else value - mask
-    return {name: value.view(np.int64) for name, value in total.items()}
-
-
-def add(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def add(first: Values, second: Values) -> dict[str, np.ndarray]:
     """Sums modulo 2⁶⁴ by name; either may lack a name."""
     result = dict(first)
     for name, value in second.items():
@@ -69,19 +44,22 @@ def add(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> di
     return result
 
 
-def _pair_key(private: bytes, public: str, client: str, peer: str, context: str) -> bytes:
-    try:
-        secret = X25519PrivateKey.from_private_bytes(private).exchange(
-            X25519PublicKey.from_public_bytes(bytes.fromhex(public))
-        )
-    except ValueError as error:
-        raise PrivacyError(f"the key of {peer} is no X25519 public key: {error}") from None
-    info = "|".join(("fedlab-mask-v1", context, *sorted((client, peer)))).encode()
-    return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=info).derive(secret)
+def values_digest(values: Values) -> str:
+    """SHA-256 (hex) of names, shapes and numbers."""
+    found = hashlib.sha256()
+    for name in sorted(values):
+        value = np.ascontiguousarray(values[name], dtype="<i8")
+        found.update(f"{len(name)}:{name}{list(value.shape)}".encode())
+        found.update(value.tobytes())
+    return found.hexdigest()
 
 
-def _stream(key: bytes, name: str, count: int) -> np.ndarray:
-    """``count`` uniform 64-bit numbers of this pair for this tensor."""
-    nonce = hashlib.sha256(name.encode()).digest()[:16]
-    encryptor = Cipher(algorithms.AES(key), modes.CTR(nonce)).encryptor()
-    return np.frombuffer(encryptor.update(bytes(8 * count)), dtype="<u8")
+def _stream(key: bytes, name: str) -> Any:
+    """Uniform bytes of this key for this tensor: AES-256-CTR from a place that the tensor's name says."""
+    place = hashlib.sha256(name.encode()).digest()[:16]
+    return Cipher(algorithms.AES(key), modes.CTR(place)).encryptor()
+
+
+def _next(stream: Any, count: int) -> np.ndarray:
+    """The next ``count`` (at most ``BLOCK``) uniform 64-bit numbers of a stream."""
+    return np.frombuffer(stream.update(_ZEROS[: 8 * count]), dtype="<u8")

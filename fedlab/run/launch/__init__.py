@@ -84,7 +84,8 @@ def deploy_run(
 
 
 def prepared_to_deploy(config: RunConfig, out: str | Path | None = None) -> RunConfig:
-    """The configuration as it will be deployed: type and hash of the base written down. No data are looked at.
+    """The configuration as it will be deployed: type and hash of the base written down, and that sums are masked. No
+    data are looked at.
 
     Raises one error for everything that can be known to be wrong.
     """
@@ -99,7 +100,9 @@ def prepared_to_deploy(config: RunConfig, out: str | Path | None = None) -> RunC
     found.raise_all()
     resolved: RunConfig = load_reference(STRATEGIES)[config.strategy.name].resolved(config)
     model = resolved.model.model_copy(update={"sha256": resolved.model.sha256 or model_fingerprint(resolved.model)})
-    return resolve_dtype(resolved.model_copy(update={"model": model}))
+    # clients on machines of their own mask their parts of a sum, whatever is asked: what the run says of itself is so
+    privacy = resolved.privacy.model_copy(update={"masked": resolved.shared_noise})
+    return resolve_dtype(resolved.model_copy(update={"model": model, "privacy": privacy}))
 
 
 def prepared(config: RunConfig, out: str | Path | None = None) -> RunConfig:

@@ -259,7 +259,7 @@ def _look_at_clients(found: Problems, config: RunConfig, clients: dict[str, list
 
 
 def _check_batch(config: RunConfig, client: str, examples: int) -> None:
-    if config.train.batch_size > examples:
+    if config.train.sampling_rate is None and config.train.batch_size > examples:
         raise ConfigError(
             f"train.batch_size = {config.train.batch_size}, but {client} has {examples} training examples; at most"
             f" {examples}, or raise data.min_client_size or lower data.clients"

@@ -1,6 +1,7 @@
-"""``edition-1`` was written by the first edition. Ledgers are kept for years: it is read and continued.
+"""``edition-1`` and ``edition-2`` were written by earlier editions. Ledgers are kept for years: both are read and
+continued.
 
-``edition-2`` is what is written now: the same history is these bytes.
+``edition-3`` is what is written now: the same history is these bytes. Its PLANs say whether noise is shared.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from fedlab.privacy.ledger.mirror import LedgerMirror
 from fedlab.privacy.ledger.terms import budget_terms, plan_terms, run_terms, scope_of
 
 HERE = Path(__file__).parent
-OWNED, RECEIPTS = ((HERE / "edition-1" / name).read_bytes() for name in ("client-0.jsonl", "receipts.jsonl"))
-NOW = [(HERE / "edition-2" / name).read_bytes() for name in ("client-0.jsonl", "receipts.jsonl")]
+EARLIER = [
+    tuple((HERE / edition / name).read_bytes() for name in ("client-0.jsonl", "receipts.jsonl"))
+    for edition in ("edition-1", "edition-2")
+]
+NOW = [(HERE / "edition-3" / name).read_bytes() for name in ("client-0.jsonl", "receipts.jsonl")]
 
 
 class Fixed(datetime):
@@ -63,21 +67,23 @@ def test_every_kind_of_line_is_in_the_history():
     assert kinds == FIELDS.keys()
 
 
-def test_ledgers_of_the_first_edition_are_read_and_continued(tmp_path: Path):
+@pytest.mark.parametrize(("owned", "receipts"), EARLIER, ids=["1", "2"])
+def test_ledgers_of_earlier_editions_are_read_and_continued(tmp_path: Path, owned: bytes, receipts: bytes):
     made = history()
-    entries = parse_lines(OWNED.decode())
+    entries = parse_lines(owned.decode())
     check_chain(entries, "client-0", public_hex(made.key(1)))
-    (tmp_path / "client-0.jsonl").write_bytes(OWNED)
+    (tmp_path / "client-0.jsonl").write_bytes(owned)
     ledger = Ledger(tmp_path / "client-0.jsonl", "client-0", "d" * 64, made.key(1))
     with ledger.locked():
         ledger.append("REFUSE", "b" * 32, round=0, kind="plan-mismatch", reason="another run")
     assert len(ledger.entries) == len(entries) + 1
-    assert ledger.path.read_bytes().startswith(OWNED)
+    assert ledger.path.read_bytes().startswith(owned)
 
 
-def test_the_auditor_finds_nothing_in_ledgers_of_the_first_edition():
-    ledger = read_ledger(read_chain(OWNED, "client-0", "client-0", CLIENT, "PLAN"))
-    receipts = read_receipts(read_chain(RECEIPTS, "receipts.jsonl", "server", SERVER_TYPES, "START"))
+@pytest.mark.parametrize(("owned", "signed"), EARLIER, ids=["1", "2"])
+def test_the_auditor_finds_nothing_in_ledgers_of_earlier_editions(owned: bytes, signed: bytes):
+    ledger = read_ledger(read_chain(owned, "client-0", "client-0", CLIENT, "PLAN"))
+    receipts = read_receipts(read_chain(signed, "receipts.jsonl", "server", SERVER_TYPES, "START"))
     assert ledger.findings == receipts.findings == ()
     assert list(compare(receipts, {"client-0": ledger})) == []
     assert ledger.events() == [Event("poisson", 0.05, 0.9, 4)] * 3

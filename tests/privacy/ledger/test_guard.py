@@ -51,6 +51,18 @@ def kinds(guarded: Guard) -> list[str]:
     return [e["type"] for e in guarded.ledger.entries]
 
 
+def test_other_shares_of_noise_than_were_signed_are_refused(tmp_path: Path):
+    """A ledger from before there were any has no such key, and shares none."""
+    shared = {"survivors": 4, "colluding": 1, "dimension": 8, "bits": 20, "share": (1e6).hex()}
+    agreed, guarded = terms(shared=shared), guard(tmp_path)
+    assert guarded.plan(agreed, {}) is None
+    for other in (None, {**shared, "survivors": 3}, {**shared, "share": (1e5).hex()}):
+        with pytest.raises(Refusal, match="plan-mismatch: shared = "):
+            spend(guarded, terms(shared=other), 1)
+    spend(guarded, agreed, 1)
+    assert guarded.ledger.entries[0]["shared"] == shared
+
+
 def test_the_round_that_would_cross_the_budget_is_refused_and_not_a_round_earlier(tmp_path: Path):
     limit, agreed, guarded = 3.0, terms(3.0), guard(tmp_path)
     assert guarded.plan(agreed, {}) is None

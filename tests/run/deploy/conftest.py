@@ -247,9 +247,19 @@ class House:
         self.processes["server"] = self.live.process  # type: ignore[assignment]
 
     def join(
-        self, name: str, number: int, let_in: bool = True, home: Path | None = None, before: tuple[str, ...] = ()
+        self,
+        name: str,
+        number: int,
+        let_in: bool = True,
+        home: Path | None = None,
+        before: tuple[str, ...] = (),
+        policy: str = "",
+        more: str = "",
     ) -> None:
-        """Make a client's keys and files, and start it; ``before``: what its command begins with."""
+        """Make a client's keys and files, and start it.
+
+        ``before``: what its command begins with. ``policy``, ``more``: what stands in its file beside the rest.
+        """
         private, public = keys.make_node(name, self.folder)
         if let_in:
             keys.add_node(self.folder / "keys", public)
@@ -264,6 +274,7 @@ class House:
             data=data,
             model=self.model,
         )
+        text = text.replace("[policy]\n", f"[policy]\n{policy}\n") + f"\n{more}\n"
         (self.folder / f"{name}.toml").write_text(text, encoding="utf-8")
         self.start(name, before)
 

@@ -14,18 +14,18 @@ from fedlab.errors import PrivacyError
 from fedlab.privacy.accounting import Event, epsilon
 from fedlab.privacy.ledger.guard import affordable, spent_of_budget
 from fedlab.protocol import encode
+from fedlab.protocol.fields import Failure
 from fedlab.protocol.messages import (
     NODE_FAILURE,
     ClientReply,
     DescribeReply,
     Enrolment,
-    Failure,
     GramReply,
-    KeysReply,
     NodeFailure,
     ReceiptsReply,
     TrainReply,
 )
+from fedlab.protocol.sum_messages import Revealed, UnmaskReply
 from fedlab.run.monitor.client import ClientMonitor, failure_codes, ledger_epsilon
 from fedlab.run.monitor.endpoints import client_endpoint, client_problem, client_values
 
@@ -72,7 +72,7 @@ def test_codes_are_taken_from_the_reply_itself(tmp_path: Path):
         ("train", TrainReply(1.0, 2.0, (refused, given)), ["policy"]),
         ("gram", GramReply(1.0, 2.0, (refused,), None), ["policy"]),
         ("receipts", ReceiptsReply((given,)), []),
-        ("keys", KeysReply({}), []),
+        ("unmask", UnmaskReply((Revealed("north", failure=Failure("secure-sum")),)), ["secure-sum"]),
         (NODE_FAILURE, NodeFailure("request"), ["request"]),
     ]
     file = tmp_path / "monitor.json"

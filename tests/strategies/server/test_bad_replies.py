@@ -17,7 +17,8 @@ import fedlab
 from fedlab.config import RunConfig
 from fedlab.privacy.release import METRICS, UPDATE
 from fedlab.protocol import Frame, decode, encode
-from fedlab.protocol.messages import REPLIES, REQUESTS, ClientReply, Failure, Release, TrainReply
+from fedlab.protocol.fields import Failure
+from fedlab.protocol.messages import REPLIES, REQUESTS, ClientReply, Release, TrainReply
 from fedlab.run import launch
 
 RECORD = clients.app.RECORD

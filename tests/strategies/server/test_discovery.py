@@ -15,15 +15,8 @@ from fedlab.errors import PrivacyError, RunFailed
 from fedlab.privacy.release import SIZE, public
 from fedlab.protocol import encode
 from fedlab.protocol.failures import explained
-from fedlab.protocol.messages import (
-    NODE_FAILURE,
-    ClientReply,
-    DescribeReply,
-    Enrolment,
-    EventFields,
-    Failure,
-    NodeFailure,
-)
+from fedlab.protocol.fields import Failure
+from fedlab.protocol.messages import NODE_FAILURE, ClientReply, DescribeReply, Enrolment, EventFields, NodeFailure
 from fedlab.run.deployment import Deployment
 from fedlab.run.directory import RunDirectory
 from fedlab.run.launch.local import LocalGrid
