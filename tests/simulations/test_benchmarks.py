@@ -7,9 +7,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+
+import fedlab
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "simulations" / "benchmarks"
 
@@ -48,6 +50,21 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path):
 def test_the_benchmark_of_secure_sums_adds_up(capsys: pytest.CaptureFixture[str]):
     assert script("secure_sum").main(["--clients", "8", "--parameters", "100", "--dropouts", "0.2"])
     assert "client: mask 100 numbers" in capsys.readouterr().out
+
+
+def test_every_row_of_the_adapter_study_is_a_run(tmp_path: Path):
+    from strategies import STRATEGIES
+
+    module = script("dp_adapter")
+    args = SimpleNamespace(out=tmp_path, epsilon=6.0, survivors=6, overrides=[])
+    presets = {"each alone": "quickstart.toml", "shared noise": "quickstart-shared.toml"}
+    for trust in module.TRUST:
+        for method in module.METHODS:
+            overrides = module.overrides(args, "quickstart", method, trust, 1)
+            config = fedlab.RunConfig.load(module.PRESETS / presets[trust], overrides)
+            STRATEGIES[config.strategy.name].check(config)
+            assert config.shared_noise == (trust == "shared noise")
+            assert config.privacy.epsilon == 6.0
 
 
 @pytest.mark.slow  # five processes, each with a model of its own
