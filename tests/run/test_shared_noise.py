@@ -189,3 +189,13 @@ def test_every_linear_strategy_runs(name: str, tiny_toml: str, tmp_path: Path):
     run = simulate(tiny_toml, tmp_path / "run", f"strategy.name={name}")
     assert run.result["status"] == "completed"
     assert not audit_run(run.path).findings
+
+
+@pytest.mark.parametrize("settings", [("strategy.name=rolora",), ("strategy.name=fed-sb",), ("train.head=freeze",)])
+def test_rounds_that_train_a_part_of_what_was_signed(settings: tuple[str, ...], tiny_toml: str, tmp_path: Path):
+    """Server and clients count the coordinates of all that is ever trained, whatever the first round trains of it."""
+    run = simulate(tiny_toml, tmp_path / "run", *settings)
+    assert (run.result["status"], run.result["unreleased_rounds"]) == ("completed", 0)
+    audit = audit_run(run.path)
+    assert not audit.findings
+    assert not [note for note in audit.notes if "dimension" in note]
