@@ -104,9 +104,7 @@ preparation = st.builds(Preparation, clients, st.none() | mask_key, few[96], fai
 unmask_order = st.builds(UnmaskOrder, clients, few[96])
 MESSAGES: dict[str, st.SearchStrategy] = {
     "describe?": st.builds(DescribeRequest, run, st.text(max_size=200), tuples(clients), st.text(max_size=30), arrays),
-    "train?": st.builds(
-        TrainRequest, run, positive, tuples(order), tuples(positive), once, parts, wire, arrays
-    ),
+    "train?": st.builds(TrainRequest, run, positive, tuples(order), tuples(positive), once, parts, wire, arrays),
     "evaluate?": st.builds(EvaluateRequest, run, counts, tuples(clients), parts, wire, arrays),
     "receipts?": st.builds(ReceiptsRequest, run, tuples(st.builds(ReceiptFor, clients, counts, st.text(max_size=99)))),
     "prepare?": st.builds(PrepareRequest, run, tuples(clients), sum_plan),
