@@ -52,8 +52,8 @@ class Session:
         return shapes
 
     def scope(self, parts: Collection[str]) -> dict[str, tuple[int, ...]]:
-        """Of these parts, ``shapes``: what a privacy plan covers that is signed for them, whatever a round trains of it;
-        server and clients come to the same.
+        """Of these parts, ``shapes``: what a privacy plan covers that is signed for them, whatever a round trains of
+        it; server and clients come to the same.
         """
         return {name: shape for name, shape in self.shapes.items() if part_of(name) in parts}
 

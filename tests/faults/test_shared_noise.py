@@ -109,7 +109,7 @@ def test_a_server_that_is_killed_in_mid_round_loses_it_and_goes_on(
     assert [done for _, done in released(peers)] == [False, True]
     kept = load_checkpoint(RunDirectory.open(peers.path))
     assert kept is not None
-    assert kept[3]["participations"] == {name: 2 for name in ALL}, "of a round that was lost, each has its charge"
+    assert kept[3]["participations"] == dict.fromkeys(ALL, 2), "of a round that was lost, each has its charge"
     peers.check_nothing_is_lost()
 
 

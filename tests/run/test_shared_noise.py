@@ -199,3 +199,14 @@ def test_rounds_that_train_a_part_of_what_was_signed(settings: tuple[str, ...], 
     audit = audit_run(run.path)
     assert not audit.findings
     assert not [note for note in audit.notes if "dimension" in note]
+
+
+@pytest.mark.parametrize("strategy", ["osft", "fedsvd-continual"])
+def test_a_stream_shares_noise_in_each_of_its_tasks(strategy: str, stream_toml: str, tmp_path: Path):
+    toml = stream_toml.replace("energy = 0.9\nfree = 4", "")
+    privacy = "privacy={unit='example', epsilon=3.0, clip=1.0, survivors=2}"
+    run = simulate(toml, tmp_path / "run", privacy, f"strategy.name={strategy}", "run.rounds=2")
+    assert run.result["status"] == "completed"
+    assert run.result["epsilon"] <= 3
+    for task in ("task-0-wet", "task-1-hard"):
+        assert not audit_run(run.path / task).findings
