@@ -15,6 +15,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, RunFailed
 from fedlab.lora.state import part_of
 from fedlab.models.adapters import initial_state
+from fedlab.privacy.accounting import DISCRETE, Event, epsilon
 from fedlab.privacy.audit.run import audit_run
 from fedlab.run.checkpoint import load_checkpoint
 from fedlab.run.directory import RunDirectory
@@ -210,3 +211,17 @@ def test_a_stream_shares_noise_in_each_of_its_tasks(strategy: str, stream_toml: 
     assert run.result["epsilon"] <= 3
     for task in ("task-0-wet", "task-1-hard"):
         assert not audit_run(run.path / task).findings
+
+
+def test_a_ledger_of_both_trust_models_says_how_it_was_counted(tiny_toml: str, tmp_path: Path):
+    """Each alone, after a run under shared noise on the same ledger: discrete noise is in the sum, so RDP counts."""
+    ledger = f"privacy.ledger={str(tmp_path / 'ledgers')!r}"
+    simulate(tiny_toml, tmp_path / "shared", ledger, "run.rounds=1")
+    alone = RunConfig.parse(tiny_toml, [ledger, "run.rounds=1"])
+    run = fedlab.simulate(alone, tmp_path / "alone", quiet=True)
+    n = json.loads((run.path / "ledger" / "client-0.jsonl").read_text().splitlines()[0])["n"]
+    spent = [Event(DISCRETE, 0.2, 1.0, 1), Event("poisson", min(1.0, 16 / n), 1.0, 3)]
+    assert run.result["clients"]["client-0"]["epsilon"] == pytest.approx(epsilon(spent, 1e-5))
+    assert run.result["accountant"].startswith("dp-accounting RDP at integer orders")
+    assert "**Accountant**: dp-accounting RDP at integer orders" in (run.path / "PRIVACY.md").read_text()
+    assert not audit_run(run.path).findings
