@@ -13,7 +13,6 @@ from typing import Any
 
 from clients.kept import Kept, keep, kept_path, load
 from clients.owner import Owner
-from fedlab.lora.state import part_of
 from fedlab.privacy.ledger.guard import Guard, Refusal
 from fedlab.privacy.ledger.keys import keyed_hash
 from fedlab.privacy.ledger.ledger import lines_after
@@ -40,7 +39,7 @@ class ClientAccount:
         self.plan, self.client, self._owner = plan, owner.client, owner
         self._beside, self._drawn = beside_rounds(session.config), session.config.clients_per_round
         self.guard = owner.guard(run.run)
-        shapes = {name: shape for name, shape in session.shapes.items() if part_of(name) in run.parts}
+        shapes = session.scope(run.parts)
         self.dimension = sum(math.prod(shape) for shape in shapes.values())  # coordinates of the signed scope
         budget = owner.budget
         self.terms: Mapping[str, Any] = {

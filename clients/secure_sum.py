@@ -217,9 +217,12 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _forget_before(owner: Owner, run: str, name: str) -> None:
-    """Delete what belongs to sums of this purpose two numbers ago and more: nobody can ask for it any more."""
+    """Delete what belongs to sums of this purpose two numbers ago and more: nobody can ask for it any more.
+
+    Secrets go first: one that outlived, in a crash, what was said of it could be asked for twice.
+    """
     purpose, number = subject_of(name)
-    for path in _folder(owner, run).iterdir():
+    for path in sorted(_folder(owner, run).iterdir(), key=lambda path: path.suffix != f".{PREPARED}"):
         parts = path.name.split(".")[0].split("-")
         if parts[0] == purpose and len(parts) > 1 and int(parts[1]) < number - 1:
             path.unlink(missing_ok=True)

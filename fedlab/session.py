@@ -5,7 +5,7 @@ Opened once, then shared by every message.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,7 +17,7 @@ from fedlab.config import RunConfig
 from fedlab.data import FederatedData, objective_of, open_data
 from fedlab.data.collate import Tokens
 from fedlab.errors import ConfigError
-from fedlab.lora.state import BASIS, State
+from fedlab.lora.state import BASIS, State, part_of
 from fedlab.models.hidden_states import cache_hidden_states
 from fedlab.models.loaded import LoadedModel
 from fedlab.models.loading import build
@@ -50,6 +50,12 @@ class Session:
             else:
                 shapes[name] = tuple(parameter.shape)
         return shapes
+
+    def scope(self, parts: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """Of these parts, ``shapes``: what a privacy plan covers that is signed for them, whatever a round trains of
+        it; server and clients come to the same.
+        """
+        return {name: shape for name, shape in self.shapes.items() if part_of(name) in parts}
 
     def plan(self, client: str) -> DPPlan | None:
         """The client's privacy plan, made from its own size; None when it adds no noise itself."""

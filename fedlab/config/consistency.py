@@ -12,6 +12,7 @@ from fedlab.config.privacy import PrivacySection
 from fedlab.config.sections import EvaluateSection, LoraSection, RunSection, StrategySection, TrainSection
 from fedlab.config.tasks import StageSection, StreamSection, TaskSection
 
+SHARED_SIGMA = (1e-4, 1e6)  # noise multipliers that are exact on the grid of shared noise
 SHARED_BY_TASKS = ("clients", "max_length")  # keys of [data] that no task may set for itself
 
 
@@ -123,7 +124,28 @@ def shared_noise(
             "strategy.robust with privacy.survivors: a robust rule looks at each client's update, and the server sees"
             " their sum alone; remove one of the two"
         )
-    if drawn is not None and not (least := (drawn + privacy.colluding) // 2 + 1) <= fewest <= drawn:
+    yield from _shares(privacy, fewest, drawn)
+
+
+def _shares(privacy: PrivacySection, fewest: int, drawn: int | None) -> Iterator[str]:
+    """A sum of at least two, of which no other set can be confirmed, with noise that its grid can carry."""
+    low, high = SHARED_SIGMA
+    if privacy.sigma is not None and not low <= privacy.sigma <= high:
+        yield (
+            f"privacy.sigma = {privacy.sigma:g} with privacy.survivors: noise that is shared is drawn in whole steps of"
+            f" clip/2^20, from {low:g} to {high:g} times the clip; give a sigma between them"
+        )
+    if fewest < 2:
+        yield (
+            f"privacy.survivors = {fewest}: a sum over one client is that client's own; give at least 2, or leave"
+            " survivors out, so that every client adds all of the noise itself"
+        )
+    elif drawn is not None and (drawn < 2 or (drawn + privacy.colluding) // 2 + 1 > drawn):
+        yield (
+            f"privacy.survivors = {fewest} with {drawn} clients per round and privacy.colluding = {privacy.colluding}:"
+            " too few are drawn for a sum; raise run.fraction or data.clients"
+        )
+    elif drawn is not None and not (least := (drawn + privacy.colluding) // 2 + 1) <= fewest <= drawn:
         yield (
             f"privacy.survivors = {fewest} with {drawn} clients per round and privacy.colluding = {privacy.colluding}:"
             f" it must be at least {least}, so that no two sets of survivors can both be confirmed, and at most {drawn}"

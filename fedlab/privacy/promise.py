@@ -156,12 +156,15 @@ def trust(config: RunConfig) -> str:
     return f"{said} {MASKED if privacy.masked else UNMASKED}"
 
 
-def accountant(config: RunConfig) -> str:
-    """What computed ε, for which neighbours and which sampling: ``accountant`` of ``result.json``."""
+def accountant(config: RunConfig, discrete: bool = False) -> str:
+    """What computed ε, for which neighbours and which sampling: ``accountant`` of ``result.json``.
+
+    ``discrete``: a ledger has releases with discrete noise, of this run or of an earlier one.
+    """
     if not config.private:
         return NO_DP
     unit = config.privacy.unit
-    by = "RDP at integer orders" if config.shared_noise else "PLD"
+    by = "RDP at integer orders" if config.shared_noise or discrete else "PLD"
     return f"dp-accounting {by}, zero-out or add/remove one {unit}, {SAMPLING[unit, sampler_of(config)][0]}"
 
 

@@ -140,6 +140,8 @@ def _mechanism(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
     sampler = SAMPLING.get((unit, event.sampler), ("", f"{event.sampler}: no amplification"))[1]
     sigmas = sorted({round(event_of(row["plan"]["event"]).sigma, 4) for row in rows if row["plan"]})
     kind = "exact integers" if shared else "float64"
+    discrete = any(row["optimistic"] is not None for row in rows)  # in this run, or an earlier one of these ledgers
+    by = "dp-accounting RDP at integer orders," if discrete else code.get("accountant", "dp-accounting PLD")
     noise = (
         f"AES-256-CTR keyed by the operating system, {kind}"
         if plan["noise"] == "secure"
@@ -148,7 +150,7 @@ def _mechanism(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
     return (
         f"**Mechanism.** Clipped sums with Gaussian noise, by {who}: one joint norm C = {float.fromhex(plan['clip']):g} over all trained tensors, noise "
         f"multiplier σ = {sigmas[0]:g}{f' to {sigmas[-1]:g}' if len(sigmas) > 1 else ''}, {event.steps} step(s) per round. **Sampling**: {sampler}. "
-        f"**Noise source**: {noise}. **Accountant**: {code.get('accountant', 'dp-accounting PLD')}"
+        f"**Noise source**: {noise}. **Accountant**: {by}"
         f"{' ' + code['dp-accounting'] if 'dp-accounting' in code else ''} (upper bound). "
         f"Averaging and re-factorising noised updates is post-processing and costs nothing.\n{_shares(rows, shared)}"
     )

@@ -20,6 +20,13 @@ def _identifier(text: str) -> str:
     return text
 
 
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Whoever asks for something twice is no honest server."""
+    if len(set(names)) < len(names):
+        raise ValueError("names something twice")
+    return names
+
+
 ClientId = Annotated[str, StringConstraints(pattern=PATTERN), AfterValidator(_identifier)]
 RunId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -30,6 +37,7 @@ Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 Share = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]  # of a secret, in hex
 Sealed = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{96}$")]  # two shares, encrypted and authenticated
 SumName = Annotated[str, StringConstraints(pattern=r"^(round|gram)-[0-9]{1,9}-[0-9]$")]  # what, number, attempt
+Names = Annotated[tuple[Name, ...], AfterValidator(_once)]
 Lines = Annotated[str, StringConstraints(max_length=MOST_LINES)]
 Part = Annotated[str, StringConstraints(pattern=r"^(lora_A|lora_B|head)$")]
 WireType = Literal["float32", "bfloat16"]

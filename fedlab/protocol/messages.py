@@ -20,6 +20,7 @@ from fedlab.protocol.fields import (
     Failure,
     Lines,
     Name,
+    Names,
     NoDigest,
     Number,
     Part,
@@ -96,7 +97,7 @@ class TrainRequest(Strict):
     round: Positive
     clients: tuple[ClientOrder, ...]
     passes: tuple[Positive, ...]  # sizes, in the clients' order
-    trained: tuple[Name, ...]  # names of tensors
+    trained: Names  # of tensors, each once
     personal: tuple[Part, ...]  # of them, what clients keep
     wire: WireType
     state: Arrays

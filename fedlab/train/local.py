@@ -127,8 +127,11 @@ class LocalSteps:
 
 
 def trainable(names: Iterable[str]) -> list[str]:
-    """The names in order. Raises RunFailed if there is none."""
-    if not (ordered := sorted(names)):
+    """The names in order, each once: a gradient that is added twice would have twice the sensitivity.
+
+    Raises RunFailed if there is none.
+    """
+    if not (ordered := sorted(set(names))):
         raise RunFailed("nothing is trainable: the strategy trains no adapter factor and train.head is frozen")
     return ordered
 

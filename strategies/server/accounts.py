@@ -105,11 +105,13 @@ class Accounts:
         if privacy.survivors is None or self._mirror is None:
             return
         shared = NoiseShare(privacy.survivors, privacy.colluding)
+        tasks = 1 if self.config.stream.joint else len(self.config.tasks)
         for client, info in federation.clients.items():
             signed = self._mirror.plan(client)
             if signed is None or info.event is None or client in federation.refused:
                 continue
-            plan = plan_of(self.config, info.examples)
+            # one for all clients: of a task's examples it has nothing but that δ is small beside their number
+            plan = plan_of(self.config, info.examples, [info.examples] * max(1, tasks))
             expected = plan.event(), plan.delta.hex(), plan.shared_terms(self._dimension)
             if (info.event, signed["delta"], signed.get("shared")) != expected:
                 federation.refused[client] = "it signed other shares of noise than this run's configuration makes"

@@ -80,8 +80,7 @@ class Rounds:
         messenger = SumMessenger if config.shared_noise else Messenger
         self.messenger = messenger(grid, config, self.federation, self.strategy)
         self.unreleased = Unreleased(config.privacy.survivors or 0)
-        trained = trained_names(self.strategy, self.state)
-        self.accounts.begin(self.federation, {name: tuple(self.state[name].shape) for name in trained})
+        self.accounts.begin(self.federation, self.session.scope(self.strategy.trained_parts(config)))
         self.done, self.adapter_moved = 0, False
         self.scoring = Scoring(config, self.session, events, self.strategy.personal, self.personal)
         self.totals = {"bytes_up": 0, "bytes_down": self.basis_bytes, "excluded": 0} | dict.fromkeys(SECONDS, 0.0)

@@ -65,21 +65,24 @@ class SecureSum:
     def prepare(self, purpose: Purpose, number: int, drawn: Collection[str]) -> list[str]:
         """The participants of a sum, prepared: those of ``drawn`` that answered. Empty if they are too few.
 
-        What ``unmask`` prepared for these very clients is used, and no message sent for it.
+        What ``unmask`` prepared for these very clients is used, and no message sent for it. Who declines once is asked
+        again, as all are, under another name: it may have prepared this one with others, before somebody came back or
+        the server was cut off.
         """
         clients = [client for client in drawn if client in self._federation.sum_keys]
+        before: set[str] = set()
         for attempt in range(ATTEMPTS):
             coordinator = self._coordinator(purpose, number, attempt, clients)
             if coordinator is None:
                 break
             missing = [client for client in clients if client not in coordinator.prepared]
-            if missing:
-                self._ask_to_prepare(coordinator, missing)
+            declined = self._ask_to_prepare(coordinator, missing) if missing else set()
             if len(coordinator.prepared) == len(clients):
                 self._sum, self._following = coordinator, None
                 return clients
-            if coordinator.prepared:  # if nobody did, they may have prepared it otherwise before the server was cut off
-                clients = [client for client in clients if client in coordinator.prepared]
+            if coordinator.prepared or declined:
+                clients = [c for c in clients if c in coordinator.prepared or c in declined - before]
+            before = declined
         logger.warning("%s %d: %d clients could prepare a secure sum, which is too few", purpose, number, len(clients))
         return []
 
@@ -148,7 +151,8 @@ class SecureSum:
         clients = [client for client in drawn if client in self._federation.sum_keys]
         return self._coordinator(purpose, number, 0, clients)
 
-    def _ask_to_prepare(self, coordinator: Coordinator, clients: list[str]) -> None:
+    def _ask_to_prepare(self, coordinator: Coordinator, clients: list[str]) -> set[str]:
+        """Take what these clients prepare. Who declined."""
         cohorts, run = self._federation.cohorts(clients), self._federation.run
         requests = {
             node: PrepareRequest(run, tuple(cohort), coordinator.plan(cohort)) for node, cohort in cohorts.items()
@@ -158,6 +162,7 @@ class SecureSum:
         )
         found = {node: reply.clients for node, reply in answers.replies.items()}
         self._accept(coordinator, self._by_client(cohorts, answers, found, "prepared nothing").values())
+        return {mine.client for replies in found.values() for mine in replies if mine.failure is not None}
 
     def _accept(self, coordinator: Coordinator, preparations: Iterable[Preparation]) -> None:
         for preparation in preparations:

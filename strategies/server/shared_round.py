@@ -62,22 +62,25 @@ class SumMessenger(Messenger):
             self._unready = dict.fromkeys(drawn, "the round was cut off, and its masks are gone")
             if self.config.privacy.noise == "secure":  # what it was charged is counted already
                 self.federation.participations.subtract(drawn)
+                if self.federation.hosts:  # but for what a client on a machine of its own could give again
+                    self.federation.participations.update(self._asked_before(number, committed=True))
             return []
         ready = self.sums.prepare("round", number, drawn)
         self._unready = dict.fromkeys(sorted(set(drawn) - set(ready)), "it prepared no masks")
         self.federation.participations.subtract(self._unready.keys())
         return ready
 
-    def _asked_before(self, number: int) -> list[str]:
-        """Clients that were charged for a round that is yet to be."""
+    def _asked_before(self, number: int, committed: bool = False) -> list[str]:
+        """Clients that were charged for a round that is yet to be; or, of them, those that committed to it."""
         mirror = self.federation.mirror
         assert mirror is not None
-        run = self.federation.run.run
-        return [
-            client
-            for client in self.federation.clients
-            if any((e["type"], e["run"], e.get("round")) == ("CHARGE", run, number) for e in mirror.entries(client))
-        ]
+        run, found = self.federation.run.run, dict[str, set[str]]()
+        for client in self.federation.clients:
+            lines = mirror.entries(client)
+            charges = {e["hash"] for e in lines if (e["type"], e["run"], e.get("round")) == ("CHARGE", run, number)}
+            commits = {e["charge"] for e in lines if e["type"] == "COMMIT"}
+            found[client] = charges & commits if committed else charges
+        return [client for client, lines in found.items() if lines]
 
     def finish(self, number: int, outcome: TrainOutcome) -> None:
         """Take the masks off the sum, and let the clients prepare the next round in the same exchange."""

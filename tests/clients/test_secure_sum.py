@@ -241,6 +241,33 @@ def test_keys_lie_where_only_their_owner_reads_and_go_in_time(server: Server):
     assert not folder.exists()
 
 
+def test_secrets_go_before_what_was_said_of_them(server: Server, monkeypatch: pytest.MonkeyPatch):
+    """Of a client that dies while it forgets, nothing is left that could be revealed a second time."""
+    for number in (1, 2, 3):
+        current = Server(server.node, f"round-{number}-0")
+        current.prepare()
+        hide(
+            server.owner("client-0"),
+            values_of("client-0"),
+            RUN.run,
+            ("round", number),
+            current.coordinator.order(NAMES),
+        )
+        gone: list[str] = []
+        unlink = Path.unlink
+
+        def noted(path: Path, missing_ok: bool = False, unlink: Any = unlink, gone: list[str] = gone) -> None:
+            gone.append(path.name)
+            unlink(path, missing_ok)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", noted)
+            current.unmask(("client-0",), (), {})
+    old = [name for name in gone if name.startswith("round-1")]
+    assert old[0] == "round-1-0.prepared"
+    assert {*old[1:]} == {"round-1.masked", "round-1.revealed"}
+
+
 def test_a_changed_file_is_no_preparation(server: Server):
     owner = server.owner("client-0")
     path = owner.places.store / "keys" / f"client-0-{RUN.run}" / "round-1-0.prepared"

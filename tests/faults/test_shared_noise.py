@@ -13,6 +13,8 @@ from fedlab.config.client import ClientFile
 from fedlab.errors import RunFailed
 from fedlab.protocol import decode
 from fedlab.protocol.messages import REPLIES, REQUESTS
+from fedlab.run.checkpoint import load_checkpoint
+from fedlab.run.directory import RunDirectory
 
 SHARED = ("train.steps=1", "train.sampling_rate=0.2", "train.momentum=0", "privacy.sigma=1.0")
 TWO = (*SHARED, "privacy.survivors=2", "run.min_clients=2")
@@ -105,6 +107,9 @@ def test_a_server_that_is_killed_in_mid_round_loses_it_and_goes_on(
     result = peers.resume().result
     assert (result["status"], result["unreleased_rounds"]) == ("completed", 1)
     assert [done for _, done in released(peers)] == [False, True]
+    kept = load_checkpoint(RunDirectory.open(peers.path))
+    assert kept is not None
+    assert kept[3]["participations"] == dict.fromkeys(ALL, 2), "of a round that was lost, each has its charge"
     peers.check_nothing_is_lost()
 
 

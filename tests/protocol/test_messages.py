@@ -59,6 +59,7 @@ KINDS = {f"{kind}?": cls for kind, cls in REQUESTS.items()} | {f"{kind}!": cls f
 clients = st.from_regex(PATTERN, fullmatch=True).filter(is_identifier)
 hexes = {n: st.text("0123456789abcdef", min_size=n, max_size=n) for n in (32, 64, 96, 128)}
 names = st.text(min_size=1, max_size=30)
+once = st.lists(names, max_size=3, unique=True).map(tuple)
 counts, positive = st.integers(0, 2**40), st.integers(1, 2**40)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
@@ -103,9 +104,7 @@ preparation = st.builds(Preparation, clients, st.none() | mask_key, few[96], fai
 unmask_order = st.builds(UnmaskOrder, clients, few[96])
 MESSAGES: dict[str, st.SearchStrategy] = {
     "describe?": st.builds(DescribeRequest, run, st.text(max_size=200), tuples(clients), st.text(max_size=30), arrays),
-    "train?": st.builds(
-        TrainRequest, run, positive, tuples(order), tuples(positive), tuples(names), parts, wire, arrays
-    ),
+    "train?": st.builds(TrainRequest, run, positive, tuples(order), tuples(positive), once, parts, wire, arrays),
     "evaluate?": st.builds(EvaluateRequest, run, counts, tuples(clients), parts, wire, arrays),
     "receipts?": st.builds(ReceiptsRequest, run, tuples(st.builds(ReceiptFor, clients, counts, st.text(max_size=99)))),
     "prepare?": st.builds(PrepareRequest, run, tuples(clients), sum_plan),
@@ -246,6 +245,13 @@ def test_the_error_names_the_field(old: bytes, new: bytes, field: str):
     with pytest.raises(ProtocolError) as caught:
         decode(edited(encode("train", UPDATE), old, new), REPLIES)
     assert caught.value.field == field
+
+
+def test_a_tensor_is_trained_once():
+    request = TrainRequest(RUN, 1, (), (), ("x", "y"), (), "float32", {})
+    with pytest.raises(ProtocolError) as caught:
+        decode(edited(encode("train", request), b'["x","y"]', b'["x","x"]'), REQUESTS)
+    assert caught.value.field == "trained"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from fedlab.config import RunConfig
 from fedlab.errors import ConfigError, RunFailed
 from fedlab.lora.state import part_of
 from fedlab.models.adapters import initial_state
+from fedlab.privacy.accounting import DISCRETE, Event, epsilon
 from fedlab.privacy.audit.run import audit_run
 from fedlab.run.checkpoint import load_checkpoint
 from fedlab.run.directory import RunDirectory
@@ -188,4 +189,39 @@ def test_a_strategy_that_needs_each_client_s_own_is_refused(name: str, tiny_toml
 def test_every_linear_strategy_runs(name: str, tiny_toml: str, tmp_path: Path):
     run = simulate(tiny_toml, tmp_path / "run", f"strategy.name={name}")
     assert run.result["status"] == "completed"
+    assert not audit_run(run.path).findings
+
+
+@pytest.mark.parametrize("settings", [("strategy.name=rolora",), ("strategy.name=fed-sb",), ("train.head=freeze",)])
+def test_rounds_that_train_a_part_of_what_was_signed(settings: tuple[str, ...], tiny_toml: str, tmp_path: Path):
+    """Server and clients count the coordinates of all that is ever trained, whatever the first round trains of it."""
+    run = simulate(tiny_toml, tmp_path / "run", *settings)
+    assert (run.result["status"], run.result["unreleased_rounds"]) == ("completed", 0)
+    audit = audit_run(run.path)
+    assert not audit.findings
+    assert not [note for note in audit.notes if "dimension" in note]
+
+
+@pytest.mark.parametrize("strategy", ["osft", "fedsvd-continual"])
+def test_a_stream_shares_noise_in_each_of_its_tasks(strategy: str, stream_toml: str, tmp_path: Path):
+    toml = stream_toml.replace("energy = 0.9\nfree = 4", "")
+    privacy = "privacy={unit='example', epsilon=3.0, clip=1.0, survivors=2}"
+    run = simulate(toml, tmp_path / "run", privacy, f"strategy.name={strategy}", "run.rounds=2")
+    assert run.result["status"] == "completed"
+    assert run.result["epsilon"] <= 3
+    for task in ("task-0-wet", "task-1-hard"):
+        assert not audit_run(run.path / task).findings
+
+
+def test_a_ledger_of_both_trust_models_says_how_it_was_counted(tiny_toml: str, tmp_path: Path):
+    """Each alone, after a run under shared noise on the same ledger: discrete noise is in the sum, so RDP counts."""
+    ledger = f"privacy.ledger={str(tmp_path / 'ledgers')!r}"
+    simulate(tiny_toml, tmp_path / "shared", ledger, "run.rounds=1")
+    alone = RunConfig.parse(tiny_toml, [ledger, "run.rounds=1"])
+    run = fedlab.simulate(alone, tmp_path / "alone", quiet=True)
+    n = json.loads((run.path / "ledger" / "client-0.jsonl").read_text().splitlines()[0])["n"]
+    spent = [Event(DISCRETE, 0.2, 1.0, 1), Event("poisson", min(1.0, 16 / n), 1.0, 3)]
+    assert run.result["clients"]["client-0"]["epsilon"] == pytest.approx(epsilon(spent, 1e-5))
+    assert run.result["accountant"].startswith("dp-accounting RDP at integer orders")
+    assert "**Accountant**: dp-accounting RDP at integer orders" in (run.path / "PRIVACY.md").read_text()
     assert not audit_run(run.path).findings

@@ -11,6 +11,7 @@ from fedlab.models.adapters import initial_state
 from fedlab.privacy.plan import DPPlan
 from fedlab.seeds import random_stream
 from fedlab.session import Session, open_session
+from fedlab.train.dp import PerExampleGradients
 from fedlab.train.local import LocalTraining, Summed
 from fedlab.train.opacus import OpacusGradients
 from fedlab.train.sums import sum_client, sum_clients
@@ -143,3 +144,15 @@ def test_a_plan_of_one_step_and_one_clip_is_asked_for(tiny_toml: str):
         run([LocalTraining("client-0", state)])
     with pytest.raises(ValueError, match="one clip"):
         run([LocalTraining(c, state, plan_of(session, c, clip=0.1 + i)) for i, c in enumerate(CLIENTS)])
+
+
+@pytest.mark.parametrize("per_example", [PerExampleGradients, OpacusGradients])
+def test_a_tensor_that_is_named_twice_is_summed_once(tiny_toml: str, per_example: type[PerExampleGradients]):
+    session = session_of(tiny_toml)
+    state = moved_state(session)
+    names = names_of(state, ("lora_B", "head"))
+    member = LocalTraining("client-0", state, plan_of(session, "client-0"))
+    model, data, config = session.model, session.data, session.config
+    once = sum_client(model, data, member, names, config, 2, per_example)
+    twice = sum_client(model, data, member, names * 2, config, 2, per_example)
+    assert all(torch.equal(once.sums[name], twice.sums[name]) for name in names), "its sensitivity would be 2C"

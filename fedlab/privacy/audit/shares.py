@@ -43,7 +43,7 @@ def check_shares(audit: AuditedDirectory, evidence: Evidence) -> None:
     plans = {name: plan for name, plan in signed.items() if plan is not None and plan.sound}
     try:
         asked = _asked(evidence.config)
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         audit.find("run.toml", "lacks settings that a run under shared noise has, so no share can be compared with it")
         return
     for name, plan in plans.items():
@@ -95,11 +95,18 @@ def _asked(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return None
     run, clients = config["run"], config["data"]["clients"]
     return {
-        "survivors": int(privacy["survivors"]),
-        "colluding": int(privacy.get("colluding", 0)),
+        "survivors": _whole(privacy["survivors"]),
+        "colluding": _whole(privacy.get("colluding", 0)),
         "bits": BITS,
         "drawn": max(1, round(run["fraction"] * clients)),
     }
+
+
+def _whole(value: Any) -> int:
+    """A count. Raises ValueError for what is none, in which another reader may see another number."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!a} is no count")
+    return value
 
 
 def _against(shared: Mapping[str, Any] | None, asked: Mapping[str, Any] | None) -> Iterator[str]:
@@ -116,7 +123,7 @@ def _of_rounds(evidence: Evidence, asked: Mapping[str, Any] | None) -> Iterator[
     """Two sets of survivors of one round can never both be confirmed."""
     if asked is None or not evidence.config:
         return
-    least = (asked["drawn"] + asked["colluding"]) // 2 + 1
+    least = max(2, (asked["drawn"] + asked["colluding"]) // 2 + 1)
     if not least <= asked["survivors"] <= asked["drawn"]:
         yield (
             f"privacy.survivors = {asked['survivors']} of {asked['drawn']} clients per round, {asked['colluding']} of"
@@ -157,7 +164,8 @@ def _dimension(audit: AuditedDirectory, evidence: Evidence, plans: Mapping[str, 
         signed = (shared_of(plan) or {})["dimension"]
         found = sizes.get(plan["scope"])
         if found is None:
-            audit.note(f"{name}: its scope is not that of the checkpoint's tensors, so its dimension was not checked")
+            text = f"PLAN shares noise over dimension {signed}, but its scope is not that of the checkpoint's tensors"
+            audit.find(name, text, plan.number)
         elif found != signed:
             audit.find(name, f"PLAN has dimension {signed} of its shares, its scope has {found}", plan.number)
 
@@ -180,7 +188,7 @@ def _room(audit: AuditedDirectory, plans: Mapping[str, Line]) -> None:
     most = 0
     for plan in plans.values():
         shared = shared_of(plan) or {}
-        most += plan["n"] * 2 ** shared["bits"] + math.ceil(TAILS * real(shared["share"]) + 1)
+        most += plan["n"] * 2 ** shared["bits"] + math.ceil(TAILS * Fraction(real(shared["share"])) + 1)
     if most >= 2**ROOM:
         name, plan = next(iter(plans.items()))
         audit.find(name, f"a sum of these shares could reach 2^{math.log2(most):.1f}, above 2^{ROOM}", plan.number)

@@ -40,7 +40,7 @@ def check_terms(audit: AuditedDirectory, evidence: Evidence) -> None:
                         name, f"PLAN has {key} {_shown(signed)}, run.toml makes it {_shown(wanted)}", plan.number
                     )
             _check_target(audit, name, plan, evidence.config)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
             audit.find("run.toml", "lacks settings that a private run has, so no PLAN can be compared with it")
             return
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlab.config import RunConfig
-from fedlab.privacy.accounting import Event
+from fedlab.privacy.accounting import DISCRETE, Event
 from fedlab.privacy.ledger.ledger import Entry, charged, event_fields, events
 from fedlab.privacy.ledger.spending import PrivacySpent, exact, summary
 from fedlab.privacy.promise import NO_DP, accountant
@@ -48,11 +48,12 @@ def privacy_claims(
             clients[client]["participations"] = len(charged(entries, run))
         if unseen.get(client):
             clients[client]["unseen"] = [event_fields(event) for event in unseen[client]]
+    discrete = any(e.sampler == DISCRETE for entries in ledgers.values() for e in events(entries))
     worst = summary(epsilons) if epsilons else {"max": 0.0, "median": 0.0}
     return {
         "epsilon": worst["max"],
         "epsilon_median": worst["median"],
-        "accountant": accountant(config),
+        "accountant": accountant(config, discrete),
         "noise": config.privacy.noise,
         "clients": clients,
     }

@@ -147,3 +147,52 @@ def test_what_is_no_share_is_no_ledger_line(tmp_path: Path, shared: Any):
 
 def written_odd(path: Path, shared: Any) -> list[str]:
     return edited(path, "client-1", shared=shared)
+
+
+@pytest.mark.parametrize(
+    "old_and_new",
+    [
+        ("survivors = 2", "survivors = inf"),
+        ("survivors = 2", "survivors = nan"),
+        ("survivors = 2", "survivors = [2]"),
+        ("survivors = 2", "survivors = 2.5"),
+        ("survivors = 2", "survivors = true"),
+        ("colluding = 0", "colluding = -inf"),
+        ("colluding = 0", "colluding = -2"),
+        ("fraction = 1.0", "fraction = inf"),
+        ("fraction = 1.0", "fraction = nan"),
+        ("fraction = 1.0", "fraction = -1.0"),
+        ("[privacy]", "[[privacy]]"),
+        ("[run]", "[[run]]"),
+        ("[data]", "[[data]]"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_is_none_is_a_finding_and_no_exception(tmp_path: Path, old_and_new: tuple[str, str]):
+    original, (old, new) = ledgers.configuration, old_and_new
+
+    def changed(*arguments: Any) -> str:
+        text = original(*arguments)
+        assert old in text
+        return str(text.replace(old, new))
+
+    ledgers.configuration = changed
+    try:
+        audit = written(tmp_path)
+    finally:
+        ledgers.configuration = original
+    assert any(str(finding).startswith("run.toml") for finding in audit.findings), audit.findings
+
+
+def test_a_share_of_any_size_is_a_finding_and_no_exception(tmp_path: Path):
+    there = [str(finding) for finding in written(tmp_path, {**TRUE, "share": (1e308).hex()}).findings]
+    assert any("could reach" in line for line in there), there
+
+
+def test_a_scope_that_is_not_the_checkpoint_s_hides_no_dimension(tmp_path: Path):
+    events = dict.fromkeys(NAMES, EVENT)
+    shared = NoiseShare(2, 0).terms(SIGMA, 1)
+    spent = dict.fromkeys(NAMES[:2], SPENT)
+    ledgers.write_run(tmp_path / "run", epsilon=spent, events=events, shared=shared, scope="5c" * 32)
+    there = [str(finding) for finding in audit_run(tmp_path / "run").findings]
+    assert any("scope" in line for line in there), there

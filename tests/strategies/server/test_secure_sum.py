@@ -14,8 +14,8 @@ from clients.owner import SimulatedOwners
 from clients.secure_sum import answer_confirm, answer_prepare, answer_unmask, hide, sum_key
 from fedlab.config import RunConfig
 from fedlab.privacy.secure_sum.masking import add
-from fedlab.protocol.fields import RunReference
-from fedlab.protocol.sum_messages import Confirmation, ConfirmReply, PrepareReply, Revealed, UnmaskReply
+from fedlab.protocol.fields import Failure, RunReference
+from fedlab.protocol.sum_messages import Confirmation, ConfirmReply, Preparation, PrepareReply, Revealed, UnmaskReply
 from fedlab.run.places import Places
 from strategies.server import secure_sum
 from strategies.server.exchange import Answers
@@ -110,6 +110,37 @@ def test_the_next_sum_of_other_clients_than_were_foreseen_is_prepared_anew(house
     found = house.sums.unmask(house.masked(NAMES[:5], 2), NAMES[:5])
     assert found is not None
     assert np.array_equal(found["x"], plain(NAMES[:5]))
+
+
+def test_who_comes_back_beside_those_that_were_foreseen_is_in_the_next_sum(house: House):
+    """They prepared it without the one that came back, who would else be left alone in it."""
+    house.sums.prepare("round", 1, NAMES[:5])
+    house.sums.unmask(house.masked(NAMES[:5]), NAMES[:5], ("round", 2, NAMES[:5]))
+    assert house.sums.prepare("round", 2, NAMES) == NAMES
+    found = house.sums.unmask(house.masked(NAMES, 2), NAMES)
+    assert found is not None
+    assert np.array_equal(found["x"], plain(NAMES))
+
+
+def test_a_sum_that_some_prepared_otherwise_before_a_crash_is_prepared_by_all_under_another_name(house: House):
+    house.sums.prepare("round", 1, NAMES[:4])
+    other = SecureSum(None, house.sums._config, house.federation)  # type: ignore[arg-type]
+    assert other.prepare("round", 1, NAMES) == NAMES
+    house.sums = other
+    found = other.unmask(house.masked(NAMES), NAMES)
+    assert found is not None
+    assert np.array_equal(found["x"], plain(NAMES))
+
+
+def test_who_prepares_nothing_under_any_name_is_left_out(house: House):
+    def refuse(kind: str, reply: Any) -> Any:
+        failed = (Preparation("client-5", failure=Failure("secure-sum")),)
+        kept = tuple(mine for mine in reply.clients if mine.client != "client-5")
+        return PrepareReply((*kept, *failed)) if kind == "prepare" and len(kept) < len(reply.clients) else reply
+
+    house.change = refuse
+    assert house.sums.prepare("round", 1, NAMES) == NAMES[:5]
+    assert house.asked == ["prepare"] * 3
 
 
 def test_who_drops_out_where(house: House):

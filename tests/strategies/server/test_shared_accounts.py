@@ -12,7 +12,8 @@ import pytest
 import fedlab
 from clients.account import ClientAccount
 from fedlab.config import RunConfig
-from fedlab.errors import ConfigError, RunFailed
+from fedlab.errors import ConfigError, PrivacyError, RunFailed
+from fedlab.privacy import noise_share
 from fedlab.privacy.audit.run import audit_run
 
 SHARED = ("privacy.survivors=2", "train.steps=1", "train.sampling_rate=0.2", "train.momentum=0", "run.rounds=1")
@@ -44,9 +45,12 @@ def test_who_signs_other_shares_than_the_rest_takes_no_part(
     assert any("client-1" in str(finding) for finding in audit_run(run.path).findings)
 
 
-def test_a_sum_that_could_overflow_is_refused_before_anything_is_charged(tiny_toml: str, tmp_path: Path):
-    with pytest.raises((ConfigError, RunFailed), match="there is room for"):
-        fedlab.simulate(RunConfig.parse(tiny_toml, [*SHARED, "privacy.sigma=1e11"]), tmp_path / "run", quiet=True)
+def test_a_sum_that_could_overflow_is_refused_before_anything_is_charged(
+    tiny_toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(noise_share, "WORD", 24)
+    with pytest.raises((ConfigError, RunFailed, PrivacyError), match=r"there is room for|its log says why"):
+        fedlab.simulate(RunConfig.parse(tiny_toml, SHARED), tmp_path / "run", quiet=True)
     ledgers = (tmp_path / "run" / "ledger").glob("client-*.jsonl")
     assert not any("CHARGE" in path.read_text() for path in ledgers)
 
