@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from fedlab.protocol.failures import FailureCode
 from fedlab.protocol.fields import (
@@ -89,13 +89,23 @@ class ClientOrder(Strict):
     rank: Positive
 
 
+def _each_once(orders: tuple[ClientOrder, ...]) -> tuple[ClientOrder, ...]:
+    """A client that is named twice would be charged twice for one answer."""
+    if len({order.client for order in orders}) < len(orders):
+        raise ValueError("names a client twice")
+    return orders
+
+
+ClientOrders = Annotated[tuple[ClientOrder, ...], AfterValidator(_each_once)]
+
+
 @dataclass(frozen=True)
 class TrainRequest(Strict):
     """Train these clients for one round, in passes of so many of them."""
 
     run: RunReference
     round: Positive
-    clients: tuple[ClientOrder, ...]
+    clients: ClientOrders
     passes: tuple[Positive, ...]  # sizes, in the clients' order
     trained: Names  # of tensors, each once
     personal: tuple[Part, ...]  # of them, what clients keep
@@ -139,7 +149,7 @@ class GramRequest(Strict):
     """At a task's end: release which inputs it used."""
 
     run: RunReference
-    clients: tuple[ClientOrder, ...]
+    clients: ClientOrders
     sum: SumOrder | None  # None where nothing is masked
     state: Arrays  # float32
 

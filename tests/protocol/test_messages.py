@@ -91,6 +91,7 @@ release = st.builds(
 )
 failure = st.none() | st.builds(Failure, st.sampled_from(list(SENTENCES)), st.booleans())
 order = st.builds(ClientOrder, clients, counts, positive)
+orders = st.lists(order, max_size=3, unique_by=lambda one: one.client).map(tuple)
 reply = st.builds(ClientReply, clients, tuples(release), st.text(max_size=80), failure, st.booleans())
 wire = st.sampled_from(["float32", "bfloat16"])
 few = {n: st.dictionaries(clients, hexes[n], max_size=3) for n in (32, 64, 96, 128)}
@@ -104,7 +105,7 @@ preparation = st.builds(Preparation, clients, st.none() | mask_key, few[96], fai
 unmask_order = st.builds(UnmaskOrder, clients, few[96])
 MESSAGES: dict[str, st.SearchStrategy] = {
     "describe?": st.builds(DescribeRequest, run, st.text(max_size=200), tuples(clients), st.text(max_size=30), arrays),
-    "train?": st.builds(TrainRequest, run, positive, tuples(order), tuples(positive), once, parts, wire, arrays),
+    "train?": st.builds(TrainRequest, run, positive, orders, tuples(positive), once, parts, wire, arrays),
     "evaluate?": st.builds(EvaluateRequest, run, counts, tuples(clients), parts, wire, arrays),
     "receipts?": st.builds(ReceiptsRequest, run, tuples(st.builds(ReceiptFor, clients, counts, st.text(max_size=99)))),
     "prepare?": st.builds(PrepareRequest, run, tuples(clients), sum_plan),
@@ -112,7 +113,7 @@ MESSAGES: dict[str, st.SearchStrategy] = {
     "unmask?": st.builds(
         UnmaskRequest, run, sum_name, tuples(unmask_order), tuples(clients), few[128], st.none() | sum_plan
     ),
-    "gram?": st.builds(GramRequest, run, tuples(order), sum_order, arrays),
+    "gram?": st.builds(GramRequest, run, orders, sum_order, arrays),
     "describe!": st.builds(
         DescribeReply,
         tuples(
@@ -252,6 +253,14 @@ def test_a_tensor_is_trained_once():
     with pytest.raises(ProtocolError) as caught:
         decode(edited(encode("train", request), b'["x","y"]', b'["x","x"]'), REQUESTS)
     assert caught.value.field == "trained"
+
+
+def test_a_client_is_asked_once():
+    orders = (ClientOrder("north", 0, 1), ClientOrder("south", 0, 1))
+    request = TrainRequest(RUN, 1, orders, (2,), ("x",), (), "float32", {})
+    with pytest.raises(ProtocolError) as caught:
+        decode(edited(encode("train", request), b'"south"', b'"north"'), REQUESTS)
+    assert caught.value.field == "clients"
 
 
 @pytest.mark.parametrize(

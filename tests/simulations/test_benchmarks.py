@@ -88,7 +88,7 @@ def test_the_noise_benchmark_measures_every_source(tmp_path: Path, capsys: pytes
     out = tmp_path / "noise.json"
     found = script("noise").main(["--samples", "1000", "--repeats", "2", "--json", str(out)])
     assert json.loads(out.read_text())["million_per_second"] == found
-    assert len(found) == 3
+    assert len(found) == 4
     assert all(rate > 0 for rate in found.values())
     assert capsys.readouterr().out.startswith("| source | M samples/s | of seeded |\n|---|---|---|\n| secure (")
 

@@ -65,7 +65,7 @@ def weights() -> dict[str, float]:
 
 
 def test_which_strategies_have_them():
-    assert LINEAR == ["fedavg", "fedsa", "fedsvd", "ffa", "head", "rolora"]
+    assert LINEAR == ["fed-sb", "fedavg", "fedsa", "fedsvd", "ffa", "head", "rolora"]
     assert OPTIONS.keys() == RULES.keys()
 
 

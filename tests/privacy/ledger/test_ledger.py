@@ -53,6 +53,7 @@ def plan(ledger: Ledger, run: str = RUN, noise: str = "secure") -> dict:
         "content": None,
         "configuration": "c" * 64,
         "releases": ["size"],
+        "shared": None,
     }
     return ledger.append("PLAN", run, key=ledger.public, code={}, **fields, **more)
 
