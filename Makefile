@@ -6,8 +6,8 @@ RUN    ?=
 
 .PHONY: simulate test lint data setup deploy-demo bench bench-accuracy clean
 
-simulate: setup ## fine-tune MiniLM on the embedded data with FedSVD under DP
-	$(BIN)/fedlab simulate simulations/quickstart.toml $(RUN)
+simulate: setup ## fine-tune MiniLM on the embedded data with FedSVD under DP, the noise shared among clients
+	$(BIN)/fedlab simulate simulations/quickstart-shared.toml $(RUN)
 
 test: setup ## the default test suite, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile
