@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedlab.config.data import ClientsSection, DataSection
-from fedlab.config.privacy import PrivacySection
+from fedlab.config.privacy import PrivacySection, quorum
 from fedlab.config.sections import EvaluateSection, LoraSection, RunSection, StrategySection, TrainSection
 from fedlab.config.tasks import StageSection, StreamSection, TaskSection
 
@@ -140,16 +140,18 @@ def _shares(privacy: PrivacySection, fewest: int, drawn: int | None) -> Iterator
             f"privacy.survivors = {fewest}: a sum over one client is that client's own; give at least 2, or leave"
             " survivors out, so that every client adds all of the noise itself"
         )
-    elif drawn is not None and (drawn < 2 or (drawn + privacy.colluding) // 2 + 1 > drawn):
-        yield (
+    elif drawn is not None:
+        least = quorum(drawn, privacy.colluding)
+        given = (
             f"privacy.survivors = {fewest} with {drawn} clients per round and privacy.colluding = {privacy.colluding}:"
-            " too few are drawn for a sum; raise run.fraction or data.clients"
         )
-    elif drawn is not None and not (least := (drawn + privacy.colluding) // 2 + 1) <= fewest <= drawn:
-        yield (
-            f"privacy.survivors = {fewest} with {drawn} clients per round and privacy.colluding = {privacy.colluding}:"
-            f" it must be at least {least}, so that no two sets of survivors can both be confirmed, and at most {drawn}"
-        )
+        if drawn < 2 or least > drawn:
+            yield f"{given} too few are drawn for a sum; raise run.fraction or data.clients"
+        elif not least <= fewest <= drawn:
+            yield (
+                f"{given} it must be at least {least}, so that no two sets of survivors can both be confirmed, and at"
+                f" most {drawn}"
+            )
 
 
 def adapters(lora: LoraSection, clients: ClientsSection) -> Iterator[str]:

@@ -9,6 +9,12 @@ from pydantic import Field, model_validator
 from fedlab.config.base import Section
 
 
+def quorum(participants: int, colluding: int) -> int:
+    """How many participants of a sum must confirm who is in it, so that no two sets ever are: each honest one confirms
+    once, the ``colluding`` ones whatever they like."""
+    return (participants + colluding) // 2 + 1
+
+
 class Budget(Section):
     """[privacy.budget]: what one client may spend on its data, over all runs in its ledger."""
 

@@ -72,7 +72,7 @@ class _Stack:
 
 
 @dataclass
-class _Batch:
+class Batch:
     """The rows of one step over all clients that still train."""
 
     rows: np.ndarray  # corpus positions [N]
@@ -118,8 +118,10 @@ def train_cohort(
     ):
         for step in range(clients[0].count):
             active = [c for c in clients if c.count > step]  # sorted: the first ones of the stack
-            batch = _draw(active, step)
-            sums = _sum_gradients(model, data, batch, active, layers, config.train.physical_batch, stack)
+            batch = draw(active, step)
+            sums = sum_gradients(
+                model, data, batch, active, layers, config.train.physical_batch, stack.zeros(len(active))
+            )
             gradients = _finish(sums, active, batch, stack)
             _pull(gradients, stack, len(active), config)
             optimizer.step(gradients, len(active))
@@ -177,43 +179,55 @@ def _past(state: State, names: Sequence[str], device: torch.device) -> dict[str,
     return {name: past for name, past in found.items() if name in names and len(past)}
 
 
-def _draw(active: list[LocalSteps], step: int) -> _Batch:
+def draw(active: Sequence[LocalSteps], step: int) -> Batch:
+    """The rows of a step, in the clients' order."""
     batches = [c.batch(step) for c in active]
     counts = np.array([len(b) for b in batches])
     keys = [row_keys(c.mask_seed, step, b) for c, b in zip(active, batches, strict=True)]
-    return _Batch(np.concatenate(batches), np.repeat(np.arange(len(active)), counts), counts, np.concatenate(keys))
+    return Batch(np.concatenate(batches), np.repeat(np.arange(len(active)), counts), counts, np.concatenate(keys))
 
 
-def _sum_gradients(
+def sum_gradients(
     model: LoadedModel,
     data: FederatedData,
-    batch: _Batch,
-    active: list[LocalSteps],
+    batch: Batch,
+    active: Sequence[LocalSteps],
     layers: CohortLayers,
     size: int,
-    stack: _Stack,
+    total: dict[str, Tensor],
+    one_state: bool = False,
 ) -> dict[str, Tensor]:
-    """Per-client sums [K, *shape], float64, of a step's per-example gradients, clipped under DP."""
+    """``total`` [K, *shape], float64, with every client's per-example gradients of a step added, clipped under DP.
+
+    Args:
+        model: the process's one.
+        data: all clients' examples.
+        batch: the step's rows.
+        active: its K clients.
+        layers: hold the clients' tensors, or with ``one_state`` [1, *shape] that all rows use.
+        size: rows of a forward pass.
+        total: trained name → what is added to.
+        one_state: all clients are at one state; only what comes out is kept apart.
+    """
     count = len(active)
-    total = stack.zeros(count)
     losses, clipped = np.zeros(count), np.zeros(count, dtype=np.int64)
     clips = [c.plan.clip if c.plan else math.inf for c in active]
     limits = torch.tensor(clips, dtype=torch.float64, device=model.device)
     private = bool(torch.isfinite(limits).any())
     layers.rows.totals = None if private else total
     for chunk in by_length(data.tokens.lengths(batch.rows), size):
-        owner = batch.owner[chunk]
-        layers.rows.owner = torch.from_numpy(owner).to(model.device)
+        owner = torch.from_numpy(batch.owner[chunk]).to(model.device)
+        layers.rows.owner = torch.zeros_like(owner) if one_state else owner
         layers.rows.masks.keys = torch.from_numpy(batch.keys[chunk]).to(model.device)
         tokens = data.batch(batch.rows[chunk], model.tokenizer.pad_token_id)
         each = model.objective.per_example_loss(model, tokens)
         each.sum().backward()
         gradients = layers.take()
-        factors, over = row_factors(gradients, limits[layers.rows.owner]) if private else (None, None)
-        add_by_client(total, gradients, factors, layers.rows.owner)
-        np.add.at(losses, owner, each.detach().double().cpu().numpy())
+        factors, over = row_factors(gradients, limits[owner]) if private else (None, None)
+        add_by_client(total, gradients, factors, owner)
+        np.add.at(losses, batch.owner[chunk], each.detach().double().cpu().numpy())
         if over is not None:
-            np.add.at(clipped, owner, over.cpu().numpy())
+            np.add.at(clipped, batch.owner[chunk], over.cpu().numpy())
     for k, c in enumerate(active):
         c.saw(int(batch.counts[k]), float(losses[k]), int(clipped[k]))
     return total
@@ -245,7 +259,7 @@ def add_by_client(
         total[name].index_add_(0, owner, rows if factors is None else torch.einsum("n,n...->n...", factors, rows))
 
 
-def _finish(sums: dict[str, Tensor], active: list[LocalSteps], batch: _Batch, stack: _Stack) -> dict[str, Tensor]:
+def _finish(sums: dict[str, Tensor], active: list[LocalSteps], batch: Batch, stack: _Stack) -> dict[str, Tensor]:
     """What the optimiser gets, [active, *shape]: noised and divided by the expected size under DP, else the mean over
     the batch.
     """

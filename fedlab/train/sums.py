@@ -17,15 +17,14 @@ from torch import Tensor
 
 from fedlab.config import RunConfig
 from fedlab.data import FederatedData
-from fedlab.data.collate import by_length
 from fedlab.lora.ranks import widen
 from fedlab.lora.state import BASIS, State, part_of
 from fedlab.models.loaded import LoadedModel
 from fedlab.privacy.plan import DPPlan
 from fedlab.seeds import random_stream
-from fedlab.train.cohort import add_by_client, pass_memory, row_factors
+from fedlab.train.cohort import draw, pass_memory, sum_gradients
 from fedlab.train.dp import PerExampleGradients
-from fedlab.train.dropout import DropoutLayers, Masks, row_keys
+from fedlab.train.dropout import DropoutLayers, Masks
 from fedlab.train.fused import CohortLayers
 from fedlab.train.local import LocalSteps, LocalTraining, Summed, trainable
 from fedlab.train.opacus import OpacusGradients
@@ -134,7 +133,9 @@ def _shared_pass(
         CohortLayers(model, _used(own, model.device), names, config.lora.dropout) as layers,
         pass_memory(model, config.run.checkpointing),
     ):
-        _sum_rows(model, data, clients, layers, config.train.physical_batch, clip, total)
+        sum_gradients(
+            model, data, draw(clients, 0), clients, layers, config.train.physical_batch, total, one_state=True
+        )
     for local in clients:
         local.executed += 1
     seconds = _since(started) / len(clients)
@@ -147,38 +148,6 @@ def _shared_pass(
 def _used(own: State, device: torch.device) -> dict[str, Tensor]:
     """The tensors that the layers work with, as of one client: [1, *shape]; bases as they are."""
     return {n: v.to(device) if part_of(n) == BASIS else v[None].to(device) for n, v in own.items()}
-
-
-def _sum_rows(
-    model: LoadedModel,
-    data: FederatedData,
-    clients: Sequence[LocalSteps],
-    layers: CohortLayers,
-    size: int,
-    clip: float,
-    total: dict[str, Tensor],
-) -> None:
-    """Draw every client's batch, and add its rows' clipped gradients to total[client]."""
-    batches = [local.batch(0) for local in clients]
-    counts = [len(batch) for batch in batches]
-    rows, owners = np.concatenate(batches), np.repeat(np.arange(len(clients)), counts)
-    keys = np.concatenate([row_keys(local.mask_seed, 0, batch) for local, batch in zip(clients, batches, strict=True)])
-    losses, clipped = np.zeros(len(clients)), np.zeros(len(clients), dtype=np.int64)
-    for chunk in by_length(data.tokens.lengths(rows), size):
-        owner = torch.from_numpy(owners[chunk]).to(model.device)
-        layers.rows.owner = torch.zeros_like(owner)
-        layers.rows.masks.keys = torch.from_numpy(keys[chunk]).to(model.device)
-        tokens = data.batch(rows[chunk], model.tokenizer.pad_token_id)
-        each = model.objective.per_example_loss(model, tokens)
-        each.sum().backward()
-        gradients = layers.take()
-        limits = torch.full((len(chunk),), clip, dtype=torch.float64, device=model.device)
-        factors, over = row_factors(gradients, limits)
-        add_by_client(total, gradients, factors, owner)
-        np.add.at(losses, owners[chunk], each.detach().double().cpu().numpy())
-        np.add.at(clipped, owners[chunk], over.cpu().numpy())
-    for k, local in enumerate(clients):
-        local.saw(counts[k], float(losses[k]), int(clipped[k]))
 
 
 def _since(started: float) -> float:

@@ -18,14 +18,14 @@ from flwr.serverapp import Grid
 
 from fedlab.config import RunConfig
 from fedlab.errors import PrivacyError, RunFailed
-from fedlab.lora.state import State, digest, part_of
+from fedlab.lora.state import State, digest
 from fedlab.privacy.noise_share import NoiseShare
 from fedlab.privacy.release import METRICS, TIMING, UPDATE
 from fedlab.privacy.secure_sum.settings import Purpose
 from fedlab.protocol import ProtocolError
 from fedlab.protocol.checks import check_arrays, wire_bytes
 from fedlab.protocol.messages import ClientReply, Release, TrainReply
-from fedlab.train.optimizer import learning_rate_factor
+from fedlab.train.optimizer import learning_rate_factor, rates
 from strategies.base import Strategy
 from strategies.server.exchange import Answers
 from strategies.server.federation import Federation
@@ -228,9 +228,8 @@ def shared_change(config: RunConfig, federation: Federation, outcome: TrainOutco
     share = NoiseShare(privacy.survivors, privacy.colluding)
     expected = train.sampling_rate * sum(federation.clients[client].examples for client in outcome.members)
     factor = learning_rate_factor(train, number, config.run.rounds) / expected
-    head_lr = train.lr if train.head_lr is None else train.head_lr
     change = {}
-    for name, value in outcome.total.items():
-        lr = head_lr if part_of(name) == "head" else train.lr
-        change[name] = (-lr * factor * torch.from_numpy(share.decode(value, privacy.clip))).float()
+    for lr, names in rates(train, outcome.total, factor):
+        for name in names:
+            change[name] = (-lr * torch.from_numpy(share.decode(outcome.total[name], privacy.clip))).float()
     return change

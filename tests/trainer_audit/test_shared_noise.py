@@ -12,7 +12,7 @@ from fedlab.config import RunConfig
 from fedlab.privacy.noise_share import NoiseShare
 from fedlab.privacy.plan import DPPlan
 from fedlab.session import Session, open_session
-from fedlab.train import sums
+from fedlab.train import cohort, sums
 from fedlab.trainer_audit.empirical import audit_session
 from fedlab.trainer_audit.mechanism import check_mechanism
 
@@ -84,10 +84,10 @@ def test_a_clip_that_is_left_out_is_caught(session: Session, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_a_shared_pass_that_mixes_clients_is_caught(session: Session, monkeypatch: pytest.MonkeyPatch):
-    add = sums.add_by_client
+    add = cohort.add_by_client
 
     def first(total: Any, gradients: Any, factors: Any, owner: torch.Tensor) -> None:
         add(total, gradients, factors, torch.zeros_like(owner))
 
-    monkeypatch.setattr(sums, "add_by_client", first)
+    monkeypatch.setattr(cohort, "add_by_client", first)
     assert list(found(session)) == ["shared pass"]

@@ -64,20 +64,20 @@ def last_row_left_out(total: dict, gradients: dict, factors: Any, owner: torch.T
 
 def one_step_less(active: list, step: int) -> Any:
     batch = DRAW(active, step)
-    return batch if step == 0 else cohort._Batch(batch.rows[:0], batch.owner[:0], batch.counts * 0, batch.keys[:0])
+    return batch if step == 0 else cohort.Batch(batch.rows[:0], batch.owner[:0], batch.counts * 0, batch.keys[:0])
 
 
 def of_the_first(tensors: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
     return tensors[0] if tensors.ndim == 3 else tensors
 
 
-FACTORS, ADD, DRAW = cohort.row_factors, cohort.add_by_client, cohort._draw
+FACTORS, ADD, DRAW = cohort.row_factors, cohort.add_by_client, cohort.draw
 BROKEN: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "clipping skipped": (cohort, "row_factors", unclipped),
     "another clip": (cohort, "row_factors", first_clip_for_all),
     "rows of all clients in the first one's sum": (cohort, "add_by_client", everything_to_the_first),
     "the last row of a chunk left out": (cohort, "add_by_client", last_row_left_out),
-    "no batch after the first step": (cohort, "_draw", one_step_less),
+    "no batch after the first step": (cohort, "draw", one_step_less),
     "B of the first client for everybody": (fused, "_of", of_the_first),
 }
 

@@ -25,6 +25,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
+from fedlab.config.privacy import quorum
 from fedlab.errors import SumRefused
 
 COMPLETE = 64  # participants up to which everybody is everybody's neighbour
@@ -72,16 +73,17 @@ def graph_of(setting: str, participants: tuple[str, ...], survivors: int, collud
     Raises:
         SumRefused: fewer participants than survivors, or so few survivors that two sets of them could be confirmed.
     """
-    count, quorum = len(participants), (len(participants) + colluding) // 2 + 1
+    count = len(participants)
+    confirming = quorum(count, colluding)
     if count < survivors:
         raise SumRefused(f"{count} clients would take part in a sum that needs {survivors} survivors; draw more")
-    if survivors < max(quorum, 2):
+    if survivors < max(confirming, 2):
         raise SumRefused(
-            f"survivors must be at least {max(quorum, 2)} for {count} participants of which {colluding} may collude,"
-            f" got {survivors}: two different sums could be confirmed"
+            f"survivors must be at least {max(confirming, 2)} for {count} participants of which {colluding} may"
+            f" collude, got {survivors}: two different sums could be confirmed"
         )
-    degree, threshold = (count - 1, quorum) if count <= COMPLETE else ring(count, colluding)
-    return Graph(_ordered(setting, participants), degree, threshold, quorum)
+    degree, threshold = (count - 1, confirming) if count <= COMPLETE else ring(count, colluding)
+    return Graph(_ordered(setting, participants), degree, threshold, confirming)
 
 
 @lru_cache(maxsize=256)
@@ -94,7 +96,7 @@ def ring(count: int, colluding: int) -> tuple[int, int]:
         spare = 2 * half + 1 - threshold  # a client's own share is there if it is
         if window < half and spare >= 0 and _tail(count, lost, 2 * half, spare) + math.log2(count) <= -LIVENESS_BITS:
             return 2 * half, threshold
-    return count - 1, (count + colluding) // 2 + 1
+    return count - 1, quorum(count, colluding)
 
 
 def _window(count: int, colluding: int, half: int) -> int:

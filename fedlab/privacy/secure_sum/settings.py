@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, cast
 
 from fedlab.config import RunConfig
+from fedlab.config.privacy import quorum
 from fedlab.errors import SumRefused
 
 Purpose = Literal["round", "gram"]
@@ -35,7 +36,7 @@ def bounds(config: RunConfig, purpose: Purpose, count: int) -> tuple[int, int]:
         assert config.privacy.survivors is not None
         return config.privacy.survivors, config.privacy.colluding
     assert config.gram is not None
-    return max(config.gram.min_clients, count // 2 + 1), 0
+    return max(config.gram.min_clients, quorum(count, 0)), 0
 
 
 def name_of(purpose: Purpose, number: int, attempt: int) -> str:

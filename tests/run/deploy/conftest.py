@@ -384,3 +384,12 @@ class House:
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+@pytest.fixture(scope="module")
+def houses() -> Iterator[dict[str, House]]:
+    """The house of this module, once it is made."""
+    made: dict[str, House] = {}
+    yield made
+    for house in made.values():
+        house.close()

@@ -29,15 +29,6 @@ def make_house(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_d
     return make
 
 
-@pytest.fixture(scope="module")
-def houses() -> Iterator[dict[str, House]]:
-    """The house of this module, once it is made."""
-    made: dict[str, House] = {}
-    yield made
-    for house in made.values():
-        house.close()
-
-
 @pytest.fixture
 def house(houses: dict[str, House], make_house: Callable[[str], House], tiny_toml: str) -> Iterator[House]:
     """A server and two clients."""

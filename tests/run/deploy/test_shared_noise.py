@@ -19,15 +19,6 @@ NAMES = ("east", "north", "south")
 SHARED = ("train.steps=1", "train.sampling_rate=0.9", "train.physical_batch=1", "train.momentum=0", "run.rounds=2")
 
 
-@pytest.fixture(scope="module")
-def houses() -> Iterator[dict[str, House]]:
-    """The house of this module, once it is made."""
-    made: dict[str, House] = {}
-    yield made
-    for house in made.values():
-        house.close()
-
-
 @pytest.fixture
 def house(
     houses: dict[str, House], tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_data: Path, tiny_toml: str
