@@ -1,12 +1,12 @@
 """Does an adapter pay under DP? Strategies × {noise by each client alone, shared noise} at one ε, several seeds.
 
-    python simulations/benchmarks/dp_adapter.py [--sets quickstart] [--methods head fedsvd] [--seeds 3] [--json FILE]
+    python simulations/benchmarks/dp_adapter.py [--sets quickstart] [--methods head fedsvd] [--seeds 1 2] [--json FILE]
 
 Every run spends the same ε on the same six clients and looks at the same number of records. *Each alone*: six rounds of
 four steps of 64 records per client. *Shared noise*: 24 rounds of one step, into which a record enters with the
 probability that makes 384 of all clients together; ``--survivors`` of the six shares of noise are counted on (6: the
-noise is that of one DP-SGD on all records; fewer: more noise, and clients may be missing). Learning rates were chosen
-on ``quickstart`` with a seed that is not reported, and are used on the other sets as they are.
+noise is that of one DP-SGD on all records; fewer: more noise, and clients may be missing). Learning rates are in
+``RATES``: one pair for all methods, which nobody tuned.
 
 Sets: ``quickstart`` (docstrings of installed libraries, label = library), ``wordnet`` (glosses of nouns, label = class)
 and ``packages`` (one-line descriptions of Debian's packages, label = section; made from ``apt-cache dumpavail``).
